@@ -1,0 +1,121 @@
+"""lfm2_fast: Liquid AI's LFM2 language models on one GPU or one CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A wheel carries the Triton kernels as lfm2_fast/kernels; in a checkout they are kernels/ beside us.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
+
+from lfm2_fast import checkpoint
+from lfm2_fast.cache import Cache, CacheError
+from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.model import LFM2
+from lfm2_fast.ops import BackendError
+
+__version__ = "0.1.0"
+__all__ = ["LFM2", "BackendError", "Cache", "CacheError", "CheckpointError", "Config", "load"]
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    max_length: int | None = None,
+    backend: str = "auto",
+    device_map: str | torch.device | None = None,
+) -> LFM2:
+    """Load an LFM2 checkpoint, ready to run.
+
+    ``model`` is a hub id ("LiquidAI/LFM2-1.2B") or a folder. ``device`` "auto" means the
+    accelerator if there is one, else the CPU; ``device_map`` is another name for it, as Hugging
+    Face's callers write. ``dtype`` "auto" means the checkpoint's own; names like "bfloat16" or
+    "float32" are taken too. ``revision``, ``cache_dir``, ``token`` and ``local_files_only`` go to
+    the hub. ``max_length`` bounds the context in tokens (default: the model's limit). ``backend``
+    chooses the bodies of the operations, see ``lfm2_fast.ops``.
+
+    Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
+    is not there, ValueError for any other argument.
+    """
+    if device_map is not None:
+        if device != "auto":
+            raise ValueError("give device or device_map, not both")
+        device = device_map
+    where = _device(device)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    named = None if dtype == "auto" else _dtype(dtype)
+    folder = checkpoint.resolve(
+        model,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    config = checkpoint.load_config(folder)
+    what = named or _dtype(config.dtype or "float32")
+    return LFM2(
+        config,
+        checkpoint.load_weights(folder, config, device=where, dtype=what),
+        backend=backend,
+        max_length=max_length,
+        generation_config=_generation_config(folder),
+        source=folder,
+    )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={str(device)!r} is not a device; use 'auto', 'cpu' or 'cuda'"
+        ) from error
+    if where.type != "cpu":
+        if accelerator is None or accelerator.type != where.type:
+            raise ValueError(
+                f"device={str(device)!r} is not available: torch {torch.__version__} sees "
+                f"{accelerator or 'no accelerator'} here; use device='cpu'"
+            )
+        if where.index is not None and where.index >= torch.accelerator.device_count():
+            raise ValueError(
+                f"device={str(device)!r} is not available: there are "
+                f"{torch.accelerator.device_count()} devices, counted from 0"
+            )
+    return where
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(
+            f"dtype={dtype!r} is not supported; use 'auto', 'bfloat16', 'float16' or 'float32'"
+        )
+    return found
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(found).__name__}")
+    return found

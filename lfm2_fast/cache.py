@@ -1,0 +1,217 @@
+"""Cache: the keys and values, and the conv windows, of every sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lfm2_fast.config import Config
+
+if TYPE_CHECKING:
+    from lfm2_fast.batch import Batch
+
+MIN_PAGE = 64
+
+
+@dataclass
+class KVPages:
+    """One attention layer's ``k, v [pages, kv_heads, page_size, head_dim]``; slot i owns page i."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass
+class ConvWindow:
+    """One conv layer's past ``B * x``: ``rows [slots, ring, hidden]``, by position modulo ring."""
+
+    rows: torch.Tensor
+
+
+class CacheError(RuntimeError):
+    """The cache cannot do what was asked: no room left, or the state needed is gone."""
+
+
+class Cache:
+    """What the model remembers of ``slots`` sequences, each with its own length.
+
+    A sequence's keys and values fill one page, which grows geometrically up to ``max_length``
+    tokens. A conv layer keeps a ring of the last ``width - 1 + spare`` rows of ``B * x``, addressed
+    by position, so a step writes one row and shifts nothing, and up to ``spare`` tokens can be
+    taken back by ``rollback``. ``lengths[slot]``, on the host, is the truth of how much context
+    every slot holds; whatever lies beyond it in the tensors is never read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        slots: int,
+        max_length: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        spare: int = 1,
+    ) -> None:
+        if slots < 0 or max_length < 1 or spare < 1:
+            raise ValueError(
+                "a cache needs slots >= 0, max_length >= 1 and spare >= 1, got "
+                f"slots={slots}, max_length={max_length}, spare={spare}"
+            )
+        self.slots = slots
+        self.max_length = max_length
+        self.past = config.conv_L_cache - 1
+        self.ring = self.past + spare
+        self.lengths = [0] * slots
+        # The first position whose conv row is still in the ring, counting steps that broke off.
+        self._oldest = [0] * slots
+        self._capacity = min(MIN_PAGE, max_length)
+        self.layers: list[KVPages | ConvWindow] = []
+        page = (slots, config.num_key_value_heads, self._capacity, config.head_dim)
+        window = (slots, self.ring, config.hidden_size)
+        # A cache made inside torch.inference_mode must stay writable outside of it.
+        with torch.inference_mode(False):
+            for kind in config.layer_types:
+                if kind == "conv":
+                    rows = torch.zeros(window, device=device, dtype=dtype)
+                    self.layers.append(ConvWindow(rows))
+                else:
+                    k = torch.empty(page, device=device, dtype=dtype)
+                    self.layers.append(KVPages(k, torch.empty_like(k)))
+
+    def get_seq_length(self) -> int:
+        """Tokens held by the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pages and windows take on their device."""
+        return sum(t.nbytes for layer in self.layers for t in vars(layer).values())
+
+    def reserve(self, batch: Batch) -> None:
+        """Make room for ``batch`` and note which conv rows it will overwrite.
+
+        Called before a step runs. Raises CacheError when a sequence would pass ``max_length`` or
+        the conv rows that it continues from are gone; then nothing has changed.
+        """
+        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+            if start != self.lengths[slot]:
+                raise CacheError(
+                    f"the batch continues slot {slot} at token {start}, but the cache holds "
+                    f"{self.lengths[slot]}; prepare a new batch for every step"
+                )
+            if start + n > self.max_length:
+                raise CacheError(
+                    f"slot {slot} holds {start} tokens and {n} more do not fit into the cache's "
+                    f"max_length of {self.max_length}; start a cache with a larger max_length"
+                )
+            self._check_window(slot, start)
+        self._grow(
+            max((s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)), default=0)
+        )
+        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+            self._oldest[slot] = max(self._oldest[slot], start + n - self.ring)
+
+    def advance(self, batch: Batch) -> None:
+        """Count the tokens of ``batch`` as held. Called after a step has run."""
+        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+            self.lengths[slot] = start + n
+
+    def rollback(self, tokens: int, slots: Iterable[int] | None = None) -> None:
+        """Take back the last ``tokens`` of every given slot (default: all), as if never run.
+
+        Raises CacheError when a slot holds fewer, or when its conv rows from before them have been
+        overwritten; make the cache with a larger ``spare`` then. On an error nothing has changed.
+        """
+        chosen = range(self.slots) if slots is None else list(slots)
+        if tokens < 0:
+            raise ValueError(f"cannot take back {tokens} tokens")
+        for slot in chosen:
+            length = self.lengths[slot] - tokens
+            if length < 0:
+                raise CacheError(
+                    f"cannot take back {tokens} tokens of slot {slot}, "
+                    f"it holds {self.lengths[slot]}"
+                )
+            self._check_window(slot, length)
+        for slot in chosen:
+            self.lengths[slot] -= tokens
+            if self.lengths[slot] == 0:
+                self._oldest[slot] = 0
+
+    def reset(self, slots: Iterable[int] | None = None) -> None:
+        """Forget every token of the given slots (default: all)."""
+        for slot in range(self.slots) if slots is None else slots:
+            self.lengths[slot] = 0
+            self._oldest[slot] = 0
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """A copy of everything held, as named tensors that ``load_state_dict`` takes back."""
+        state = {
+            "lengths": torch.tensor(self.lengths, dtype=torch.int64),
+            "oldest": torch.tensor(self._oldest, dtype=torch.int64),
+        }
+        held = self.get_seq_length()
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, ConvWindow):
+                state[f"layers.{i}.rows"] = layer.rows.clone()
+            else:
+                state[f"layers.{i}.k"] = layer.k[:, :, :held].clone()
+                state[f"layers.{i}.v"] = layer.v[:, :, :held].clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Hold what ``state`` says. Raises CacheError if it is from a cache of another shape."""
+        held = int(state["lengths"].max()) if self.slots else 0
+        wanted = {"lengths": (self.slots,), "oldest": (self.slots,)}
+        for i, layer in enumerate(self.layers):
+            for name, tensor in vars(layer).items():
+                shape = list(tensor.shape)
+                if name != "rows":
+                    shape[2] = held
+                wanted[f"layers.{i}.{name}"] = tuple(shape)
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != wanted or held > self.max_length:
+            wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+            raise CacheError(
+                f"this state is not of a cache with {self.slots} slots, ring {self.ring} and "
+                f"max_length {self.max_length}; it differs in {wrong or ['lengths']}"
+            )
+        self._grow(held)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, ConvWindow):
+                layer.rows.copy_(state[f"layers.{i}.rows"])
+            else:
+                layer.k[:, :, :held].copy_(state[f"layers.{i}.k"])
+                layer.v[:, :, :held].copy_(state[f"layers.{i}.v"])
+        self.lengths = state["lengths"].tolist()
+        self._oldest = state["oldest"].tolist()
+
+    def _check_window(self, slot: int, length: int) -> None:
+        if max(0, length - self.past) < self._oldest[slot]:
+            raise CacheError(
+                f"slot {slot} cannot go on from token {length}: its conv rows before that were "
+                f"overwritten (it can take back {self.ring - self.past} tokens; a step that broke "
+                "off counts too); reset the slot and run its tokens again"
+            )
+
+    def _grow(self, tokens: int) -> None:
+        if tokens <= self._capacity:
+            return
+        held = self.get_seq_length()
+        capacity = min(self.max_length, max(tokens, 2 * self._capacity))
+        with torch.inference_mode(False):
+            for layer in self.layers:
+                if isinstance(layer, KVPages):
+                    layer.k = _longer(layer.k, capacity, held)
+                    layer.v = _longer(layer.v, capacity, held)
+        self._capacity = capacity
+
+
+def _longer(pages: torch.Tensor, page_size: int, held: int) -> torch.Tensor:
+    slots, kv_heads, _, head_dim = pages.shape
+    longer = pages.new_empty(slots, kv_heads, page_size, head_dim)
+    longer[:, :, :held] = pages[:, :, :held]
+    return longer

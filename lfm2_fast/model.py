@@ -1,0 +1,328 @@
+"""LFM2: gated short convolutions and grouped-query attention, top to bottom.
+
+The model is written once, in the words of ``ops``. It runs packed tokens against a cache; prefill,
+decode, chunked prefill and mixed batches are the same call with other numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lfm2_fast import checkpoint
+from lfm2_fast.batch import Batch
+from lfm2_fast.cache import Cache, ConvWindow, KVPages
+from lfm2_fast.config import Config
+from lfm2_fast.ops import Ops, Rope
+
+
+@dataclass
+class CausalLMOutput:
+    """``logits [B, T, V]`` and the cache, by name, by key or by place, as Hugging Face's output."""
+
+    logits: torch.Tensor
+    past_key_values: Cache | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order."""
+        return tuple(v for v in (self.logits, self.past_key_values) if v is not None)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+
+class DepthwiseWeight(nn.Module):
+    """A short convolution's ``weight [H, W]``, newest tap last, and optional ``bias [H]``."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.conv_L_cache))
+        bias = nn.Parameter(torch.empty(config.hidden_size)) if config.conv_bias else None
+        self.register_parameter("bias", bias)
+
+
+class ShortConv(nn.Module):
+    """The weights of ``out_proj(C * conv(B * x))``, with ``B, C, x = in_proj(h)``."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, bias = config.hidden_size, config.conv_bias
+        self.in_proj = nn.Linear(hidden, 3 * hidden, bias=bias)
+        self.conv = DepthwiseWeight(config)
+        self.out_proj = nn.Linear(hidden, hidden, bias=bias)
+
+
+class Attention(nn.Module):
+    """The weights of grouped-query attention; q, k and v are one projection."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        hidden, width = config.hidden_size, config.head_dim
+        together = (self.num_heads + 2 * self.num_kv_heads) * width
+        self.qkv_proj = nn.Linear(hidden, together, bias=False)
+        self.q_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.k_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.out_proj = nn.Linear(self.num_heads * width, hidden, bias=False)
+
+
+class FeedForward(nn.Module):
+    """The weights of ``down(silu(gate) * up)``; gate and up are one projection."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+
+class Block(nn.Module):
+    """``x += operator(norm(x)); x += feed_forward(norm(x))``; the operator is the subclass's."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.operator_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def mix(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        y = ops.norm_swiglu(x, self.ffn_norm, self.feed_forward.gate_up_proj)
+        return ops.linear_add(y, self.feed_forward.down_proj, x)
+
+
+class ConvBlock(Block):
+    """A block whose operator is the gated short convolution."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.conv = ShortConv(config)
+
+    def forward(
+        self, x: torch.Tensor, ops: Ops, rope: Rope, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        bcx = ops.norm_linear(x, self.operator_norm, self.conv.in_proj)
+        return self.mix(ops.conv_out_add(bcx, self.conv, x, window, batch), ops)
+
+
+class AttentionBlock(Block):
+    """A block whose operator is attention."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.self_attn = Attention(config)
+
+    def forward(
+        self, x: torch.Tensor, ops: Ops, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        qkv = ops.norm_linear(x, self.operator_norm, self.self_attn.qkv_proj)
+        y = ops.attend(qkv, self.self_attn, rope, pages, batch)
+        return self.mix(ops.linear_add(y, self.self_attn.out_proj, x), ops)
+
+
+class LFM2(nn.Module):
+    """An LFM2 language model that runs.
+
+    ``weights`` are the fused tensors that ``checkpoint.load_weights`` gives; they are taken over,
+    not copied. ``backend`` is one of ``ops.BACKENDS``. ``max_length`` bounds the context that a
+    cache of this model may grow to (default: the model's own limit).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        weights: dict[str, torch.Tensor],
+        *,
+        backend: str = "auto",
+        max_length: int | None = None,
+        generation_config: dict[str, Any] | None = None,
+        source: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config or {}
+        self.source = source
+        self.max_length = min(
+            max_length or config.max_position_embeddings, config.max_position_embeddings
+        )
+        self.ops = Ops(backend)
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(
+                ConvBlock(config) if kind == "conv" else AttentionBlock(config)
+                for kind in config.layer_types
+            )
+            self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
+        self.load_state_dict(weights, strict=True, assign=True)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.requires_grad_(False).eval()
+        self._set_frequencies()
+
+    def _set_frequencies(self) -> None:
+        # Always float32 (or wider): positions reach 128,000, which 16 bits cannot count.
+        dim = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32)
+        freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
+        self.inv_freq = freq.to(self.device, torch.promote_types(self.dtype, torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LFM2:
+        super()._apply(fn, recurse)
+        self._set_frequencies()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of the cache."""
+        return self.embed_tokens.weight.dtype
+
+    def new_cache(self, slots: int, max_length: int | None = None, *, spare: int = 1) -> Cache:
+        """An empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
+
+        ``spare`` is how many tokens ``rollback`` must be able to take back.
+        """
+        limit = min(max_length or self.max_length, self.max_length)
+        return Cache(self.config, slots, limit, device=self.device, dtype=self.dtype, spare=spare)
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: torch.Tensor,
+        batch: Batch,
+        cache: Cache,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits ``[R, V]`` of packed ``tokens [T]`` int64 at the packed indices ``rows [R]``.
+
+        ``rows=None`` means all T. The cache then holds the tokens too. Token ids are not checked
+        here. Raises CacheError when the cache cannot take them; it is unchanged then.
+        """
+        cache.reserve(batch)
+        rope = self.ops.rope(batch.positions, self.inv_freq, self.dtype)
+        x = self.embed_tokens(tokens)
+        for layer, state in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, self.ops, rope, state, batch)
+        cache.advance(batch)
+        if rows is not None:
+            x = x[rows]
+        return self.ops.norm_linear(x, self.embedding_norm, self.lm_head)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Logits of ``input_ids [B, T]``, continuing ``past_key_values`` where given.
+
+        ``attention_mask``, ``[B, T]`` or the longer one of a whole conversation whose last T
+        columns count, marks padding on the left or the right with zeros; logits there are zeros.
+        ``logits_to_keep`` keeps the last so many positions, or those of an index tensor; 0 keeps
+        all. The answer is a CausalLMOutput, or its tuple. Raises ValueError for ids out of range,
+        a mask with holes, or a cache of another batch size.
+        """
+        input_ids = self.check_ids(input_ids)
+        count, width = input_ids.shape
+        mask = unpadded(input_ids, attention_mask)
+        cache = past_key_values
+        if cache is None:
+            cache = self.new_cache(count)
+        elif cache.slots != count:
+            raise ValueError(
+                f"input_ids has {count} rows, but past_key_values holds {cache.slots} sequences"
+            )
+        batch = Batch.prepare(mask.sum(-1).tolist(), range(count), cache, self.device)
+
+        kept = torch.zeros_like(mask)
+        if isinstance(logits_to_keep, int):
+            columns = torch.arange(width, device=mask.device)[-logits_to_keep:]
+        else:
+            columns = logits_to_keep.to(mask.device)
+        kept[:, columns] = True
+        rows = kept[mask].nonzero()[:, 0]
+        logits = self.run(input_ids[mask], batch, cache, rows)
+
+        full = logits.new_zeros(count, width, self.config.vocab_size)
+        full[kept & mask] = logits
+        answer = CausalLMOutput(full[:, columns], None if use_cache is False else cache)
+        return answer if return_dict else answer.to_tuple()
+
+    def check_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``input_ids`` on the model's device. Raises ValueError unless ``[B, T]`` and in range."""
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
+            raise ValueError(
+                "input_ids must be integers of shape [batch, tokens], got "
+                f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
+        wrong = (input_ids < 0) | (input_ids >= self.config.vocab_size)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, but this model's "
+                f"vocabulary has {self.config.vocab_size} tokens; is the tokenizer another model's?"
+            )
+        return input_ids.to(self.device, torch.int64)
+
+    def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Continue prompts; see ``lfm2_fast.generation.generate`` for the arguments."""
+        from lfm2_fast.generation import generate
+
+        return generate(self, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write a checkpoint that Hugging Face loads, equal tensor for tensor."""
+        weights = dict(self.state_dict())
+        if self.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        checkpoint.save(
+            Path(save_directory),
+            self.config,
+            weights,
+            generation_config=self.generation_config,
+            source=self.source,
+        )
+
+
+def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """``[B, T]`` bool, true at tokens. Raises ValueError for a mask that does not fit or has holes."""
+    count, width = input_ids.shape
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != count
+        or attention_mask.shape[1] < width
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(count, width)}; "
+            "it must have the same rows and at least as many columns"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - width :].to(input_ids.device) != 0
+    edges = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, :1].sum(-1)
+    if (edges > 1).any():
+        row = int((edges > 1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask row {row} has zeros between tokens; padding may stand on the left or "
+            "on the right of a row, not inside it"
+        )
+    return mask

@@ -1,0 +1,159 @@
+"""Every operation in plain PyTorch: its meaning, and the body that runs where no faster one does.
+
+Shapes: T tokens of B sequences packed end to end, H hidden, W conv width, D head size. Numbers are
+rounded where Hugging Face's ``Lfm2ForCausalLM`` rounds, so that results agree in every dtype; in
+float64 each function is the oracle that faster bodies are measured against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lfm2_fast.batch import Batch
+
+
+def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis.
+
+    Normalised in float32 (or wider), cast to ``x.dtype``, then scaled. (Zhang and Sennrich, 2019)
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]``, result ``[T, N]``."""
+    return F.linear(x, weight, bias)
+
+
+def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``gate_up [T, 2F]``, gate first; result ``[T, F]``. (Shazeer, 2020)"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gated_conv_ref(
+    bcx: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """``C * causal_conv(B * x)``, depthwise, for any number of tokens per sequence.
+
+    ``bcx [T, 3H]`` holds B, C and x side by side; ``weight [H, W]`` has its newest tap last;
+    result ``[T, H]``. ``window [slots, ring, H]`` is read for the W - 1 rows of ``B * x`` before
+    each sequence's first token (zeros before its start) and the newest rows are written to it.
+    """
+    ring, past = window.shape[1], weight.shape[1] - 1
+    b, c, x = bcx.chunk(3, dim=-1)
+    bx = b * x
+    out = torch.empty_like(bx)
+    first = 0
+    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        rows = bx[first : first + n]
+        before = torch.arange(start - past, start, device=bx.device)
+        old = window[slot, before % ring].masked_fill(before[:, None] < 0, 0)
+        out[first : first + n] = _taps(torch.cat([old, rows]).unfold(0, past + 1, 1), weight, bias)
+        kept = min(n, ring)
+        newest = torch.arange(start + n - kept, start + n, device=bx.device) % ring
+        window[slot, newest] = rows[n - kept :]
+        first += n
+    return c * out
+
+
+def gated_conv_step_ref(
+    bcx: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """``gated_conv_ref`` for one token per sequence: gathers each window, writes one row of it."""
+    ring, past = window.shape[1], weight.shape[1] - 1
+    b, c, x = bcx.chunk(3, dim=-1)
+    bx = b * x
+    before = batch.positions[:, None] - torch.arange(past, 0, -1, device=bx.device)
+    old = window[batch.slots[:, None], before % ring].masked_fill(before[..., None] < 0, 0)
+    out = _taps(torch.cat([old, bx[:, None]], dim=1).transpose(1, 2), weight, bias)
+    window[batch.slots, batch.positions % ring] = bx
+    return c * out
+
+
+def _taps(history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``sum(history [T, H, W] * weight [H, W]) + bias`` over W, summed wide, rounded once."""
+    wide = torch.promote_types(history.dtype, torch.float32)
+    out = (history.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        out = out + bias.to(wide)
+    return out.to(history.dtype)
+
+
+def rope_ref(
+    positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``[T, 1, D]`` of rotary embedding, both halves alike. (Su et al., 2021)"""
+    angles = positions.to(inv_freq.dtype)[:, None, None] * inv_freq
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate ``x [T, heads, D]``, pairing element i with i + D/2."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def attention_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """Write k and v into the cache, then causal grouped-query attention over each sequence.
+
+    ``q [T, heads, D]``, ``k, v [T, kv_heads, D]``, result ``[T, heads * D]``. The pages
+    ``[slots, kv_heads, page_size, D]`` hold a whole sequence each and are written at the tokens'
+    positions. Query heads of a group share one KV head (Ainslie et al., 2023).
+    """
+    out = torch.empty_like(q)
+    first = 0
+    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        here, end = slice(first, first + n), start + n
+        k_pages[slot, :, start:end] = k[here].transpose(0, 1)
+        v_pages[slot, :, start:end] = v[here].transpose(0, 1)
+        keys, values = k_pages[slot, :, :end], v_pages[slot, :, :end]
+        out[here] = _attend_one(q[here], keys, values, start)
+        first += n
+    return out.flatten(1)
+
+
+def _attend_one(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
+) -> torch.Tensor:
+    """One sequence: ``q [n, heads, D]`` over ``keys, values [kv_heads, start + n, D]``."""
+    n, heads, head_dim = q.shape
+    kv_heads, end, _ = keys.shape
+    group = heads // kv_heads
+    if n == 1:
+        # A group's query heads become queries of its KV head: nothing is repeated or masked.
+        folded = q.view(1, kv_heads, group, head_dim)
+        return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
+    mask = None
+    if start:
+        seen = torch.arange(end, device=q.device)
+        mask = seen <= seen[start:, None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys.repeat_interleave(group, dim=0)[None],
+        values.repeat_interleave(group, dim=0)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+    )
+    return out[0].transpose(0, 1)
