@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,9 +11,9 @@ import torch
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from lfm2_fast import checkpoint
+from lfm2_fast import checkpoint, hub
 from lfm2_fast.cache import Cache, CacheError
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.model import LFM2
 from lfm2_fast.ops import BackendError
 
@@ -56,22 +54,23 @@ def load(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     named = None if dtype == "auto" else _dtype(dtype)
-    folder = checkpoint.resolve(
+    folder = hub.resolve(
         model,
         revision=revision,
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
     )
-    config = checkpoint.load_config(folder)
+    config = Config.from_file(folder / "config.json")
     what = named or _dtype(config.dtype or "float32")
+    generation = folder / checkpoint.GENERATION_CONFIG
     return LFM2(
         config,
         checkpoint.load_weights(folder, config, device=where, dtype=what),
         backend=backend,
         max_length=max_length,
-        generation_config=_generation_config(folder),
-        source=folder,
+        generation_config=read_json(generation) if generation.is_file() else {},
+        name_or_path=os.fspath(model),
     )
 
 
@@ -105,17 +104,4 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
         raise ValueError(
             f"dtype={dtype!r} is not supported; use 'auto', 'bfloat16', 'float16' or 'float32'"
         )
-    return found
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(found).__name__}")
     return found

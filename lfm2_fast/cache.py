@@ -18,10 +18,20 @@ MIN_PAGE = 64
 
 @dataclass
 class KVPages:
-    """One attention layer's ``k, v [pages, kv_heads, page_size, head_dim]``; slot i owns page i."""
+    """One attention layer's ``k, v [pages, kv_heads, page_size, head_dim]``.
+
+    ``table [slots, pages per slot]`` int32, shared by all layers, says which pages hold a slot's
+    sequence, in order. This cache gives every slot one page as long as its sequence, which the
+    eager body relies on: slot i owns page i.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    table: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is stored per slot, by name."""
+        return {"k": self.k, "v": self.v}
 
 
 @dataclass
@@ -29,6 +39,10 @@ class ConvWindow:
     """One conv layer's past ``B * x``: ``rows [slots, ring, hidden]``, by position modulo ring."""
 
     rows: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is stored per slot, by name."""
+        return {"rows": self.rows}
 
 
 class CacheError(RuntimeError):
@@ -73,13 +87,14 @@ class Cache:
         window = (slots, self.ring, config.hidden_size)
         # A cache made inside torch.inference_mode must stay writable outside of it.
         with torch.inference_mode(False):
+            table = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
             for kind in config.layer_types:
                 if kind == "conv":
                     rows = torch.zeros(window, device=device, dtype=dtype)
                     self.layers.append(ConvWindow(rows))
                 else:
                     k = torch.empty(page, device=device, dtype=dtype)
-                    self.layers.append(KVPages(k, torch.empty_like(k)))
+                    self.layers.append(KVPages(k, torch.empty_like(k), table))
 
     def get_seq_length(self) -> int:
         """Tokens held by the longest sequence."""
@@ -88,7 +103,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes that the pages and windows take on their device."""
-        return sum(t.nbytes for layer in self.layers for t in vars(layer).values())
+        return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
 
     def reserve(self, batch: Batch) -> None:
         """Make room for ``batch`` and note which conv rows it will overwrite.
@@ -167,7 +182,7 @@ class Cache:
         held = int(state["lengths"].max()) if self.slots else 0
         wanted = {"lengths": (self.slots,), "oldest": (self.slots,)}
         for i, layer in enumerate(self.layers):
-            for name, tensor in vars(layer).items():
+            for name, tensor in layer.tensors().items():
                 shape = list(tensor.shape)
                 if name != "rows":
                     shape[2] = held
@@ -190,7 +205,7 @@ class Cache:
         self._oldest = state["oldest"].tolist()
 
     def _check_window(self, slot: int, length: int) -> None:
-        if max(0, length - self.past) < self._oldest[slot]:
+        if length and max(0, length - self.past) < self._oldest[slot]:
             raise CacheError(
                 f"slot {slot} cannot go on from token {length}: its conv rows before that were "
                 f"overwritten (it can take back {self.ring - self.past} tokens; a step that broke "

@@ -19,7 +19,7 @@ from lfm2_fast import checkpoint
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
-from lfm2_fast.ops import Ops, Rope
+from lfm2_fast.ops import Ops, Rope, choose
 
 
 @dataclass
@@ -145,16 +145,15 @@ class LFM2(nn.Module):
         backend: str = "auto",
         max_length: int | None = None,
         generation_config: dict[str, Any] | None = None,
-        source: Path | None = None,
+        name_or_path: str = "",
     ) -> None:
         super().__init__()
         self.config = config
         self.generation_config = generation_config or {}
-        self.source = source
+        self.name_or_path = name_or_path
         self.max_length = min(
             max_length or config.max_position_embeddings, config.max_position_embeddings
         )
-        self.ops = Ops(backend)
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(
@@ -169,6 +168,7 @@ class LFM2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False).eval()
+        self.ops = choose(backend, self.device)
         self._set_frequencies()
 
     def _set_frequencies(self) -> None:
@@ -299,7 +299,6 @@ class LFM2(nn.Module):
             self.config,
             weights,
             generation_config=self.generation_config,
-            source=self.source,
         )
 
 

@@ -108,26 +108,49 @@ def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
-def attention_ref(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+def qk_norm_rope_ref(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    rope: tuple[torch.Tensor, torch.Tensor],
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     batch: Batch,
 ) -> torch.Tensor:
-    """Write k and v into the cache, then causal grouped-query attention over each sequence.
+    """Normalise q and k per head, turn them, and write k and v into the cache.
 
-    ``q [T, heads, D]``, ``k, v [T, kv_heads, D]``, result ``[T, heads * D]``. The pages
-    ``[slots, kv_heads, page_size, D]`` hold a whole sequence each and are written at the tokens'
-    positions. Query heads of a group share one KV head (Ainslie et al., 2023).
+    ``qkv [T, (heads + 2 * kv_heads) * D]`` holds all q heads, then all k, then all v; ``q_weight``
+    and ``k_weight`` are ``[D]``; ``rope`` is what ``rope_ref`` gives. The pages ``[slots, kv_heads,
+    page_size, D]`` hold a whole sequence each and are written at the tokens' positions. Result: q,
+    ``[T, heads, D]``.
+    """
+    kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    q = rotate_ref(rms_norm_ref(q, q_weight, eps), *rope)
+    k = rotate_ref(rms_norm_ref(k, k_weight, eps), *rope)
+    first = 0
+    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        here, there = slice(first, first + n), slice(start, start + n)
+        k_pages[slot, :, there] = k[here].transpose(0, 1)
+        v_pages[slot, :, there] = v[here].transpose(0, 1)
+        first += n
+    return q
+
+
+def attention_ref(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """Causal grouped-query attention of each sequence's newest tokens over its pages.
+
+    ``q [T, heads, D]``, result ``[T, heads * D]``; the keys and values of the tokens themselves
+    are in the pages already. Query heads of a group share one KV head (Ainslie et al., 2023).
     """
     out = torch.empty_like(q)
     first = 0
     for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
         here, end = slice(first, first + n), start + n
-        k_pages[slot, :, start:end] = k[here].transpose(0, 1)
-        v_pages[slot, :, start:end] = v[here].transpose(0, 1)
         keys, values = k_pages[slot, :, :end], v_pages[slot, :, :end]
         out[here] = _attend_one(q[here], keys, values, start)
         first += n

@@ -72,7 +72,7 @@ def test_a_reset_slot_is_as_new(model) -> None:
 def test_garbage_beyond_the_length_is_never_read(model) -> None:
     cache = model.new_cache(2)
     for layer in cache.layers:
-        for tensor in vars(layer).values():
+        for tensor in layer.tensors().values():
             tensor.fill_(float("nan"))
     tokens = ids(7)
     got = run(model, cache, {1: tokens})[0]

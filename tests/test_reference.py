@@ -131,13 +131,20 @@ def test_attention_against_a_sum_over_keys(group: int, start: int, count: int) -
     cache = a_cache(2, 3, 1)
     cache.lengths[1] = start
     batch = Batch.prepare([count], [1], cache, "cpu")
-    pages = torch.randn(2, 2, kv_heads, 12, dim, dtype=torch.float64)
-    pages[:, :, :, start:] = math.nan
-    q = torch.randn(count, kv_heads * group, dim, dtype=torch.float64)
-    k, v = torch.randn(2, count, kv_heads, dim, dtype=torch.float64)
-    got = ref.attention_ref(q, k, v, pages[0], pages[1], batch).view(count, -1, dim)
-    assert torch.equal(pages[0, 1, :, start : start + count], k.transpose(0, 1))
+    pages = torch.full((2, 2, kv_heads, 12, dim), math.nan, dtype=torch.float64)
+    heads = kv_heads * group
+    qkv = torch.randn(count, (heads + 2 * kv_heads) * dim, dtype=torch.float64)
+    ones = torch.ones(dim, dtype=torch.float64)
+    rope = torch.ones(count, 1, dim).double(), torch.zeros(count, 1, dim).double()
+    q = ref.qk_norm_rope_ref(qkv, 2 * ones, 3 * ones, 1e-9, rope, pages[0], pages[1], batch)
+    parts = qkv.view(count, -1, dim)
+    unit = parts / parts.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(q, 2 * unit[:, :heads])
+    k, v = 3 * unit[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
+    torch.testing.assert_close(pages[0, 1, :, start : start + count], k.transpose(0, 1))
     assert torch.equal(pages[1, 1, :, start : start + count], v.transpose(0, 1))
+    pages[:, 1, :, :start] = torch.randn(2, kv_heads, start, dim, dtype=torch.float64)
+    got = ref.attention_ref(q, pages[0], pages[1], batch).view(count, -1, dim)
     for t in range(count):
         for head in range(kv_heads * group):
             keys = pages[0, 1, head // group, : start + t + 1]

@@ -1,0 +1,249 @@
+"""Checkpoints: a hub id or folder -> checked, fused tensors on their device; and back.
+
+Fused on load: q, k and v into ``qkv_proj``; gate (``w1``) and up (``w3``) into ``gate_up_proj``.
+``layout`` is the one place that knows which of our tensors is made of which of Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from lfm2_fast.config import CheckpointError, Config, read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of Hugging Face's tensors, its shape there, and how many rows of ours it fills."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the fused tensor that this part is."""
+        return self.shape[0]
+
+
+def layout(config: Config) -> dict[str, list[Part]]:
+    """Our tensors' names, each with the parts that it is made of, stacked along the first axis."""
+    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
+    made = {"embed_tokens.weight": [Part("model.embed_tokens.weight", (config.vocab_size, hidden))]}
+
+    def put(name: str, *parts: tuple[str, tuple[int, ...]]) -> None:
+        made[name] = [Part(f"model.{part}", shape) for part, shape in parts]
+
+    for i, kind in enumerate(config.layer_types):
+        at = f"layers.{i}."
+        for norm in ("operator_norm.weight", "ffn_norm.weight"):
+            put(at + norm, (at + norm, (hidden,)))
+        if kind == "conv":
+            at += "conv."
+            put(at + "in_proj.weight", (at + "in_proj.weight", (3 * hidden, hidden)))
+            put(at + "conv.weight", (at + "conv.weight", (hidden, 1, config.conv_L_cache)))
+            put(at + "out_proj.weight", (at + "out_proj.weight", (hidden, hidden)))
+            if config.conv_bias:
+                put(at + "in_proj.bias", (at + "in_proj.bias", (3 * hidden,)))
+                put(at + "conv.bias", (at + "conv.bias", (hidden,)))
+                put(at + "out_proj.bias", (at + "out_proj.bias", (hidden,)))
+        else:
+            at += "self_attn."
+            put(
+                at + "qkv_proj.weight",
+                (at + "q_proj.weight", (heads, hidden)),
+                (at + "k_proj.weight", (kv_heads, hidden)),
+                (at + "v_proj.weight", (kv_heads, hidden)),
+            )
+            put(at + "out_proj.weight", (at + "out_proj.weight", (hidden, heads)))
+            for norm in ("q_layernorm.weight", "k_layernorm.weight"):
+                put(at + norm, (at + norm, (size,)))
+        at = f"layers.{i}.feed_forward."
+        put(
+            at + "gate_up_proj.weight",
+            (at + "w1.weight", (inner, hidden)),
+            (at + "w3.weight", (inner, hidden)),
+        )
+        put(at + "down_proj.weight", (at + "w2.weight", (hidden, inner)))
+    put("embedding_norm.weight", ("embedding_norm.weight", (hidden,)))
+    if not config.tie_word_embeddings:
+        made["lm_head.weight"] = [Part("lm_head.weight", (config.vocab_size, hidden))]
+    return made
+
+
+def load_weights(
+    folder: Path, config: Config, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Our fused tensors, by name, in ``dtype`` on ``device``.
+
+    The files are mapped, and every tensor is copied from the map straight into its place. All
+    names, shapes and dtypes are checked before the first copy. Raises CheckpointError, which names
+    the file and the tensor, for whatever does not fit.
+    """
+    plan = layout(config)
+    found = _open_tensors(folder)
+    _check_tensors(folder, config, plan, found)
+    weights = {}
+    with tqdm(
+        plan.items(), desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
+    ) as progress:
+        for name, parts in progress:
+            rows = sum(part.rows for part in parts)
+            whole = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+            first = 0
+            for part in parts:
+                whole[first : first + part.rows].copy_(found[part.name].read())
+                first += part.rows
+            # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
+            weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
+    return weights
+
+
+def save(
+    folder: Path,
+    config: Config,
+    weights: dict[str, torch.Tensor],
+    *,
+    generation_config: dict[str, Any],
+) -> None:
+    """Write our fused tensors as the checkpoint that Hugging Face reads.
+
+    Every file is complete before it gets its name, so what was there stays whole if the disk is
+    full. Raises OSError as the file system does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = {}
+    for name, parts in layout(config).items():
+        whole = weights[name]
+        for part, rows in zip(parts, whole.split([part.rows for part in parts]), strict=True):
+            split[part.name] = rows.reshape(part.shape).contiguous()
+    dtype = str(next(iter(split.values())).dtype).removeprefix("torch.")
+    with _complete(folder / WEIGHTS) as path:
+        try:
+            save_file(split, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder / WEIGHTS}: {error}") from error
+    documents = {"config.json": {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}}
+    if generation_config:
+        documents[GENERATION_CONFIG] = generation_config
+    for name, document in documents.items():
+        with _complete(folder / name) as path:
+            path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes it if the block ends well, else is removed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in an open safetensors file."""
+
+    file: Any
+    path: Path
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def dtype(self) -> str:
+        return self.file.get_slice(self.name).get_dtype()
+
+    def read(self) -> torch.Tensor:
+        return self.file.get_tensor(self.name)
+
+
+def _open_tensors(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the folder's safetensors files, by Hugging Face's name."""
+    index = folder / INDEX
+    if index.is_file():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{index} has no weight_map; download it again")
+        missing = sorted({name for name in places.values() if not (folder / name).is_file()})
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {_listed(missing)}, which {INDEX} names; download it again"
+            )
+        names = sorted(set(places.values()))
+    elif (folder / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    else:
+        raise CheckpointError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}; lfm2_fast reads safetensors only"
+        )
+    tensors = {}
+    for name in names:
+        path = folder / name
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or corrupt ({error}); download it again"
+            ) from error
+        for key in file.keys():
+            tensors[key] = _Stored(file, path, key)
+    return tensors
+
+
+def _check_tensors(
+    folder: Path, config: Config, plan: dict[str, list[Part]], found: dict[str, _Stored]
+) -> None:
+    wanted = {part.name: part for parts in plan.values() for part in parts}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {_listed(missing)}, which its config.json asks for; the checkpoint "
+            "is incomplete or its config belongs to another one"
+        )
+    # A tied head is sometimes stored all the same; as in Hugging Face's class the embedding counts.
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    unexpected = sorted(found.keys() - wanted.keys() - tied)
+    if unexpected:
+        where = found[unexpected[0]].path
+        raise CheckpointError(
+            f"{where} holds {_listed(unexpected)}, which an LFM2 of this config does not have; "
+            "its config belongs to another checkpoint, or an adapter was saved with it"
+        )
+    for name, part in wanted.items():
+        stored = found[name]
+        if stored.shape != part.shape:
+            raise CheckpointError(
+                f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for "
+                f"{list(part.shape)}"
+            )
+        if stored.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{stored.path}: {name} is stored as {stored.dtype}; quantized checkpoints are "
+                "not supported, load the unquantized one"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,277 @@
+"""Config: a checkpoint's config.json, in any of its published spellings, as one frozen object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOT_YET = {
+    "lfm2_moe": "LFM2-MoE",
+    "lfm2_vl": "LFM2-VL",
+    "lfm2-vl": "LFM2-VL",
+    "lfm2_audio": "LFM2-Audio",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: what is wrong, where, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What an LFM2 checkpoint says of its model, under the names that Hugging Face uses.
+
+    ``intermediate_size`` is the size that the feed-forward matrices really have: the rounding
+    that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
+    "conv" or "full_attention".
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    max_position_embeddings: int
+    norm_eps: float
+    rope_theta: float
+    conv_L_cache: int
+    conv_bias: bool
+    tie_word_embeddings: bool
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    dtype: str | None = None
+
+    model_type = "lfm2"
+    is_encoder_decoder = False
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many blocks the model has."""
+        return len(self.layer_types)
+
+    @property
+    def num_parameters(self) -> int:
+        """The model's parameters, a tied head counted once."""
+        hidden, bias = self.hidden_size, int(self.conv_bias)
+        conv = 4 * hidden * hidden + self.conv_L_cache * hidden + bias * 5 * hidden
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
+        attention = heads * self.head_dim * hidden + 2 * self.head_dim
+        each = 3 * hidden * self.intermediate_size + 2 * hidden
+        operators = sum(conv if kind == "conv" else attention for kind in self.layer_types)
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        return embeddings + operators + each * self.num_hidden_layers + hidden
+
+    @classmethod
+    def from_file(cls, path: Path) -> Config:
+        """Read ``config.json``. Raises CheckpointError, which names the file, for what is wrong."""
+        return cls.from_dict(read_json(path), source=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> Config:
+        """Understand a config of either generation of Hugging Face's spellings.
+
+        Raises CheckpointError for another model's config, a value that is missing, of the wrong
+        type or out of range, and a feature that this package does not have; ``source`` is what
+        the message calls the config.
+        """
+        _check_kind(raw, source)
+        read = _Reader(raw, source)
+        hidden = read.count("hidden_size")
+        heads = read.count("num_attention_heads", "num_heads")
+        kv_heads = read.count("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise read.error(
+                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            )
+        if raw.get("head_dim") is None and hidden % heads:
+            raise read.error(f"hidden_size={hidden} is not a multiple of {heads} heads")
+        head_dim = read.count("head_dim", default=hidden // heads)
+        if head_dim % 2:
+            raise read.error(f"head_dim={head_dim} is odd, but RoPE turns pairs")
+        return cls(
+            vocab_size=read.count("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_intermediate_size(read),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            layer_types=_layer_types(read),
+            max_position_embeddings=read.count("max_position_embeddings", default=128_000),
+            norm_eps=read.number("norm_eps", "block_norm_eps", default=1e-5),
+            rope_theta=_rope_theta(read),
+            conv_L_cache=read.count("conv_L_cache", default=3),
+            conv_bias=read.flag("conv_bias", default=False),
+            tie_word_embeddings=read.flag("tie_embedding", "tie_word_embeddings", default=True),
+            initializer_range=read.number("initializer_range", default=0.02),
+            pad_token_id=read.token("pad_token_id"),
+            bos_token_id=read.token("bos_token_id"),
+            eos_token_id=_eos_token_id(read),
+            dtype=raw.get("dtype") or raw.get("torch_dtype"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that Hugging Face reads, in the spellings of transformers 4 and 5."""
+        eos = self.eos_token_id
+        return {
+            "architectures": ["Lfm2ForCausalLM"],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "block_auto_adjust_ff_dim": False,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "layer_types": list(self.layer_types),
+            "max_position_embeddings": self.max_position_embeddings,
+            "norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "conv_L_cache": self.conv_L_cache,
+            "conv_bias": self.conv_bias,
+            "tie_embedding": self.tie_word_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "dtype": self.dtype,
+            "torch_dtype": self.dtype,
+        }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises CheckpointError if it is missing, broken or no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist; a checkpoint folder holds config.json and model.safetensors"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(found).__name__}")
+    return found
+
+
+class _Reader:
+    """Typed reading of a config's values, under any of several names, with errors that say where."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {message}")
+
+    def value(self, *names: str, default: Any = None) -> Any:
+        for name in names:
+            if self.raw.get(name) is not None:
+                return self.raw[name]
+        return default
+
+    def count(self, *names: str, default: int | None = None) -> int:
+        found = self.value(*names, default=default)
+        if found is None:
+            raise self.error(f"{names[0]} is missing")
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise self.error(f"{names[0]} must be a positive whole number, not {found!r}")
+        return found
+
+    def number(self, *names: str, default: float) -> float:
+        found = self.value(*names, default=default)
+        if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
+            raise self.error(f"{names[0]} must be a positive number, not {found!r}")
+        return float(found)
+
+    def flag(self, *names: str, default: bool) -> bool:
+        found = self.value(*names, default=default)
+        if not isinstance(found, bool):
+            raise self.error(f"{names[0]} must be true or false, not {found!r}")
+        return found
+
+    def token(self, name: str) -> int | None:
+        found = self.value(name)
+        if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
+            raise self.error(f"{name} must be a token id, not {found!r}")
+        return found
+
+
+def _check_kind(raw: Mapping[str, Any], source: str) -> None:
+    kind = raw.get("model_type")
+    if kind in NOT_YET:
+        raise CheckpointError(
+            f"{source}: this is an {NOT_YET[kind]} checkpoint, which lfm2_fast does not support "
+            "yet; it runs the dense text models (LFM2 and LFM2.5: 350M, 700M, 1.2B, 2.6B)"
+        )
+    if kind != "lfm2":
+        what = f"model_type {kind!r}" if kind else "no model_type"
+        raise CheckpointError(
+            f"{source}: this is not an LFM2 checkpoint, its config has {what}; "
+            "load it with transformers instead"
+        )
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
+        raise CheckpointError(
+            f"{source}: the checkpoint is quantized ({method}), which lfm2_fast does not read; "
+            "load the unquantized checkpoint"
+        )
+
+
+def _intermediate_size(read: _Reader) -> int:
+    """The real feed-forward size: two thirds, times a multiplier, rounded up, if so asked."""
+    size = read.count("block_ff_dim", "intermediate_size")
+    if read.flag("block_auto_adjust_ff_dim", default=True):
+        size = int(2 * size / 3)
+        # An explicit null multiplier skips the rounding too, as in Hugging Face's class.
+        if read.raw.get("block_ffn_dim_multiplier", 1.0) is not None:
+            size = int(read.number("block_ffn_dim_multiplier", default=1.0) * size)
+            multiple = read.count("block_multiple_of", default=256)
+            size = -(-size // multiple) * multiple
+    return size
+
+
+def _layer_types(read: _Reader) -> tuple[str, ...]:
+    layers = read.count("num_hidden_layers")
+    types = read.value("layer_types")
+    if types is None:
+        chosen = read.value("full_attn_idxs", default=list(range(layers)))
+        wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < layers]
+        if wrong:
+            raise read.error(f"full_attn_idxs names layer {wrong[0]!r} of {layers} layers")
+        types = ["full_attention" if i in chosen else "conv" for i in range(layers)]
+    if len(types) != layers:
+        raise read.error(f"layer_types names {len(types)} layers, num_hidden_layers is {layers}")
+    for i, kind in enumerate(types):
+        if kind not in ("conv", "full_attention"):
+            raise read.error(
+                f"layer_types[{i}] is {kind!r}; lfm2_fast knows 'conv' and 'full_attention'"
+            )
+    return tuple(types)
+
+
+def _rope_theta(read: _Reader) -> float:
+    rope = read.value("rope_parameters", "rope_scaling", default={})
+    if not isinstance(rope, dict):
+        raise read.error(f"rope_parameters must be an object, not {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise read.error(f"rope_type {kind!r} is not supported, only 'default'")
+    nested = _Reader(rope, f"{read.source}: rope_parameters")
+    return nested.number("rope_theta", default=read.number("rope_theta", default=1e6))
+
+
+def _eos_token_id(read: _Reader) -> int | tuple[int, ...] | None:
+    found = read.value("eos_token_id")
+    if isinstance(found, list) and found and all(type(i) is int for i in found):
+        return tuple(found)
+    return read.token("eos_token_id")

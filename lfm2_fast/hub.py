@@ -1,0 +1,140 @@
+"""From a name to a folder: a local checkpoint as it is, a hub id through the hub's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, WEIGHTS
+from lfm2_fast.config import CheckpointError, Config, read_json
+
+
+def resolve(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
+
+    The config comes first and is checked before gigabytes follow; then only the generation config
+    and the weights are fetched, all of one commit, with the hub's progress bars. HF_HUB_OFFLINE
+    and the hub's other settings hold. Raises CheckpointError.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json")
+    name = os.fspath(model)
+    # Whatever cannot be OWNER/NAME was meant as a path.
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or os.sep != "/" and os.sep in name:
+        raise CheckpointError(
+            f"there is no folder {name!r}; give a checkpoint folder or a hub id like "
+            "'LiquidAI/LFM2-1.2B'"
+        )
+    return _download(
+        name,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+
+
+def _download(
+    repo: str,
+    *,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(name: str) -> Path | None:
+        """The file in the cache, or None where the repository does not have it."""
+        try:
+            return Path(
+                hf_hub_download(
+                    repo,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            if name != "config.json" and _is_offline(local_files_only):
+                return None
+            raise _explained(repo, revision, name, error) from error
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise _explained(repo, revision, name, error) from error
+
+    path = fetch("config.json")
+    if path is None:
+        raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
+    Config.from_file(path)
+    revision = path.parent.name
+    fetch(GENERATION_CONFIG)
+    index = fetch(INDEX)
+    names = [WEIGHTS]
+    if index is not None:
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if fetch(name) is None:
+            where = "the local cache" if _is_offline(local_files_only) else "the hub"
+            raise CheckpointError(
+                f"{repo} has no {name} in {where}; "
+                + (
+                    "connect to the network once to download it"
+                    if _is_offline(local_files_only)
+                    else "lfm2_fast reads safetensors only"
+                )
+            )
+    return path.parent
+
+
+def _is_offline(local_files_only: bool) -> bool:
+    from huggingface_hub import constants
+
+    return local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _explained(repo: str, revision: str | None, name: str, error: Exception) -> Exception:
+    """The hub's exception as one sentence with what to do; a programming error stays itself."""
+    from huggingface_hub import errors
+
+    at = f"{repo} at revision {revision!r}" if revision else repo
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(
+            f"{repo} is gated: accept its terms on the hub, then log in or pass token=..."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"{repo} is neither a folder here nor a model on the hub that you may read; check the "
+            "name, and pass token=... if it is private"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{at} does not exist on the hub; check revision")
+    if isinstance(error, errors.HFValidationError):
+        return CheckpointError(
+            f"{repo!r} is neither a folder here nor a hub id like 'LiquidAI/LFM2-1.2B'"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return CheckpointError(
+            f"{name} of {at} is not in the local cache and the hub cannot be reached (or offline "
+            "mode is on); connect once to download it, or give a folder"
+        )
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http"):
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return CheckpointError(
+            f"could not download {name} of {at} ({reason}); try again, it goes on where it stopped"
+        )
+    return error
