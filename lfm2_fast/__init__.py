@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-# A wheel carries the Triton kernels as lfm2_fast/kernels; in a checkout they are kernels/ beside us.
+# A wheel carries the Triton kernels as lfm2_fast/kernels; in a checkout they lie beside it.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 

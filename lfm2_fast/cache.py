@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lfm2_fast.batch import Batch
 
 MIN_PAGE = 64
+MARKS = 16
 
 
 @dataclass
@@ -45,6 +46,14 @@ class ConvWindow:
         return {"rows": self.rows}
 
 
+@dataclass
+class Mark:
+    """A slot's conv windows at one length, ``rows`` one ``[ring, hidden]`` per conv layer."""
+
+    rows: list[torch.Tensor]
+    oldest: int
+
+
 class CacheError(RuntimeError):
     """The cache cannot do what was asked: no room left, or the state needed is gone."""
 
@@ -57,6 +66,11 @@ class Cache:
     by position, so a step writes one row and shifts nothing, and up to ``spare`` tokens can be
     taken back by ``rollback``. ``lengths[slot]``, on the host, is the truth of how much context
     every slot holds; whatever lies beyond it in the tensors is never read.
+
+    ``history[slot]`` lists the token ids that a slot holds, as far as ``record`` was told. Unlike
+    keys and values, conv rows that a ring has passed over are gone; ``mark`` keeps a slot's window
+    at its present length (40 to 180 kB at the published sizes), and ``resume`` goes back to the
+    newest such place.
     """
 
     def __init__(
@@ -81,6 +95,8 @@ class Cache:
         self.lengths = [0] * slots
         # The first position whose conv row is still in the ring, counting steps that broke off.
         self._oldest = [0] * slots
+        self.history: list[list[int]] = [[] for _ in range(slots)]
+        self._marks: list[dict[int, Mark]] = [{} for _ in range(slots)]
         self._capacity = min(MIN_PAGE, max_length)
         self.layers: list[KVPages | ConvWindow] = []
         page = (slots, config.num_key_value_heads, self._capacity, config.head_dim)
@@ -134,6 +150,15 @@ class Cache:
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
             self.lengths[slot] = start + n
 
+    def record(self, batch: Batch, chunks: Iterable[Sequence[int]]) -> None:
+        """Note which tokens ``batch`` ran, one chunk per sequence, in the slots' histories.
+
+        A slot whose history already lacks earlier tokens stays as it is: a prefix is all it tells.
+        """
+        for slot, start, chunk in zip(batch.host_slots, batch.starts, chunks, strict=True):
+            if len(self.history[slot]) == start:
+                self.history[slot].extend(chunk)
+
     def rollback(self, tokens: int, slots: Iterable[int] | None = None) -> None:
         """Take back the last ``tokens`` of every given slot (default: all), as if never run.
 
@@ -152,21 +177,63 @@ class Cache:
                 )
             self._check_window(slot, length)
         for slot in chosen:
-            self.lengths[slot] -= tokens
-            if self.lengths[slot] == 0:
-                self._oldest[slot] = 0
+            self._cut(slot, self.lengths[slot] - tokens)
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
         """Forget every token of the given slots (default: all)."""
         for slot in range(self.slots) if slots is None else slots:
-            self.lengths[slot] = 0
-            self._oldest[slot] = 0
+            self._cut(slot, 0)
+
+    def mark(self, slot: int) -> None:
+        """Keep the slot's conv windows as they are now, so that ``resume`` can come back here.
+
+        A slot keeps its newest MARKS marks.
+        """
+        marks = self._marks[slot]
+        marks.pop(self.lengths[slot], None)
+        rows = [layer.rows[slot].clone() for layer in self.layers if isinstance(layer, ConvWindow)]
+        marks[self.lengths[slot]] = Mark(rows, self._oldest[slot])
+        if len(marks) > MARKS:
+            del marks[min(marks)]
+
+    def resume(self, slot: int, length: int) -> int:
+        """Go back to the longest restorable context of at most ``length`` tokens; give its length.
+
+        That is ``length`` itself if the ring still holds its conv rows, else a mark, else 0.
+        """
+        length = min(length, self.lengths[slot])
+        if not self._has_window(slot, length):
+            marks = self._marks[slot]
+            length = max((marked for marked in marks if marked <= length), default=0)
+            if length:
+                windows = (layer for layer in self.layers if isinstance(layer, ConvWindow))
+                for window, rows in zip(windows, marks[length].rows, strict=True):
+                    window.rows[slot] = rows
+                self._oldest[slot] = marks[length].oldest
+        self._cut(slot, length)
+        return length
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot ``target`` hold what slot ``source`` holds."""
+        held = self.lengths[source]
+        for layer in self.layers:
+            if isinstance(layer, ConvWindow):
+                layer.rows[target] = layer.rows[source]
+            else:
+                layer.k[target, :, :held] = layer.k[source, :, :held]
+                layer.v[target, :, :held] = layer.v[source, :, :held]
+        self.lengths[target] = held
+        self._oldest[target] = self._oldest[source]
+        self.history[target] = list(self.history[source])
+        self._marks[target] = dict(self._marks[source])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A copy of everything held, as named tensors that ``load_state_dict`` takes back."""
         state = {
             "lengths": torch.tensor(self.lengths, dtype=torch.int64),
             "oldest": torch.tensor(self._oldest, dtype=torch.int64),
+            "recorded": torch.tensor([len(h) for h in self.history], dtype=torch.int64),
+            "history": torch.tensor([t for h in self.history for t in h], dtype=torch.int64),
         }
         held = self.get_seq_length()
         for i, layer in enumerate(self.layers):
@@ -180,7 +247,10 @@ class Cache:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Hold what ``state`` says. Raises CacheError if it is from a cache of another shape."""
         held = int(state["lengths"].max()) if self.slots else 0
-        wanted = {"lengths": (self.slots,), "oldest": (self.slots,)}
+        recorded = int(state["recorded"].sum()) if self.slots else 0
+        wanted: dict[str, tuple[int, ...]]
+        wanted = {name: (self.slots,) for name in ("lengths", "oldest", "recorded")}
+        wanted["history"] = (recorded,)
         for i, layer in enumerate(self.layers):
             for name, tensor in layer.tensors().items():
                 shape = list(tensor.shape)
@@ -203,9 +273,25 @@ class Cache:
                 layer.v[:, :, :held].copy_(state[f"layers.{i}.v"])
         self.lengths = state["lengths"].tolist()
         self._oldest = state["oldest"].tolist()
+        parts = state["history"].split(state["recorded"].tolist())
+        self.history = [part.tolist() for part in parts]
+        self._marks = [{} for _ in range(self.slots)]
+
+    def _cut(self, slot: int, length: int) -> None:
+        """Hold only the first ``length`` tokens of a slot whose windows fit that length."""
+        self.lengths[slot] = length
+        del self.history[slot][length:]
+        marks = self._marks[slot]
+        self._marks[slot] = {marked: mark for marked, mark in marks.items() if marked <= length}
+        if length == 0:
+            self._oldest[slot] = 0
+
+    def _has_window(self, slot: int, length: int) -> bool:
+        """Whether the ring holds the conv rows that token ``length`` needs."""
+        return length == 0 or max(0, length - self.past) >= self._oldest[slot]
 
     def _check_window(self, slot: int, length: int) -> None:
-        if length and max(0, length - self.past) < self._oldest[slot]:
+        if not self._has_window(slot, length):
             raise CacheError(
                 f"slot {slot} cannot go on from token {length}: its conv rows before that were "
                 f"overwritten (it can take back {self.ring - self.past} tokens; a step that broke "

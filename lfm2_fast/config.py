@@ -14,6 +14,7 @@ NOT_YET = {
     "lfm2-vl": "LFM2-VL",
     "lfm2_audio": "LFM2-Audio",
 }
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class CheckpointError(ValueError):
@@ -113,7 +114,7 @@ class Config:
             pad_token_id=read.token("pad_token_id"),
             bos_token_id=read.token("bos_token_id"),
             eos_token_id=_eos_token_id(read),
-            dtype=raw.get("dtype") or raw.get("torch_dtype"),
+            dtype=_dtype(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Typed reading of a config's values, under any of several names, with errors that say where."""
+    """Reads a config's values under any of several names, with errors that say where."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw = raw
@@ -268,6 +269,13 @@ def _rope_theta(read: _Reader) -> float:
         raise read.error(f"rope_type {kind!r} is not supported, only 'default'")
     nested = _Reader(rope, f"{read.source}: rope_parameters")
     return nested.number("rope_theta", default=read.number("rope_theta", default=1e6))
+
+
+def _dtype(read: _Reader) -> str | None:
+    found = read.value("dtype", "torch_dtype")
+    if found is not None and found not in DTYPES:
+        raise read.error(f"torch_dtype {found!r} is none of {', '.join(DTYPES)}")
+    return found
 
 
 def _eos_token_id(read: _Reader) -> int | tuple[int, ...] | None:

@@ -52,12 +52,16 @@ def _download(
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cache_dir = None if cache_dir is None else Path(cache_dir)
 
     def fetch(name: str) -> Path | None:
         """The file in the cache, or None where the repository does not have it."""
         try:
+            if try_to_load_from_cache(repo, name, cache_dir, revision) is _CACHED_NO_EXIST:
+                return None
             return Path(
                 hf_hub_download(
                     repo,

@@ -43,6 +43,8 @@ class CausalLMOutput:
 class DepthwiseWeight(nn.Module):
     """A short convolution's ``weight [H, W]``, newest tap last, and optional ``bias [H]``."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.conv_L_cache))
@@ -149,7 +151,7 @@ class LFM2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.generation_config = generation_config or {}
+        self._generation: Any = generation_config or {}
         self.name_or_path = name_or_path
         self.max_length = min(
             max_length or config.max_position_embeddings, config.max_position_embeddings
@@ -191,6 +193,24 @@ class LFM2(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the cache."""
         return self.embed_tokens.weight.dtype
+
+    @property
+    def generation_config(self) -> Any:
+        """The checkpoint's generation parameters, as transformers' GenerationConfig."""
+        if isinstance(self._generation, dict):
+            from transformers import GenerationConfig
+
+            self._generation = GenerationConfig.from_dict(self._generation)
+        return self._generation
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self._generation = value
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """The generation parameters as a mapping, without a need for transformers."""
+        found = self._generation
+        return found if isinstance(found, dict) else found.to_dict()
 
     def new_cache(self, slots: int, max_length: int | None = None, *, spare: int = 1) -> Cache:
         """An empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
@@ -251,7 +271,9 @@ class LFM2(nn.Module):
             raise ValueError(
                 f"input_ids has {count} rows, but past_key_values holds {cache.slots} sequences"
             )
-        batch = Batch.prepare(mask.sum(-1).tolist(), range(count), cache, self.device)
+        counts = mask.sum(-1).tolist()
+        batch = Batch.prepare(counts, range(count), cache, self.device)
+        tokens = input_ids[mask]
 
         kept = torch.zeros_like(mask)
         if isinstance(logits_to_keep, int):
@@ -260,7 +282,8 @@ class LFM2(nn.Module):
             columns = logits_to_keep.to(mask.device)
         kept[:, columns] = True
         rows = kept[mask].nonzero()[:, 0]
-        logits = self.run(input_ids[mask], batch, cache, rows)
+        logits = self.run(tokens, batch, cache, rows)
+        cache.record(batch, (c.tolist() for c in tokens.cpu().split([n for n in counts if n])))
 
         full = logits.new_zeros(count, width, self.config.vocab_size)
         full[kept & mask] = logits
@@ -298,12 +321,12 @@ class LFM2(nn.Module):
             Path(save_directory),
             self.config,
             weights,
-            generation_config=self.generation_config,
+            generation_config=self.generation_defaults(),
         )
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """``[B, T]`` bool, true at tokens. Raises ValueError for a mask that does not fit or has holes."""
+    """``[B, T]`` bool, true at tokens; ValueError for a mask that does not fit or has holes."""
     count, width = input_ids.shape
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)

@@ -7,6 +7,10 @@ never changes the model's text. Words are made of small operations; a backend is
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -14,9 +18,36 @@ from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
 
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "eager", "triton")
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class Depthwise(Protocol):
+    """A short convolution's weights: ``weight [H, W]``, newest tap last, and maybe ``bias [H]``."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+
+class ShortConv(Protocol):
+    """What ``conv_out_add`` needs of a conv layer."""
+
+    @property
+    def conv(self) -> Depthwise: ...
+    @property
+    def out_proj(self) -> nn.Linear: ...
+
+
+class Attention(Protocol):
+    """What ``attend`` needs of an attention layer."""
+
+    @property
+    def q_layernorm(self) -> nn.RMSNorm: ...
+    @property
+    def k_layernorm(self) -> nn.RMSNorm: ...
 
 
 class BackendError(RuntimeError):
@@ -26,15 +57,38 @@ class BackendError(RuntimeError):
 def choose(backend: str, device: torch.device) -> Ops:
     """The operations that ``backend`` names, for a model on ``device``.
 
-    "eager" is plain PyTorch and runs on any device; "auto" takes the fastest there is, which today
-    is the same. Raises BackendError for a name that is unknown or cannot run here.
+    "eager" is plain PyTorch and runs on any device, "triton" runs on GPUs; "auto" takes the fastest
+    that runs on ``device``. Raises BackendError for a name that is unknown or cannot run here.
     """
     if backend not in BACKENDS:
         raise BackendError(
             f"backend={backend!r} is not in this version of lfm2_fast; "
             f"choose one of {', '.join(map(repr, BACKENDS))}"
         )
+    missing = why_not_triton(device)
+    if backend == "triton" and missing:
+        raise BackendError(f"backend='triton' cannot run on {device}: {missing}")
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and not missing):
+        from lfm2_fast.ops_triton import TritonOps
+
+        return TritonOps()
     return Ops()
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """What Triton's kernels lack to run on ``device`` and how to get it, or None."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    if device.type == "cuda":
+        if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+            return "Triton needs compute capability 8.0 or higher; choose backend='eager'"
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return None
+    return (
+        "Triton runs on GPUs, and on the CPU in its interpreter alone, for tests: start Python "
+        "with TRITON_INTERPRET=1, or choose backend='eager'"
+    )
 
 
 class Ops:
@@ -53,24 +107,24 @@ class Ops:
     def conv_out_add(
         self,
         bcx: torch.Tensor,
-        conv: nn.Module,
+        conv: ShortConv,
         residual: torch.Tensor,
         window: ConvWindow,
         batch: Batch,
     ) -> torch.Tensor:
-        """``residual + out_proj(C * causal_conv(B * x))``: ``[T, 3H] -> [T, H]``; moves the window."""
+        """``residual + out_proj(C * causal_conv(B * x))``, ``[T, 3H] -> [T, H]``; moves window."""
         y = self.gated_conv(bcx, conv.conv, window, batch)
         return self.linear_add(y, conv.out_proj, residual)
 
     def attend(
         self,
         qkv: torch.Tensor,
-        attention: nn.Module,
+        attention: Attention,
         rope: Rope,
         pages: KVPages,
         batch: Batch,
     ) -> torch.Tensor:
-        """QK-norm, RoPE, k and v into their pages, causal attention: ``[T, N] -> [T, heads * D]``."""
+        """QK-norm, RoPE, k and v to their pages, attention: ``[T, N] -> [T, heads * D]``."""
         q = self.qk_norm_rope(qkv, attention, rope, pages, batch)
         return self.attention(q, pages, batch)
 
@@ -101,14 +155,14 @@ class Ops:
         return ref.swiglu_ref(gate_up)
 
     def gated_conv(
-        self, bcx: torch.Tensor, conv: nn.Module, window: ConvWindow, batch: Batch
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         """``C * causal_conv(B * x)``: ``[T, 3H] -> [T, H]``; moves the window."""
         body = ref.gated_conv_step_ref if batch.max_query == 1 else ref.gated_conv_ref
         return body(bcx, conv.weight, conv.bias, window.rows, batch)
 
     def qk_norm_rope(
-        self, qkv: torch.Tensor, attention: nn.Module, rope: Rope, pages: KVPages, batch: Batch
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
     ) -> torch.Tensor:
         """Norm and turn q and k, write k and v to their pages, give q ``[T, heads, D]``."""
         return ref.qk_norm_rope_ref(

@@ -1,0 +1,266 @@
+"""Checkpoints on disk: what loads, what is refused and how, memory while loading, saving."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lfm2_fast
+from lfm2_fast import CheckpointError
+from lfm2_fast.checkpoint import layout
+from lfm2_fast.config import Config
+
+
+def load(folder: Path, **kwargs: object) -> lfm2_fast.LFM2:
+    return lfm2_fast.load(folder, **{"device": "cpu", **kwargs})
+
+
+@pytest.fixture
+def broken(random_checkpoint, tmp_path: Path) -> Path:
+    """A copy of a good checkpoint for a test to spoil."""
+    return shutil.copytree(random_checkpoint(), tmp_path / "checkpoint")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path) -> list[str]:
+    """Split the one file of ``folder`` into three with an index; the file names."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
+    places = {key: names[i % 3] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file({k: tensors[k] for k, at in places.items() if at == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "model.safetensors").unlink()
+    return names
+
+
+def test_one_file_and_shards_give_the_same_model(random_checkpoint, broken: Path) -> None:
+    shard(broken)
+    whole = load(random_checkpoint()).state_dict()
+    parts = load(broken).state_dict()
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_stored_tied_head_is_no_error(random_checkpoint, broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({"lm_head.weight": torch.zeros(307, 96)}))
+    model = load(broken)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, load(random_checkpoint()).lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", torch.float16, "torch.float64"])
+def test_dtypes(broken: Path, dtype: str | torch.dtype) -> None:
+    rewrite(broken, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    name = "bfloat16" if dtype == "auto" else str(dtype).removeprefix("torch.")
+    assert load(broken, dtype=dtype).dtype == getattr(torch, name)
+
+
+W1 = "model.layers.0.feed_forward.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda f: rewrite(f, lambda t: t.pop(W1)),
+            f"lacks {W1}, which its config.json asks for",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update({"lora_A": torch.zeros(2)})),
+            "model.safetensors holds lora_A, which an LFM2 of this config does not have",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update({W1: torch.zeros(3, 96)})),
+            rf"model.safetensors: {W1} has shape \[3, 96\], but config.json asks for \[150, 96\]",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update({W1: t[W1].to(torch.int8)})),
+            f"{W1} is stored as I8; quantized checkpoints are not supported",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-100]
+            ),
+            "model.safetensors is truncated or corrupt",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4000),
+            "model.safetensors is truncated or corrupt",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b""),
+            "model.safetensors is truncated or corrupt",
+        ),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "holds neither model.safetensors nor model.safetensors.index.json",
+        ),
+        (
+            lambda f: (f / shard(f)[1]).unlink(),
+            "lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            "index.json has no weight_map",
+        ),
+        (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+        (
+            lambda f: (f / "generation_config.json").write_text("{nonsense"),
+            "generation_config.json is not valid JSON",
+        ),
+    ],
+)
+def test_spoiled_checkpoints_are_named(
+    broken: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(broken)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(broken)
+    assert str(broken) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"device": "tpu9"}, ValueError, "device='tpu9' is not a device"),
+        ({"device": "mps"}, ValueError, "device='mps' is not available"),
+        ({"device_map": "auto", "device": "cpu"}, ValueError, "device or device_map, not both"),
+        ({"dtype": "int8"}, ValueError, "dtype='int8' is not supported"),
+        ({"dtype": 16}, ValueError, "dtype=16 is not supported"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+        ({"backend": "magic"}, lfm2_fast.BackendError, "backend='magic' is not"),
+    ],
+)
+def test_bad_arguments_are_named(
+    random_checkpoint, arguments: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load(random_checkpoint(), **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_missing_device_is_named(random_checkpoint) -> None:
+    with pytest.raises(ValueError, match="device='cuda' is not available.*use device='cpu'"):
+        load(random_checkpoint(), device="cuda")
+
+
+def test_device_map_is_another_name(random_checkpoint) -> None:
+    model = lfm2_fast.load(random_checkpoint(), device_map="cpu")
+    assert model.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "~/nowhere", "gpt2"])
+def test_a_path_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"there is no folder '{re.escape(name)}'"):
+        lfm2_fast.load(name)
+
+
+def test_a_file_is_not_a_folder(random_checkpoint) -> None:
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+        lfm2_fast.load(random_checkpoint() / "config.json")
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"tie_word_embeddings": False}, {"conv_bias": True, "conv_L_cache": 4}]
+)
+def test_hugging_face_reads_what_we_save(
+    random_checkpoint, pair, tmp_path: Path, changed: dict
+) -> None:
+    folder = random_checkpoint(**changed)
+    original, ours = pair(folder)
+    ours.save_pretrained(tmp_path / "saved")
+    theirs, again = pair(tmp_path / "saved")
+    expected, found = original.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ids = torch.arange(8, 40)[None]
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+    assert theirs.generation_config.eos_token_id == original.generation_config.eos_token_id
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(random_checkpoint, tmp_path: Path) -> None:
+    """A file size limit stands for the full disk: the write fails midway."""
+    model = load(random_checkpoint())
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    program = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import lfm2_fast
+model = lfm2_fast.load({str(random_checkpoint())!r}, device="cpu")
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    model.save_pretrained({str(tmp_path)!r})
+except OSError as error:
+    sys.exit(f"OSError: {{error}}")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1 and "OSError: " in result.stderr, result.stderr
+    assert "model.safetensors" in result.stderr
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*partial"))
+    load(tmp_path)
+
+
+def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path: Path) -> None:
+    """At 350M's real shape in bf16; anonymous memory only, mapped pages are the file's own."""
+    published = Path(__file__).parent / "data" / "LFM2-350M.json"
+    shutil.copy(published, tmp_path / "config.json")
+    config = Config.from_file(published)
+    parts = [part for made in layout(config).values() for part in made]
+    save_file(
+        {part.name: torch.full(part.shape, 0.5, dtype=torch.bfloat16) for part in parts},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    program = f"""
+import threading, time
+import lfm2_fast
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+before, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = lfm2_fast.load({str(tmp_path)!r}, device="cpu")
+done = True
+watcher.join()
+assert model.dtype.itemsize == 2
+print(max(peak, anonymous()) - before)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    size = 2 * config.num_parameters
+    taken = int(result.stdout)
+    assert 0.9 * size < taken < 1.25 * size, f"{taken / size:.3f} times the checkpoint"

@@ -1,0 +1,247 @@
+"""The hub path against a small server on loopback, in processes of their own.
+
+The server speaks as much of the hub's protocol as a download needs: a repository's files at
+``/OWNER/NAME/resolve/REVISION/FILE`` with the commit and an etag in the headers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves ``files`` as org/model; cuts the connection midway for names in ``cut``."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files = files
+        self.cut: set[str] = set()
+        self.status: int | None = None
+        self.error_code = ""
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        name = "/".join(parts[4:])
+        known = parts[:3] == ["org", "model", "resolve"] and parts[3] in ("main", COMMIT)
+        if self.server.status is not None:
+            return self.fail(self.server.status, self.server.error_code)
+        if not known:
+            return self.fail(404, "RevisionNotFound" if parts[1] == "model" else "RepoNotFound")
+        if name not in self.server.files:
+            return self.fail(404, "EntryNotFound")
+        content = self.server.files[name]
+        if body:
+            self.server.asked.append(name)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if not body:
+            return
+        if name in self.server.cut:
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.wfile.write(content)
+
+    def fail(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(random_checkpoint) -> Iterator[Hub]:
+    folder = random_checkpoint()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server = Hub({**files, "README.md": b"not needed", "pytorch_model.bin": b"not needed"})
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def load(
+    cache: Path,
+    url: str,
+    name: str = "org/model",
+    extra: str = "",
+    stderr: int = subprocess.PIPE,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """Load ``name`` in a process of its own, where HF_ENDPOINT is read; the finished process."""
+    program = f"""
+import sys, time, lfm2_fast
+time.sleep = lambda seconds: None  # the hub's client retries as it does, but without its pauses
+try:
+    model = lfm2_fast.load({name!r}, device="cpu", {extra})
+except lfm2_fast.CheckpointError as error:
+    sys.exit(f"CheckpointError: {{error}}")
+print(model.config.num_parameters, model.name_or_path)
+"""
+    settings = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+        if name not in env:
+            settings.pop(name, None)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_only_what_is_needed_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
+    for _ in range(2):
+        result = load(tmp_path, hub.url)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "407200 org/model\n"
+    assert sorted(hub.asked) == ["config.json", "generation_config.json", "model.safetensors"]
+    hub.shutdown()
+    hub.server_close()
+    offline = load(tmp_path, hub.url, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    local = load(tmp_path, hub.url, extra="local_files_only=True")
+    assert local.returncode == 0, local.stderr
+    # A hub that cannot be reached is no reason to refuse what the cache holds.
+    unreachable = load(tmp_path, hub.url)
+    assert unreachable.returncode == 0, unreachable.stderr
+
+
+def test_a_terminal_sees_a_progress_bar(hub: Hub, tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    result = load(tmp_path, hub.url, stderr=end)
+    os.close(end)
+    assert result.returncode == 0
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end of file
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert b"model.safetensors" in shown and b"100%" in shown
+
+
+def test_the_given_cache_folder_is_used(hub: Hub, tmp_path: Path) -> None:
+    result = load(tmp_path / "home", hub.url, extra=f"cache_dir={str(tmp_path / 'mine')!r}")
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "mine").glob("models--org--model/snapshots/*/model.safetensors"))
+
+
+def refused(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_a_config_that_does_not_fit_stops_before_the_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = b'{"model_type": "llama"}'
+    assert "not an LFM2 checkpoint" in refused(load(tmp_path, hub.url))
+    assert hub.asked == ["config.json"]
+
+
+def test_missing_files_are_named(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["model.safetensors"]
+    message = refused(load(tmp_path / "a", hub.url))
+    assert "org/model has no model.safetensors in the hub" in message
+    del hub.files["config.json"]
+    message = refused(load(tmp_path / "b", hub.url))
+    assert "org/model on the hub has no config.json" in message
+
+
+def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.files["model.safetensors.index.json"] = b'{"weight_map": {"x": "model-1-of-2.safetensors"}}'
+    message = refused(load(tmp_path, hub.url))
+    assert "org/model has no model-1-of-2.safetensors in the hub" in message
+
+
+def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -> None:
+    hub.cut.add("model.safetensors")
+    message = refused(load(tmp_path, hub.url))
+    assert "could not download model.safetensors of org/model" in message
+    assert "try again" in message
+    hub.cut.clear()
+    result = load(tmp_path, hub.url)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("org/other", "", "org/other is neither a folder here nor a model on the hub"),
+        ("org/model", 'revision="v9"', "org/model at revision 'v9' does not exist on the hub"),
+        ("org/mo del", "", "'org/mo del' is neither a folder here nor a hub id"),
+    ],
+)
+def test_wrong_names_are_named(
+    hub: Hub, tmp_path: Path, name: str, extra: str, message: str
+) -> None:
+    assert message in refused(load(tmp_path, hub.url, name, extra))
+
+
+def test_a_gated_model_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    hub.status, hub.error_code = 403, "GatedRepo"
+    assert "org/model is gated: accept its terms" in refused(load(tmp_path, hub.url))
+
+
+def test_no_network_and_not_cached(tmp_path: Path) -> None:
+    nobody = "http://127.0.0.1:9"
+    for result in (
+        load(tmp_path, nobody),
+        load(tmp_path, nobody, HF_HUB_OFFLINE="1"),
+        load(tmp_path, nobody, extra="local_files_only=True"),
+    ):
+        message = refused(result)
+        assert "config.json of org/model is not in the local cache" in message
+        assert "connect once to download it, or give a folder" in message
+
+
+def test_weights_missing_in_the_cache_are_named_offline(hub: Hub, tmp_path: Path) -> None:
+    hub.cut.add("model.safetensors")
+    refused(load(tmp_path, hub.url))
+    message = refused(load(tmp_path, hub.url, HF_HUB_OFFLINE="1"))
+    assert "org/model has no model.safetensors in the local cache" in message
+    assert "connect to the network once" in message
