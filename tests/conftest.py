@@ -1,15 +1,31 @@
-"""Fixtures shared by the tests: checkpoints on disk, and models in Hugging Face's and our classes."""
+"""Fixtures shared by the tests: checkpoints on disk, models of both classes, how bodies are judged.
+
+Triton kernels run on the machine's GPU, or in Triton's interpreter where there is none.
+``TRITON_INTERPRET=1`` forces the interpreter; ``TRITON_INTERPRET=0`` without a GPU is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
-import lfm2_fast
+CUDA = torch.cuda.is_available()
+# Triton reads this once, when it is first imported.
+INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if CUDA else "1") == "1"
+if not (CUDA or INTERPRETED):
+    raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and torch sees none")
+
+import lfm2_fast  # noqa: E402
+from lfm2_fast.batch import Batch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,3 +98,207 @@ def pair() -> Callable[..., Pair]:
         return theirs, lfm2_fast.load(folder, device="cpu", dtype=dtype, **kwargs)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def within_budget() -> Callable[..., None]:
+    """The design's rule for a computed result, largest error against largest error.
+
+    ``out`` may be twice as far from ``exact``, the ``*_ref`` in float64, as ``plain``, the same
+    ``*_ref`` in the working dtype, plus one rounding step of that dtype at the size of ``exact``.
+    Where ``plain`` overflows, ``out`` is not judged. ``by_row`` judges every row of the last axis
+    alone, so that large rows cannot hide errors in small ones.
+    """
+
+    def check(
+        out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, *, by_row: bool = False
+    ) -> None:
+        assert exact.dtype == torch.float64 and exact.isfinite().all()
+        assert (out.shape, out.dtype) == (exact.shape, plain.dtype)
+        judged = plain.isfinite()
+        assert out[judged].isfinite().all(), "NaN or infinity where plain PyTorch has none"
+        exact = exact.where(judged, 0)
+        error = (out.double().where(judged, 0) - exact).abs()
+        allowed = (plain.double().where(judged, 0) - exact).abs()
+        size = exact.abs()
+        if not by_row:
+            error, allowed, size = error.flatten(), allowed.flatten(), size.flatten()
+        if not error.numel():
+            return
+        error, allowed, size = error.amax(-1), allowed.amax(-1), size.amax(-1)
+        budget = 2 * allowed + torch.finfo(plain.dtype).eps * size
+        worst = (error - budget).argmax()
+        assert (error <= budget).all(), (
+            f"error {error.flatten()[worst]:.3e}, allowed {budget.flatten()[worst]:.3e} "
+            f"(plain PyTorch: {allowed.flatten()[worst]:.3e})"
+        )
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where Triton kernels run: on the GPU, or in the interpreter on the CPU."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+# The interpreter's arithmetic in bfloat16 is wrong.
+@pytest.fixture(
+    scope="session",
+    params=[torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED),
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def kernel_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each dtype that Triton kernels are tested in."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["in_order", "reversed"] if INTERPRETED else ["on_gpu"])
+def grid_order(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the interpreter, programs run one after another: from the first on, then from the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reversed":
+            from triton.runtime.interpreter import interpreter_builder as builder
+
+            forward = builder.set_grid_idx
+
+            def backward(*place: int) -> None:
+                forward(*(n - 1 - i for n, i in zip(builder.grid_dim, place, strict=True)))
+
+            patch.setattr(builder, "set_grid_idx", backward)
+        yield
+
+
+@pytest.fixture(scope="session")
+def traced() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """``with traced(reads, writes)`` follows every access of the kernel launched inside.
+
+    It may load elements of either list and store those of ``writes``, nothing else; and what one
+    program stores no other may load or store, since programs run in any order. Only the interpreter
+    shows this; on a GPU nothing is checked here.
+    """
+
+    @contextlib.contextmanager
+    def trace(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Iterator[None]:
+        if not INTERPRETED:
+            yield
+            return
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        loads: list[tuple[tuple[int, ...], np.ndarray]] = []
+        stores: list[tuple[tuple[int, ...], np.ndarray]] = []
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def note_load(ptrs: Any, mask: Any, *args: Any) -> Any:
+            loads.append((builder.grid_idx, ptrs.data[mask.data.astype(bool)]))
+            return load(ptrs, mask, *args)
+
+        def note_store(ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+            stores.append((builder.grid_idx, ptrs.data[mask.data.astype(bool)]))
+            return store(ptrs, value, mask, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(builder, "create_masked_load", note_load)
+            patch.setattr(builder, "create_masked_store", note_store)
+            yield
+        writable = elements(writes)
+        loaded, stored = by_program(loads), by_program(stores)
+        assert np.isin(stored[0], writable).all(), "stores outside of what it may write"
+        readable = np.concatenate([elements(reads), writable])
+        assert np.isin(loaded[0], readable).all(), "loads from outside of its tensors"
+        shared = np.isin(loaded[0], stored[0])
+        touched = np.concatenate([stored, loaded[:, shared]], axis=1)
+        addresses = np.unique(touched, axis=1)[0]
+        assert len(np.unique(addresses)) == len(addresses), "two programs meet where one stores"
+
+    def elements(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+        """The address of every element."""
+        found = [np.empty(0, dtype=np.int64)]
+        for tensor in tensors:
+            places = torch.zeros(tensor.shape, dtype=torch.int64)
+            for axis, (size, stride) in enumerate(
+                zip(tensor.shape, tensor.stride(), strict=True), start=1
+            ):
+                steps = torch.arange(size) * stride * tensor.element_size()
+                places += steps.view(-1, *[1] * (tensor.dim() - axis))
+            found.append(tensor.data_ptr() + places.flatten().numpy())
+        return np.concatenate(found)
+
+    def by_program(accesses: list[tuple[tuple[int, ...], np.ndarray]]) -> np.ndarray:
+        """``[2, n]``: addresses, and the number of the program that used each."""
+        programs = {place: i for i, place in enumerate({place for place, _ in accesses})}
+        pairs = [np.empty((2, 0), dtype=np.int64)]
+        for place, at in accesses:
+            flat = at.flatten().astype(np.int64)
+            pairs.append(np.stack([flat, np.full_like(flat, programs[place])]))
+        return np.concatenate(pairs, axis=1)
+
+    return trace
+
+
+@pytest.fixture(scope="session")
+def framed() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Copies a tensor into the middle of a larger one, which is NaN around it.
+
+    Its rows then stand apart and begin anywhere, and ``intact`` tells whether the frame still is.
+    """
+
+    def frame(tensor: torch.Tensor) -> torch.Tensor:
+        shape = [n + 2 for n in tensor.shape]
+        whole = torch.full(shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+        inside = whole[tuple(slice(1, -1) for _ in shape)]
+        return inside.copy_(tensor)
+
+    return frame
+
+
+@pytest.fixture(scope="session")
+def intact() -> Callable[[torch.Tensor], bool]:
+    """Whether the NaN around a ``framed`` tensor is untouched."""
+
+    def check(inside: torch.Tensor) -> bool:
+        assert inside._base is not None
+        whole = inside._base.clone()
+        whole[tuple(slice(1, -1) for _ in whole.shape)] = float("nan")
+        return bool(whole.isnan().all())
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """Whether two tensors are equal to the bit, NaN included."""
+
+    def check(a: torch.Tensor, b: torch.Tensor) -> bool:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        whole = {2: torch.int16, 4: torch.int32}[a.element_size()]
+        return torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def draw_batch(kernel_device: torch.device) -> Callable[..., Batch]:
+    """Lets hypothesis draw a batch of at most ``tokens`` a sequence: counts, starts and slots."""
+
+    def draw(data: st.DataObject, tokens: int) -> Batch:
+        slots = data.draw(st.integers(1, 5), "slots")
+        live = data.draw(st.permutations(range(slots)), "order")[: data.draw(st.integers(1, slots))]
+        counts = [data.draw(st.integers(1, tokens), "tokens") for _ in live]
+        held = [data.draw(st.integers(0, 40), "held") for _ in range(slots)]
+        cache: Any = SimpleNamespace(slots=slots, lengths=held)
+        return Batch.prepare(counts, live, cache, kernel_device)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def fp32_distance() -> Callable[[torch.Tensor, torch.Tensor], tuple[float, float]]:
+    """The design's measure of 16-bit logits against float32's: mean KL, argmax disagreement."""
+
+    def measure(logits: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+        p, q = exact.double().log_softmax(-1), logits.double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1).mean()
+        return kl.item(), (logits.argmax(-1) != exact.argmax(-1)).double().mean().item()
+
+    return measure

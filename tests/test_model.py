@@ -193,21 +193,17 @@ def held_out(tiny: Path, count: int) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt").input_ids[:, :count]
 
 
-def test_bf16_is_no_further_from_fp32_than_hugging_faces(tiny: Path, pair) -> None:
+def test_bf16_is_no_further_from_fp32_than_hugging_faces(
+    tiny: Path, pair, fp32_distance: Callable
+) -> None:
     """The design's rule, teacher-forced on trained weights: KL and argmax disagreement."""
     tokens = held_out(tiny, 768).view(3, 256)
     exact_model, _ = pair(tiny)
     theirs, ours = pair(tiny, torch.bfloat16)
-
-    def distance(logits: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-        p, q = exact.double().log_softmax(-1), logits.double().log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).mean()
-        return kl.item(), (logits.argmax(-1) != exact.argmax(-1)).double().mean().item()
-
     with torch.no_grad():
         exact = exact_model(tokens).logits
-        their_kl, their_misses = distance(theirs(tokens).logits, exact)
-    our_kl, our_misses = distance(ours(tokens).logits, exact)
+        their_kl, their_misses = fp32_distance(theirs(tokens).logits, exact)
+    our_kl, our_misses = fp32_distance(ours(tokens).logits, exact)
     assert our_kl <= 1.1 * their_kl
     assert our_misses <= 1.1 * their_misses + 1 / tokens.numel()
 

@@ -1,0 +1,45 @@
+# `make demo` and `make test` work in a fresh clone: each sets up .venv first, and only once.
+# Others: `make help`. Another Python than the first suitable one: `make PYTHON=python3.12 test`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+.PHONY: help demo test lint wheel clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+
+demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
+	@$(BIN)/lfm2-fast demo
+
+test: lint ## Check style and types, then run every test
+	$(BIN)/pytest
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean: ## Remove all that the other targets made
+	rm -rf $(VENV) build dist lfm2_fast.egg-info lfm2_fast/*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first: the extension is built against it, where there is a compiler.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt ninja setuptools torch
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "no Python from 3.10 to 3.14 is on PATH" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)

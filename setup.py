@@ -1,0 +1,75 @@
+"""Builds the optional extension lfm2_fast/_C.abi3.so from csrc/; the metadata is in pyproject.toml.
+
+LFM2_FAST_BUILD_EXT=auto, the default, builds where sources, torch and a C++ compiler are at hand;
+elsewhere it says on stderr what is missing, and the package installs without. 1 fails instead, 0
+never builds. torch is no build requirement, since of use is only the one that will run the
+extension: ``pip install --no-build-isolation .`` builds against the torch that is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+WANTED = os.environ.get("LFM2_FAST_BUILD_EXT", "auto")
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
+
+
+class Missing(Exception):
+    """What the extension needs and is not here."""
+
+
+def extension() -> dict[str, Any]:
+    """The arguments of ``setup`` that build the extension. Raises Missing."""
+    sources = found("csrc/*.cpp")
+    if not sources:
+        raise Missing("no sources in csrc/")
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise Missing(f"no torch in the build ({error}); pass --no-build-isolation") from error
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        raise Missing(f"no C++ compiler ({compiler} is not on PATH)")
+    # A toolkit decides, not a GPU: wheels are built on machines without one. No -gencode is passed,
+    # or torch would ignore TORCH_CUDA_ARCH_LIST.
+    cuda = found("csrc/*.cu") if torch.version.cuda and cpp_extension.CUDA_HOME else []
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    module = make(
+        "lfm2_fast._C",
+        sources + cuda,
+        depends=found("csrc/*.h") + found("csrc/*.cuh"),
+        extra_compile_args={"cxx": ["-O3", "-g0", TARGET], "nvcc": ["-O3", TARGET, "-DUSE_CUDA"]},
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def found(pattern: str) -> list[str]:
+    return sorted(map(str, Path().glob(pattern)))
+
+
+if WANTED not in ("auto", "1", "0"):
+    sys.exit(f"LFM2_FAST_BUILD_EXT must be auto, 1 or 0, not {WANTED!r}")
+arguments: dict[str, Any] = {}
+if WANTED != "0":
+    try:
+        arguments = extension()
+    except Missing as missing:
+        if WANTED == "1":
+            sys.exit(f"LFM2_FAST_BUILD_EXT=1, but the extension cannot be built: {missing}")
+        print(f"lfm2_fast: installing without the C++ extension: {missing}", file=sys.stderr)
+# Git holds no empty folder: kernels/ is a package from its first file on.
+packages = ["lfm2_fast", *(["lfm2_fast.kernels"] if Path("kernels").is_dir() else [])]
+setup(packages=packages, **arguments)

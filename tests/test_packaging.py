@@ -1,0 +1,150 @@
+"""Wheel, sdist, installed package and bare checkout: each holds what it should, and runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import pytest
+
+import lfm2_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GENERATE = """
+import torch, lfm2_fast
+from pathlib import Path
+from transformers import Lfm2ForCausalLM
+from lfm2_fast.kernels.probe import FOUND
+model = lfm2_fast.load(Path(lfm2_fast.__file__).parent / "tiny", device="cpu")
+assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape[1] > 3
+print(lfm2_fast.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path, **env: str | Path) -> str:
+    """What ``command`` prints. It must succeed."""
+    environment = {**os.environ, **{name: str(value) for name, value in env.items()}}
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """The pure "wheel" or the "sdist" of ``source``, made in the empty folder ``out``."""
+    command = (sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out)
+    run(*command, cwd=source, LFM2_FAST_BUILD_EXT="0")
+    (made,) = out.iterdir()
+    return made
+
+
+def checksums(wheel: Path) -> dict[str, int]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {info.filename: info.CRC for info in archive.infolist()}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout with one more kernel and C++ source, and an extension left behind."""
+    copy = tmp_path_factory.mktemp("checkout") / "lfm2_fast"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    for added in ("kernels/probe.py", "csrc/probe.cpp", "lfm2_fast/_C.abi3.so"):
+        (copy / added).parent.mkdir(exist_ok=True)
+        (copy / added).touch()
+    (copy / "kernels" / "probe.py").write_text("FOUND = True\n", encoding="utf-8")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", checkout, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed in it, its dependencies being those of this interpreter."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+def test_wheel_holds_the_package_and_nothing_else(checkout: Path, wheel: Path) -> None:
+    package = {
+        file.relative_to(checkout).as_posix()
+        for file in (checkout / "lfm2_fast").rglob("*")
+        if file.is_file() and file.suffix != ".so"
+    }
+    kernels = {f"lfm2_fast/kernels/{file.name}" for file in (checkout / "kernels").iterdir()}
+    assert {"lfm2_fast/py.typed", "lfm2_fast/tiny/model.safetensors"} <= package
+    assert not (checkout / "kernels" / "__init__.py").exists()
+    assert wheel.name == f"lfm2_fast-{lfm2_fast.__version__}-py3-none-any.whl"
+    assert {name for name in checksums(wheel) if ".dist-info/" not in name} == package | kernels
+
+
+def test_sdist_holds_the_sources_and_builds_the_same_wheel(
+    checkout: Path, wheel: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(build("sdist", checkout, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / f"lfm2_fast-{lfm2_fast.__version__}"
+    for name in ("LICENSE", "Makefile", "constraints.txt", "csrc/probe.cpp", "tests/conftest.py"):
+        assert (source / name).is_file(), name
+    assert not list(source.rglob("*.so"))
+    assert checksums(build("wheel", source, tmp_path / "wheel")) == checksums(wheel)
+
+
+def test_installed_wheel_generates(site: Path, tmp_path: Path) -> None:
+    printed = run(sys.executable, "-c", GENERATE, cwd=tmp_path, PYTHONPATH=site)
+    assert Path(printed.strip()) == site / "lfm2_fast" / "__init__.py"
+
+
+def test_installed_command_writes_text(site: Path, tmp_path: Path) -> None:
+    command = (site / "bin" / "lfm2-fast", "demo", "--max-new-tokens", "8")
+    assert run(*command, cwd=tmp_path, PYTHONPATH=site).strip()
+
+
+def test_bare_checkout_generates(checkout: Path) -> None:
+    printed = run(sys.executable, "-c", GENERATE, cwd=checkout, PYTHONPATH=".")
+    assert Path(printed.strip()).resolve() == checkout / "lfm2_fast" / "__init__.py"
+
+
+def test_kernels_folder_does_not_shadow_the_package_kernels(checkout: Path, tmp_path: Path) -> None:
+    package = tmp_path / "kernels" / "__init__.py"
+    package.parent.mkdir()
+    package.touch()
+    spec = PathFinder.find_spec("kernels", [str(checkout), str(tmp_path)])
+    assert spec is not None
+    assert spec.origin == str(package)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lacking", "code", "said"),
+    [
+        pytest.param("auto", "compiler", 0, "no C++ compiler", id="auto-no-compiler"),
+        pytest.param("auto", "torch", 0, "no torch", id="auto-no-torch"),
+        pytest.param("1", "compiler", 1, "no C++ compiler", id="insist-no-compiler"),
+        pytest.param("1", "torch", 1, "no torch", id="insist-no-torch"),
+        pytest.param("0", "compiler", 0, "", id="skip"),
+        pytest.param("yes", "compiler", 1, "must be auto, 1 or 0", id="nonsense"),
+    ],
+)
+def test_setup_says_why_it_does_not_build(
+    checkout: Path, tmp_path: Path, wanted: str, lacking: str, code: int, said: str
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
+    env = {**os.environ, "LFM2_FAST_BUILD_EXT": wanted, "CXX": "no-such-compiler"}
+    if lacking == "torch":
+        env["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    assert done.returncode == code
+    assert done.stdout.strip() == (lfm2_fast.__version__ if code == 0 else "")
+    assert said in done.stderr if said else not done.stderr
