@@ -2,106 +2,40 @@
 
 from __future__ import annotations
 
-import os
+from importlib import import_module
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 # A wheel carries the Triton kernels as lfm2_fast/kernels; in a checkout they lie beside it.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-from lfm2_fast import checkpoint, hub
-from lfm2_fast.cache import Cache, CacheError
-from lfm2_fast.config import CheckpointError, Config, read_json
-from lfm2_fast.model import LFM2
-from lfm2_fast.ops import BackendError
-
 __version__ = "0.1.0"
 __all__ = ["LFM2", "BackendError", "Cache", "CacheError", "CheckpointError", "Config", "load"]
 
+if TYPE_CHECKING:
+    from lfm2_fast.cache import Cache, CacheError
+    from lfm2_fast.config import CheckpointError, Config
+    from lfm2_fast.loading import load
+    from lfm2_fast.model import LFM2
+    from lfm2_fast.ops import BackendError
+else:
+    # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
+    def __getattr__(name: str) -> Any:
+        homes = {
+            "LFM2": "model",
+            "BackendError": "ops",
+            "Cache": "cache",
+            "CacheError": "cache",
+            "CheckpointError": "config",
+            "Config": "config",
+            "load": "loading",
+        }
+        if name not in homes:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{homes[name]}"), name)
+        globals()[name] = value
+        return value
 
-def load(
-    model: str | os.PathLike[str],
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    max_length: int | None = None,
-    backend: str = "auto",
-    device_map: str | torch.device | None = None,
-) -> LFM2:
-    """Load an LFM2 checkpoint, ready to run.
-
-    ``model`` is a hub id ("LiquidAI/LFM2-1.2B") or a folder. ``device`` "auto" means the
-    accelerator if there is one, else the CPU; ``device_map`` is another name for it, as Hugging
-    Face's callers write. ``dtype`` "auto" means the checkpoint's own; names like "bfloat16" or
-    "float32" are taken too. ``revision``, ``cache_dir``, ``token`` and ``local_files_only`` go to
-    the hub. ``max_length`` bounds the context in tokens (default: the model's limit). ``backend``
-    chooses the bodies of the operations, see ``lfm2_fast.ops``.
-
-    Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
-    is not there, ValueError for any other argument.
-    """
-    if device_map is not None:
-        if device != "auto":
-            raise ValueError("give device or device_map, not both")
-        device = device_map
-    where = _device(device)
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
-    named = None if dtype == "auto" else _dtype(dtype)
-    folder = hub.resolve(
-        model,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-    )
-    config = Config.from_file(folder / "config.json")
-    what = named or _dtype(config.dtype or "float32")
-    generation = folder / checkpoint.GENERATION_CONFIG
-    return LFM2(
-        config,
-        checkpoint.load_weights(folder, config, device=where, dtype=what),
-        backend=backend,
-        max_length=max_length,
-        generation_config=read_json(generation) if generation.is_file() else {},
-        name_or_path=os.fspath(model),
-    )
-
-
-def _device(device: str | torch.device) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device={str(device)!r} is not a device; use 'auto', 'cpu' or 'cuda'"
-        ) from error
-    if where.type != "cpu":
-        if accelerator is None or accelerator.type != where.type:
-            raise ValueError(
-                f"device={str(device)!r} is not available: torch {torch.__version__} sees "
-                f"{accelerator or 'no accelerator'} here; use device='cpu'"
-            )
-        if where.index is not None and where.index >= torch.accelerator.device_count():
-            raise ValueError(
-                f"device={str(device)!r} is not available: there are "
-                f"{torch.accelerator.device_count()} devices, counted from 0"
-            )
-    return where
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(
-            f"dtype={dtype!r} is not supported; use 'auto', 'bfloat16', 'float16' or 'float32'"
-        )
-    return found
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

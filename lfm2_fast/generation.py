@@ -45,9 +45,10 @@ def generate(
     ``bos_token_id``, ``num_return_sequences``, ``stop_strings`` (with ``tokenizer``),
     ``return_dict_in_generate`` with ``output_scores`` and ``output_logits``.
 
-    ``logits_processor`` and ``stopping_criteria`` are Hugging Face's callables over the whole
-    batch ``(input_ids, scores)``; scores of rows that have stopped are zeros. ``streamer`` gets
-    the prompt, then every token, on the CPU. ``past_key_values`` is a cache of this model with one
+    ``logits_processor`` is Hugging Face's callables over the whole batch ``(input_ids, scores)``,
+    where rows that have stopped have zeros; ``stopping_criteria`` likewise, with the scores of all
+    steps, or None unless ``output_scores`` is asked for. ``streamer`` gets the prompt, then every
+    token, on the CPU. ``past_key_values`` is a cache of this model with one
     slot per returned row; ``inputs`` still hold the whole text, of which the longest prefix that
     the cache can restore is not run again, and the cache then holds all but the last token.
     ``seed``, else a number drawn from ``generator``, else from torch's own generator, decides
@@ -112,7 +113,7 @@ class _Run:
                 "max_length, if the model allows it)"
             )
         if cache is None:
-            cache = model.new_cache(rows, longest + self.budget)
+            cache = model.new_cache(rows)
         elif cache.slots != rows:
             raise ValueError(
                 f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be written"
@@ -161,16 +162,15 @@ class _Run:
                     self.seen[here, tokens] = True
                 if asked.output_logits:
                     kept_logits.append(self._whole(logits, here))
-                if asked.output_scores or criteria:
-                    whole = self._whole(scores, here)
-                    if asked.output_scores:
-                        kept_scores.append(whole)
+                if asked.output_scores:
+                    kept_scores.append(self._whole(scores, here))
                 written += 1
                 if streamer is not None:
                     streamer.put(self.text[:, column].cpu())
                 stop = torch.isin(tokens, self.eos)
                 for criterion in criteria:
-                    verdict = torch.as_tensor(criterion(self.text[:, : column + 1], whole))
+                    past = tuple(kept_scores) if asked.output_scores else None
+                    verdict = torch.as_tensor(criterion(self.text[:, : column + 1], past))
                     stop |= verdict.to(stop.device).expand(rows)[here]
                 going = [row for row, end in zip(live, stop.tolist(), strict=True) if not end]
                 if going and written < self.budget:
@@ -246,16 +246,16 @@ def _prompts(
     mask = None if attention_mask is None else torch.as_tensor(attention_mask)
     if isinstance(inputs, torch.Tensor):
         ids = inputs
-    elif isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], Sequence):
-        ids, left = _left_padded(inputs, model.config.pad_token_id or 0)
-        mask = left if mask is None else mask
-    elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
-        ids = torch.tensor([list(inputs)], dtype=torch.int64)
-    else:
+    elif isinstance(inputs, str) or not isinstance(inputs, Sequence):
         raise ValueError(
             f"input_ids must be token ids (a tensor, or lists), got {type(inputs).__name__}; "
             "use the checkpoint's tokenizer to make them from text"
         )
+    elif inputs and isinstance(inputs[0], Sequence):
+        ids, left = _left_padded(inputs, model.config.pad_token_id or 0)
+        mask = left if mask is None else mask
+    else:
+        ids = torch.tensor([list(inputs)], dtype=torch.int64)
     if ids.dim() == 1:
         ids = ids[None]
     if mask is not None and mask.dim() == 1:

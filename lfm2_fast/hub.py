@@ -16,12 +16,13 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
 
     The config comes first and is checked before gigabytes follow; then only the generation config
-    and the weights are fetched, all of one commit, with the hub's progress bars. HF_HUB_OFFLINE
-    and the hub's other settings hold. Raises CheckpointError.
+    and, if ``weights``, those are fetched, all of one commit, with the hub's progress bars.
+    HF_HUB_OFFLINE and the hub's other settings hold. Raises CheckpointError.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -41,6 +42,7 @@ def resolve(
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
+        weights=weights,
     )
 
 
@@ -51,6 +53,7 @@ def _download(
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
     local_files_only: bool,
+    weights: bool,
 ) -> Path:
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -87,6 +90,8 @@ def _download(
     Config.from_file(path)
     revision = path.parent.name
     fetch(GENERATION_CONFIG)
+    if not weights:
+        return path.parent
     index = fetch(INDEX)
     names = [WEIGHTS]
     if index is not None:

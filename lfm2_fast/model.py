@@ -139,6 +139,9 @@ class LFM2(nn.Module):
     cache of this model may grow to (default: the model's own limit).
     """
 
+    # What transformers' pipelines ask of a model.
+    input_modalities = output_modalities = ("text",)
+
     def __init__(
         self,
         config: Config,
@@ -167,8 +170,7 @@ class LFM2(nn.Module):
         if config.tie_word_embeddings:
             weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
         self.load_state_dict(weights, strict=True, assign=True)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie_weights()
         self.requires_grad_(False).eval()
         self.ops = choose(backend, self.device)
         self._set_frequencies()
@@ -211,6 +213,19 @@ class LFM2(nn.Module):
         """The generation parameters as a mapping, without a need for transformers."""
         found = self._generation
         return found if isinstance(found, dict) else found.to_dict()
+
+    def can_generate(self) -> bool:
+        """Whether the model has ``generate``: yes."""
+        return True
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding, if the config says that they are one."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return self.config.num_parameters
 
     def new_cache(self, slots: int, max_length: int | None = None, *, spare: int = 1) -> Cache:
         """An empty cache for ``slots`` sequences of at most ``max_length`` tokens each.

@@ -18,7 +18,7 @@ from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "triton", "native")
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -54,25 +54,45 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run here."""
 
 
-def choose(backend: str, device: torch.device) -> Ops:
-    """The operations that ``backend`` names, for a model on ``device``.
+def choose(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Ops:
+    """The operations that ``backend`` names, for a model of ``dtype`` on ``device``.
 
-    "eager" is plain PyTorch and runs on any device, "triton" runs on GPUs; "auto" takes the fastest
-    that runs on ``device``. Raises BackendError for a name that is unknown or cannot run here.
+    "eager" is plain PyTorch and runs anything anywhere, "triton" runs on GPUs, "native" is C++ for
+    CPUs (on GPUs: for the convolution's step); "auto" takes the fastest that can run, Triton on
+    GPUs and C++ on CPUs. Raises BackendError for a name that is unknown or cannot run here.
     """
     if backend not in BACKENDS:
         raise BackendError(
             f"backend={backend!r} is not in this version of lfm2_fast; "
             f"choose one of {', '.join(map(repr, BACKENDS))}"
         )
-    missing = why_not_triton(device)
-    if backend == "triton" and missing:
-        raise BackendError(f"backend='triton' cannot run on {device}: {missing}")
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and not missing):
+    if backend == "auto":
+        best = {"cuda": "triton", "cpu": "native"}.get(device.type, "eager")
+        backend = "eager" if why_not(best, device, dtype) else best
+    elif lacking := why_not(backend, device, dtype):
+        raise BackendError(f"backend={backend!r} cannot run on {device}: {lacking}")
+    if backend == "triton":
         from lfm2_fast.ops_triton import TritonOps
 
         return TritonOps()
+    if backend == "native":
+        from lfm2_fast.ops_native import NativeOps, NativeStepOps
+
+        return NativeOps() if device.type == "cpu" else NativeStepOps()
     return Ops()
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What ``backend`` lacks to run ``dtype`` on ``device`` and what to do, or None."""
+    if backend == "eager":
+        return None
+    if dtype == torch.float64:
+        return "it has no float64; choose backend='eager'"
+    if backend == "triton":
+        return why_not_triton(device)
+    from lfm2_fast import native
+
+    return native.why_not(device)
 
 
 def why_not_triton(device: torch.device) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 CUDA = torch.cuda.is_available()
 # Triton reads this once, when it is first imported.
@@ -26,6 +28,7 @@ if not (CUDA or INTERPRETED):
 
 import lfm2_fast  # noqa: E402
 from lfm2_fast.batch import Batch  # noqa: E402
+from lfm2_fast.checkpoint import layout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -171,15 +174,20 @@ def grid_order(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def traced() -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """``with traced(reads, writes)`` follows every access of the kernel launched inside.
+    """``with traced(reads, writes, exchanged)`` follows every access of the kernel launched inside.
 
-    It may load elements of either list and store those of ``writes``, nothing else; and what one
-    program stores no other may load or store, since programs run in any order. Only the interpreter
-    shows this; on a GPU nothing is checked here.
+    It may load elements of any list and store those of the last two, nothing else; and what one
+    program stores no other may load or store, since programs run in any order. Only in
+    ``exchanged`` may they meet, where a program stores before its atomic and loads after it. Only
+    the interpreter shows this; on a GPU nothing is checked here.
     """
 
     @contextlib.contextmanager
-    def trace(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Iterator[None]:
+    def trace(
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+        exchanged: Sequence[torch.Tensor] = (),
+    ) -> Iterator[None]:
         if not INTERPRETED:
             yield
             return
@@ -187,27 +195,42 @@ def traced() -> Callable[..., contextlib.AbstractContextManager[None]]:
 
         loads: list[tuple[tuple[int, ...], np.ndarray]] = []
         stores: list[tuple[tuple[int, ...], np.ndarray]] = []
+        wrong_side: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+        counted: set[tuple[int, ...]] = set()
         load, store = builder.create_masked_load, builder.create_masked_store
+        atomic = builder.create_atomic_rmw
 
         def note_load(ptrs: Any, mask: Any, *args: Any) -> Any:
             loads.append((builder.grid_idx, ptrs.data[mask.data.astype(bool)]))
+            if builder.grid_idx not in counted:
+                wrong_side.append(loads[-1][1].flatten().astype(np.int64))
             return load(ptrs, mask, *args)
 
         def note_store(ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
             stores.append((builder.grid_idx, ptrs.data[mask.data.astype(bool)]))
+            if builder.grid_idx in counted:
+                wrong_side.append(stores[-1][1].flatten().astype(np.int64))
             return store(ptrs, value, mask, *args)
+
+        def note_atomic(*args: Any) -> Any:
+            counted.add(builder.grid_idx)
+            return atomic(*args)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(builder, "create_masked_load", note_load)
             patch.setattr(builder, "create_masked_store", note_store)
+            patch.setattr(builder, "create_atomic_rmw", note_atomic)
             yield
-        writable = elements(writes)
+        exchange = elements(exchanged)
+        assert not np.isin(np.concatenate(wrong_side), exchange).any(), "exchanged too early or late"
+        writable = np.concatenate([elements(writes), exchange])
         loaded, stored = by_program(loads), by_program(stores)
         assert np.isin(stored[0], writable).all(), "stores outside of what it may write"
         readable = np.concatenate([elements(reads), writable])
         assert np.isin(loaded[0], readable).all(), "loads from outside of its tensors"
         shared = np.isin(loaded[0], stored[0])
         touched = np.concatenate([stored, loaded[:, shared]], axis=1)
+        touched = touched[:, ~np.isin(touched[0], exchange)]
         addresses = np.unique(touched, axis=1)[0]
         assert len(np.unique(addresses)) == len(addresses), "two programs meet where one stores"
 
@@ -302,3 +325,22 @@ def fp32_distance() -> Callable[[torch.Tensor, torch.Tensor], tuple[float, float
         return kl.item(), (logits.argmax(-1) != exact.argmax(-1)).double().mean().item()
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def true_350m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of LFM2-350M's published shape in bf16, with random weights."""
+    folder = tmp_path_factory.mktemp("350m")
+    published = ROOT / "tests" / "data" / "LFM2-350M.json"
+    shutil.copy(published, folder / "config.json")
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for parts in layout(lfm2_fast.Config.from_file(published)).values():
+        for name, shape in ((part.name, part.shape) for part in parts):
+            tensor = torch.empty(shape, dtype=torch.bfloat16)
+            norm = "norm" in name
+            weights[name] = (
+                tensor.fill_(1) if norm else tensor.normal_(std=0.04, generator=generator)
+            )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -81,9 +81,9 @@ def resolve(kwargs: dict[str, Any], models, batch) -> dict[str, Any]:
 def test_greedy_equals_hugging_face(models, batch, kwargs: dict[str, Any]) -> None:
     kwargs = resolve(kwargs, models, batch)
     theirs, ours = models
-    expected = theirs.generate(**batch, do_sample=False, **kwargs)
-    assert torch.equal(ours.generate(**batch, **kwargs), expected)
-    assert torch.equal(ours.generate(batch["input_ids"], **kwargs), expected), "mask not inferred"
+    for inputs in (batch, {"input_ids": batch["input_ids"]}):  # the mask given, then inferred
+        expected = theirs.generate(**inputs, do_sample=False, **kwargs)
+        assert torch.equal(ours.generate(**inputs, **kwargs), expected)
 
 
 def test_rows_equal_each_alone(ours, tokenizer, batch) -> None:
@@ -115,11 +115,11 @@ def test_every_form_of_prompt(ours, tokenizer, batch) -> None:
     assert ours.generate(input_ids=one[None], max_new_tokens=1).shape == (1, len(one) + 1)
 
 
-def test_the_drop_in_snippet(tiny: Path) -> None:
-    from transformers import AutoTokenizer
-
-    model = lfm2_fast.load(str(tiny), device_map="auto", dtype="bfloat16")
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+@pytest.mark.parametrize("size", ["tiny", "true_350m"])
+def test_the_drop_in_snippet(tokenizer, size: str, request: pytest.FixtureRequest) -> None:
+    """On trained weights, and at LFM2-350M's real shape (with the small checkpoint's tokenizer)."""
+    model_id = str(request.getfixturevalue(size))
+    model = lfm2_fast.load(model_id, device_map="auto", dtype="bfloat16")
     input_ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is a list?"}],
         add_generation_prompt=True,
@@ -127,13 +127,16 @@ def test_the_drop_in_snippet(tiny: Path) -> None:
         tokenize=True,
     )
     sampling = {"do_sample": True, "temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05}
+    kwargs = {**sampling, "max_new_tokens": 48 if size == "tiny" else 6}
     torch.manual_seed(0)
-    output = model.generate(input_ids, **sampling, max_new_tokens=48)
-    text = tokenizer.decode(output[0])
-    assert text.startswith("<|startoftext|><|im_start|>user\nWhat is a list?<|im_end|>")
-    torch.manual_seed(0)
-    unpacked = input_ids if isinstance(input_ids, dict) else {"input_ids": input_ids["input_ids"]}
-    assert torch.equal(model.generate(**unpacked, **sampling, max_new_tokens=48), output)
+    output = model.generate(input_ids, **kwargs)
+    if size == "tiny":
+        text = tokenizer.decode(output[0])
+        assert text.startswith("<|startoftext|><|im_start|>user\nWhat is a list?<|im_end|>")
+    assert input_ids["input_ids"].shape[1] < output.shape[1]
+    for form in ({"input_ids": input_ids["input_ids"]}, dict(input_ids)):
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**form, **kwargs), output)
 
 
 def test_seeds_repeat_and_differ(ours, batch) -> None:
@@ -196,7 +199,7 @@ def test_callers_processors_and_criteria_equal_hugging_face(models, batch) -> No
         """Stops a row when it has written a token twice; looks at the whole text."""
 
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            assert scores.shape[0] == ids.shape[0] == len(PROMPTS)
+            assert scores is None and ids.shape[0] == len(PROMPTS)
             last = ids[:, -1:]
             return (ids[:, batch["input_ids"].shape[1] :] == last).sum(-1) > 2
 
@@ -212,11 +215,13 @@ def test_callers_processors_and_criteria_equal_hugging_face(models, batch) -> No
 
 
 def test_a_criterion_may_answer_for_all_rows(ours, batch) -> None:
-    def stop(ids: torch.Tensor, scores: torch.Tensor) -> bool:
+    def stop(ids: torch.Tensor, scores: tuple[torch.Tensor, ...]) -> bool:
+        assert len(scores) == ids.shape[1] - batch["input_ids"].shape[1]
         return ids.shape[1] >= batch["input_ids"].shape[1] + 3
 
-    output = ours.generate(**batch, max_new_tokens=40, stopping_criteria=[stop])
-    assert output.shape[1] == batch["input_ids"].shape[1] + 3
+    kwargs = {"return_dict_in_generate": True, "output_scores": True}
+    output = ours.generate(**batch, max_new_tokens=40, stopping_criteria=[stop], **kwargs)
+    assert output.sequences.shape[1] == batch["input_ids"].shape[1] + 3
 
 
 def test_scores_and_logits_equal_hugging_face(models, batch) -> None:

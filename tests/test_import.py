@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import lfm2_fast
+
 
 def python(code: str, *args: str | Path) -> str:
     """What ``code`` prints, run by a fresh interpreter that must succeed."""
@@ -35,7 +39,7 @@ def test_import_adds_little_to_torchs() -> None:
     code = """
 import json, sys, time, torch
 before, start = set(sys.modules), time.process_time()
-import lfm2_fast
+from lfm2_fast import *
 seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
 """
@@ -43,3 +47,20 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before), torch.cuda.is_init
     assert seconds < 0.3  # 0.03 on an idle core
     assert not {"triton", "transformers", "huggingface_hub", "rich", "typer"} & set(modules)
     assert not initialized
+
+
+def test_the_command_line_imports_no_torch() -> None:
+    code = """
+import sys
+import lfm2_fast.cli
+print(lfm2_fast.__version__, sorted({"torch", "transformers", "rich"} & set(sys.modules)))
+"""
+    assert python(code) == f"{lfm2_fast.__version__} []\n"
+
+
+def test_public_names() -> None:
+    assert set(lfm2_fast.__all__) <= set(dir(lfm2_fast))
+    for name in lfm2_fast.__all__:
+        assert getattr(lfm2_fast, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'lfm2_fast' has no attribute 'laod'"):
+        getattr(lfm2_fast, "laod")  # noqa: B009  (a type checker knows it too)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,12 +187,29 @@ def test_bad_input_is_named(random_checkpoint, pair, call: Callable, message: st
         call(ours)
 
 
-def held_out(tiny: Path, count: int) -> torch.Tensor:
+def tokenizer(tiny: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def held_out(tiny: Path, count: int) -> torch.Tensor:
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")
-    return tokenizer(text, return_tensors="pt").input_ids[:, :count]
+    return tokenizer(tiny)(text, return_tensors="pt").input_ids[:, :count]
+
+
+def test_held_out_loss_is_hugging_faces(tiny: Path, pair) -> None:
+    """The loss that Hugging Face's class had on the held-out text, stored when it was trained."""
+    stored = json.loads((tiny / "heldout.json").read_text(encoding="utf-8"))
+    text = (tiny / "heldout.txt").read_text(encoding="utf-8")
+    _, ours = pair(tiny)
+    ids = tokenizer(tiny)(text, add_special_tokens=False, return_tensors="pt").input_ids
+    size = stored["window"]
+    windows = ids[:, : ids.shape[1] // size * size].view(-1, size)
+    logits = ours(windows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert windows[:, 1:].numel() == stored["tokens"]
+    assert loss.item() == pytest.approx(stored["loss"], rel=5e-5)
 
 
 def test_bf16_is_no_further_from_fp32_than_hugging_faces(

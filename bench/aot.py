@@ -1,0 +1,208 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and table what they take.
+
+The launchers themselves run, on CPU tensors in the shapes of the published sizes, with Triton's
+driver replaced by one that only names the target: so what is compiled is what a launch compiles.
+Exits with 1 if a kernel spills registers.
+
+    python bench/aot.py --arch 90 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lfm2_fast.kernels.gated_conv import gated_conv_triton
+from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
+from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
+from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.swiglu import swiglu_triton
+
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a published model's config decides the shapes of its kernels."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int = 8
+    head_dim: int = 64
+    width: int = 3
+
+
+SIZES = (
+    Size("350M", 1024, 4608, 16),
+    Size("700M", 1536, 6912, 24),
+    Size("1.2B", 2048, 8192, 32),
+    Size("2.6B", 2048, 10752, 32),
+)
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel and the sizes that use it."""
+
+    name: str
+    dtype: str  # the first that uses it
+    warps: int
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    sizes: list[str] = field(default_factory=list)
+
+
+class Target:
+    """All that Triton asks of a driver in order to compile."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(arch: int, maxnreg: int | None) -> Iterator[list[tuple[str, Any, str]]]:
+    """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log."""
+    launches: list[tuple[str, Any, str]] = []
+    run = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *args, grid=grid, warmup=True, maxnreg=maxnreg, **kwargs)
+        launches.append((self.fn.__name__, kernel, log.getvalue()))
+
+    triton.runtime.driver.set_active(Target(arch))
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.runtime.jit.JITFunction.run = compile_only
+    try:
+        yield launches
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+
+
+def launch_all(size: Size, dtype: torch.dtype) -> None:
+    """Every kernel once, for two sequences of three tokens."""
+    sequences, tokens, hidden = 2, 6, size.hidden
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    bcx, weight, norm = some(tokens, 3 * hidden), some(hidden, size.width), some(hidden)
+    window, x, out = some(sequences, size.width, hidden), some(tokens, hidden), some(tokens, hidden)
+    positions, slots = some(tokens, dtype=torch.int64), some(sequences, dtype=torch.int64)
+    cu_seqlens = some(sequences + 1, dtype=torch.int32)
+    lengths = some(sequences, dtype=torch.int32)
+    gated_conv_triton(bcx, weight, None, window, cu_seqlens, slots, lengths, out)
+    gated_conv_step_triton(
+        bcx[:sequences], weight, None, window, positions[:sequences], slots, out[:sequences]
+    )
+    rms_norm_triton(x, norm, 1e-5, out)
+    add_rms_norm_triton(x, out, norm, 1e-5, out, some(tokens, hidden))
+    swiglu_triton(some(tokens, 2 * size.inner), some(tokens, size.inner))
+
+    half = size.head_dim // 2
+    cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
+    rope_triton(positions, some(half, dtype=torch.float32), cos, sin)
+    k, v = (some(sequences, size.kv_heads, 64, size.head_dim) for _ in range(2))
+    qk_norm_rope_triton(
+        some(tokens, (size.heads + 2 * size.kv_heads) * size.head_dim),
+        some(size.head_dim),
+        some(size.head_dim),
+        1e-5,
+        cos,
+        sin,
+        positions,
+        cu_seqlens,
+        slots,
+        some(sequences, 1, dtype=torch.int32),
+        some(tokens, size.heads, size.head_dim),
+        k,
+        v,
+    )
+
+
+def compile_all(arch: int, dtypes: Iterable[str], maxnreg: int | None = None) -> list[Compiled]:
+    """Every kernel that the sizes use, each once."""
+    found: dict[str, Compiled] = {}
+    for dtype, size in itertools.product(dtypes, SIZES):
+        with compiling(arch, maxnreg) as launches:
+            launch_all(size, getattr(torch, dtype))
+        for name, kernel, log in launches:
+            if kernel.hash not in found:
+                found[kernel.hash] = Compiled(
+                    name=name.strip("_").removesuffix("_kernel"),
+                    dtype=dtype,
+                    warps=kernel.metadata.num_warps,
+                    registers=_number(r"Used (\d+) registers", log),
+                    spilled=_number(r"(\d+) bytes spill stores", log),
+                    stack=_number(r"(\d+) bytes stack frame", log),
+                    shared=kernel.metadata.shared,
+                )
+            if size.name not in found[kernel.hash].sizes:
+                found[kernel.hash].sizes.append(size.name)
+    return sorted(found.values(), key=lambda kernel: kernel.name)
+
+
+def _number(pattern: str, log: str) -> int:
+    match = re.search(pattern, log)
+    assert match, f"no {pattern!r} in what ptxas printed:\n{log}"
+    return int(match[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to see spills")
+    args = parser.parse_args()
+
+    print(f"triton {triton.__version__}; bytes: spilled and stack a thread, shared a program")
+    print(
+        f"{'kernel':16} {'sm':>3} {'dtype':8} {'warps':>5} {'regs':>5} {'spilled':>7} {'stack':>5} "
+        f"{'shared':>6}  sizes"
+    )
+    spilling = 0
+    for arch in args.arch:
+        for k in compile_all(arch, args.dtype, args.maxnreg):
+            print(
+                f"{k.name:16} {arch:3} {k.dtype:8} {k.warps:5} {k.registers:5} {k.spilled:7} "
+                f"{k.stack:5} {k.shared:6}  {' '.join(k.sizes)}"
+            )
+            spilling += k.spilled > 0
+    if spilling:
+        sys.exit(f"{spilling} kernels spill registers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+// The CPU's bodies: what is checked, how the work is shared among threads, and the names that
+// lfm2_fast/native.py gives them. What they compute stands in the headers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "flash_decode.h"
+#include "gated_conv.h"
+#include "pages.h"
+#include "qk_norm_rope.h"
+#include "rms_norm.h"
+#include "rope.h"
+#include "sampling.h"
+#include "swiglu.h"
+
+namespace {
+
+using namespace lfm2;
+using torch::stable::parallel_for;
+
+// How many tasks a thread must get at least, if a task moves so many numbers: waking a thread costs
+// as much as a small operation, so a single token's stay on the calling thread.
+int64_t grain(int64_t numbers) {
+  constexpr int64_t kWorthWaking = 32768;
+  return std::max<int64_t>(1, kWorthWaking / std::max<int64_t>(1, numbers));
+}
+
+void rms_norm_native(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+  with_type(x, [&](auto number) {
+    using T = decltype(number);
+    const int64_t rows = out.size(0);
+    const int64_t width = weight.numel();
+    expect(x, "x", kType<T>, {rows, width});
+    expect_packed(weight, "weight", kType<T>, {width});
+    expect(out, "out", kType<T>, {rows, width});
+    const auto from = rows_of<const T>(x);
+    const auto to = rows_of<T>(out);
+    const T* scale = read<T>(weight);
+    parallel_for(0, rows, grain(width), [=](int64_t first, int64_t last) {
+      rms_norm(from, scale, static_cast<float>(eps), width, to, first, last);
+    });
+  });
+}
+
+void add_rms_norm_native(const Tensor& x, const Tensor& delta, const Tensor& weight, double eps,
+                         const Tensor& total, const Tensor& out) {
+  with_type(x, [&](auto number) {
+    using T = decltype(number);
+    const int64_t rows = out.size(0);
+    const int64_t width = weight.numel();
+    expect(x, "x", kType<T>, {rows, width});
+    expect(delta, "delta", kType<T>, {rows, width});
+    expect_packed(weight, "weight", kType<T>, {width});
+    expect(total, "total", kType<T>, {rows, width});
+    expect(out, "out", kType<T>, {rows, width});
+    const auto a = rows_of<const T>(x);
+    const auto b = rows_of<const T>(delta);
+    const auto sum = rows_of<T>(total);
+    const auto to = rows_of<T>(out);
+    const T* scale = read<T>(weight);
+    parallel_for(0, rows, grain(width), [=](int64_t first, int64_t last) {
+      add_rms_norm(a, b, scale, static_cast<float>(eps), width, sum, to, first, last);
+    });
+  });
+}
+
+void swiglu_native(const Tensor& gate_up, const Tensor& out) {
+  with_type(gate_up, [&](auto number) {
+    using T = decltype(number);
+    const int64_t rows = out.size(0);
+    const int64_t width = out.size(1);
+    expect(gate_up, "gate_up", kType<T>, {rows, 2 * width});
+    expect(out, "out", kType<T>, {rows, width});
+    const auto from = rows_of<const T>(gate_up);
+    const auto to = rows_of<T>(out);
+    parallel_for(0, rows, grain(4 * width), [=](int64_t first, int64_t last) {
+      swiglu(from, width, to, first, last);
+    });
+  });
+}
+
+// What each sequence runs in this step; `slots` is how many the cache has.
+std::vector<Run> runs_of(const Tensor& slots, const Tensor& lengths, const Tensor& cu_seqlens,
+                         int64_t tokens, int64_t cache_slots) {
+  const int64_t count = slots.numel();
+  expect_packed(slots, "slots", ScalarType::Long, {count});
+  expect_packed(lengths, "lengths", ScalarType::Int, {count});
+  expect_packed(cu_seqlens, "cu_seqlens", ScalarType::Int, {count + 1});
+  const int64_t* slot = read<int64_t>(slots);
+  const int32_t* length = read<int32_t>(lengths);
+  const int32_t* bounds = read<int32_t>(cu_seqlens);
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == tokens, "cu_seqlens must go from 0 to ", tokens);
+  std::vector<Run> runs;
+  runs.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t number = bounds[i + 1] - bounds[i];
+    STD_TORCH_CHECK(number >= 0, "cu_seqlens must not fall");
+    STD_TORCH_CHECK(0 <= slot[i] && slot[i] < cache_slots, "slot ", slot[i], " is none of ",
+                    cache_slots);
+    STD_TORCH_CHECK(length[i] >= number, "a context of ", length[i], " cannot end in ", number,
+                    " tokens");
+    runs.push_back({slot[i], length[i] - number, bounds[i], number});
+  }
+  return runs;
+}
+
+template <class T>
+GatedConv<T> conv_of(const Tensor& bcx, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& window, const Tensor& out) {
+  const int64_t hidden = weight.size(0);
+  const int64_t width = weight.size(1);
+  const int64_t tokens = out.size(0);
+  expect(bcx, "bcx", kType<T>, {tokens, 3 * hidden});
+  expect_packed(weight, "weight", kType<T>, {hidden, width});
+  expect(window, "window", kType<T>, {-1, -1, hidden});
+  expect(out, "out", kType<T>, {tokens, hidden});
+  if (bias) expect_packed(*bias, "bias", kType<T>, {hidden});
+  STD_TORCH_CHECK(width >= 1 && window.size(1) >= width, "a window of ", window.size(1),
+                  " rows is too short for a convolution over ", width);
+  return {rows_of<const T>(bcx),
+          read<T>(weight),
+          bias ? read<T>(*bias) : nullptr,
+          write<T>(window),
+          window.stride(0),
+          window.stride(1),
+          window.size(1),
+          hidden,
+          width,
+          rows_of<T>(out)};
+}
+
+template <class T>
+void convolve(const GatedConv<T>& conv, const std::vector<Run>& runs, int64_t tokens) {
+  const int64_t sequences = static_cast<int64_t>(runs.size());
+  if (tokens == 0) return;
+  const int64_t each = kConvTile * tokens * conv.width / sequences;
+  parallel_for(0, conv_tiles(conv.hidden) * sequences, grain(each),
+               [&](int64_t first, int64_t last) {
+                 gated_conv(conv, runs.data(), sequences, first, last);
+               });
+}
+
+void gated_conv_native(const Tensor& bcx, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Tensor& window, const Tensor& slots, const Tensor& lengths,
+                       const Tensor& cu_seqlens, const Tensor& out) {
+  with_type(bcx, [&](auto number) {
+    using T = decltype(number);
+    const auto conv = conv_of<T>(bcx, weight, bias, window, out);
+    convolve(conv, runs_of(slots, lengths, cu_seqlens, out.size(0), window.size(0)), out.size(0));
+  });
+}
+
+void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
+                            const std::optional<Tensor>& bias, const Tensor& window,
+                            const Tensor& slots, const Tensor& positions, const Tensor& out) {
+  with_type(bcx, [&](auto number) {
+    using T = decltype(number);
+    const auto conv = conv_of<T>(bcx, weight, bias, window, out);
+    const int64_t count = out.size(0);
+    expect_packed(slots, "slots", ScalarType::Long, {count});
+    expect_packed(positions, "positions", ScalarType::Long, {count});
+    std::vector<Run> runs;
+    runs.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = read<int64_t>(slots)[i];
+      const int64_t position = read<int64_t>(positions)[i];
+      STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " is none of ",
+                      window.size(0));
+      STD_TORCH_CHECK(position >= 0, "position ", position, " is negative");
+      runs.push_back({slot, position, i, 1});
+    }
+    convolve(conv, runs, count);
+  });
+}
+
+void rope_native(const Tensor& positions, const Tensor& inv_freq, const Tensor& cos,
+                 const Tensor& sin) {
+  with_type(cos, [&](auto number) {
+    using T = decltype(number);
+    const int64_t tokens = positions.numel();
+    const int64_t pairs = inv_freq.numel();
+    expect_packed(positions, "positions", ScalarType::Long, {tokens});
+    expect_packed(inv_freq, "inv_freq", ScalarType::Float, {pairs});
+    expect_packed(cos, "cos", kType<T>, {tokens, 1, 2 * pairs});
+    expect_packed(sin, "sin", kType<T>, {tokens, 1, 2 * pairs});
+    const int64_t* at = read<int64_t>(positions);
+    const float* frequencies = read<float>(inv_freq);
+    T* cosines = write<T>(cos);
+    T* sines = write<T>(sin);
+    // A cosine costs about as much as a hundred multiplications.
+    parallel_for(0, tokens, grain(100 * pairs), [=](int64_t first, int64_t last) {
+      rope(at, frequencies, pairs, first, last, cosines, sines);
+    });
+  });
+}
+
+template <class T>
+Pages<T> pages_of(const Tensor& pages, const char* name, const Tensor& table) {
+  expect(pages, name, kType<std::remove_const_t<T>>, {-1, -1, -1, -1});
+  expect(table, "table", ScalarType::Int, {-1, -1});
+  return {data_of<T>(pages), pages.stride(0), pages.stride(1),      pages.stride(2),
+          pages.size(2),     pages.size(3),   read<int32_t>(table), table.stride(0)};
+}
+
+// Positions from `first` to before `last` of `slot` must lie in pages that exist.
+template <class T>
+void expect_pages(const Pages<T>& pages, int64_t count, int64_t per_slot, int64_t slot,
+                  int64_t first, int64_t last) {
+  if (first == last) return;
+  STD_TORCH_CHECK((last - 1) / pages.page_size < per_slot, "slot ", slot, " has ", per_slot,
+                  " pages of ", pages.page_size, ", too few for ", last, " tokens");
+  for (int64_t i = first / pages.page_size; i <= (last - 1) / pages.page_size; ++i) {
+    const int32_t page = pages.table[slot * pages.table_stride + i];
+    STD_TORCH_CHECK(0 <= page && page < count, "page ", page, " is none of ", count);
+  }
+}
+
+void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
+                         double eps, const Tensor& cos, const Tensor& sin, const Tensor& k_pages,
+                         const Tensor& v_pages, const Tensor& table, const Tensor& slots,
+                         const Tensor& lengths, const Tensor& cu_seqlens, const Tensor& q) {
+  with_type(qkv, [&](auto number) {
+    using T = decltype(number);
+    const int64_t tokens = q.size(0);
+    const int64_t heads = q.size(1);
+    const int64_t width = q.size(2);
+    const int64_t kv_heads = k_pages.size(1);
+    expect(qkv, "qkv", kType<T>, {tokens, (heads + 2 * kv_heads) * width});
+    expect_packed(q_weight, "q_weight", kType<T>, {width});
+    expect_packed(k_weight, "k_weight", kType<T>, {width});
+    expect_packed(cos, "cos", kType<T>, {tokens, 1, width});
+    expect_packed(sin, "sin", kType<T>, {tokens, 1, width});
+    expect(k_pages, "k_pages", kType<T>, {-1, kv_heads, -1, width});
+    expect(v_pages, "v_pages", kType<T>, {k_pages.size(0), kv_heads, k_pages.size(2), width});
+    expect_packed(q, "q", kType<T>, {tokens, heads, width});
+    STD_TORCH_CHECK(width % 2 == 0, "a head of odd size ", width, " has no pairs to rotate");
+    const QKNormRope<T> op{rows_of<const T>(qkv),
+                           read<T>(q_weight),
+                           read<T>(k_weight),
+                           static_cast<float>(eps),
+                           read<T>(cos),
+                           read<T>(sin),
+                           pages_of<T>(k_pages, "k_pages", table),
+                           pages_of<T>(v_pages, "v_pages", table),
+                           heads,
+                           kv_heads,
+                           write<T>(q)};
+    const auto runs = runs_of(slots, lengths, cu_seqlens, tokens, table.size(0));
+    for (const Run& run : runs) {
+      expect_pages(op.k, k_pages.size(0), table.size(1), run.slot, run.position,
+                   run.position + run.count);
+    }
+    parallel_for(0, tokens, grain(qkv.size(1)), [&](int64_t first, int64_t last) {
+      for (const Run& run : runs) {
+        const int64_t begin = std::max(first, run.token);
+        const int64_t end = std::min(last, run.token + run.count);
+        for (int64_t token = begin; token < end; ++token) {
+          qk_norm_rope(op, token, run.slot, run.position + token - run.token);
+        }
+      }
+    });
+  });
+}
+
+void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                         const Tensor& table, const Tensor& slots, const Tensor& lengths,
+                         const Tensor& out) {
+  with_type(q, [&](auto number) {
+    using T = decltype(number);
+    const int64_t count = q.size(0);
+    const int64_t heads = q.size(1);
+    const int64_t width = q.size(2);
+    const int64_t kv_heads = k_pages.size(1);
+    expect(q, "q", kType<T>, {count, heads, width});
+    expect(k_pages, "k_pages", kType<T>, {-1, kv_heads, -1, width});
+    expect(v_pages, "v_pages", kType<T>, {k_pages.size(0), kv_heads, k_pages.size(2), width});
+    expect_packed(slots, "slots", ScalarType::Long, {count});
+    expect_packed(lengths, "lengths", ScalarType::Int, {count});
+    expect(out, "out", kType<T>, {count, heads * width});
+    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " heads cannot share ", kv_heads);
+    STD_TORCH_CHECK(width < 2 || q.stride(1) == width, "q must hold a token's heads side by side");
+    const int64_t group = heads / kv_heads;
+    const FlashDecode<T> op{rows_of<const T>(q), pages_of<const T>(k_pages, "k_pages", table),
+                            pages_of<const T>(v_pages, "v_pages", table), group};
+    const int64_t* slot = read<int64_t>(slots);
+    const int32_t* length = read<int32_t>(lengths);
+
+    std::vector<Split> splits;
+    int64_t keys = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(0 <= slot[i] && slot[i] < table.size(0), "slot ", slot[i], " is none of ",
+                      table.size(0));
+      STD_TORCH_CHECK(length[i] > 0, "a sequence of ", length[i], " tokens has nothing to attend to");
+      expect_pages(op.k, k_pages.size(0), table.size(1), slot[i], 0, length[i]);
+      keys += length[i] * kv_heads;
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        for (int64_t first = 0; first < length[i]; first += kSplit) {
+          splits.push_back({i, slot[i], head, first, std::min<int64_t>(first + kSplit, length[i])});
+        }
+      }
+    }
+    if (splits.empty()) return;
+    const int64_t number_of_splits = static_cast<int64_t>(splits.size());
+    const int64_t partial = partial_of(op.padded());
+    std::vector<float> partials(number_of_splits * group * partial);
+    const int64_t each = 2 * width * keys / number_of_splits;
+    parallel_for(0, number_of_splits, grain(each), [&](int64_t first, int64_t last) {
+      std::vector<float> scratch(op.scratch());
+      std::vector<T> padding(op.padding());
+      for (int64_t i = first; i < last; ++i) {
+        flash_decode(op, splits[i], scratch.data(), padding.data(), &partials[i * group * partial]);
+      }
+    });
+    std::vector<float> sums(op.padded());
+    const auto to = rows_of<T>(out);
+    for (int64_t first = 0, last; first < number_of_splits; first = last) {
+      const Split& split = splits[first];
+      last = first + (length[split.sequence] + kSplit - 1) / kSplit;
+      for (int64_t g = 0; g < group; ++g) {
+        combine(&partials[(first * group + g) * partial], last - first, group * partial, width,
+                op.padded(), sums.data(),
+                to[split.sequence] + (split.kv_head * group + g) * width);
+      }
+    }
+  });
+}
+
+void argmax_native(const Tensor& logits, const Tensor& out) {
+  with_type(logits, [&](auto number) {
+    using T = decltype(number);
+    const int64_t rows = out.numel();
+    const int64_t width = logits.size(1);
+    expect(logits, "logits", kType<T>, {rows, width});
+    expect_packed(out, "out", ScalarType::Long, {rows});
+    STD_TORCH_CHECK(width > 0, "an empty row has no largest number");
+    const auto from = rows_of<const T>(logits);
+    int64_t* to = write<int64_t>(out);
+    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) to[row] = argmax(from[row], width);
+    });
+  });
+}
+
+void penalize_native(const Tensor& logits, const Tensor& seen, const Tensor& penalty,
+                     const Tensor& out) {
+  with_type(logits, [&](auto number) {
+    using T = decltype(number);
+    const int64_t rows = out.size(0);
+    const int64_t width = out.size(1);
+    expect(logits, "logits", kType<T>, {rows, width});
+    expect(seen, "seen", ScalarType::Bool, {rows, width});
+    expect_packed(penalty, "penalty", ScalarType::Double, {rows});
+    expect(out, "out", ScalarType::Float, {rows, width});
+    const auto from = rows_of<const T>(logits);
+    const auto marked = rows_of<const bool>(seen);
+    const auto to = rows_of<float>(out);
+    const double* by = read<double>(penalty);
+    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        penalize(from[row], marked[row], static_cast<float>(by[row]), width, to[row]);
+      }
+    });
+  });
+}
+
+void warp_native(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+                 const Tensor& top_p, const Tensor& min_p, const Tensor& out) {
+  with_type(logits, [&](auto number) {
+    using T = decltype(number);
+    const int64_t rows = out.size(0);
+    const int64_t width = out.size(1);
+    expect(logits, "logits", kType<T>, {rows, width});
+    expect_packed(temperature, "temperature", ScalarType::Double, {rows});
+    expect_packed(top_k, "top_k", ScalarType::Long, {rows});
+    expect_packed(top_p, "top_p", ScalarType::Double, {rows});
+    expect_packed(min_p, "min_p", ScalarType::Double, {rows});
+    expect(out, "out", ScalarType::Float, {rows, width});
+    const auto from = rows_of<const T>(logits);
+    const auto to = rows_of<float>(out);
+    const double* temperatures = read<double>(temperature);
+    const int64_t* ks = read<int64_t>(top_k);
+    const double* ps = read<double>(top_p);
+    const double* mins = read<double>(min_p);
+    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const Warp by{static_cast<float>(temperatures[row]), ks[row], ps[row], mins[row]};
+        warp(from[row], by, width, to[row]);
+      }
+    });
+  });
+}
+
+void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out) {
+  const int64_t rows = out.numel();
+  const int64_t width = scores.size(1);
+  expect(scores, "scores", ScalarType::Float, {rows, width});
+  expect_packed(uniform, "uniform", ScalarType::Double, {rows});
+  expect_packed(out, "out", ScalarType::Long, {rows});
+  STD_TORCH_CHECK(width > 0, "an empty row has nothing to draw");
+  const auto from = rows_of<const float>(scores);
+  const double* at = read<double>(uniform);
+  int64_t* to = write<int64_t>(out);
+  parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      to[row] = draw(from[row], at[row], width);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
+  library.impl("rms_norm_native", TORCH_BOX(&rms_norm_native));
+  library.impl("add_rms_norm_native", TORCH_BOX(&add_rms_norm_native));
+  library.impl("swiglu_native", TORCH_BOX(&swiglu_native));
+  library.impl("gated_conv_native", TORCH_BOX(&gated_conv_native));
+  library.impl("gated_conv_step_native", TORCH_BOX(&gated_conv_step_native));
+  library.impl("rope_native", TORCH_BOX(&rope_native));
+  library.impl("qk_norm_rope_native", TORCH_BOX(&qk_norm_rope_native));
+  library.impl("flash_decode_native", TORCH_BOX(&flash_decode_native));
+  library.impl("argmax_native", TORCH_BOX(&argmax_native));
+  library.impl("penalize_native", TORCH_BOX(&penalize_native));
+  library.impl("warp_native", TORCH_BOX(&warp_native));
+  library.impl("draw_native", TORCH_BOX(&draw_native));
+}

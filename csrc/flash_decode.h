@@ -1,0 +1,210 @@
+// Attention of one query token per sequence over its pages, all query heads of a KV head together.
+//
+// A context is cut into splits of kSplit keys, wherever it ends and however many threads there are,
+// so that a row's sums depend on nothing but the row. A split leaves, for each query head, the
+// weighted sum of its values, the sum of the weights and the largest score, which the weights are
+// relative to; `combine` adds the splits up. (Dao et al., 2023)
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "exponential.h"
+#include "lanes.h"
+#include "number.h"
+#include "pages.h"
+
+namespace lfm2 {
+
+constexpr int64_t kSplit = 512;
+constexpr int64_t kBlock = 64;  // keys whose scores are held at once
+
+// Floats that a split leaves per query head, rows being `width` long.
+LFM2_INLINE int64_t partial_of(int64_t width) { return width + 2; }
+
+template <class T>
+struct FlashDecode {
+  Rows<const T> q;  // [sequences, heads * head_dim]
+  Pages<const T> k;
+  Pages<const T> v;
+  int64_t group;  // query heads per KV head
+
+  // Rows are computed as whole vectors, floats in their order; rows of other sizes are padded.
+  int64_t padded() const { return (k.head_dim + kPair - 1) / kPair * kPair; }
+  int64_t scratch() const { return group * (padded() + kBlock); }
+  int64_t padding() const { return k.head_dim == padded() ? 0 : 2 * kBlock * padded(); }
+};
+
+// One part of one sequence's context, for one KV head.
+struct Split {
+  int64_t sequence;
+  int64_t slot;
+  int64_t kv_head;
+  int64_t first;
+  int64_t last;
+};
+
+// scores[g, j] = q[g] . keys[j], for `Heads` heads and 8 / Heads keys from `first` on. Beyond `count`
+// keys the last is taken again, and these scores mean nothing.
+template <int Heads, class T>
+LFM2_INLINE void score(const float* q, Rows<const T> keys, int64_t first, int64_t count,
+                       int64_t width, float* scores) {
+  constexpr int kKeys = kLanes / Heads;
+  Lanes sums[kLanes] = {};
+  const T* key[kKeys];
+  for (int j = 0; j < kKeys; ++j) key[j] = keys[std::min(first + j, count - 1)];
+  for (int64_t i = 0; i < width; i += kPair) {
+    Lanes query[Heads][2];
+    for (int g = 0; g < Heads; ++g) load(q + g * width + i, query[g][0], query[g][1]);
+    for (int j = 0; j < kKeys; ++j) {
+      Lanes a, b;
+      load(key[j] + i, a, b);
+      for (int g = 0; g < Heads; ++g) {
+        sums[g * kKeys + j] += query[g][0] * a;
+        sums[g * kKeys + j] += query[g][1] * b;
+      }
+    }
+  }
+  float all[kLanes];
+  sum_lanes(sums, all);
+  for (int g = 0; g < Heads; ++g) std::copy_n(all + g * kKeys, kKeys, scores + g * kBlock + first);
+}
+
+// sums[g] += weights[g, j] * values[j], for `Heads` heads and `Values` values from `first` on.
+template <int Heads, int Values, class T>
+LFM2_INLINE void weigh(const float* weights, Rows<const T> values, int64_t first, int64_t width,
+                       float* sums) {
+  const int64_t stride = partial_of(width);
+  for (int64_t i = 0; i < width; i += kPair) {
+    Lanes sum[Heads][2];
+    for (int g = 0; g < Heads; ++g) load(sums + g * stride + i, sum[g][0], sum[g][1]);
+    for (int j = 0; j < Values; ++j) {
+      Lanes a, b;
+      load(values[first + j] + i, a, b);
+      for (int g = 0; g < Heads; ++g) {
+        sum[g][0] += weights[g * kBlock + first + j] * a;
+        sum[g][1] += weights[g * kBlock + first + j] * b;
+      }
+    }
+    for (int g = 0; g < Heads; ++g) store(sum[g][0], sum[g][1], sums + g * stride + i);
+  }
+}
+
+// Scores become weights relative to the largest score yet; what was summed before is scaled down.
+LFM2_INLINE void soften(float* scores, int64_t count, int64_t width, float* partial) {
+  float& total = partial[width];
+  float& best = partial[width + 1];
+  float now = best;
+#pragma omp simd reduction(max : now)
+  for (int64_t j = 0; j < count; ++j) now = scores[j] > now ? scores[j] : now;
+  const float shrink = exponential(best - now);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) {
+    scores[j] = exponential(scores[j] - now);
+    sum += scores[j];
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) partial[i] *= shrink;
+  total = total * shrink + sum;
+  best = now;
+}
+
+// One block of keys and values for `Heads` query heads.
+template <int Heads, class T>
+LFM2_INLINE void attend(const float* q, Rows<const T> keys, Rows<const T> values, int64_t count,
+                        int64_t width, float* scores, float* partials) {
+  constexpr int kKeys = kLanes / Heads;
+  constexpr int kValues = 4;
+  for (int64_t j = 0; j < count; j += kKeys) {
+    score<Heads>(q, keys, j, count, width, scores);
+  }
+  for (int g = 0; g < Heads; ++g) {
+    soften(scores + g * kBlock, count, width, partials + g * partial_of(width));
+  }
+  int64_t j = 0;
+  for (; j + kValues <= count; j += kValues) {
+    weigh<Heads, kValues>(scores, values, j, width, partials);
+  }
+  for (; j < count; ++j) weigh<Heads, 1>(scores, values, j, width, partials);
+}
+
+template <class T>
+LFM2_INLINE Rows<const T> pad(Rows<const T> rows, int64_t count, int64_t width, int64_t padded,
+                              T* to) {
+  for (int64_t j = 0; j < count; ++j) std::copy_n(rows[j], width, to + j * padded);
+  return {to, padded};
+}
+
+// Leaves one partial_of(padded) per query head of the group in `partials`. `scratch` has scratch()
+// floats, `rows` has padding() numbers, which are 0.
+template <class T>
+LFM2_CLONES void flash_decode(const FlashDecode<T>& op, const Split& split, float* scratch, T* rows,
+                              float* partials) {
+  const int64_t width = op.k.head_dim;
+  const int64_t padded = op.padded();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+  float* q = scratch;
+  float* scores = scratch + op.group * padded;
+  const T* query = op.q[split.sequence] + split.kv_head * op.group * width;
+  for (int64_t g = 0; g < op.group; ++g) {
+    Rows<const T> row{query + g * width, width};
+    if (width != padded) row = pad(row, 1, width, padded, rows);
+    for (int64_t i = 0; i < padded; i += kPair) {
+      Lanes first, second;
+      load(row[0] + i, first, second);
+      store(first * scale, second * scale, q + g * padded + i);
+    }
+    float* partial = partials + g * partial_of(padded);
+    std::fill_n(partial, padded + 1, 0.0f);
+    partial[padded + 1] = -std::numeric_limits<float>::infinity();
+  }
+  for (int64_t position = split.first; position < split.last;) {
+    const int64_t rest = op.k.page_size - position % op.k.page_size;
+    const int64_t count = std::min({kBlock, rest, split.last - position});
+    Rows<const T> keys{op.k.row(split.slot, split.kv_head, position), op.k.row_stride};
+    Rows<const T> values{op.v.row(split.slot, split.kv_head, position), op.v.row_stride};
+    if (width != padded) {
+      keys = pad(keys, count, width, padded, rows);
+      values = pad(values, count, width, padded, rows + kBlock * padded);
+    }
+    int64_t g = 0;
+    for (; g + 2 <= op.group; g += 2) {
+      attend<2>(q + g * padded, keys, values, count, padded, scores + g * kBlock,
+                partials + g * partial_of(padded));
+    }
+    if (g < op.group) {
+      attend<1>(q + g * padded, keys, values, count, padded, scores + g * kBlock,
+                partials + g * partial_of(padded));
+    }
+    position += count;
+  }
+}
+
+// `partials` of a query head's splits are `stride` apart; `out` is its head_dim numbers.
+template <class T>
+LFM2_CLONES void combine(const float* partials, int64_t splits, int64_t stride, int64_t width,
+                         int64_t padded, float* sums, T* out) {
+  float best = -std::numeric_limits<float>::infinity();
+  for (int64_t s = 0; s < splits; ++s) best = std::max(best, partials[s * stride + padded + 1]);
+  std::fill_n(sums, padded, 0.0f);
+  float total = 0;
+  for (int64_t s = 0; s < splits; ++s) {
+    const float* partial = partials + s * stride;
+    const float shrink = exponential(partial[padded + 1] - best);
+    total += shrink * partial[padded];
+#pragma omp simd
+    for (int64_t i = 0; i < padded; ++i) sums[i] += shrink * partial[i];
+  }
+  for (int64_t i = 0; i < padded; i += kPair) {
+    T row[kPair];
+#pragma omp simd
+    for (int64_t j = 0; j < kPair; ++j) narrow(sums[i + j] / total, row[j]);
+    for (int64_t j = 0; j < kPair; ++j) {
+      if (i + place<T>(j) < width) out[i + place<T>(j)] = row[j];
+    }
+  }
+}
+
+}  // namespace lfm2

@@ -1,0 +1,79 @@
+// Eight floats at a time, for sums that must stay in registers; the compiler turns these vectors
+// into whatever registers the machine has. They are passed by reference: by value, they would be
+// part of a calling convention that differs between instruction sets.
+#pragma once
+
+#include "number.h"
+
+namespace lfm2 {
+
+typedef float Lanes __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef int32_t Places __attribute__((vector_size(32)));
+// The same in memory, anywhere.
+typedef float LooseLanes __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t LooseWords __attribute__((vector_size(32), aligned(2), may_alias));
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kPair = 2 * kLanes;  // numbers that one load takes
+
+// Sixteen numbers in two vectors, in the order that is cheapest for their type: 16-bit types come
+// as words of two neighbours, so the vectors hold those at even and those at odd places.
+LFM2_INLINE void load(const float* from, Lanes& first, Lanes& second) {
+  first = *reinterpret_cast<const LooseLanes*>(from);
+  second = *reinterpret_cast<const LooseLanes*>(from + kLanes);
+}
+
+LFM2_INLINE void load(const bf16* from, Lanes& even, Lanes& odd) {
+  const Words words = *reinterpret_cast<const LooseWords*>(from);
+  even = reinterpret_cast<Lanes>(words << 16);
+  odd = reinterpret_cast<Lanes>(words & 0xFFFF0000u);
+}
+
+// `widen(fp16)`, of halves in the upper 16 bits of words whose lower bits are 0.
+LFM2_INLINE void widen(const Words& shifted, Lanes& wide) {
+  const Words doubled = shifted << 1;
+  const Lanes normal = reinterpret_cast<Lanes>((doubled >> 4) + (0xE0u << 23)) * 0x1p-112f;
+  const Lanes subnormal = reinterpret_cast<Lanes>((doubled >> 17) | (126u << 23)) - 0.5f;
+  const Words magnitude = doubled < (1u << 27) ? reinterpret_cast<Words>(subnormal)
+                                               : reinterpret_cast<Words>(normal);
+  wide = reinterpret_cast<Lanes>((shifted & 0x80000000u) | magnitude);
+}
+
+LFM2_INLINE void load(const fp16* from, Lanes& even, Lanes& odd) {
+  const Words words = *reinterpret_cast<const LooseWords*>(from);
+  widen(words << 16, even);
+  widen(words & 0xFFFF0000u, odd);
+}
+
+LFM2_INLINE void store(const Lanes& first, const Lanes& second, float* to) {
+  *reinterpret_cast<LooseLanes*>(to) = first;
+  *reinterpret_cast<LooseLanes*>(to + kLanes) = second;
+}
+
+// Undoes the order of `load`: which of the sixteen numbers lane `i` of both vectors holds.
+template <class T>
+LFM2_INLINE constexpr int64_t place(int64_t i) {
+  return sizeof(T) == sizeof(float) ? i : i < kLanes ? 2 * i : 2 * (i - kLanes) + 1;
+}
+
+// sums[i] = the sum of the lanes of vectors[i]
+LFM2_INLINE void sum_lanes(const Lanes (&v)[kLanes], float (&sums)[kLanes]) {
+  Lanes pairs[4];
+  Lanes quads[2];
+  for (int i = 0; i < 4; ++i) {
+    const Lanes &a = v[2 * i], &b = v[2 * i + 1];
+    pairs[i] = __builtin_shuffle(a, b, Places{0, 8, 2, 10, 4, 12, 6, 14}) +
+               __builtin_shuffle(a, b, Places{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Lanes &a = pairs[2 * i], &b = pairs[2 * i + 1];
+    quads[i] = __builtin_shuffle(a, b, Places{0, 1, 8, 9, 4, 5, 12, 13}) +
+               __builtin_shuffle(a, b, Places{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  const Lanes all = __builtin_shuffle(quads[0], quads[1], Places{0, 1, 2, 3, 8, 9, 10, 11}) +
+                    __builtin_shuffle(quads[0], quads[1], Places{4, 5, 6, 7, 12, 13, 14, 15});
+  *reinterpret_cast<LooseLanes*>(sums) = all;
+}
+
+}  // namespace lfm2

@@ -1,0 +1,104 @@
+"""Attention to keys that are read block by block, for the kernels that are made of it.
+
+A tile of M queries keeps, of the keys it has read: ``best [M]``, the largest score; ``total [M]``,
+the sum of the weights ``2 ** (score - best)``; ``sums [M, D]``, the sum of values times weights. A
+higher best scales the other two down. (Milakov and Gimelshein, 2018; Dao, 2023)
+
+A score is ``q . k * scale``, and ``scale`` is ``log2(e) / sqrt(D)``: powers of two are what GPUs
+compute, and the factor between them and powers of e costs nothing here. All is float32, but for
+the weights, which are rounded to the values' dtype where they meet: the matrix units want both
+alike.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_to_keys(
+    q,
+    best,
+    total,
+    sums,
+    begin,
+    end,
+    seen,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    scale,
+    page_size,
+    stride_pages_p,
+    stride_pages_r,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """``best, total, sums`` after the keys from ``begin`` to ``end``, of one KV head of a slot.
+
+    Row m sees the keys before ``seen[m]``. Not MASKED says that every row sees all of them, and
+    that they fill their blocks. Values are masked where they are loaded, not by their weights
+    alone: a weight of 0 does not silence a NaN. WHOLE says that one page holds the sequence.
+    """
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    if WHOLE:
+        page = tl.load(table_ptr).to(tl.int64) * stride_pages_p
+        k_ptr += page
+        v_ptr += page
+    for first in range(begin, end, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        mask = offs_d < HEAD_DIM
+        if MASKED:
+            mask = mask & mask_n[:, None]
+        if WHOLE:
+            rows = offs_n * stride_pages_r
+        elif MASKED:
+            page = tl.load(table_ptr + offs_n // page_size, mask=mask_n, other=0)
+            rows = page.to(tl.int64) * stride_pages_p + offs_n % page_size * stride_pages_r
+        else:
+            page = tl.load(table_ptr + offs_n // page_size)
+            rows = page.to(tl.int64) * stride_pages_p + offs_n % page_size * stride_pages_r
+        k = tl.load(k_ptr + rows[:, None] + offs_d, mask=mask, other=0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if MASKED:
+            scores = tl.where(offs_n[None, :] < seen[:, None], scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, axis=1))
+        shrink = tl.exp2(best - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(v_ptr + rows[:, None] + offs_d, mask=mask, other=0)
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+        best = higher
+    return best, total, sums
+
+
+def score_scale(head_dim: int) -> float:
+    """What a dot product of q and k is multiplied by."""
+    return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def keys_of_block(block_d: int, element_size: int) -> int:
+    """Eight kilobytes of keys; with as many of values, two blocks under way fit on any GPU."""
+    return min(max(8192 // (block_d * element_size), 16), 64)
+
+
+def stages(table: torch.Tensor) -> int:
+    """Stages of the loop over keys that keep two blocks of them under way.
+
+    Triton shares the stages out between the loads and those that these wait for, the table's.
+    """
+    return 3 if table.shape[1] == 1 else 5
+
+
+def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor) -> None:
+    """Assert the layout that ``attend_to_keys`` reads, whose offsets in a page are 32 bits wide."""
+    assert k_pages.shape == v_pages.shape and k_pages.stride() == v_pages.stride()
+    assert k_pages.dtype == v_pages.dtype != torch.float64
+    assert k_pages.stride(3) == table.stride(1) == 1 and table.dtype == torch.int32
+    assert k_pages.shape[2] * k_pages.stride(2) < 2**31

@@ -1,0 +1,319 @@
+"""The command line: ``lfm2-fast generate | chat | info | demo``.
+
+Nothing here imports torch before a command runs, so that ``--help`` comes at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import lfm2_fast
+from lfm2_fast import options as opt
+
+TINY = Path(__file__).parent / "tiny"
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lfm2-fast {lfm2_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _commands(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from.")
+    ] = False,
+) -> None:
+    """Run Liquid AI's LFM2 language models.
+
+    Text goes to stdout, everything else to stderr. "lfm2-fast demo" needs no download.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    model: opt.Model,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="Else --file, else stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 512,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Ask in the chat template, or continue.")
+    ] = None,
+    system: opt.System = None,
+    preset: opt.Preset = None,
+    do_sample: opt.DoSample = None,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    backend: opt.Backend = "auto",
+    revision: opt.Revision = None,
+    max_length: opt.MaxLength = None,
+    local_files_only: opt.LocalFilesOnly = False,
+) -> None:
+    """Answer a prompt, or continue it, as the text comes.
+
+    A checkpoint with a chat template answers, unless its name says Base; --raw continues the prompt
+    as it stands, and shows every marker.
+    """
+    text = _prompt(prompt, file)
+    if chat is False and system is not None:
+        raise ValueError("--system needs the chat template; leave --raw out")
+    from lfm2_fast.presets import preset_of
+    from lfm2_fast.session import open_session
+    from lfm2_fast.terminal import Terminal, interruptible
+
+    terminal = Terminal()
+    session = open_session(
+        terminal,
+        model,
+        preset=preset,
+        given=_given(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
+        stop=stop,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        revision=revision,
+        max_length=max_length,
+        local_files_only=local_files_only,
+    )
+    if chat is None:
+        base = preset_of(model) == "base" and system is None
+        chat = bool(session.tokenizer.chat_template) and not base
+    with interruptible() as stopped:
+        if chat:
+            conversation = session.conversation(system, max_new_tokens)
+            answer = conversation.ask(text, terminal.show, stopped)
+            terminal.finish()
+        else:
+            answer = session.continuation(text, terminal.write, max_new_tokens, stopped)
+            terminal.write("\n")
+    terminal.note(str(answer))
+    if answer.stopped:
+        raise typer.Exit(130)
+
+
+@app.command("chat")
+def chat_(
+    model: opt.Model,
+    system: opt.System = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most; else the context.")
+    ] = None,
+    preset: opt.Preset = None,
+    do_sample: opt.DoSample = None,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    backend: opt.Backend = "auto",
+    revision: opt.Revision = None,
+    max_length: opt.MaxLength = None,
+    local_files_only: opt.LocalFilesOnly = False,
+) -> None:
+    """Talk with a checkpoint; /help lists what can be typed besides messages.
+
+    Without a terminal, every line of stdin is a message.
+    """
+    from lfm2_fast.chat import converse, piped, typed
+    from lfm2_fast.session import open_session
+    from lfm2_fast.terminal import Terminal
+
+    terminal = Terminal()
+    session = open_session(
+        terminal,
+        model,
+        preset=preset,
+        given=_given(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
+        stop=stop,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        revision=revision,
+        max_length=max_length,
+        local_files_only=local_files_only,
+    )
+    conversation = session.conversation(system, max_new_tokens)
+    if sys.stdin.isatty():
+        terminal.note("/help lists commands, /exit leaves")
+        converse(conversation, terminal, typed(terminal))
+    else:
+        converse(conversation, terminal, piped())
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder to tell about.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+) -> None:
+    """Tell what runs here: versions, device, the body of each operation, and why no faster one.
+
+    Of MODEL, only the config is read.
+    """
+    from lfm2_fast.info import checkpoint, machine, show
+
+    facts = machine(device, backend)
+    if model is not None:
+        facts |= checkpoint(model, revision=revision, local_files_only=local_files_only)
+    show(facts, as_json=json)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str, typer.Argument(metavar="[PROMPT]", help="The text to continue.")
+    ] = "The database server",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 160,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws another text.")] = 0,
+) -> None:
+    """Continue a text with the small LFM2 that this package carries."""
+    import torch
+
+    from lfm2_fast.session import Session, load_tokenizer, summary
+    from lfm2_fast.terminal import Terminal, interruptible
+
+    terminal = Terminal()
+    terminal.note("A small LFM2, trained on manuals, continues a text: style it has, no knowledge.")
+    folder = min(str(TINY), os.path.relpath(TINY), key=len)
+    model, tokenizer = lfm2_fast.load(folder), load_tokenizer(folder)
+    arguments = {
+        "do_sample": True,
+        "temperature": 0.5,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]),
+    }
+    session = Session(model, tokenizer, arguments)
+    terminal.note(f"{summary(model)}\n")
+    torch.manual_seed(seed)
+    terminal.write(prompt, style="bold")
+    with interruptible() as stopped:
+        answer = session.continuation(prompt, terminal.write, max_new_tokens, stopped)
+    terminal.write("\n")
+    terminal.note(f"\n{answer}\nTo talk with it: lfm2-fast chat {folder}")
+    if answer.stopped:
+        raise typer.Exit(130)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from wherever it was given, without the line feed that ends a file."""
+    if prompt is not None and file is not None:
+        raise ValueError("give the prompt as an argument or with --file, not both")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    elif prompt is not None and prompt != "-":
+        text = prompt
+    elif sys.stdin.isatty() and prompt is None:
+        raise ValueError("there is no prompt: give it as an argument, with --file, or in a pipe")
+    else:
+        text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _given(
+    do_sample: bool | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+) -> dict[str, Any]:
+    return {
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit; what goes wrong is one line on stderr and exit code 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    _complete_streams()
+    try:
+        code = app(given, prog_name="lfm2-fast", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1  # whoever read has left; Typer does the same while a command runs
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        if "--traceback" in given[:1]:
+            raise
+        print(f"lfm2-fast: {_explained(error)}", file=sys.stderr)
+        code = 2
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _complete_streams() -> None:
+    """Stand in for streams that the caller closed, and write what they cannot encode as "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _explained(error: Exception) -> str:
+    """What went wrong, in one line."""
+    message = " ".join(str(error).split())
+    if hasattr(error, "format_message"):
+        where = getattr(getattr(error, "ctx", None), "command_path", "lfm2-fast")
+        return f"{' '.join(error.format_message().split())} (see {where} --help)"
+    if isinstance(error, ValueError | OSError):
+        return message
+    if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError):
+        return message
+    return f"{type(error).__name__}: {message} (lfm2-fast --traceback ... shows where)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What ``lfm2-fast info`` tells: the machine, the bodies of the operations, and a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import lfm2_fast
+from lfm2_fast import hub, ops
+from lfm2_fast.checkpoint import GENERATION_CONFIG
+from lfm2_fast.config import Config, read_json
+from lfm2_fast.loading import find_device
+from lfm2_fast.presets import sampling
+from lfm2_fast.session import millions
+
+Facts = dict[str, dict[str, Any]]
+
+# Words are made of the other operations, where a backend brings no body for the whole of one.
+WORDS = ("norm_linear", "conv_out_add", "attend", "linear_add", "norm_swiglu")
+# The instructions that make a difference to the CPU's bodies, as Linux calls them.
+FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
+
+
+def machine(device: str = "auto", backend: str = "auto") -> Facts:
+    """Versions, the device, which body each operation will use, and which backends run.
+
+    Raises ValueError or BackendError for a device or a backend that is not there.
+    """
+    where = find_device(device)
+    chosen = ops.choose(backend, where)
+    hardware = _cpu() if where.type == "cpu" else _gpu(where)
+    return {
+        "versions": versions(),
+        "device": {"device": str(where), **hardware, "backend": chosen.name},
+        "operations": bodies(chosen),
+        "backends": backends(where),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What is installed of the packages that matter."""
+    found = {"lfm2_fast": lfm2_fast.__version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def bodies(chosen: ops.Ops) -> dict[str, str]:
+    """The name of the backend whose body each operation of ``chosen`` is."""
+    lines = [cls for cls in type(chosen).__mro__ if issubclass(cls, ops.Ops)]
+    found = {}
+    for name, value in vars(ops.Ops).items():
+        if callable(value) and not name.startswith("_"):
+            owner = next(cls for cls in lines if name in vars(cls))
+            if owner is not ops.Ops or name not in WORDS:
+                found[name] = owner.name
+    return found
+
+
+def backends(device: torch.device) -> dict[str, str]:
+    """For every backend "yes", or what it lacks to run on ``device``."""
+    names = [name for name in ops.BACKENDS if name != "auto"]
+    return {
+        name: f"no: {lacking}" if (lacking := ops.why_not(name, device, torch.float32)) else "yes"
+        for name in names
+    }
+
+
+def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Facts:
+    """What a checkpoint's config says, and what that means in bytes. Raises CheckpointError."""
+    folder = hub.resolve(name, revision=revision, local_files_only=local_files_only, weights=False)
+    config = Config.from_file(folder / "config.json")
+    stored = folder / GENERATION_CONFIG
+    dtype = config.dtype or "float32"
+    size = getattr(torch, dtype).itemsize
+    attention = config.layer_types.count("full_attention")
+    conv = config.num_hidden_layers - attention
+    _, words = sampling(name, file=read_json(stored) if stored.is_file() else None)
+    return {
+        "model": {
+            "name": name,
+            "parameters": config.num_parameters,
+            "dtype": dtype,
+            "weight_bytes": config.num_parameters * size,
+            "cache_bytes_per_token": 2
+            * attention
+            * config.num_key_value_heads
+            * config.head_dim
+            * size,
+            "conv_bytes_per_sequence": conv * config.conv_L_cache * config.hidden_size * size,
+            "layers": config.num_hidden_layers,
+            "conv_layers": conv,
+            "attention_layers": attention,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "attention_heads": config.num_attention_heads,
+            "key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "conv_width": config.conv_L_cache,
+            "vocab_size": config.vocab_size,
+            "context": config.max_position_embeddings,
+            "sampling": words,
+        }
+    }
+
+
+def show(facts: Facts, *, as_json: bool = False) -> None:
+    """Write facts to stdout: JSON, a table on a terminal, else one fact a line."""
+    console = Console(highlight=False)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    elif console.is_terminal:
+        for section, entries in facts.items():
+            table = Table(title=section, title_justify="left", title_style="bold", box=None)
+            table.show_header = False
+            table.add_column(style="dim", no_wrap=True)
+            table.add_column(overflow="fold")
+            for key, value in entries.items():
+                table.add_row(f"  {key}", readable(key, value))
+            console.print(table)
+    else:
+        for section, entries in facts.items():
+            for key, value in entries.items():
+                print(f"{section}.{key}: {readable(key, value)}")
+
+
+def readable(key: str, value: Any) -> str:
+    """A fact for people: bytes in units, large counts in words."""
+    if key.endswith(("bytes", "bytes_per_token", "bytes_per_sequence")):
+        unit, name = next(
+            (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if value >= u
+        )
+        return f"{value / unit:.4g} {name}"
+    return millions(value) if key == "parameters" else str(value)
+
+
+def _cpu() -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": platform.processor() or platform.machine()}
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        lines = (line.partition(":") for line in listing.read_text().splitlines())
+        first: dict[str, str] = {}
+        for key, _, value in lines:
+            first.setdefault(key.strip(), value.strip())
+        facts["name"] = first.get("model name", facts["name"])
+        flags = (first.get("flags") or first.get("Features") or "").split()
+        facts["features"] = " ".join(name for name in FEATURES if name in flags)
+    return {
+        **facts,
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        facts = {
+            "name": found.name,
+            "compute_capability": f"{found.major}.{found.minor}",
+            "memory_bytes": found.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return facts

@@ -1,0 +1,97 @@
+"""The native operations: their schemas, and the library of C++ and CUDA bodies, where it was built.
+
+Every operation fills ``out`` (by its name), or what else its schema marks as written, and returns
+nothing. Shapes: T tokens of B sequences packed end to end, H hidden, W conv width, D head size, V
+vocabulary. The bodies are in csrc/, for the CPU and, where CUDA was there, for CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+SCHEMAS = (
+    # x [T, H], weight [H], out [T, H]
+    "rms_norm_native(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
+    # total = x + delta, which may be written over either; out is its norm
+    "add_rms_norm_native(Tensor x, Tensor delta, Tensor weight, float eps, Tensor(a!) total, "
+    "Tensor(b!) out) -> ()",
+    # gate_up [T, 2F], out [T, F]
+    "swiglu_native(Tensor gate_up, Tensor(a!) out) -> ()",
+    # bcx [T, 3H], weight [H, W], bias [H], window [slots, ring, H], slots and positions [T] int64,
+    # out [T, H]
+    "gated_conv_step_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
+    "Tensor slots, Tensor positions, Tensor(b!) out) -> ()",
+    # as before, with slots [B] int64, lengths [B] and cu_seqlens [B + 1] int32
+    "gated_conv_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
+    "Tensor slots, Tensor lengths, Tensor cu_seqlens, Tensor(b!) out) -> ()",
+    # positions [T] int64, inv_freq [D / 2] float32, cos and sin [T, 1, D]
+    "rope_native(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin) -> ()",
+    # qkv [T, (heads + 2 * kv_heads) * D], weights [D], pages [pages, kv_heads, page_size, D],
+    # table [slots, pages per slot] int32, q [T, heads, D]
+    "qk_norm_rope_native(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, "
+    "Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, Tensor slots, "
+    "Tensor lengths, Tensor cu_seqlens, Tensor(c!) q) -> ()",
+    # q [B, heads, D], one token per sequence; out [B, heads * D]
+    "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
+    "Tensor lengths, Tensor(a!) out) -> ()",
+    # logits [B, V], out [B] int64
+    "argmax_native(Tensor logits, Tensor(a!) out) -> ()",
+    # logits [B, V], seen [B, V] bool, penalty [B] float64, out [B, V] float32
+    "penalize_native(Tensor logits, Tensor seen, Tensor penalty, Tensor(a!) out) -> ()",
+    # logits [B, V], top_k [B] int64, the others [B] float64, out [B, V] float32
+    "warp_native(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+    "Tensor(a!) out) -> ()",
+    # scores [B, V] float32, uniform [B] float64, out [B] int64
+    "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
+)
+
+REBUILD = "pip install --no-build-isolation ."
+
+_library = torch.library.Library("lfm2_fast", "FRAGMENT")
+
+
+def _nothing(*args: object) -> None:
+    """What each operation does to tensors without data: it returns nothing and makes nothing."""
+
+
+for _schema in SCHEMAS:
+    _library.define(_schema)
+    torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
+
+
+def _load() -> str | None:
+    """Load the bodies. None, or the reason why there are none."""
+    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return (
+            "lfm2_fast was installed without its C++ extension; with torch, ninja and a C++ "
+            f"compiler installed, `{REBUILD}` in its sources builds it"
+        )
+    try:
+        torch.ops.load_library(found[0])
+    except (ImportError, OSError) as error:
+        reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it anew"
+        logging.getLogger(__name__).warning("%s", reason)
+        return reason
+    return None
+
+
+_why_not = _load()
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why ``device`` has no native bodies here, and what to do; None if it has."""
+    if _why_not is not None:
+        return _why_not
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if key is None:
+        return f"there are no native bodies for {device.type}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("lfm2_fast::gated_conv_step_native", key):
+        return (
+            "the C++ extension was built without CUDA; with a CUDA toolkit of torch's version "
+            f"({torch.version.cuda}) installed, `{REBUILD}` builds it with"
+        )
+    return None

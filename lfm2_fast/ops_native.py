@@ -1,0 +1,144 @@
+"""The operations' bodies in C++ and CUDA. Calling them needs the extension, importing does not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lfm2_fast import native  # noqa: F401  (defines the operations)
+from lfm2_fast.batch import Batch
+from lfm2_fast.cache import ConvWindow, KVPages
+from lfm2_fast.ops import Attention, Depthwise, Ops, Rope, epsilon
+from lfm2_fast.sampling import SamplingParams
+
+# Looked up once: a look-up takes as long as a small operation.
+_rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
+_swiglu = torch.ops.lfm2_fast.swiglu_native.default
+_gated_conv_step = torch.ops.lfm2_fast.gated_conv_step_native.default
+_gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
+_rope = torch.ops.lfm2_fast.rope_native.default
+_qk_norm_rope = torch.ops.lfm2_fast.qk_norm_rope_native.default
+_flash_decode = torch.ops.lfm2_fast.flash_decode_native.default
+_argmax = torch.ops.lfm2_fast.argmax_native.default
+_penalize = torch.ops.lfm2_fast.penalize_native.default
+_warp = torch.ops.lfm2_fast.warp_native.default
+_draw = torch.ops.lfm2_fast.draw_native.default
+
+
+class NativeStepOps(Ops):
+    """The GPU's body, of the convolution's step; all else is plain PyTorch."""
+
+    name = "native"
+
+    def gated_conv(
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        if batch.max_query != 1:
+            return super().gated_conv(bcx, conv, window, batch)
+        tokens, size = bcx.shape
+        out = bcx.new_empty(tokens, size // 3)
+        places = batch.slots, batch.positions
+        _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
+        return out
+
+
+class NativeOps(Ops):
+    """The CPU's bodies, between projections that remain PyTorch's. For float32 and 16-bit types."""
+
+    name = "native"
+
+    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
+        shape = (len(positions), 1, 2 * len(inv_freq))
+        cos, sin = inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+        _rope(positions, inv_freq, cos, sin)
+        return cos, sin
+
+    def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
+        out = x.new_empty(x.shape)
+        _rms_norm(x, norm.weight, epsilon(norm), out)
+        return out
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        tokens, size = gate_up.shape
+        out = gate_up.new_empty(tokens, size // 2)
+        _swiglu(gate_up, out)
+        return out
+
+    def gated_conv(
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        tokens, size = bcx.shape
+        out = bcx.new_empty(tokens, size // 3)
+        if batch.max_query == 1:
+            places = batch.slots, batch.positions
+            _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
+        else:
+            runs = batch.slots, batch.lengths, batch.cu_seqlens
+            _gated_conv(bcx, conv.weight, conv.bias, window.rows, *runs, out)
+        return out
+
+    def qk_norm_rope(
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        tokens, size = qkv.shape
+        _, kv_heads, _, head_dim = pages.k.shape
+        q = qkv.new_empty(tokens, size // head_dim - 2 * kv_heads, head_dim)
+        _qk_norm_rope(
+            qkv,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            epsilon(attention.q_layernorm),
+            *rope,
+            pages.k,
+            pages.v,
+            pages.table,
+            batch.slots,
+            batch.lengths,
+            batch.cu_seqlens,
+            q,
+        )
+        return q
+
+    def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
+        if batch.max_query != 1:
+            return super().attention(q, pages, batch)
+        tokens, heads, head_dim = q.shape
+        out = q.new_empty(tokens, heads * head_dim)
+        _flash_decode(q, pages.k, pages.v, pages.table, batch.slots, batch.lengths, out)
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """The first of the largest of each row: ``[B, V] -> [B]``."""
+        out = logits.new_empty(len(logits), dtype=torch.int64)
+        _argmax(logits, out)
+        return out
+
+    def penalize(self, logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+        """``sampling.penalize``, in float32."""
+        out = logits.new_empty(logits.shape, dtype=torch.float32)
+        _penalize(logits, seen, _each(penalty, logits), out)
+        return out
+
+    def warp(self, scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+        """``sampling.warp``, in float32."""
+        out = scores.new_empty(scores.shape, dtype=torch.float32)
+        _warp(
+            scores,
+            _each(params.temperature, scores),
+            _each(params.top_k, scores).long(),
+            _each(params.top_p, scores),
+            _each(params.min_p, scores),
+            out,
+        )
+        return out
+
+    def draw(self, scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """``sampling.draw``, of float32 scores."""
+        out = scores.new_empty(len(scores), dtype=torch.int64)
+        _draw(scores, uniform.contiguous(), out)
+        return out
+
+
+def _each(value: float, rows: torch.Tensor) -> torch.Tensor:
+    """``value`` for every row."""
+    return rows.new_full((len(rows),), value, dtype=torch.float64)

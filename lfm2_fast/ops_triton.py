@@ -1,0 +1,189 @@
+"""The operations' bodies in Triton. Importing this module imports triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lfm2_fast.batch import Batch
+from lfm2_fast.cache import ConvWindow, KVPages
+from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
+from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
+from lfm2_fast.kernels.gated_conv import gated_conv_triton
+from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
+from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
+from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.swiglu import swiglu_triton
+from lfm2_fast.ops import Attention, Depthwise, Ops, Rope, epsilon
+
+
+@dataclass
+class Stream:
+    """The residual stream ``x + delta``, to be added by the norm that reads it first.
+
+    The addition then costs no launch of its own. Words take it wherever they take the stream.
+    """
+
+    x: torch.Tensor
+    delta: torch.Tensor | None
+
+    def __getitem__(self, rows: torch.Tensor) -> Stream:
+        return Stream(self.x[rows], None if self.delta is None else self.delta[rows])
+
+    def settled(self) -> torch.Tensor:
+        """The sum."""
+        if self.delta is not None:
+            self.x, self.delta = self.x + self.delta, None
+        return self.x
+
+
+class TritonOps(Ops):
+    """Kernels between the projections, which remain the library's; T tokens packed, H hidden.
+
+    ``x`` and ``residual`` may be a tensor or a ``Stream``, which ``linear_add`` gives.
+    """
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        # The counters of flash_decode belong to a cache, found by its page table. Launches on one
+        # cache follow one another, whatever stream or captured graph they are in; those on two may
+        # overlap.
+        self._arrivals = WeakTensorKeyDictionary()
+
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
+        return self.linear(self._norm(x, norm), linear)
+
+    def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
+        x = residual.settled() if isinstance(residual, Stream) else residual
+        return Stream(x, self.linear(y, linear))
+
+    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
+        """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
+        cos = torch.empty(len(positions), len(inv_freq), device=positions.device)
+        sin = torch.empty_like(cos)
+        rope_triton(positions, inv_freq, cos, sin)
+        return cos, sin
+
+    def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
+        out = torch.empty_like(x)
+        rms_norm_triton(x, norm.weight, epsilon(norm), out)
+        return out
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        tokens, size = gate_up.shape
+        out = torch.empty(tokens, size // 2, dtype=gate_up.dtype, device=gate_up.device)
+        swiglu_triton(gate_up, out)
+        return out
+
+    def gated_conv(
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        tokens, hidden = len(bcx), len(conv.weight)
+        out = torch.empty(tokens, hidden, dtype=bcx.dtype, device=bcx.device)
+        if batch.max_query == 1:
+            gated_conv_step_triton(
+                bcx, conv.weight, conv.bias, window.rows, batch.positions, batch.slots, out
+            )
+        else:
+            gated_conv_triton(
+                bcx,
+                conv.weight,
+                conv.bias,
+                window.rows,
+                batch.cu_seqlens,
+                batch.slots,
+                batch.lengths,
+                out,
+            )
+        return out
+
+    def qk_norm_rope(
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        tokens, width = qkv.shape
+        _, kv_heads, _, head_dim = pages.k.shape
+        heads = width // head_dim - 2 * kv_heads
+        q = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        qk_norm_rope_triton(
+            qkv,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            epsilon(attention.q_layernorm),
+            *rope,
+            batch.positions,
+            batch.cu_seqlens,
+            batch.slots,
+            pages.table,
+            q,
+            pages.k,
+            pages.v,
+        )
+        return q
+
+    def attend(
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        """One launch where every sequence runs one token, two elsewhere."""
+        if batch.max_query != 1:
+            return super().attend(qkv, attention, rope, pages, batch)
+        tokens, width = qkv.shape
+        _, kv_heads, page_size, head_dim = pages.k.shape
+        heads = width // head_dim - 2 * kv_heads
+        splits = most_splits(pages.table.shape[1] * page_size)
+        shape = (tokens, kv_heads, splits, heads // kv_heads)
+        out = torch.empty(tokens, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+        flash_decode_triton(
+            qkv,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            epsilon(attention.q_layernorm),
+            *rope,
+            batch.slots,
+            batch.lengths,
+            pages.table,
+            pages.k,
+            pages.v,
+            out,
+            torch.empty(*shape, head_dim, dtype=torch.float32, device=qkv.device),
+            torch.empty(shape, dtype=torch.float32, device=qkv.device),
+            self._counters(pages.table, kv_heads),
+        )
+        return out
+
+    def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
+        out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        flash_prefill_triton(
+            q,
+            pages.k,
+            pages.v,
+            pages.table,
+            batch.cu_seqlens,
+            batch.slots,
+            batch.lengths,
+            out,
+            batch.max_query,
+        )
+        return out
+
+    def _counters(self, table: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """``[slots, kv_heads]`` int32 zeros, the same for all launches on the cache of table."""
+        if table not in self._arrivals:
+            shape = (len(table), kv_heads)
+            self._arrivals[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)
+        return self._arrivals[table]
+
+    def _norm(self, x: Any, norm: nn.RMSNorm) -> torch.Tensor:
+        """RMSNorm of a tensor or a Stream, which is settled by it."""
+        if not isinstance(x, Stream) or x.delta is None:
+            return self.rms_norm(x.x if isinstance(x, Stream) else x, norm)
+        out = torch.empty_like(x.x)
+        # The sum takes the place of delta, which nobody else holds.
+        add_rms_norm_triton(x.x, x.delta, norm.weight, epsilon(norm), x.delta, out)
+        x.x, x.delta = x.delta, None
+        return out

@@ -1,0 +1,27 @@
+"""The options that several commands have in common."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, or a folder.")
+]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Recommended sampling; else the one that fits MODEL's name.")
+]
+DoSample = Annotated[bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens, or not.")]
+Temperature = Annotated[float | None, typer.Option(help="Sharper below 1; 0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that make up p.")]
+MinP = Annotated[float | None, typer.Option(help="Draw from those above p times the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids repetition.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed draws the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End after this string; repeatable.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
+Backend = Annotated[str, typer.Option(help="Which bodies run; lfm2-fast info lists them.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]

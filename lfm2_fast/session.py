@@ -1,0 +1,119 @@
+"""A checkpoint as the commands use it: model, tokenizer and sampling, loaded and told about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lfm2_fast.arguments import understand
+from lfm2_fast.chat import Answer, Conversation, write
+from lfm2_fast.config import CheckpointError
+from lfm2_fast.loading import load
+from lfm2_fast.model import LFM2
+from lfm2_fast.presets import sampling
+from lfm2_fast.terminal import Terminal
+
+
+@dataclass
+class Session:
+    """A model with its tokenizer, and the sampling arguments for ``generate``."""
+
+    model: LFM2
+    tokenizer: Any
+    arguments: dict[str, Any]
+
+    def conversation(self, system: str | None, max_new_tokens: int | None) -> Conversation:
+        """A new conversation. Raises ValueError where there is no chat template."""
+        return Conversation(
+            self.model,
+            self.tokenizer,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            arguments=self.arguments,
+        )
+
+    def continuation(
+        self,
+        text: str,
+        sink: Callable[[str], None],
+        max_new_tokens: int,
+        stopped: Callable[[], bool],
+    ) -> Answer:
+        """Continue a text as it stands; see ``chat.write``."""
+        return write(
+            self.model,
+            self.tokenizer,
+            self.tokenizer(text).input_ids,
+            sink,
+            max_new_tokens=max_new_tokens,
+            arguments=self.arguments,
+            stopped=stopped,
+        )
+
+
+def open_session(
+    terminal: Terminal,
+    name: str,
+    *,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    stop: list[str] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Session:
+    """Load a checkpoint, telling what is loaded and how it will draw.
+
+    ``preset`` and ``given`` are as in ``presets.sampling``, ``options`` go to ``load``; ``seed`` is
+    torch's. What is wrong with the options is raised before the checkpoint is looked for.
+    """
+    arguments, _ = sampling(name, preset=preset, given=given)
+    if stop:
+        arguments["stop_strings"] = stop
+    understand(arguments, None, {}, vocab_size=1)
+    terminal.note(f"loading {name}")
+    model = load(name, **options)
+    tokenizer = load_tokenizer(
+        name, revision=options.get("revision"), offline=options.get("local_files_only", False)
+    )
+    terminal.note(summary(model))
+    file = model.generation_defaults()
+    arguments, words = sampling(name, preset=preset, file=file, given=given)
+    terminal.note(f"sampling: {words}")
+    if stop:
+        arguments["stop_strings"] = stop
+    if seed is not None:
+        torch.manual_seed(seed)
+    return Session(model, tokenizer, arguments)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, offline: bool = False) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError, in one line, when there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else name,
+            revision=revision,
+            local_files_only=offline,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{name} has no tokenizer that can be loaded ({reason})") from error
+
+
+def summary(model: LFM2) -> str:
+    """A model in a line: its size, and where and how it runs."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    size = millions(model.config.num_parameters)
+    return f"{size} parameters in {dtype}, on {model.device} with {model.ops.name} bodies"
+
+
+def millions(count: int) -> str:
+    """A count of parameters in words: "3.6 million"."""
+    return f"{count / 1e6:.3g} million" if count < 999.5e6 else f"{count / 1e9:.3g} billion"

@@ -1,0 +1,157 @@
+"""Whole models on the Triton kernels against the same models in eager PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast import reference
+from lfm2_fast.batch import Batch
+from lfm2_fast.ops import BackendError, choose
+
+CHANGED = {
+    "plain": {},
+    "odd": {"conv_L_cache": 5, "conv_bias": True, "head_dim": 24, "num_key_value_heads": 3},
+    "attention_first": {
+        "conv_L_cache": 2,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "conv", "full_attention", "full_attention", "conv"],
+    },
+}
+# What every kind of step asks of a model: tokens by slot. Prompts, then a second turn, a chunk, a
+# decode step and a new prompt in one batch, then a decode step of all.
+STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned():
+    """Outputs begin as NaN, so that an element which no kernel wrote shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        patch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def load(kernel_device):
+    def load(folder: Path, backend: str, dtype: torch.dtype) -> lfm2_fast.LFM2:
+        model = lfm2_fast.load(folder, device=kernel_device, dtype=dtype, backend=backend)
+        assert model.ops.name == backend
+        return model
+
+    return load
+
+
+def logits(model: lfm2_fast.LFM2) -> list[torch.Tensor]:
+    cache = model.new_cache(4)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for step in STEPS:
+        batch = Batch.prepare(list(step.values()), list(step), cache, model.device)
+        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
+        found.append(model.run(tokens.to(model.device), batch, cache))
+    return found
+
+
+@pytest.mark.usefixtures("grid_order")
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED.keys())
+def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget, changed) -> None:
+    folder = random_checkpoint(**changed)
+    exact = logits(load(folder, "eager", torch.float64))
+    plain = logits(load(folder, "eager", kernel_dtype))
+    for ours, a, b in zip(logits(load(folder, "triton", kernel_dtype)), exact, plain, strict=True):
+        within_budget(ours, a, b)
+
+
+def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
+    """Of the reference, only attention and projections still serve."""
+    model = load(random_checkpoint(), "triton", torch.float32)
+    expected = logits(model)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the reference ran")
+
+    for name in dir(reference):
+        if name.endswith("_ref") and name not in ("attention_ref", "linear_ref"):
+            monkeypatch.setattr(reference, name, refuse)
+    for ours, same in zip(logits(model), expected, strict=True):
+        assert torch.equal(ours, same)
+
+
+def test_the_same_greedy_tokens_as_eager(tiny, load) -> None:
+    """On trained weights, where a token follows from what was read."""
+    from transformers import AutoTokenizer
+
+    text = (tiny / "heldout.txt").read_text(encoding="utf-8")
+    prompt = AutoTokenizer.from_pretrained(tiny)(text, return_tensors="pt").input_ids[:, :45]
+    expected, ours = (
+        load(tiny, backend, torch.float32).generate(prompt, max_new_tokens=40, do_sample=False)
+        for backend in ("eager", "triton")
+    )
+    assert ours.tolist() == expected.tolist()
+
+
+def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> None:
+    model = load(random_checkpoint(), "triton", torch.float32)
+    tokens = torch.arange(10, 29, device=model.device)
+    caches = [model.new_cache(1) for _ in range(2)]
+    batches = [Batch.prepare([19], [0], cache, model.device) for cache in caches]
+    whole = model.run(tokens, batches[0], caches[0])
+    last = model.run(tokens, batches[1], caches[1], batches[1].last_rows)
+    torch.testing.assert_close(last, whole[-1:], rtol=1e-5, atol=1e-5)
+
+
+def test_empty_rows(random_checkpoint, load) -> None:
+    model = load(random_checkpoint(), "triton", torch.float32)
+    tokens = torch.full((2, 3), 9, device=model.device)
+    assert model(tokens[:0]).logits.shape == (0, 3, 307)
+    answer = model(tokens, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    torch.testing.assert_close(answer.logits[1:], model(tokens[1:]).logits)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('os.environ["TRITON_INTERPRET"] = "0"', "TRITON_INTERPRET=1"),
+        ('sys.modules["triton"] = None', "pip install triton"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_what_to_do(setting: str, message: str) -> None:
+    """And "auto" then takes eager PyTorch, without a word."""
+    code = f"""
+import os, sys
+{setting}
+import torch
+from lfm2_fast.ops import choose
+assert choose("auto", torch.device("cpu")).name == "eager"
+choose("triton", torch.device("cpu"))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("lfm2_fast.ops.BackendError: backend='triton'") and message in error
+
+
+def test_auto_takes_the_kernels_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose("auto", torch.device("cuda")).name == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert choose("auto", torch.device("cuda")).name == "eager"
+    with pytest.raises(BackendError, match=r"compute capability 8\.0"):
+        choose("triton", torch.device("cuda"))
+    with pytest.raises(BackendError, match="eager"):
+        choose("triton", torch.device("mps"))
+    with pytest.raises(BackendError, match="'eager', 'triton'"):
+        choose("cublas", torch.device("cpu"))
