@@ -4,11 +4,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SANITIZER := -fsanitize=address,undefined
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint aot sanitize test-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -24,6 +25,22 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+aot: $(READY) ## Compile the Triton kernels for GPUs that are not here; table their registers
+	$(BIN)/python bench/aot.py
+
+test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, memcheck, racecheck
+	PYTHON=$(PYTHON) bench/test_gpu.sh
+
+# Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
+# looked for.
+sanitize: $(READY) ## Run the tests of the C++ bodies under AddressSanitizer and UBSan
+	PATH=$(abspath $(BIN)):$$PATH LDFLAGS="$(SANITIZER)" \
+	CFLAGS="$(SANITIZER) -fno-sanitize-recover=all -fno-omit-frame-pointer" LFM2_FAST_BUILD_EXT=1 \
+	$(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml ../../tests/test_native.py
 
 wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	rm -rf dist

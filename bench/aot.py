@@ -16,7 +16,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
+from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
@@ -91,15 +93,23 @@ class Target:
 
 
 @contextlib.contextmanager
-def compiling(arch: int, maxnreg: int | None) -> Iterator[list[tuple[str, Any, str]]]:
-    """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log."""
+def compiling(
+    arch: int, only: Collection[str] = (), maxnreg: int | None = None
+) -> Iterator[list[tuple[str, Any, str]]]:
+    """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log.
+
+    Where ``only`` names any kernels, others are passed over.
+    """
     launches: list[tuple[str, Any, str]] = []
     run = triton.runtime.jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        if only and name not in only:
+            return
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, maxnreg=maxnreg, **kwargs)
-        launches.append((self.fn.__name__, kernel, log.getvalue()))
+        launches.append((name, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(Target(arch))
     triton.knobs.compilation.always_compile = True
@@ -112,7 +122,7 @@ def compiling(arch: int, maxnreg: int | None) -> Iterator[list[tuple[str, Any, s
 
 
 def launch_all(size: Size, dtype: torch.dtype) -> None:
-    """Every kernel once, for two sequences of three tokens."""
+    """Every kernel in each of its shapes, for two sequences of three tokens."""
     sequences, tokens, hidden = 2, 6, size.hidden
 
     def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -131,37 +141,53 @@ def launch_all(size: Size, dtype: torch.dtype) -> None:
     add_rms_norm_triton(x, out, norm, 1e-5, out, some(tokens, hidden))
     swiglu_triton(some(tokens, 2 * size.inner), some(tokens, size.inner))
 
-    half = size.head_dim // 2
+    half, heads, kv_heads = size.head_dim // 2, size.heads, size.kv_heads
     cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
     rope_triton(positions, some(half, dtype=torch.float32), cos, sin)
-    k, v = (some(sequences, size.kv_heads, 64, size.head_dim) for _ in range(2))
-    qk_norm_rope_triton(
-        some(tokens, (size.heads + 2 * size.kv_heads) * size.head_dim),
-        some(size.head_dim),
-        some(size.head_dim),
-        1e-5,
-        cos,
-        sin,
-        positions,
-        cu_seqlens,
-        slots,
-        some(sequences, 1, dtype=torch.int32),
-        some(tokens, size.heads, size.head_dim),
-        k,
-        v,
-    )
+    norms, eps = (some(size.head_dim), some(size.head_dim)), 1e-5
+    qkv = some(tokens, (heads + 2 * kv_heads) * size.head_dim)
+    q, out = some(tokens, heads, size.head_dim), some(tokens, heads * size.head_dim)
+    for pages_per_slot in (1, 3):
+        table = some(sequences, pages_per_slot, dtype=torch.int32)
+        k, v = (some(sequences * pages_per_slot, kv_heads, 64, size.head_dim) for _ in range(2))
+        places = (positions, cu_seqlens, slots, table)
+        qk_norm_rope_triton(qkv, *norms, eps, cos, sin, *places, q, k, v)
+        for most_tokens in (3, 16, 2048):
+            flash_prefill_triton(q, k, v, table, *places[1:3], lengths, out, most_tokens)
+        splits = most_splits(pages_per_slot * 64)
+        means = some(
+            sequences, kv_heads, splits, heads // kv_heads, size.head_dim, dtype=torch.float32
+        )
+        flash_decode_triton(
+            qkv[:sequences],
+            *norms,
+            eps,
+            cos[:sequences],
+            sin[:sequences],
+            slots,
+            lengths,
+            table,
+            k,
+            v,
+            out[:sequences],
+            means,
+            means[..., 0].contiguous(),
+            some(sequences, kv_heads, dtype=torch.int32),
+        )
 
 
-def compile_all(arch: int, dtypes: Iterable[str], maxnreg: int | None = None) -> list[Compiled]:
+def compile_all(
+    arch: int, dtypes: Iterable[str], only: Collection[str] = (), maxnreg: int | None = None
+) -> list[Compiled]:
     """Every kernel that the sizes use, each once."""
     found: dict[str, Compiled] = {}
     for dtype, size in itertools.product(dtypes, SIZES):
-        with compiling(arch, maxnreg) as launches:
+        with compiling(arch, only, maxnreg) as launches:
             launch_all(size, getattr(torch, dtype))
         for name, kernel, log in launches:
             if kernel.hash not in found:
                 found[kernel.hash] = Compiled(
-                    name=name.strip("_").removesuffix("_kernel"),
+                    name=name,
                     dtype=dtype,
                     warps=kernel.metadata.num_warps,
                     registers=_number(r"Used (\d+) registers", log),
@@ -184,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--only", nargs="+", default=(), metavar="KERNEL")
     parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to see spills")
     args = parser.parse_args()
 
@@ -194,7 +221,7 @@ def main() -> None:
     )
     spilling = 0
     for arch in args.arch:
-        for k in compile_all(arch, args.dtype, args.maxnreg):
+        for k in compile_all(arch, args.dtype, args.only, args.maxnreg):
             print(
                 f"{k.name:16} {arch:3} {k.dtype:8} {k.warps:5} {k.registers:5} {k.spilled:7} "
                 f"{k.stack:5} {k.shared:6}  {' '.join(k.sizes)}"

@@ -85,7 +85,7 @@ void swiglu_native(const Tensor& gate_up, const Tensor& out) {
 }
 
 // What each sequence runs in this step; `slots` is how many the cache has.
-std::vector<Run> runs_of(const Tensor& slots, const Tensor& lengths, const Tensor& cu_seqlens,
+std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots, const Tensor& lengths,
                          int64_t tokens, int64_t cache_slots) {
   const int64_t count = slots.numel();
   expect_packed(slots, "slots", ScalarType::Long, {count});
@@ -146,18 +146,18 @@ void convolve(const GatedConv<T>& conv, const std::vector<Run>& runs, int64_t to
 }
 
 void gated_conv_native(const Tensor& bcx, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const Tensor& window, const Tensor& slots, const Tensor& lengths,
-                       const Tensor& cu_seqlens, const Tensor& out) {
+                       const Tensor& window, const Tensor& cu_seqlens, const Tensor& slots,
+                       const Tensor& lengths, const Tensor& out) {
   with_type(bcx, [&](auto number) {
     using T = decltype(number);
     const auto conv = conv_of<T>(bcx, weight, bias, window, out);
-    convolve(conv, runs_of(slots, lengths, cu_seqlens, out.size(0), window.size(0)), out.size(0));
+    convolve(conv, runs_of(cu_seqlens, slots, lengths, out.size(0), window.size(0)), out.size(0));
   });
 }
 
 void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
                             const std::optional<Tensor>& bias, const Tensor& window,
-                            const Tensor& slots, const Tensor& positions, const Tensor& out) {
+                            const Tensor& positions, const Tensor& slots, const Tensor& out) {
   with_type(bcx, [&](auto number) {
     using T = decltype(number);
     const auto conv = conv_of<T>(bcx, weight, bias, window, out);
@@ -222,8 +222,8 @@ void expect_pages(const Pages<T>& pages, int64_t count, int64_t per_slot, int64_
 
 void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
                          double eps, const Tensor& cos, const Tensor& sin, const Tensor& k_pages,
-                         const Tensor& v_pages, const Tensor& table, const Tensor& slots,
-                         const Tensor& lengths, const Tensor& cu_seqlens, const Tensor& q) {
+                         const Tensor& v_pages, const Tensor& table, const Tensor& cu_seqlens,
+                         const Tensor& slots, const Tensor& lengths, const Tensor& q) {
   with_type(qkv, [&](auto number) {
     using T = decltype(number);
     const int64_t tokens = q.size(0);
@@ -250,7 +250,7 @@ void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor
                            heads,
                            kv_heads,
                            write<T>(q)};
-    const auto runs = runs_of(slots, lengths, cu_seqlens, tokens, table.size(0));
+    const auto runs = runs_of(cu_seqlens, slots, lengths, tokens, table.size(0));
     for (const Run& run : runs) {
       expect_pages(op.k, k_pages.size(0), table.size(1), run.slot, run.position,
                    run.position + run.count);

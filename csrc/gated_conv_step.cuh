@@ -12,8 +12,7 @@ namespace lfm2 {
 
 template <class T>
 struct GatedConvStep {
-  const T* bcx;  // [sequences, 3 * hidden]: B, C and x side by side
-  int64_t bcx_stride;
+  Rows<const T> bcx;  // [sequences, 3 * hidden]: B, C and x side by side
   const T* weight;  // [hidden, width], newest tap last
   const T* bias;    // [hidden], or null
   T* window;        // [slots, ring, hidden], kept by position modulo ring
@@ -23,7 +22,7 @@ struct GatedConvStep {
   int hidden;
   const int64_t* slots;      // [sequences]
   const int64_t* positions;  // [sequences]
-  T* out;                    // [sequences, hidden]
+  Rows<T> out;               // [sequences, hidden]
 };
 
 template <class T, int kCount>
@@ -66,7 +65,7 @@ __global__ void gated_conv_step_kernel(const GatedConvStep<T> conv) {
   Pack<T, kEach> bias = {};
   if (conv.bias) bias = load<T, kEach>(conv.bias + channel);
 
-  const T* row = conv.bcx + sequence * conv.bcx_stride + channel;
+  const T* row = conv.bcx[sequence] + channel;
   const Pack<T, kEach> b = load<T, kEach>(row);
   const Pack<T, kEach> c = load<T, kEach>(row + conv.hidden);
   const Pack<T, kEach> x = load<T, kEach>(row + 2 * conv.hidden);
@@ -84,45 +83,7 @@ __global__ void gated_conv_step_kernel(const GatedConvStep<T> conv) {
     narrow(widen(c.at[i]) * rounded<T>(sum), out.at[i]);
   }
   store(past[kWidth - 1], window + position % conv.ring * conv.ring_stride);
-  store(out, conv.out + sequence * conv.hidden + channel);
-}
-
-template <class T, int kEach, int kWidth>
-void gated_conv_step(const GatedConvStep<T>& conv, int sequences, cudaStream_t stream) {
-  constexpr int kThreads = 64;
-  const int threads = (conv.hidden + kEach - 1) / kEach;
-  const dim3 grid((threads + kThreads - 1) / kThreads, sequences);
-  gated_conv_step_kernel<T, kEach, kWidth><<<grid, kThreads, 0, stream>>>(conv);
-}
-
-// False if no kernel was compiled for `width`.
-template <class T, int kEach>
-bool gated_conv_step(const GatedConvStep<T>& conv, int width, int sequences, cudaStream_t stream) {
-  switch (width) {
-    case 2:
-      gated_conv_step<T, kEach, 2>(conv, sequences, stream);
-      return true;
-    case 3:
-      gated_conv_step<T, kEach, 3>(conv, sequences, stream);
-      return true;
-    case 4:
-      gated_conv_step<T, kEach, 4>(conv, sequences, stream);
-      return true;
-    case 5:
-      gated_conv_step<T, kEach, 5>(conv, sequences, stream);
-      return true;
-    case 6:
-      gated_conv_step<T, kEach, 6>(conv, sequences, stream);
-      return true;
-    case 7:
-      gated_conv_step<T, kEach, 7>(conv, sequences, stream);
-      return true;
-    case 8:
-      gated_conv_step<T, kEach, 8>(conv, sequences, stream);
-      return true;
-    default:
-      return false;
-  }
+  store(out, conv.out[sequence] + channel);
 }
 
 }  // namespace lfm2

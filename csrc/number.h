@@ -8,15 +8,13 @@
 #include <cstring>
 
 // A function under LFM2_CLONES is compiled once for each instruction set, with everything that is
-// inlined into it, and the loader takes the best one that the machine has. The build may define it
-// as nothing and pass -march instead: that is how each instruction set is tested alone.
-#ifndef LFM2_CLONES
+// inlined into it, and the loader takes the best one that the machine has. LFM2_NO_CLONES leaves
+// that to -march, so that each instruction set can be tested alone.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12
+    __GNUC__ >= 12 && !defined(LFM2_NO_CLONES)
 #define LFM2_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define LFM2_CLONES
-#endif
+#define LFM2_CLONES __attribute__((noinline))
 #endif
 
 // A call out of a clone would land in code for the oldest machine, so its helpers are inlined.

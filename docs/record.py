@@ -93,7 +93,8 @@ def console(block: str, path: str) -> str:
                     terminal.wait_for(lambda text: text.endswith(f"\n{PROMPT}"))
                     terminal.type(line.removeprefix(PROMPT) + "\n")
             terminal.close()
-            parts.append(f"{command}\n{terminal.text.strip()}\n")
+            lines = [line.rstrip() for line in terminal.text.splitlines()]
+            parts.append("\n".join([command, *lines]).rstrip() + "\n")
     return "".join(parts)
 
 

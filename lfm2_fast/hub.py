@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, WEIGHTS
@@ -17,12 +18,14 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
     weights: bool = True,
+    also: Sequence[str] = (),
 ) -> Path:
     """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
 
-    The config comes first and is checked before gigabytes follow; then only the generation config
-    and, if ``weights``, those are fetched, all of one commit, with the hub's progress bars.
-    HF_HUB_OFFLINE and the hub's other settings hold. Raises CheckpointError.
+    The config comes first and is checked before gigabytes follow; then only the generation config,
+    the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
+    commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold. Raises
+    CheckpointError.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -43,6 +46,7 @@ def resolve(
         token=token,
         local_files_only=local_files_only,
         weights=weights,
+        also=also,
     )
 
 
@@ -54,6 +58,7 @@ def _download(
     token: str | bool | None,
     local_files_only: bool,
     weights: bool,
+    also: Sequence[str],
 ) -> Path:
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -89,7 +94,8 @@ def _download(
         raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
     Config.from_file(path)
     revision = path.parent.name
-    fetch(GENERATION_CONFIG)
+    for name in (GENERATION_CONFIG, *also):
+        fetch(name)
     if not weights:
         return path.parent
     index = fetch(INDEX)

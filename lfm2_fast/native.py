@@ -20,20 +20,20 @@ SCHEMAS = (
     "Tensor(b!) out) -> ()",
     # gate_up [T, 2F], out [T, F]
     "swiglu_native(Tensor gate_up, Tensor(a!) out) -> ()",
-    # bcx [T, 3H], weight [H, W], bias [H], window [slots, ring, H], slots and positions [T] int64,
+    # bcx [T, 3H], weight [H, W], bias [H], window [slots, ring, H], positions and slots [T] int64,
     # out [T, H]
     "gated_conv_step_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
-    "Tensor slots, Tensor positions, Tensor(b!) out) -> ()",
-    # as before, with slots [B] int64, lengths [B] and cu_seqlens [B + 1] int32
+    "Tensor positions, Tensor slots, Tensor(b!) out) -> ()",
+    # as before, with cu_seqlens [B + 1] int32, slots [B] int64 and lengths [B] int32
     "gated_conv_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
-    "Tensor slots, Tensor lengths, Tensor cu_seqlens, Tensor(b!) out) -> ()",
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(b!) out) -> ()",
     # positions [T] int64, inv_freq [D / 2] float32, cos and sin [T, 1, D]
     "rope_native(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin) -> ()",
     # qkv [T, (heads + 2 * kv_heads) * D], weights [D], pages [pages, kv_heads, page_size, D],
     # table [slots, pages per slot] int32, q [T, heads, D]
     "qk_norm_rope_native(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, "
-    "Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, Tensor slots, "
-    "Tensor lengths, Tensor cu_seqlens, Tensor(c!) q) -> ()",
+    "Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, "
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(c!) q) -> ()",
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",

@@ -37,7 +37,7 @@ class NativeStepOps(Ops):
             return super().gated_conv(bcx, conv, window, batch)
         tokens, size = bcx.shape
         out = bcx.new_empty(tokens, size // 3)
-        places = batch.slots, batch.positions
+        places = batch.positions, batch.slots
         _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
         return out
 
@@ -70,10 +70,10 @@ class NativeOps(Ops):
         tokens, size = bcx.shape
         out = bcx.new_empty(tokens, size // 3)
         if batch.max_query == 1:
-            places = batch.slots, batch.positions
+            places = batch.positions, batch.slots
             _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
         else:
-            runs = batch.slots, batch.lengths, batch.cu_seqlens
+            runs = batch.cu_seqlens, batch.slots, batch.lengths
             _gated_conv(bcx, conv.weight, conv.bias, window.rows, *runs, out)
         return out
 
@@ -92,9 +92,9 @@ class NativeOps(Ops):
             pages.k,
             pages.v,
             pages.table,
+            batch.cu_seqlens,
             batch.slots,
             batch.lengths,
-            batch.cu_seqlens,
             q,
         )
         return q

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from lfm2_fast import hub
 from lfm2_fast.arguments import understand
 from lfm2_fast.chat import Answer, Conversation, write
 from lfm2_fast.config import CheckpointError
@@ -16,6 +16,13 @@ from lfm2_fast.loading import load
 from lfm2_fast.model import LFM2
 from lfm2_fast.presets import sampling
 from lfm2_fast.terminal import Terminal
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass
@@ -77,7 +84,9 @@ def open_session(
     terminal.note(f"loading {name}")
     model = load(name, **options)
     tokenizer = load_tokenizer(
-        name, revision=options.get("revision"), offline=options.get("local_files_only", False)
+        name,
+        revision=options.get("revision"),
+        local_files_only=options.get("local_files_only", False),
     )
     terminal.note(summary(model))
     file = model.generation_defaults()
@@ -90,21 +99,29 @@ def open_session(
     return Session(model, tokenizer, arguments)
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, offline: bool = False) -> Any:
-    """The checkpoint's tokenizer. Raises CheckpointError, in one line, when there is none."""
+def load_tokenizer(
+    name: str, *, revision: str | None = None, local_files_only: bool = False
+) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError when there is none that can be loaded."""
     from transformers import AutoTokenizer
 
-    folder = Path(name).expanduser()
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else name,
-            revision=revision,
-            local_files_only=offline,
-            trust_remote_code=False,
+    folder = hub.resolve(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        weights=False,
+        also=TOKENIZER_FILES,
+    )
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER_FILES[0]}; if it is on the hub, connect once to download "
+            "it, else save the tokenizer into the checkpoint's folder"
         )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{name} has no tokenizer that can be loaded ({reason})") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason})") from error
 
 
 def summary(model: LFM2) -> str:

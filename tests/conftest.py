@@ -28,6 +28,7 @@ if not (CUDA or INTERPRETED):
 
 import lfm2_fast  # noqa: E402
 from lfm2_fast.batch import Batch  # noqa: E402
+from lfm2_fast.cache import KVPages  # noqa: E402
 from lfm2_fast.checkpoint import layout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,17 +200,27 @@ def traced() -> Callable[..., contextlib.AbstractContextManager[None]]:
         counted: set[tuple[int, ...]] = set()
         load, store = builder.create_masked_load, builder.create_masked_store
         atomic = builder.create_atomic_rmw
+        exchange = elements(exchanged)
+        writable = np.concatenate([elements(writes), exchange])
+        readable = np.concatenate([elements(reads), writable])
+        writable.sort()
+        readable.sort()
 
+        # What lies outside is not touched: a store there could bring the process down.
         def note_load(ptrs: Any, mask: Any, *args: Any) -> Any:
-            loads.append((builder.grid_idx, ptrs.data[mask.data.astype(bool)]))
+            at = ptrs.data[mask.data.astype(bool)].astype(np.int64)
+            assert among(at, readable).all(), "loads from outside of its tensors"
+            loads.append((builder.grid_idx, at))
             if builder.grid_idx not in counted:
-                wrong_side.append(loads[-1][1].flatten().astype(np.int64))
+                wrong_side.append(at)
             return load(ptrs, mask, *args)
 
         def note_store(ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
-            stores.append((builder.grid_idx, ptrs.data[mask.data.astype(bool)]))
+            at = ptrs.data[mask.data.astype(bool)].astype(np.int64)
+            assert among(at, writable).all(), "stores outside of what it may write"
+            stores.append((builder.grid_idx, at))
             if builder.grid_idx in counted:
-                wrong_side.append(stores[-1][1].flatten().astype(np.int64))
+                wrong_side.append(at)
             return store(ptrs, value, mask, *args)
 
         def note_atomic(*args: Any) -> Any:
@@ -221,18 +232,20 @@ def traced() -> Callable[..., contextlib.AbstractContextManager[None]]:
             patch.setattr(builder, "create_masked_store", note_store)
             patch.setattr(builder, "create_atomic_rmw", note_atomic)
             yield
-        exchange = elements(exchanged)
-        assert not np.isin(np.concatenate(wrong_side), exchange).any(), "exchanged too early or late"
-        writable = np.concatenate([elements(writes), exchange])
+        exchange.sort()
+        out_of_turn = among(np.concatenate(wrong_side), exchange)
+        assert not out_of_turn.any(), "handed over after the atomic, or taken before it"
         loaded, stored = by_program(loads), by_program(stores)
-        assert np.isin(stored[0], writable).all(), "stores outside of what it may write"
-        readable = np.concatenate([elements(reads), writable])
-        assert np.isin(loaded[0], readable).all(), "loads from outside of its tensors"
-        shared = np.isin(loaded[0], stored[0])
+        shared = among(loaded[0], np.sort(stored[0]))
         touched = np.concatenate([stored, loaded[:, shared]], axis=1)
-        touched = touched[:, ~np.isin(touched[0], exchange)]
+        touched = touched[:, ~among(touched[0], exchange)]
         addresses = np.unique(touched, axis=1)[0]
         assert len(np.unique(addresses)) == len(addresses), "two programs meet where one stores"
+
+    def among(addresses: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+        """``np.isin``, whose hash table is slow for addresses, of sorted ones."""
+        at = np.searchsorted(ordered, addresses)
+        return np.append(ordered, 0)[at] == addresses
 
     def elements(tensors: Sequence[torch.Tensor]) -> np.ndarray:
         """The address of every element."""
@@ -252,8 +265,7 @@ def traced() -> Callable[..., contextlib.AbstractContextManager[None]]:
         programs = {place: i for i, place in enumerate({place for place, _ in accesses})}
         pairs = [np.empty((2, 0), dtype=np.int64)]
         for place, at in accesses:
-            flat = at.flatten().astype(np.int64)
-            pairs.append(np.stack([flat, np.full_like(flat, programs[place])]))
+            pairs.append(np.stack([at, np.full_like(at, programs[place])]))
         return np.concatenate(pairs, axis=1)
 
     return trace
@@ -286,6 +298,63 @@ def intact() -> Callable[[torch.Tensor], bool]:
         return bool(whole.isnan().all())
 
     return check
+
+
+@pytest.fixture(scope="session")
+def paged() -> Callable[..., KVPages]:
+    """Lays ``k, v [slots, kv_heads, longest, D]`` out in pages, in a random or a given order.
+
+    What no sequence holds, the rows from ``lengths[slot]`` on and two pages more, is NaN, infinite
+    or huge.
+    """
+
+    def lay_out(
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: Sequence[int],
+        page_size: int,
+        order: Sequence[int] | None = None,
+    ) -> KVPages:
+        slots, kv_heads, longest, head_dim = k.shape
+        per_slot = -(-longest // page_size)
+        order = order or torch.randperm(slots * per_slot + 2).tolist()
+        table = torch.tensor(order[: slots * per_slot]).view(slots, per_slot)
+        limit = torch.finfo(k.dtype).max
+        nothing = torch.tensor([float("nan"), float("inf"), -float("inf"), limit]).to(k)
+        shape = (len(order), kv_heads, page_size, head_dim)
+        pages = KVPages(*(nothing[torch.randint(4, shape)] for _ in "kv"), table.int().to(k.device))
+        for slot, length in enumerate(lengths):
+            for i, first in enumerate(range(0, length, page_size)):
+                rows = slice(first, min(first + page_size, length))
+                pages.k[table[slot, i], :, : rows.stop - first] = k[slot, :, rows]
+                pages.v[table[slot, i], :, : rows.stop - first] = v[slot, :, rows]
+        return pages
+
+    return lay_out
+
+
+@pytest.fixture(scope="session")
+def far_apart(
+    kernel_device: torch.device, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Copies pages to where each is 2**30 elements behind the one before.
+
+    Page 4 then looks like page 0 to an offset of 32 bits. In the interpreter the space between
+    pages is the hole of a sparse file.
+    """
+
+    def spread(pages: torch.Tensor) -> torch.Tensor:
+        step = 2**30
+        size = (len(pages) - 1) * step + pages[0].numel()
+        if kernel_device.type == "cpu":
+            path = tmp_path_factory.mktemp("far") / "pages"
+            flat = torch.from_file(str(path), shared=True, size=size, dtype=pages.dtype)
+            path.unlink()
+        else:
+            flat = torch.empty(size, dtype=pages.dtype, device=pages.device)
+        return flat.as_strided(pages.shape, (step, *pages[0].stride())).copy_(pages)
+
+    return spread
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,7 @@ def test_presets_are_shown_and_overridable(run: Run, tiny: Path) -> None:
 ERRORS: dict[str, tuple[str, str]] = {
     "no-folder": ("generate nope hi", "there is no folder 'nope'; give a checkpoint folder or"),
     "no-checkpoint": ("generate tests hi", "tests/config.json does not exist;"),
-    "no-tokenizer": ("generate RANDOM hi", "has no tokenizer that can be loaded ("),
+    "no-tokenizer": ("generate RANDOM hi", "has no tokenizer.json;"),
     "temperature": ("generate TINY hi --temperature -1", "temperature must be above 0, got -1.0"),
     "top-p": ("generate TINY hi --top-p 1.5", "top_p must be from 0 to 1, got 1.5"),
     "contradiction": ("generate TINY hi --greedy --top-k 3", "top_k has no effect on greedy"),
@@ -325,6 +325,18 @@ def test_a_prompt_is_wanted_on_a_terminal(tiny: Path) -> None:
     terminal = screen("generate", tiny)
     assert terminal.close() == 2
     assert terminal.text.startswith("lfm2-fast: there is no prompt: give it as an argument")
+
+
+def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
+    record = runpy.run_path(str(ROOT / "docs" / "record.py"))
+    block = "$ printf 'hi\\n> '; read x; echo got $x\n> old\nstale\n$ echo  two\n"
+    expected = "$ printf 'hi\\n> '; read x; echo got $x\nhi\n> old\ngot old\n$ echo  two\ntwo\n"
+    assert record["console"](block, os.environ["PATH"]) == expected
+    assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
+    options = "\n".join(run(name, "--help").out for name in ("generate", "chat", "info", "demo"))
+    for page in (ROOT / "docs" / "usage").glob("*.md"):
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))
+        assert {option for option in mentioned if f"{option} " not in options} <= {"--traceback"}
 
 
 def start(*arguments: str | Path, **kwargs: Any) -> subprocess.Popen[str]:

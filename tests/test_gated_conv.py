@@ -1,7 +1,8 @@
-"""The gated convolution's kernels, many tokens and one token a sequence, against the reference."""
+"""The gated convolution, many tokens and one token a sequence: every body against the reference."""
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm2_fast import native
 from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -49,9 +51,45 @@ class Case:
         return out, window
 
 
+def bodies() -> list[tuple[str, torch.dtype]]:
+    """Each body with each dtype, but Triton's interpreter, whose bfloat16 is wrong, without it."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    exact = os.environ["TRITON_INTERPRET"] == "0"
+    return [
+        (name, dtype)
+        for name in ("eager", "triton", "native")
+        for dtype in dtypes
+        if name != "triton" or dtype != torch.bfloat16 or exact
+    ]
+
+
+@pytest.fixture(
+    scope="module",
+    params=bodies(),
+    ids=lambda pair: f"{pair[0]}-{str(pair[1]).removeprefix('torch.')}",
+)
+def body(request: pytest.FixtureRequest, kernel_device: torch.device) -> tuple[str, torch.dtype]:
+    if request.param[0] == "native" and (lacking := native.why_not(kernel_device)):
+        pytest.skip(lacking)
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def run(framed, intact, traced):
-    """Runs a kernel on a case; gives output and window, both of which stood in a frame."""
+def kernel_dtype(body: tuple[str, torch.dtype]) -> torch.dtype:
+    return body[1]
+
+
+@pytest.fixture(scope="module")
+def run(body, kernel_device, framed, intact, traced):
+    """Runs a body on a case; gives output and window, both of which stood in a frame."""
+    name, _ = body
+    kernels = {
+        "triton": (gated_conv_triton, gated_conv_step_triton),
+        "native": (
+            torch.ops.lfm2_fast.gated_conv_native,
+            torch.ops.lfm2_fast.gated_conv_step_native,
+        ),
+    }
 
     def run(case: Case, step: bool, sliced: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         batch, tokens, hidden = case.batch, *case.bcx.shape
@@ -59,12 +97,17 @@ def run(framed, intact, traced):
         out = framed(torch.full((tokens, hidden // 3), NAN).to(case.bcx))
         bcx = framed(case.bcx) if sliced else case.bcx
         weights = (case.weight,) if case.bias is None else (case.weight, case.bias)
+        if name == "eager":
+            meaning = ref.gated_conv_step_ref if step else ref.gated_conv_ref
+            out.copy_(meaning(bcx, case.weight, case.bias, window, batch))
+            return out, window
+        if name == "native" and kernel_device.type == "cuda" and not step:
+            pytest.skip("CUDA has the step alone")
+        places = (batch.cu_seqlens, batch.slots, batch.lengths)
         if step:
-            launch, places = gated_conv_step_triton, (batch.positions, batch.slots)
-        else:
-            launch, places = gated_conv_triton, (batch.cu_seqlens, batch.slots, batch.lengths)
+            places = (batch.positions, batch.slots)
         with traced([bcx, *weights, *places], [window, out]):
-            launch(bcx, case.weight, case.bias, window, *places, out)
+            kernels[name][step](bcx, case.weight, case.bias, window, *places, out)
         assert intact(window) and intact(out)
         return out, window
 
@@ -105,7 +148,7 @@ def test_one_channel(step, kernel_device, kernel_dtype, run, same_bits, within_b
     within_budget(out, case.reference(torch.float64)[0], plain)
 
 
-def test_both_kernels_give_the_same_bits(kernel_device, kernel_dtype, run, same_bits) -> None:
+def test_step_and_many_give_the_same_bits(kernel_device, kernel_dtype, run, same_bits) -> None:
     cache = SimpleNamespace(slots=6, lengths=[0, 1, 2, 3, 9, 40])
     batch = Batch.prepare([1] * 6, [4, 0, 5, 1, 3, 2], cache, kernel_device)
     case = Case(batch, 130, 4, 5, True, kernel_dtype)

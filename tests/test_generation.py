@@ -87,10 +87,11 @@ def test_greedy_equals_hugging_face(models, batch, kwargs: dict[str, Any]) -> No
 
 
 def test_rows_equal_each_alone(ours, tokenizer, batch) -> None:
-    together = ours.generate(**batch, max_new_tokens=30)[:, batch["input_ids"].shape[1] :]
+    kwargs = {"max_new_tokens": 30, "eos_token_id": None}
+    together = ours.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
     for prompt, row in zip(PROMPTS, together, strict=True):
         alone = tokenizer(prompt, return_tensors="pt").input_ids
-        assert torch.equal(ours.generate(alone, max_new_tokens=30)[0, alone.shape[1] :], row)
+        assert torch.equal(ours.generate(alone, **kwargs)[0, alone.shape[1] :], row)
 
 
 def test_right_padding_changes_no_token(ours, tokenizer, batch) -> None:
@@ -333,15 +334,19 @@ def ran(monkeypatch) -> list[int]:
     return counts
 
 
+# The end token would cut short what these tests count.
+ENDLESS = {"eos_token_id": None}
+
+
 def test_a_conversation_does_not_run_again(ours, tokenizer, ran: list[int]) -> None:
     first = tokenizer(PROMPTS[2], return_tensors="pt").input_ids
     cache = ours.new_cache(1)
-    answer = ours.generate(first, max_new_tokens=10, past_key_values=cache)
+    answer = ours.generate(first, max_new_tokens=10, **ENDLESS, past_key_values=cache)
     assert cache.lengths == [first.shape[1] + 9] and cache.history[0] == answer[0, :-1].tolist()
     more = tokenizer(" and then the", add_special_tokens=False, return_tensors="pt").input_ids
     turn = torch.cat([answer, more], 1)
-    continued = ours.generate(turn, max_new_tokens=10, past_key_values=cache)
-    assert torch.equal(continued, ours.generate(turn, max_new_tokens=10))
+    continued = ours.generate(turn, max_new_tokens=10, **ENDLESS, past_key_values=cache)
+    assert torch.equal(continued, ours.generate(turn, max_new_tokens=10, **ENDLESS))
     assert ran == [first.shape[1], 1 + more.shape[1], turn.shape[1]]
 
 
@@ -349,28 +354,30 @@ def test_an_edited_answer_goes_back_to_the_prompts_end(ours, tokenizer, ran: lis
     """The conv rows inside the old answer are gone, but those at the prompt's end were kept."""
     first = tokenizer(PROMPTS[2], return_tensors="pt").input_ids
     cache = ours.new_cache(1)
-    answer = ours.generate(first, max_new_tokens=20, past_key_values=cache)
+    answer = ours.generate(first, max_new_tokens=20, **ENDLESS, past_key_values=cache)
     edited = answer.clone()
     edited[0, first.shape[1] + 8] += 1
     for text in (edited, first[:, :4]):
-        again = ours.generate(text, max_new_tokens=10, past_key_values=cache)
-        assert torch.equal(again, ours.generate(text, max_new_tokens=10))
+        again = ours.generate(text, max_new_tokens=10, **ENDLESS, past_key_values=cache)
+        assert torch.equal(again, ours.generate(text, max_new_tokens=10, **ENDLESS))
     assert ran[1] == edited.shape[1] - first.shape[1], "the prompt was run again"
     assert ran[3] == 4
 
 
 def test_the_same_prompt_again(ours, tokenizer) -> None:
     ids = tokenizer(PROMPTS[2], return_tensors="pt").input_ids
-    expected = ours.generate(ids, max_new_tokens=10)
+    expected = ours.generate(ids, max_new_tokens=10, **ENDLESS)
     cache = ours(ids).past_key_values
     for _ in range(2):
-        assert torch.equal(ours.generate(ids, max_new_tokens=10, past_key_values=cache), expected)
+        assert torch.equal(
+            ours.generate(ids, max_new_tokens=10, **ENDLESS, past_key_values=cache), expected
+        )
 
 
 def test_a_batch_keeps_its_cache(ours, tokenizer, batch, ran: list[int]) -> None:
-    output = ours.generate(**batch, max_new_tokens=8, return_dict_in_generate=True)
+    output = ours.generate(**batch, max_new_tokens=8, **ENDLESS, return_dict_in_generate=True)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(PROMPTS), 8).long()], 1)
-    again = {"attention_mask": mask, "max_new_tokens": 8}
+    again = {"attention_mask": mask, "max_new_tokens": 8, **ENDLESS}
     continued = ours.generate(output.sequences, past_key_values=output.past_key_values, **again)
     assert torch.equal(continued, ours.generate(output.sequences, **again))
     assert ran[1] == len(PROMPTS)

@@ -245,3 +245,27 @@ def test_weights_missing_in_the_cache_are_named_offline(hub: Hub, tmp_path: Path
     message = refused(load(tmp_path, hub.url, HF_HUB_OFFLINE="1"))
     assert "org/model has no model.safetensors in the local cache" in message
     assert "connect to the network once" in message
+
+
+def test_the_command_line_loads_from_the_hub(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+        env.pop(name, None)
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "lfm2_fast.cli", *arguments]
+        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
+
+    told = command("info", "org/model")
+    assert "model.context: 2048\n" in told.stdout
+    assert hub.asked == ["config.json", "generation_config.json"], "info fetches no weights"
+    first = command("generate", "org/model", "Hello!", "--max-new-tokens", "4")
+    assert first.returncode == 0, first.stderr
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(hub.asked)
+    assert "README.md" not in hub.asked
+    asked = len(hub.asked)
+    options = ("--max-new-tokens", "4", "--local-files-only")
+    again = command("generate", "org/model", "Hello!", *options)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert len(hub.asked) == asked

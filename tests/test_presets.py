@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lfm2_fast.arguments import understand
-from lfm2_fast.presets import PRESETS, preset_of, sampling
+from lfm2_fast.presets import PRESETS, described, preset_of, sampling
 
 NAMES = {
     "LiquidAI/LFM2-350M": "lfm2",
@@ -120,3 +121,12 @@ def test_sampling(name: str, file: dict[str, Any], given: dict[str, Any], words:
 def test_contradictions_are_named(preset: str | None, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sampling("any", preset=preset, given=given)
+
+
+def test_the_documentation_lists_the_presets() -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "usage" / "generate.md"
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")]
+    listed = {name.strip("| `"): values.strip("| ") for name, values, *_ in rows}
+    assert listed == {
+        name: described({"do_sample": bool(values), **values}) for name, values in PRESETS.items()
+    }

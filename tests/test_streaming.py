@@ -90,6 +90,11 @@ def test_any_cut_of_a_text_gives_the_same_passages(data: st.DataObject) -> None:
             id="two-tool-calls",
         ),
         pytest.param(
+            "<|tool_call_start|>[f('<|tool_call_start|>')]<|tool_call_end|>",
+            [("tool call", "[f('<|tool_call_start|>')]")],
+            id="marker-in-a-tool-call",
+        ),
+        pytest.param(
             "<think>f will do.<|tool_call_start|>[f()]",
             [("thinking", "f will do."), ("tool call", "[f()]")],
             id="tool-call-while-thinking",
