@@ -11,19 +11,27 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 __version__ = "0.1.0"
-__all__ = ["LFM2", "BackendError", "Cache", "CacheError", "CheckpointError", "Config", "load"]
+__all__ = [
+    "BackendError",
+    "Cache",
+    "CacheError",
+    "CheckpointError",
+    "Config",
+    "Lfm2ForCausalLM",
+    "load",
+]
 
 if TYPE_CHECKING:
     from lfm2_fast.cache import Cache, CacheError
     from lfm2_fast.config import CheckpointError, Config
     from lfm2_fast.loading import load
-    from lfm2_fast.model import LFM2
+    from lfm2_fast.model import Lfm2ForCausalLM
     from lfm2_fast.ops import BackendError
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
         homes = {
-            "LFM2": "model",
+            "Lfm2ForCausalLM": "model",
             "BackendError": "ops",
             "Cache": "cache",
             "CacheError": "cache",

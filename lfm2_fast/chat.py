@@ -14,7 +14,7 @@ import torch
 
 from lfm2_fast.cache import Cache
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.model import LFM2
+from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.streaming import PASSAGES, Segment, Splitter, Stopped, Timing, TokenStream
 from lfm2_fast.terminal import Terminal, interruptible
 
@@ -45,7 +45,7 @@ class Answer:
 
 
 def write(
-    model: LFM2,
+    model: Lfm2ForCausalLM,
     tokenizer: Any,
     ids: list[int],
     sink: Callable[[str], None],
@@ -100,7 +100,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: LFM2,
+        model: Lfm2ForCausalLM,
         tokenizer: Any,
         *,
         system: str | None = None,

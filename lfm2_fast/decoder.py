@@ -8,7 +8,7 @@ import torch
 
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import Cache
-from lfm2_fast.model import LFM2
+from lfm2_fast.model import Lfm2ForCausalLM
 
 # Tokens per forward pass of a prefill: enough to keep the matrices busy, few enough that the
 # feed-forward's intermediate values stay small beside the weights.
@@ -22,7 +22,7 @@ class Decoder:
     was run, so that a later call can tell which prefix it holds.
     """
 
-    def __init__(self, model: LFM2, cache: Cache) -> None:
+    def __init__(self, model: Lfm2ForCausalLM, cache: Cache) -> None:
         self.model = model
         self.cache = cache
 

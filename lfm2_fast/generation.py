@@ -13,13 +13,13 @@ import torch
 from lfm2_fast.arguments import Arguments, understand
 from lfm2_fast.cache import Cache
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.model import LFM2, unpadded
+from lfm2_fast.model import Lfm2ForCausalLM, unpadded
 from lfm2_fast.sampling import Draws, draw, penalize, warp
 
 
 @torch.no_grad()
 def generate(
-    model: LFM2,
+    model: Lfm2ForCausalLM,
     inputs: Any = None,
     generation_config: Any = None,
     logits_processor: Any = None,
@@ -93,7 +93,7 @@ class _Run:
 
     def __init__(
         self,
-        model: LFM2,
+        model: Lfm2ForCausalLM,
         asked: Arguments,
         ids: torch.Tensor,
         mask: torch.Tensor,
@@ -230,7 +230,7 @@ class _Run:
 
 
 def _prompts(
-    model: LFM2, inputs: Any, attention_mask: Any, kwargs: dict[str, Any]
+    model: Lfm2ForCausalLM, inputs: Any, attention_mask: Any, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device | None]:
     """Ids ``[B, T]``, mask and the caller's device, from whatever form the prompts came in."""
     if "input_ids" in kwargs:
@@ -243,7 +243,9 @@ def _prompts(
         inputs = inputs["input_ids"]
     if inputs is None:
         return None, None, None
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    mask = attention_mask
+    if isinstance(mask, Sequence):
+        mask = _left_padded(mask if isinstance(mask[0], Sequence) else [mask], 0)[0]
     if isinstance(inputs, torch.Tensor):
         ids = inputs
     elif isinstance(inputs, str) or not isinstance(inputs, Sequence):

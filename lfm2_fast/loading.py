@@ -8,7 +8,7 @@ import torch
 
 from lfm2_fast import checkpoint, hub
 from lfm2_fast.config import Config, read_json
-from lfm2_fast.model import LFM2
+from lfm2_fast.model import Lfm2ForCausalLM
 
 
 def load(
@@ -23,7 +23,7 @@ def load(
     max_length: int | None = None,
     backend: str = "auto",
     device_map: str | torch.device | None = None,
-) -> LFM2:
+) -> Lfm2ForCausalLM:
     """Load an LFM2 checkpoint, ready to run.
 
     ``model`` is a hub id ("LiquidAI/LFM2-1.2B") or a folder. ``device`` "auto" means the
@@ -54,7 +54,7 @@ def load(
     config = Config.from_file(folder / "config.json")
     what = named or _dtype(config.dtype or "float32")
     generation = folder / checkpoint.GENERATION_CONFIG
-    return LFM2(
+    return Lfm2ForCausalLM(
         config,
         checkpoint.load_weights(folder, config, device=where, dtype=what),
         backend=backend,

@@ -131,7 +131,7 @@ class AttentionBlock(Block):
         return self.mix(ops.linear_add(y, self.self_attn.out_proj, x), ops)
 
 
-class LFM2(nn.Module):
+class Lfm2ForCausalLM(nn.Module):
     """An LFM2 language model that runs.
 
     ``weights`` are the fused tensors that ``checkpoint.load_weights`` gives; they are taken over,
@@ -160,7 +160,9 @@ class LFM2(nn.Module):
             max_length or config.max_position_embeddings, config.max_position_embeddings
         )
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            # nn.Embedding's own initialisation would import torch's compiler, a second's work.
+            empty = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Embedding.from_pretrained(empty)
             self.layers = nn.ModuleList(
                 ConvBlock(config) if kind == "conv" else AttentionBlock(config)
                 for kind in config.layer_types
@@ -181,7 +183,9 @@ class LFM2(nn.Module):
         freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
         self.inv_freq = freq.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LFM2:
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> Lfm2ForCausalLM:
         super()._apply(fn, recurse)
         self._set_frequencies()
         return self

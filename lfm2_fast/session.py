@@ -13,7 +13,7 @@ from lfm2_fast.arguments import understand
 from lfm2_fast.chat import Answer, Conversation, write
 from lfm2_fast.config import CheckpointError
 from lfm2_fast.loading import load
-from lfm2_fast.model import LFM2
+from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.presets import sampling
 from lfm2_fast.terminal import Terminal
 
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 class Session:
     """A model with its tokenizer, and the sampling arguments for ``generate``."""
 
-    model: LFM2
+    model: Lfm2ForCausalLM
     tokenizer: Any
     arguments: dict[str, Any]
 
@@ -124,7 +124,7 @@ def load_tokenizer(
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason})") from error
 
 
-def summary(model: LFM2) -> str:
+def summary(model: Lfm2ForCausalLM) -> str:
     """A model in a line: its size, and where and how it runs."""
     dtype = str(model.dtype).removeprefix("torch.")
     size = millions(model.config.num_parameters)

@@ -49,7 +49,7 @@ SMALL = {
     "eos_token_id": 7,
 }
 
-Pair = tuple[Any, lfm2_fast.LFM2]
+Pair = tuple[Any, lfm2_fast.Lfm2ForCausalLM]
 
 
 @pytest.fixture(scope="session")

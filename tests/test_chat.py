@@ -20,7 +20,7 @@ QUESTIONS = ["What is a generator?", "How do I create an index?", "What does it 
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Path) -> lfm2_fast.LFM2:
+def model(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
     return lfm2_fast.load(tiny, device="cpu", dtype="float32")
 
 
@@ -32,7 +32,7 @@ def tokenizer(tiny: Path) -> Any:
 
 
 @pytest.fixture
-def conversation(model: lfm2_fast.LFM2, tokenizer: Any) -> Conversation:
+def conversation(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> Conversation:
     return Conversation(model, tokenizer, max_new_tokens=20)
 
 
@@ -147,7 +147,9 @@ THINKING = """
 """
 
 
-def test_a_template_that_opens_the_thinking(model: lfm2_fast.LFM2, tokenizer: Any) -> None:
+def test_a_template_that_opens_the_thinking(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any
+) -> None:
     tokenizer.chat_template = THINKING
     conversation = Conversation(model, tokenizer, max_new_tokens=10)
     shown: list[Segment] = []
@@ -167,7 +169,7 @@ def test_a_template_that_opens_the_thinking(model: lfm2_fast.LFM2, tokenizer: An
     assert len(conversation.messages) == 2 * len(QUESTIONS)
 
 
-def test_what_has_no_template_is_named(model: lfm2_fast.LFM2, tokenizer: Any) -> None:
+def test_what_has_no_template_is_named(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
     with pytest.raises(ValueError, match="the chat template refuses .*: system first"):
         Conversation(model, tokenizer).ask("Hello", ignore)
@@ -218,7 +220,7 @@ def test_the_first_interrupt_stops_and_the_second_breaks_off() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_seeds_repeat_a_conversation(model: lfm2_fast.LFM2, tokenizer: Any) -> None:
+def test_seeds_repeat_a_conversation(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
     def talk() -> list[str]:
         torch.manual_seed(3)
         arguments = {"do_sample": True, "temperature": 1.5}

@@ -18,7 +18,7 @@ import lfm2_fast
 from lfm2_fast import CheckpointError
 
 
-def load(folder: Path, **kwargs: object) -> lfm2_fast.LFM2:
+def load(folder: Path, **kwargs: object) -> lfm2_fast.Lfm2ForCausalLM:
     return lfm2_fast.load(folder, **{"device": "cpu", **kwargs})
 
 

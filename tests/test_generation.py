@@ -30,12 +30,12 @@ def tokenizer(tiny: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def models(tiny: Path, pair: Callable) -> tuple[Any, lfm2_fast.LFM2]:
+def models(tiny: Path, pair: Callable) -> tuple[Any, lfm2_fast.Lfm2ForCausalLM]:
     return pair(tiny)
 
 
 @pytest.fixture(scope="module")
-def ours(models) -> lfm2_fast.LFM2:
+def ours(models) -> lfm2_fast.Lfm2ForCausalLM:
     return models[1]
 
 
@@ -106,7 +106,8 @@ def test_every_form_of_prompt(ours, tokenizer, batch) -> None:
     expected = ours.generate(**batch, max_new_tokens=5)
     rows = tokenizer(PROMPTS).input_ids
     assert len({len(row) for row in rows}) > 2
-    for form in (encoding, dict(encoding), rows, [tuple(row) for row in rows]):
+    unpadded = tokenizer(PROMPTS)
+    for form in (encoding, dict(encoding), unpadded, rows, [tuple(row) for row in rows]):
         assert torch.equal(ours.generate(form, max_new_tokens=5), expected)
     one = torch.tensor(rows[0])
     for form in (rows[0], one, one[None], one[None].int(), [rows[0]]):

@@ -44,7 +44,7 @@ def poisoned():
 
 @pytest.fixture(scope="module")
 def load(kernel_device):
-    def load(folder: Path, backend: str, dtype: torch.dtype) -> lfm2_fast.LFM2:
+    def load(folder: Path, backend: str, dtype: torch.dtype) -> lfm2_fast.Lfm2ForCausalLM:
         model = lfm2_fast.load(folder, device=kernel_device, dtype=dtype, backend=backend)
         assert model.ops.name == backend
         return model
@@ -52,7 +52,7 @@ def load(kernel_device):
     return load
 
 
-def logits(model: lfm2_fast.LFM2) -> list[torch.Tensor]:
+def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
     cache = model.new_cache(4)
     generator = torch.Generator().manual_seed(1)
     found = []

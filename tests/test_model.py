@@ -227,8 +227,8 @@ def test_bf16_is_no_further_from_fp32_than_hugging_faces(
     assert our_misses <= 1.1 * their_misses + 1 / tokens.numel()
 
 
-def zero(*path: str) -> Callable[[lfm2_fast.LFM2], None]:
-    def apply(model: lfm2_fast.LFM2) -> None:
+def zero(*path: str) -> Callable[[lfm2_fast.Lfm2ForCausalLM], None]:
+    def apply(model: lfm2_fast.Lfm2ForCausalLM) -> None:
         module = model
         for name in path[:-1]:
             module = getattr(module, name)
@@ -237,16 +237,16 @@ def zero(*path: str) -> Callable[[lfm2_fast.LFM2], None]:
     return apply
 
 
-def zero_gate(model: lfm2_fast.LFM2) -> None:
+def zero_gate(model: lfm2_fast.Lfm2ForCausalLM) -> None:
     hidden = model.config.hidden_size
     model.layers[0].conv.in_proj.weight[hidden : 2 * hidden] = 0
 
 
-def zero_one_head(model: lfm2_fast.LFM2) -> None:
+def zero_one_head(model: lfm2_fast.Lfm2ForCausalLM) -> None:
     model.layers[-1].self_attn.qkv_proj.weight[: model.config.head_dim] = 0
 
 
-def zero_oldest_tap(model: lfm2_fast.LFM2) -> None:
+def zero_oldest_tap(model: lfm2_fast.Lfm2ForCausalLM) -> None:
     model.layers[0].conv.conv.weight[:, 0] = 0
 
 

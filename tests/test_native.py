@@ -560,7 +560,9 @@ CHANGED = {
 STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]
 
 
-def logits(model: lfm2_fast.LFM2, steps: list[dict[int, int]] = STEPS) -> list[torch.Tensor]:
+def logits(
+    model: lfm2_fast.Lfm2ForCausalLM, steps: list[dict[int, int]] = STEPS
+) -> list[torch.Tensor]:
     cache = model.new_cache(4)
     generator = torch.Generator().manual_seed(1)
     found = []
