@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast import reference
+from lfm2_fast import ops_triton, reference
 from lfm2_fast.batch import Batch
 from lfm2_fast.ops import BackendError, choose
 
@@ -84,6 +87,53 @@ def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None
         if name.endswith("_ref") and name != "linear_ref":
             monkeypatch.setattr(reference, name, refuse)
     assert all(step.isfinite().all() for step in logits(model))
+
+
+def test_a_decode_step_attends_in_one_launch_per_layer(
+    random_checkpoint, load, within_budget, monkeypatch
+) -> None:
+    """Over a context of more than one split, too; any other step in two."""
+    folder = random_checkpoint(layer_types=["full_attention"] * 2, num_hidden_layers=2)
+    ours = load(folder, "triton", torch.float32)
+    exact, plain = load(folder, "eager", torch.float64), load(folder, "eager", torch.float32)
+    launched: list[str] = []
+
+    def note(name: str, launch: Callable[..., None]) -> Callable[..., None]:
+        def noted(*args: Any, **kwargs: Any) -> None:
+            launched.append(name)
+            launch(*args, **kwargs)
+
+        return noted
+
+    for name in ("qk_norm_rope_triton", "flash_decode_triton", "flash_prefill_triton"):
+        monkeypatch.setattr(ops_triton, name, note(name, getattr(ops_triton, name)))
+    caches = [model.new_cache(2) for model in (ours, exact, plain)]
+    decode, other = ["flash_decode_triton"], ["qk_norm_rope_triton", "flash_prefill_triton"]
+    for step, expected in (({1: 140, 0: 3}, other), ({1: 1, 0: 1}, decode), ({0: 2, 1: 1}, other)):
+        tokens = torch.arange(10, 10 + sum(step.values()), device=ours.device)
+        found = []
+        launched.clear()
+        for model, cache in zip((ours, exact, plain), caches, strict=True):
+            batch = Batch.prepare(list(step.values()), list(step), cache, model.device)
+            found.append(model.run(tokens, batch, cache))
+        within_budget(*found)
+        assert launched == expected * 2
+
+
+def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
+    """Two may be stepped at once; what a cache counted with goes where it goes."""
+    model = load(random_checkpoint(), "triton", torch.float32)
+    caches = [model.new_cache(2) for _ in range(2)]
+    for cache in caches:
+        model.run(
+            torch.tensor([9], device=model.device),
+            Batch.prepare([1], [0], cache, model.device),
+            cache,
+        )
+    assert len(model.ops._arrivals) == 2
+    del caches, cache
+    gc.collect()
+    assert len(model.ops._arrivals) == 0
 
 
 def test_the_same_greedy_tokens_as_eager(tiny, load) -> None:
