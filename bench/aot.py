@@ -121,9 +121,11 @@ def compiling(
         triton.runtime.jit.JITFunction.run = run
 
 
-def launch_all(size: Size, dtype: torch.dtype) -> None:
-    """Every kernel in each of its shapes, for two sequences of three tokens."""
-    sequences, tokens, hidden = 2, 6, size.hidden
+def launch_all(
+    size: Size, dtype: torch.dtype, *, sequences: int = 2, tokens: int = 6, page_size: int = 64
+) -> None:
+    """Every kernel in each of its shapes, for ``tokens`` of all ``sequences``."""
+    hidden = size.hidden
 
     def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -149,12 +151,14 @@ def launch_all(size: Size, dtype: torch.dtype) -> None:
     q, out = some(tokens, heads, size.head_dim), some(tokens, heads * size.head_dim)
     for pages_per_slot in (1, 3):
         table = some(sequences, pages_per_slot, dtype=torch.int32)
-        k, v = (some(sequences * pages_per_slot, kv_heads, 64, size.head_dim) for _ in range(2))
+        k, v = (
+            some(sequences * pages_per_slot, kv_heads, page_size, size.head_dim) for _ in range(2)
+        )
         places = (positions, cu_seqlens, slots, table)
         qk_norm_rope_triton(qkv, *norms, eps, cos, sin, *places, q, k, v)
         for most_tokens in (3, 16, 2048):
             flash_prefill_triton(q, k, v, table, *places[1:3], lengths, out, most_tokens)
-        splits = most_splits(pages_per_slot * 64)
+        splits = most_splits(pages_per_slot * page_size)
         means = some(
             sequences, kv_heads, splits, heads // kv_heads, size.head_dim, dtype=torch.float32
         )

@@ -1,7 +1,7 @@
 """Presets: the sampling that Liquid AI recommends for each member of the LFM2 family.
 
-The values are those of Liquid AI's model cards and documentation, as of 2026; "base", for which they
-recommend nothing, is this package's own.
+The values are those of Liquid AI's model cards and documentation, as of 2026; "base", for which
+they recommend nothing, is this package's own.
 """
 
 from __future__ import annotations

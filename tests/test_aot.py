@@ -11,10 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def aot(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "bench" / "aot.py", "--arch", "90", "--dtype", "bfloat16"]
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Python in another process, where Triton does not interpret."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    return subprocess.run([*command, *args], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def aot(*args: str) -> subprocess.CompletedProcess[str]:
+    return run("bench/aot.py", "--arch", "90", "--dtype", "bfloat16", *args)
 
 
 def test_every_kernel_compiles_for_hopper_without_a_spill() -> None:
@@ -29,3 +35,21 @@ def test_every_kernel_compiles_for_hopper_without_a_spill() -> None:
 def test_a_spill_is_seen() -> None:
     done = aot("--only", "gated_conv", "--maxnreg", "24")
     assert done.returncode == 1 and "spill registers" in done.stderr
+
+
+def test_no_length_compiles_anew() -> None:
+    """A user waits for the compiler once, not again at every new number of tokens or pages."""
+    code = """
+import sys
+sys.path.insert(0, "bench")
+import aot, torch
+with aot.compiling(90) as launches:
+    for sequences, tokens, page_size in ((2, 6, 64), (1, 1, 16), (16, 16, 128), (3, 48, 80)):
+        aot.launch_all(aot.SIZES[0], torch.bfloat16, sequences=sequences, tokens=tokens,
+                       page_size=page_size)
+        print(len(launches), len({kernel.hash for _, kernel, _ in launches}))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    launched, compiled = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert len(set(launched)) == 4 and len(set(compiled)) == 1, done.stdout

@@ -148,6 +148,19 @@ def test_one_channel(step, kernel_device, kernel_dtype, run, same_bits, within_b
     within_budget(out, case.reference(torch.float64)[0], plain)
 
 
+@pytest.mark.parametrize("step", [False, True], ids=["many", "step"])
+def test_rounds_where_the_reference_does(step, kernel_device, kernel_dtype, run, same_bits) -> None:
+    """On short numbers, whose sums are exact in any order, all bits are the reference's."""
+    torch.manual_seed(0)
+    cache = SimpleNamespace(slots=6, lengths=[7] * 6)
+    batch = Batch.prepare([1] * 3 if step else [40, 1, 3], [2, 0, 1], cache, kernel_device)
+    case = Case(batch, 100, 3, 3, True, kernel_dtype)
+    for tensor in (case.bcx, case.weight, case.bias, case.window):
+        tensor.copy_((12 * tensor).round() / 8)
+    for ours, expected in zip(run(case, step), case.reference(kernel_dtype), strict=True):
+        assert same_bits(ours, expected)
+
+
 def test_step_and_many_give_the_same_bits(kernel_device, kernel_dtype, run, same_bits) -> None:
     cache = SimpleNamespace(slots=6, lengths=[0, 1, 2, 3, 9, 40])
     batch = Batch.prepare([1] * 6, [4, 0, 5, 1, 3, 2], cache, kernel_device)

@@ -45,7 +45,7 @@ def test_rms_norm(
 def test_add_rms_norm(
     shape, place, kernel_device, kernel_dtype, framed, intact, traced, same_bits, within_budget
 ) -> None:
-    """The sum may be written over either of its terms, and is equal to the bit."""
+    """The sum may be written over either term; what is normed is the sum as it was rounded."""
     torch.manual_seed(0)
     x, delta = (rows(*shape, kernel_dtype, kernel_device) for _ in range(2))
     weight = torch.randn(shape[1], device=kernel_device).to(kernel_dtype)
@@ -58,6 +58,9 @@ def test_add_rms_norm(
         add_rms_norm_triton(x, delta, weight, EPS, total, out)
     assert same_bits(total, sums) and intact(total) and intact(out)
     within_budget(out, exact, plain, by_row=True)
+    alone = torch.empty_like(out)
+    rms_norm_triton(total, weight, EPS, alone)
+    assert same_bits(out, alone)
 
 
 def test_extremes(kernel_device, within_budget) -> None:
