@@ -163,9 +163,11 @@ def understand(
                 "Face's model for it"
             )
     check = _Check(values)
+    do_sample = check.flag("do_sample")
     sampling = SamplingParams(
-        do_sample=check.flag("do_sample"),
-        temperature=check.number("temperature", 1.0, above=0.0),
+        do_sample=do_sample,
+        # Greedy decoding is often written with a temperature of 0 beside it.
+        temperature=check.number("temperature", 1.0, above=0.0) if do_sample else 1.0,
         top_k=check.count("top_k", least=0) or 0,
         top_p=check.number("top_p", 1.0, low=0.0, high=1.0),
         min_p=check.number("min_p", 0.0, low=0.0, high=1.0),
@@ -176,14 +178,14 @@ def understand(
         if unused:
             warnings.warn(
                 f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy",
-                stacklevel=4,
+                stacklevel=5,
             )
     eos = check.tokens("eos_token_id", vocab_size)
     pad = check.tokens("pad_token_id", vocab_size) or eos or (0,)
     max_new_tokens = check.count("max_new_tokens", least=1)
     max_length = check.count("max_length", least=1)
-    if max_new_tokens is not None and {"max_new_tokens", "max_length"} <= given:
-        warnings.warn("max_new_tokens takes precedence over max_length", stacklevel=4)
+    if max_new_tokens is not None and "max_length" in given:
+        warnings.warn("max_new_tokens takes precedence over max_length", stacklevel=5)
     min_new_tokens = check.count("min_new_tokens", least=0) or 0
     if max_new_tokens is not None and min_new_tokens > max_new_tokens:
         raise ValueError(

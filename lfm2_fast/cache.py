@@ -69,7 +69,7 @@ class Cache:
 
     ``history[slot]`` lists the token ids that a slot holds, as far as ``record`` was told. Unlike
     keys and values, conv rows that a ring has passed over are gone; ``mark`` keeps a slot's window
-    at its present length (40 to 180 kB at the published sizes), and ``resume`` goes back to the
+    at its present length (60 to 270 kB at the published sizes), and ``resume`` goes back to the
     newest such place.
     """
 
@@ -143,7 +143,8 @@ class Cache:
             max((s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)), default=0)
         )
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
-            self._oldest[slot] = max(self._oldest[slot], start + n - self.ring)
+            kept = self._oldest[slot] if start else 0
+            self._oldest[slot] = max(kept, start + n - self.ring)
 
     def advance(self, batch: Batch) -> None:
         """Count the tokens of ``batch`` as held. Called after a step has run."""
@@ -205,6 +206,8 @@ class Cache:
         if not self._has_window(slot, length):
             marks = self._marks[slot]
             length = max((marked for marked in marks if marked <= length), default=0)
+            # First the bookkeeping: if the copies break off, the window still counts as gone.
+            self._cut(slot, length)
             if length:
                 windows = (layer for layer in self.layers if isinstance(layer, ConvWindow))
                 for window, rows in zip(windows, marks[length].rows, strict=True):
@@ -216,6 +219,7 @@ class Cache:
     def copy(self, source: int, target: int) -> None:
         """Make slot ``target`` hold what slot ``source`` holds."""
         held = self.lengths[source]
+        self._cut(target, 0)
         for layer in self.layers:
             if isinstance(layer, ConvWindow):
                 layer.rows[target] = layer.rows[source]
@@ -306,8 +310,8 @@ class Cache:
         with torch.inference_mode(False):
             for layer in self.layers:
                 if isinstance(layer, KVPages):
-                    layer.k = _longer(layer.k, capacity, held)
-                    layer.v = _longer(layer.v, capacity, held)
+                    k, v = (_longer(pages, capacity, held) for pages in (layer.k, layer.v))
+                    layer.k, layer.v = k, v
         self._capacity = capacity
 
 

@@ -181,7 +181,9 @@ class _Stored:
 def _open_tensors(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the folder's safetensors files, by Hugging Face's name."""
     index = folder / INDEX
-    if index.is_file():
+    if (folder / WEIGHTS).is_file():  # as Hugging Face: one file goes before an index
+        names = [WEIGHTS]
+    elif index.is_file():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise CheckpointError(f"{index} has no weight_map; download it again")
@@ -191,8 +193,6 @@ def _open_tensors(folder: Path) -> dict[str, _Stored]:
                 f"{folder} lacks {_listed(missing)}, which {INDEX} names; download it again"
             )
         names = sorted(set(places.values()))
-    elif (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
     else:
         raise CheckpointError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}; lfm2_fast reads safetensors only"

@@ -114,6 +114,10 @@ class _Run:
             )
         if cache is None:
             cache = model.new_cache(rows)
+        elif not isinstance(cache, Cache):
+            raise TypeError(
+                f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
+            )
         elif cache.slots != rows:
             raise ValueError(
                 f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be written"
@@ -245,7 +249,8 @@ def _prompts(
         return None, None, None
     mask = attention_mask
     if isinstance(mask, Sequence):
-        mask = _left_padded(mask if isinstance(mask[0], Sequence) else [mask], 0)[0]
+        rows = mask if mask and isinstance(mask[0], Sequence) else [mask]
+        mask = _left_padded(rows, 0)[0]
     if isinstance(inputs, torch.Tensor):
         ids = inputs
     elif isinstance(inputs, str) or not isinstance(inputs, Sequence):

@@ -81,7 +81,8 @@ def _download(
                 )
             )
         except LocalEntryNotFoundError as error:
-            if name != "config.json" and _is_offline(local_files_only):
+            optional = name in (GENERATION_CONFIG, *also)
+            if optional or name != "config.json" and _is_offline(local_files_only):
                 return None
             raise _explained(repo, revision, name, error) from error
         except EntryNotFoundError:
@@ -97,6 +98,8 @@ def _download(
     for name in (GENERATION_CONFIG, *also):
         fetch(name)
     if not weights:
+        return path.parent
+    if fetch(WEIGHTS) is not None:
         return path.parent
     index = fetch(INDEX)
     names = [WEIGHTS]

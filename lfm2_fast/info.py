@@ -34,7 +34,7 @@ def machine(device: str = "auto", backend: str = "auto") -> Facts:
     Raises ValueError or BackendError for a device or a backend that is not there.
     """
     where = find_device(device)
-    chosen = ops.choose(backend, where)
+    chosen = ops.choose(backend, where, torch.bfloat16)
     hardware = _cpu() if where.type == "cpu" else _gpu(where)
     return {
         "versions": versions(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +29,7 @@ def load(
     """Load an LFM2 checkpoint, ready to run.
 
     ``model`` is a hub id ("LiquidAI/LFM2-1.2B") or a folder. ``device`` "auto" means the
-    accelerator if there is one, else the CPU; ``device_map`` is another name for it, as Hugging
+    CUDA device if there is one, else the CPU; ``device_map`` is another name for it, as Hugging
     Face's callers write. ``dtype`` "auto" means the checkpoint's own; names like "bfloat16" or
     "float32" are taken too. ``revision``, ``cache_dir``, ``token`` and ``local_files_only`` go to
     the hub. ``max_length`` bounds the context in tokens (default: the model's limit). ``backend``
@@ -53,13 +55,12 @@ def load(
     )
     config = Config.from_file(folder / "config.json")
     what = named or _dtype(config.dtype or "float32")
-    generation = folder / checkpoint.GENERATION_CONFIG
     return Lfm2ForCausalLM(
         config,
         checkpoint.load_weights(folder, config, device=where, dtype=what),
         backend=backend,
         max_length=max_length,
-        generation_config=read_json(generation) if generation.is_file() else {},
+        generation_config=_generation_config(folder, config),
         name_or_path=os.fspath(model),
     )
 
@@ -68,7 +69,9 @@ def find_device(device: str | torch.device) -> torch.device:
     """The device that is meant, "auto" included. Raises ValueError for one that is not there."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        return accelerator or torch.device("cpu")
+        # Others than CUDA are taken when they are named; nothing was tried on them.
+        is_cuda = accelerator is not None and accelerator.type == "cuda"
+        return torch.device("cuda" if is_cuda else "cpu")
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -87,6 +90,16 @@ def find_device(device: str | torch.device) -> torch.device:
                 f"{torch.accelerator.device_count()} devices, counted from 0"
             )
     return where
+
+
+def _generation_config(folder: Path, config: Config) -> dict[str, Any]:
+    """The checkpoint's own, or, as Hugging Face does, the special tokens of its config."""
+    path = folder / checkpoint.GENERATION_CONFIG
+    if path.is_file():
+        return read_json(path)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: config.to_dict()[name] for name in names}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

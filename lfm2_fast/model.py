@@ -174,10 +174,12 @@ class Lfm2ForCausalLM(nn.Module):
         self.load_state_dict(weights, strict=True, assign=True)
         self.tie_weights()
         self.requires_grad_(False).eval()
-        self.ops = choose(backend, self.device)
-        self._set_frequencies()
+        self._backend = backend
+        self._fit()
 
-    def _set_frequencies(self) -> None:
+    def _fit(self) -> None:
+        """Take the bodies and the frequencies that go with where and what the weights now are."""
+        self.ops = choose(self._backend, self.device, self.dtype)
         # Always float32 (or wider): positions reach 128,000, which 16 bits cannot count.
         dim = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32)
         freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
@@ -187,7 +189,7 @@ class Lfm2ForCausalLM(nn.Module):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> Lfm2ForCausalLM:
         super()._apply(fn, recurse)
-        self._set_frequencies()
+        self._fit()
         return self
 
     @property
@@ -286,6 +288,10 @@ class Lfm2ForCausalLM(nn.Module):
         cache = past_key_values
         if cache is None:
             cache = self.new_cache(count)
+        elif not isinstance(cache, Cache):
+            raise TypeError(
+                f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
+            )
         elif cache.slots != count:
             raise ValueError(
                 f"input_ids has {count} rows, but past_key_values holds {cache.slots} sequences"

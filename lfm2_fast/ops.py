@@ -54,7 +54,7 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run here."""
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Ops:
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     """The operations that ``backend`` names, for a model of ``dtype`` on ``device``.
 
     "eager" is plain PyTorch and runs anything anywhere, "triton" runs on GPUs, "native" is C++ for

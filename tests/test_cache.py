@@ -137,6 +137,13 @@ def test_a_step_that_broke_off_cannot_be_continued_silently(model, monkeypatch) 
     run(model, cache, {0: ids(8)})
 
 
+def test_a_first_step_that_broke_off_leaves_an_empty_slot_sound(model) -> None:
+    cache = model.new_cache(1)
+    cache.reserve(Batch.prepare([10], [0], cache, "cpu"))
+    run(model, cache, {0: ids(2)})
+    assert torch.isfinite(run(model, cache, {0: ids(1)})[0]).all()
+
+
 def test_a_decode_step_that_broke_off_can_be_run_again(model, monkeypatch) -> None:
     cache = model.new_cache(1)
     run(model, cache, {0: ids(8)})

@@ -54,6 +54,23 @@ def test_one_file_and_shards_give_the_same_model(random_checkpoint, broken: Path
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_saving_over_shards_is_what_loads(broken: Path) -> None:
+    shard(broken)
+    model = load(broken)
+    model.embedding_norm.weight.zero_()
+    model.save_pretrained(broken)
+    assert not load(broken).embedding_norm.weight.any()
+
+
+def test_without_a_generation_config_the_config_tells_the_end(broken: Path) -> None:
+    (broken / "generation_config.json").unlink()
+    assert load(broken).generation_defaults() == {
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "pad_token_id": 0,
+    }
+
+
 def test_a_stored_tied_head_is_no_error(random_checkpoint, broken: Path) -> None:
     rewrite(broken, lambda t: t.update({"lm_head.weight": torch.zeros(307, 96)}))
     model = load(broken)
@@ -115,7 +132,7 @@ W1 = "model.layers.0.feed_forward.w1.weight"
             "lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names",
         ),
         (
-            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            lambda f: (shard(f), (f / "model.safetensors.index.json").write_text("{}")),
             "index.json has no weight_map",
         ),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),

@@ -436,10 +436,12 @@ def test_none_switches_a_parameter_off(models, batch) -> None:
     assert torch.equal(ours.generate(**batch, **kwargs), expected)
 
 
+SAMPLED = {"do_sample": True}
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"temperature": 0.0}, ValueError, "temperature must be above 0, got 0.0; for greedy"),
-    ({"temperature": "warm"}, ValueError, "temperature must be a number"),
-    ({"temperature": float("nan")}, ValueError, "temperature must be a number"),
+    ({**SAMPLED, "temperature": 0.0}, ValueError, "temperature must be above 0, got 0.0; for"),
+    ({**SAMPLED, "temperature": "warm"}, ValueError, "temperature must be a number"),
+    ({**SAMPLED, "temperature": float("nan")}, ValueError, "temperature must be a number"),
+    ({"past_key_values": object()}, TypeError, "past_key_values must be a cache"),
     ({"top_k": -1}, ValueError, "top_k must be a whole number of at least 0"),
     ({"top_k": 1.5}, ValueError, "top_k must be a whole number"),
     ({"top_p": 1.5}, ValueError, "top_p must be from 0 to 1, got 1.5"),

@@ -193,6 +193,7 @@ def test_missing_files_are_named(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["model.safetensors"]
     hub.files["model.safetensors.index.json"] = b'{"weight_map": {"x": "model-1-of-2.safetensors"}}'
     message = refused(load(tmp_path, hub.url))
     assert "org/model has no model-1-of-2.safetensors in the hub" in message

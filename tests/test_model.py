@@ -167,6 +167,7 @@ def test_to_moves_and_casts(random_checkpoint) -> None:
     loaded = lfm2_fast.load(folder, device="cpu", dtype="bfloat16")
     assert cast.inv_freq.dtype == torch.float32
     assert torch.equal(cast(ids(1, 5)).logits, loaded(ids(1, 5)).logits)
+    assert cast.to(torch.float64)(ids(1, 5)).logits.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
