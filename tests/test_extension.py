@@ -51,11 +51,11 @@ ASK = """
 import logging, torch
 logging.basicConfig(format="%(name)s %(message)s")
 from lfm2_fast.ops import BackendError, choose, why_not
-cpu = torch.device("cpu")
-print(why_not("native", cpu, torch.float32))
-print(choose("auto", cpu).name)
+where = torch.device("cpu"), torch.float32
+print(why_not("native", *where))
+print(choose("auto", *where).name)
 try:
-    choose("native", cpu)
+    choose("native", *where)
 except BackendError as error:
     print(error)
 """

@@ -638,12 +638,13 @@ def test_threads_do_not_meet(random_checkpoint) -> None:
 
 
 def test_what_cannot_run_is_said() -> None:
-    assert choose("auto", CPU).name == choose("native", CPU).name == "native"
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        assert choose("auto", CPU, kind).name == choose("native", CPU, kind).name == "native"
     assert choose("auto", CPU, torch.float64).name == "eager"
     with pytest.raises(BackendError, match="float64"):
         choose("native", CPU, torch.float64)
     with pytest.raises(BackendError, match="mps"):
-        choose("native", torch.device("mps"))
+        choose("native", torch.device("mps"), torch.float32)
 
 
 def test_pages_of_one_slot_are_enough() -> None:
