@@ -315,6 +315,16 @@ class Cache:
         self._capacity = capacity
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    count = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
 def _longer(pages: torch.Tensor, page_size: int, held: int) -> torch.Tensor:
     slots, kv_heads, _, head_dim = pages.shape
     longer = pages.new_empty(slots, kv_heads, page_size, head_dim)

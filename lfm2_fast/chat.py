@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cache import Cache
+from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.streaming import PASSAGES, Segment, Splitter, Stopped, Timing, TokenStream
@@ -69,7 +68,7 @@ def write(
     stream = TokenStream(tokenizer, sink, stopped)
     kept = 0
     if cache is not None:
-        kept = cache.resume(0, _common(ids[:-1], cache.history[0]))
+        kept = cache.resume(0, common_prefix(ids[:-1], cache.history[0]))
         if kept < stable:
             Decoder(model, cache).prefill([ids[kept:stable]], [0])
     end = ""
@@ -186,7 +185,7 @@ class Conversation:
         inside = next((opener for opener in PASSAGES if text.rstrip().endswith(opener)), None)
         if inside is None:
             return ids, None, 0
-        return ids, inside, _common(ids, self._encoded(text[: text.rindex(inside)]))
+        return ids, inside, common_prefix(ids, self._encoded(text[: text.rindex(inside)]))
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -267,8 +266,3 @@ def piped() -> Iterator[str]:
     for line in sys.stdin:
         if line.strip():
             yield line.removesuffix("\n")
-
-
-def _common(prompt: list[int], history: list[int]) -> int:
-    """The length of the longest common prefix."""
-    return len(os.path.commonprefix([prompt, history]))

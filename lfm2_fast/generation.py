@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lfm2_fast.arguments import Arguments, understand
-from lfm2_fast.cache import Cache
+from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.model import Lfm2ForCausalLM, unpadded
+from lfm2_fast.model import Lfm2ForCausalLM, check_cache, unpadded
 from lfm2_fast.sampling import Draws, draw, penalize, warp
 
 
@@ -114,15 +114,8 @@ class _Run:
             )
         if cache is None:
             cache = model.new_cache(rows)
-        elif not isinstance(cache, Cache):
-            raise TypeError(
-                f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
-            )
-        elif cache.slots != rows:
-            raise ValueError(
-                f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be written"
-            )
-        elif longest + self.budget > cache.max_length:
+        check_cache(cache, rows)
+        if longest + self.budget > cache.max_length:
             raise ValueError(
                 f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
                 f"{longest} tokens and {self.budget} new ones need {longest + self.budget}"
@@ -172,8 +165,8 @@ class _Run:
                 if streamer is not None:
                     streamer.put(self.text[:, column].cpu())
                 stop = torch.isin(tokens, self.eos)
+                past = tuple(kept_scores) if asked.output_scores and criteria else None
                 for criterion in criteria:
-                    past = tuple(kept_scores) if asked.output_scores else None
                     verdict = torch.as_tensor(criterion(self.text[:, : column + 1], past))
                     stop |= verdict.to(stop.device).expand(rows)[here]
                 going = [row for row, end in zip(live, stop.tolist(), strict=True) if not end]
@@ -197,7 +190,7 @@ class _Run:
         rest = []
         for prompt, slot in zip(self.prompts, slots, strict=True):
             # The last token runs in any case: its logits are what comes next.
-            held = self.cache.resume(slot, _common(prompt[:-1], self.cache.history[slot]))
+            held = self.cache.resume(slot, common_prefix(prompt[:-1], self.cache.history[slot]))
             rest.append(prompt[held:])
         logits = self.decoder.prefill(rest, slots)
         for slot in slots:
@@ -310,13 +303,3 @@ def _criteria(asked: Arguments, stopping_criteria: Any, tokenizer: Any) -> list[
 
         criteria.append(StopStringCriteria(tokenizer, list(asked.stop_strings)))
     return criteria
-
-
-def _common(prompt: Sequence[int], history: Sequence[int]) -> int:
-    """The length of the longest common prefix."""
-    count = 0
-    for a, b in zip(prompt, history, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

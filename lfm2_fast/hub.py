@@ -102,21 +102,17 @@ def _download(
     if fetch(WEIGHTS) is not None:
         return path.parent
     index = fetch(INDEX)
-    names = [WEIGHTS]
+    missing: str | None = WEIGHTS
     if index is not None:
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    for name in names:
-        if fetch(name) is None:
-            where = "the local cache" if _is_offline(local_files_only) else "the hub"
-            raise CheckpointError(
-                f"{repo} has no {name} in {where}; "
-                + (
-                    "connect to the network once to download it"
-                    if _is_offline(local_files_only)
-                    else "lfm2_fast reads safetensors only"
-                )
-            )
-    return path.parent
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        missing = next((name for name in shards if fetch(name) is None), None)
+    if missing is None:
+        return path.parent
+    if _is_offline(local_files_only):
+        where, remedy = "the local cache", "connect to the network once to download it"
+    else:
+        where, remedy = "the hub", "lfm2_fast reads safetensors only"
+    raise CheckpointError(f"{repo} has no {missing} in {where}; {remedy}")
 
 
 def _is_offline(local_files_only: bool) -> bool:

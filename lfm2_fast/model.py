@@ -288,14 +288,7 @@ class Lfm2ForCausalLM(nn.Module):
         cache = past_key_values
         if cache is None:
             cache = self.new_cache(count)
-        elif not isinstance(cache, Cache):
-            raise TypeError(
-                f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
-            )
-        elif cache.slots != count:
-            raise ValueError(
-                f"input_ids has {count} rows, but past_key_values holds {cache.slots} sequences"
-            )
+        check_cache(cache, count)
         counts = mask.sum(-1).tolist()
         batch = Batch.prepare(counts, range(count), cache, self.device)
         tokens = input_ids[mask]
@@ -347,6 +340,18 @@ class Lfm2ForCausalLM(nn.Module):
             self.config,
             weights,
             generation_config=self.generation_defaults(),
+        )
+
+
+def check_cache(cache: Cache, rows: int) -> None:
+    """Raise TypeError unless a caller's cache is ours, ValueError unless it has ``rows`` slots."""
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
+        )
+    if cache.slots != rows:
+        raise ValueError(
+            f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be run"
         )
 
 
