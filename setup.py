@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def extension() -> dict[str, Any]:
         raise Missing(f"no C++ compiler ({compiler} is not on PATH)")
     # A toolkit decides, not a GPU: wheels are built on machines without one. No -gencode is passed,
     # or torch would ignore TORCH_CUDA_ARCH_LIST.
-    cuda = found("csrc/*.cu") if torch.version.cuda and cpp_extension.CUDA_HOME else []
+    fits = toolkit_fits(cpp_extension.CUDA_HOME, torch.version.cuda)
+    cuda = found("csrc/*.cu") if fits else []
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     module = make(
         "lfm2_fast._C",
@@ -57,6 +59,18 @@ def extension() -> dict[str, Any]:
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def toolkit_fits(home: str | None, wanted: str | None) -> bool:
+    """Whether a CUDA toolkit is at ``home``, of the major version that torch is ``wanted`` for."""
+    if home is None or wanted is None:
+        return False
+    nvcc = Path(home, "bin", "nvcc")
+    told = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
+    fits = f"release {wanted.split('.')[0]}." in told
+    if not fits:
+        print(f"lfm2_fast: no CUDA part: {nvcc} is not of CUDA {wanted}, torch is", file=sys.stderr)
+    return fits
 
 
 def found(pattern: str) -> list[str]:

@@ -67,8 +67,8 @@ def _load() -> str | None:
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
         return (
-            "lfm2_fast was installed without its C++ extension; with torch, ninja and a C++ "
-            f"compiler installed, `{REBUILD}` in its sources builds it"
+            "lfm2_fast was installed without its C++ extension; with torch, setuptools 77, ninja "
+            f"and a C++ compiler installed, `{REBUILD}` in its sources builds it"
         )
     try:
         torch.ops.load_library(found[0])

@@ -10,9 +10,11 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
 from lfm2_fast.ops import Attention, Depthwise, Ops, Rope, epsilon
 from lfm2_fast.sampling import SamplingParams
+from lfm2_fast.stream import StreamOps
 
 # Looked up once: a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
+_add_rms_norm = torch.ops.lfm2_fast.add_rms_norm_native.default
 _swiglu = torch.ops.lfm2_fast.swiglu_native.default
 _gated_conv_step = torch.ops.lfm2_fast.gated_conv_step_native.default
 _gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
@@ -42,7 +44,7 @@ class NativeStepOps(Ops):
         return out
 
 
-class NativeOps(Ops):
+class NativeOps(StreamOps):
     """The CPU's bodies, between projections that remain PyTorch's. For float32 and 16-bit types."""
 
     name = "native"
@@ -57,6 +59,13 @@ class NativeOps(Ops):
         out = x.new_empty(x.shape)
         _rms_norm(x, norm.weight, epsilon(norm), out)
         return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = x.new_empty(x.shape)
+        _add_rms_norm(x, delta, norm.weight, epsilon(norm), delta, out)
+        return delta, out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, size = gate_up.shape

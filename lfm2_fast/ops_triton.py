@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,34 +16,12 @@ from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
-from lfm2_fast.ops import Attention, Depthwise, Ops, Rope, epsilon
+from lfm2_fast.ops import Attention, Depthwise, Rope, epsilon
+from lfm2_fast.stream import StreamOps
 
 
-@dataclass
-class Stream:
-    """The residual stream ``x + delta``, to be added by the norm that reads it first.
-
-    The addition then costs no launch of its own. Words take it wherever they take the stream.
-    """
-
-    x: torch.Tensor
-    delta: torch.Tensor | None
-
-    def __getitem__(self, rows: torch.Tensor) -> Stream:
-        return Stream(self.x[rows], None if self.delta is None else self.delta[rows])
-
-    def settled(self) -> torch.Tensor:
-        """The sum."""
-        if self.delta is not None:
-            self.x, self.delta = self.x + self.delta, None
-        return self.x
-
-
-class TritonOps(Ops):
-    """Kernels between the projections, which remain the library's; T tokens packed, H hidden.
-
-    ``x`` and ``residual`` may be a tensor or a ``Stream``, which ``linear_add`` gives.
-    """
+class TritonOps(StreamOps):
+    """Kernels between the projections, which remain the library's; T tokens packed, H hidden."""
 
     name = "triton"
 
@@ -55,13 +30,6 @@ class TritonOps(Ops):
         # cache follow one another, whatever stream or captured graph they are in; those on two may
         # overlap.
         self._arrivals = WeakTensorKeyDictionary()
-
-    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
-        return self.linear(self._norm(x, norm), linear)
-
-    def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
-        x = residual.settled() if isinstance(residual, Stream) else residual
-        return Stream(x, self.linear(y, linear))
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
@@ -74,6 +42,13 @@ class TritonOps(Ops):
         out = torch.empty_like(x)
         rms_norm_triton(x, norm.weight, epsilon(norm), out)
         return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty_like(x)
+        add_rms_norm_triton(x, delta, norm.weight, epsilon(norm), delta, out)
+        return delta, out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, size = gate_up.shape
@@ -177,13 +152,3 @@ class TritonOps(Ops):
             shape = (len(table), kv_heads)
             self._arrivals[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)
         return self._arrivals[table]
-
-    def _norm(self, x: Any, norm: nn.RMSNorm) -> torch.Tensor:
-        """RMSNorm of a tensor or a Stream, which is settled by it."""
-        if not isinstance(x, Stream) or x.delta is None:
-            return self.rms_norm(x.x if isinstance(x, Stream) else x, norm)
-        out = torch.empty_like(x.x)
-        # The sum takes the place of delta, which nobody else holds.
-        add_rms_norm_triton(x.x, x.delta, norm.weight, epsilon(norm), x.delta, out)
-        x.x, x.delta = x.delta, None
-        return out

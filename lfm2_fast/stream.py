@@ -1,0 +1,58 @@
+"""The residual stream with its last addition pending, for bodies that add and norm at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lfm2_fast.ops import Ops
+
+
+@dataclass
+class Stream:
+    """The sum ``x + delta``, to be made by the norm that reads it first."""
+
+    x: torch.Tensor
+    delta: torch.Tensor | None
+
+    def __getitem__(self, rows: torch.Tensor) -> Stream:
+        return Stream(self.x[rows], None if self.delta is None else self.delta[rows])
+
+    def settled(self) -> torch.Tensor:
+        """The sum."""
+        if self.delta is not None:
+            self.x, self.delta = self.x + self.delta, None
+        return self.x
+
+
+class StreamOps(Ops):
+    """Words that leave the addition at the end of one to the norm at the beginning of the next.
+
+    ``x`` and ``residual`` may be a tensor or a ``Stream``, which ``linear_add`` gives.
+    """
+
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
+        return self.linear(self._norm(x, norm), linear)
+
+    def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
+        x = residual.settled() if isinstance(residual, Stream) else residual
+        return Stream(x, self.linear(y, linear))
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x + delta``, which may take the place of ``delta``, and its RMSNorm."""
+        raise NotImplementedError
+
+    def _norm(self, x: Any, norm: nn.RMSNorm) -> torch.Tensor:
+        """RMSNorm of a tensor or a Stream, which is settled by it."""
+        if not isinstance(x, Stream):
+            return self.rms_norm(x, norm)
+        if x.delta is None:
+            return self.rms_norm(x.x, norm)
+        x.x, normed = self.add_rms_norm(x.x, x.delta, norm)
+        x.delta = None
+        return normed
