@@ -17,18 +17,11 @@
 #include "rope.h"
 #include "sampling.h"
 #include "swiglu.h"
+#include "threads.h"
 
 namespace {
 
 using namespace lfm2;
-using torch::stable::parallel_for;
-
-// How many tasks a thread must get at least, if a task moves so many numbers: waking a thread costs
-// as much as a small operation, so a single token's stay on the calling thread.
-int64_t grain(int64_t numbers) {
-  constexpr int64_t kWorthWaking = 32768;
-  return std::max<int64_t>(1, kWorthWaking / std::max<int64_t>(1, numbers));
-}
 
 void rms_norm_native(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
   with_type(x, [&](auto number) {

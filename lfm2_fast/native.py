@@ -37,6 +37,14 @@ SCHEMAS = (
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",
+    # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]; K and N also of those below
+    "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? bias, "
+    "Tensor(a!) out) -> ()",
+    # y [T, K], residual and out [T, N], which may be one
+    "linear_add_native(Tensor y, Tensor weight, Tensor? bias, Tensor residual, "
+    "Tensor(a!) out) -> ()",
+    # weight [2F, K], out [T, F]
+    "norm_swiglu_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor(a!) out) -> ()",
     # logits [B, V], out [B] int64
     "argmax_native(Tensor logits, Tensor(a!) out) -> ()",
     # logits [B, V], seen [B, V] bool, penalty [B] float64, out [B, V] float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
 from lfm2_fast.ops import Attention, Depthwise, Ops, Rope, epsilon
 from lfm2_fast.sampling import SamplingParams
-from lfm2_fast.stream import StreamOps
+from lfm2_fast.stream import StreamOps, settled
 
 # Looked up once: a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
@@ -21,10 +23,18 @@ _gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
 _rope = torch.ops.lfm2_fast.rope_native.default
 _qk_norm_rope = torch.ops.lfm2_fast.qk_norm_rope_native.default
 _flash_decode = torch.ops.lfm2_fast.flash_decode_native.default
+_norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
+_linear_add = torch.ops.lfm2_fast.linear_add_native.default
+_norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
 _argmax = torch.ops.lfm2_fast.argmax_native.default
 _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
 _draw = torch.ops.lfm2_fast.draw_native.default
+
+
+# Up to as many tokens the extension multiplies matrices itself, at the memory's speed where they
+# are few; for more, PyTorch's products are faster.
+FEW_TOKENS = 32
 
 
 class NativeStepOps(Ops):
@@ -45,9 +55,37 @@ class NativeStepOps(Ops):
 
 
 class NativeOps(StreamOps):
-    """The CPU's bodies, between projections that remain PyTorch's. For float32 and 16-bit types."""
+    """The CPU's bodies: for a few tokens of whole words, for more of all but the projections.
+
+    For float32 and 16-bit types. What a few tokens' words compute of a token does not depend on
+    the others.
+    """
 
     name = "native"
+
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
+        if len(x) > FEW_TOKENS:
+            return super().norm_linear(x, norm, linear)
+        x = settled(x)
+        out = x.new_empty(len(x), linear.out_features)
+        _norm_linear(x, norm.weight, epsilon(norm), linear.weight, linear.bias, out)
+        return out
+
+    def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
+        if len(y) > FEW_TOKENS:
+            return super().linear_add(y, linear, residual)
+        residual = settled(residual)
+        out = residual.new_empty(residual.shape)
+        _linear_add(y, linear.weight, linear.bias, residual, out)
+        return out
+
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: nn.Linear) -> torch.Tensor:
+        if len(x) > FEW_TOKENS:
+            return super().norm_swiglu(x, norm, gate_up)
+        x = settled(x)
+        out = x.new_empty(len(x), gate_up.out_features // 2)
+        _norm_swiglu(x, norm.weight, epsilon(norm), gate_up.weight, out)
+        return out
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         shape = (len(positions), 1, 2 * len(inv_freq))

@@ -21,11 +21,17 @@ class Stream:
     def __getitem__(self, rows: torch.Tensor) -> Stream:
         return Stream(self.x[rows], None if self.delta is None else self.delta[rows])
 
-    def settled(self) -> torch.Tensor:
-        """The sum."""
-        if self.delta is not None:
-            self.x, self.delta = self.x + self.delta, None
-        return self.x
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def settled(x: torch.Tensor | Stream) -> torch.Tensor:
+    """A tensor as it is; of a Stream the sum, which is made once."""
+    if isinstance(x, torch.Tensor):
+        return x
+    if x.delta is not None:
+        x.x, x.delta = x.x + x.delta, None
+    return x.x
 
 
 class StreamOps(Ops):
@@ -38,8 +44,7 @@ class StreamOps(Ops):
         return self.linear(self._norm(x, norm), linear)
 
     def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
-        x = residual.settled() if isinstance(residual, Stream) else residual
-        return Stream(x, self.linear(y, linear))
+        return Stream(settled(residual), self.linear(y, linear))
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
@@ -49,10 +54,8 @@ class StreamOps(Ops):
 
     def _norm(self, x: Any, norm: nn.RMSNorm) -> torch.Tensor:
         """RMSNorm of a tensor or a Stream, which is settled by it."""
-        if not isinstance(x, Stream):
-            return self.rms_norm(x, norm)
-        if x.delta is None:
-            return self.rms_norm(x.x, norm)
+        if isinstance(x, torch.Tensor) or x.delta is None:
+            return self.rms_norm(settled(x), norm)
         x.x, normed = self.add_rms_norm(x.x, x.delta, norm)
         x.delta = None
         return normed

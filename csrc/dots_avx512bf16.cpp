@@ -1,0 +1,44 @@
+// The dot products of dots.h by AVX512_BF16, which multiplies pairs and sums them in float.
+//
+// The whole file is compiled for it, headers included, so it must hold nothing that the linker
+// could take for older machines: no function that is not inlined, but the one that bears its name.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#pragma GCC target("arch=x86-64-v4,avx512bf16")
+#include <immintrin.h>
+
+#include "dots.h"
+
+namespace lfm2 {
+namespace {
+
+struct PairStep {
+  static constexpr int64_t kNumbers = 32;
+  struct Numbers {
+    __m512bh pairs;
+  };
+  struct Sum {
+    __m512 lanes = {};
+  };
+
+  static LFM2_INLINE void take(const bf16* from, Numbers& into) {
+    into.pairs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
+  }
+  static LFM2_INLINE void add(const Numbers& a, const Numbers& b, Sum& sum) {
+    sum.lanes = _mm512_dpbf16_ps(sum.lanes, a.pairs, b.pairs);
+  }
+  static LFM2_INLINE void fold(const Sum& sum, Lanes& lanes) {
+    const __m512 all = sum.lanes;
+    lanes = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+            __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+};
+
+}  // namespace
+
+void dots_avx512bf16(Rows<const bf16> x, int64_t tokens, Rows<const bf16> weight, int64_t size,
+                     int64_t first, int64_t last, float* sums, int64_t stride) {
+  dots_with<PairStep>(x, tokens, weight, size, first, last, sums, stride);
+}
+
+}  // namespace lfm2
+#endif

@@ -1,0 +1,19 @@
+// How work is shared among torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+namespace lfm2 {
+
+using torch::stable::parallel_for;
+
+// How many tasks a thread must get at least, if a task moves so many numbers: waking a thread costs
+// as much as a small operation, so a single token's stay on the calling thread.
+inline int64_t grain(int64_t numbers) {
+  constexpr int64_t kWorthWaking = 32768;
+  return std::max<int64_t>(1, kWorthWaking / std::max<int64_t>(1, numbers));
+}
+
+}  // namespace lfm2
