@@ -13,24 +13,28 @@ namespace {
 
 struct PairStep {
   static constexpr int64_t kNumbers = 32;
-  struct Numbers {
+  using Folded = Lanes;
+  using Total = float;
+  struct Row {
     __m512bh pairs;
   };
+  using Token = Row;
   struct Sum {
     __m512 lanes = {};
   };
 
-  static LFM2_INLINE void take(const bf16* from, Numbers& into) {
+  static LFM2_INLINE void take(const bf16* from, Row& into) {
     into.pairs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
   }
-  static LFM2_INLINE void add(const Numbers& a, const Numbers& b, Sum& sum) {
-    sum.lanes = _mm512_dpbf16_ps(sum.lanes, a.pairs, b.pairs);
+  static LFM2_INLINE void add(const Row& row, const Token& token, Sum& sum) {
+    sum.lanes = _mm512_dpbf16_ps(sum.lanes, row.pairs, token.pairs);
   }
   static LFM2_INLINE void fold(const Sum& sum, Lanes& lanes) {
     const __m512 all = sum.lanes;
     lanes = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
             __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
   }
+  static LFM2_INLINE float product(bf16 token, bf16 row) { return widen(token) * widen(row); }
 };
 
 }  // namespace

@@ -13,6 +13,7 @@ typedef int32_t Places __attribute__((vector_size(32)));
 // The same in memory, anywhere.
 typedef float LooseLanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t LooseWords __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t LooseBytes __attribute__((vector_size(8), aligned(1), may_alias));
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPair = 2 * kLanes;  // numbers that one load takes
@@ -46,6 +47,11 @@ LFM2_INLINE void load(const fp16* from, Lanes& even, Lanes& odd) {
   widen(words & 0xFFFF0000u, odd);
 }
 
+LFM2_INLINE void load(const int8_t* from, Lanes& first, Lanes& second) {
+  first = __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from), Lanes);
+  second = __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from + kLanes), Lanes);
+}
+
 LFM2_INLINE void store(const Lanes& first, const Lanes& second, float* to) {
   *reinterpret_cast<LooseLanes*>(to) = first;
   *reinterpret_cast<LooseLanes*>(to + kLanes) = second;
@@ -57,23 +63,24 @@ LFM2_INLINE constexpr int64_t place(int64_t i) {
   return sizeof(T) == sizeof(float) ? i : i < kLanes ? 2 * i : 2 * (i - kLanes) + 1;
 }
 
-// sums[i] = the sum of the lanes of vectors[i]
-LFM2_INLINE void sum_lanes(const Lanes (&v)[kLanes], float (&sums)[kLanes]) {
-  Lanes pairs[4];
-  Lanes quads[2];
+// sums[i] = the sum of the lanes of vectors[i], which are Lanes or Places
+template <class V, class S>
+LFM2_INLINE void sum_lanes(const V (&v)[kLanes], S (&sums)[kLanes]) {
+  V pairs[4];
+  V quads[2];
   for (int i = 0; i < 4; ++i) {
-    const Lanes &a = v[2 * i], &b = v[2 * i + 1];
+    const V &a = v[2 * i], &b = v[2 * i + 1];
     pairs[i] = __builtin_shuffle(a, b, Places{0, 8, 2, 10, 4, 12, 6, 14}) +
                __builtin_shuffle(a, b, Places{1, 9, 3, 11, 5, 13, 7, 15});
   }
   for (int i = 0; i < 2; ++i) {
-    const Lanes &a = pairs[2 * i], &b = pairs[2 * i + 1];
+    const V &a = pairs[2 * i], &b = pairs[2 * i + 1];
     quads[i] = __builtin_shuffle(a, b, Places{0, 1, 8, 9, 4, 5, 12, 13}) +
                __builtin_shuffle(a, b, Places{2, 3, 10, 11, 6, 7, 14, 15});
   }
-  const Lanes all = __builtin_shuffle(quads[0], quads[1], Places{0, 1, 2, 3, 8, 9, 10, 11}) +
-                    __builtin_shuffle(quads[0], quads[1], Places{4, 5, 6, 7, 12, 13, 14, 15});
-  *reinterpret_cast<LooseLanes*>(sums) = all;
+  const V all = __builtin_shuffle(quads[0], quads[1], Places{0, 1, 2, 3, 8, 9, 10, 11}) +
+                __builtin_shuffle(quads[0], quads[1], Places{4, 5, 6, 7, 12, 13, 14, 15});
+  for (int i = 0; i < kLanes; ++i) sums[i] = all[i];
 }
 
 }  // namespace lfm2

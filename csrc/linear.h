@@ -17,19 +17,61 @@ constexpr int64_t kTokens = 32;
 template <class T>
 LFM2_CLONES void wide_dots(Rows<const T> x, int64_t tokens, Rows<const T> weight, int64_t size,
                            int64_t first, int64_t last, float* sums) {
-  dots_with<WideStep<T>>(x, tokens, weight, size, first, last, sums, kChunk);
+  dots_with<WideStep>(x, tokens, weight, size, first, last, sums, kChunk);
 }
 
-template <class T>
-inline void dots(Rows<const T> x, int64_t tokens, Rows<const T> weight, int64_t size, int64_t first,
-                 int64_t last, float* sums) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (LFM2_HAS_AVX512BF16) {
-      return dots_avx512bf16(x, tokens, weight, size, first, last, sums, kChunk);
+// sums[m * kChunk + i] = products * token_scales[m] * row_scales[first + i]
+template <class P>
+LFM2_CLONES void scale(const P* products, const float* token_scales, const float* row_scales,
+                       int64_t tokens, int64_t first, int64_t last, float* sums) {
+  for (int64_t m = 0; m < tokens; ++m) {
+    const float by = token_scales[m];
+    for (int64_t i = 0; i < last - first; ++i) {
+      const float product = static_cast<float>(products[m * kChunk + i]);
+      sums[m * kChunk + i] = product * (by * row_scales[first + i]);
     }
   }
-  wide_dots(x, tokens, weight, size, first, last, sums);
 }
+
+// Tokens and the matrix that multiplies them, both in floats of one type.
+template <class T>
+struct Dense {
+  Rows<const T> x;
+  Rows<const T> weight;
+  int64_t size;
+
+  // sums[i * kChunk + n - first] = x[m + i] . weight[n], for `tokens` tokens.
+  void dots(int64_t m, int64_t tokens, int64_t first, int64_t last, float* sums) const {
+    const Rows<const T> here{x[m], x.stride};
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (LFM2_HAS_AVX512BF16) {
+        return dots_avx512bf16(here, tokens, weight, size, first, last, sums, kChunk);
+      }
+    }
+    wide_dots(here, tokens, weight, size, first, last, sums);
+  }
+};
+
+// The same in 8-bit integers, with a scale for each token and each row.
+struct Int8 {
+  Rows<const int8_t> x;
+  const float* token_scales;
+  Rows<const int8_t> weight;
+  const float* row_scales;
+  int64_t size;
+
+  void dots(int64_t m, int64_t tokens, int64_t first, int64_t last, float* sums) const {
+    const Rows<const int8_t> here{x[m], x.stride};
+    if (LFM2_HAS_AVX512VNNI) {
+      int32_t products[kTokens * kChunk];
+      dots_avx512vnni(here, tokens, weight, size, first, last, products, kChunk);
+      scale(products, token_scales + m, row_scales, tokens, first, last, sums);
+    } else {
+      wide_dots(here, tokens, weight, size, first, last, sums);
+      scale(sums, token_scales + m, row_scales, tokens, first, last, sums);
+    }
+  }
+};
 
 // out[m][n] = sums + bias; rounded, then added to `residual` where there is one.
 template <class T>
@@ -60,6 +102,23 @@ LFM2_CLONES void finish_swiglu(const float* gates, const float* ups, int64_t tok
     for (int64_t n = first; n < last; ++n) {
       const float x = rounded<T>(gate[n]);
       narrow(rounded<T>(x / (1.0f + exponential(-x))) * rounded<T>(up[n]), to[n]);
+    }
+  }
+}
+
+// out[m][n] = products * token_scales[m] * row_scales[n] + bias, of whole rows from `first` to
+// before `last`.
+template <class T>
+LFM2_CLONES void finish_products(Rows<const int32_t> products, const float* token_scales,
+                                 const float* row_scales, const T* bias, int64_t width,
+                                 int64_t first, int64_t last, Rows<T> out) {
+  for (int64_t m = first; m < last; ++m) {
+    const int32_t* from = products[m];
+    T* to = out[m];
+    for (int64_t n = 0; n < width; ++n) {
+      float sum = static_cast<float>(from[n]) * (token_scales[m] * row_scales[n]);
+      if (bias != nullptr) sum += widen(bias[n]);
+      narrow(sum, to[n]);
     }
   }
 }

@@ -48,6 +48,8 @@ LFM2_INLINE float from_bits(uint32_t bits) {
 
 LFM2_INLINE float widen(float value) { return value; }
 
+LFM2_INLINE float widen(int8_t value) { return value; }
+
 LFM2_INLINE float widen(bf16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
 // Subnormals come from an integer below a fixed exponent, so that no float is ever subnormal here

@@ -37,14 +37,21 @@ SCHEMAS = (
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",
-    # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]; K and N also of those below
-    "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? bias, "
-    "Tensor(a!) out) -> ()",
+    # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]. With scales [N] float32, the weight
+    # is int8 and every token is rounded to int8 too, here and below.
+    "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
+    "Tensor? bias, Tensor(a!) out) -> ()",
     # y [T, K], residual and out [T, N], which may be one
-    "linear_add_native(Tensor y, Tensor weight, Tensor? bias, Tensor residual, "
+    "linear_add_native(Tensor y, Tensor weight, Tensor? scales, Tensor? bias, Tensor residual, "
     "Tensor(a!) out) -> ()",
-    # weight [2F, K], out [T, F]
-    "norm_swiglu_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor(a!) out) -> ()",
+    # weight [2F, K], scales [2F], out [T, F]
+    "norm_swiglu_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
+    "Tensor(a!) out) -> ()",
+    # x [T, K], out [T, K] int8, scales [T] float32
+    "quantize_native(Tensor x, Tensor(a!) out, Tensor(b!) scales) -> ()",
+    # products [T, N] int32, token_scales [T] and row_scales [N] float32, bias [N], out [T, N]
+    "finish_products_native(Tensor products, Tensor token_scales, Tensor row_scales, Tensor? bias, "
+    "Tensor(a!) out) -> ()",
     # logits [B, V], out [B] int64
     "argmax_native(Tensor logits, Tensor(a!) out) -> ()",
     # logits [B, V], seen [B, V] bool, penalty [B] float64, out [B, V] float32
