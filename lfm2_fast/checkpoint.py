@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.matrix import quantize_int8
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,17 +85,33 @@ def layout(config: Config) -> dict[str, list[Part]]:
     put("embedding_norm.weight", ("embedding_norm.weight", (hidden,)))
     if not config.tie_word_embeddings:
         made["lm_head.weight"] = [Part("lm_head.weight", (config.vocab_size, hidden))]
+    if config.quantization is not None:
+        for name in [name for name, parts in made.items() if is_matrix(parts)]:
+            scales = [Part(f"{part.name}_scale", part.shape[:1]) for part in made[name]]
+            made[f"{name}_scale"] = scales
     return made
 
 
+def is_matrix(parts: list[Part]) -> bool:
+    """Whether a tensor of these parts is one of those that quantization is about."""
+    return len(parts[0].shape) == 2
+
+
 def load_weights(
-    folder: Path, config: Config, *, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Our fused tensors, by name, in ``dtype`` on ``device``.
 
-    The files are mapped, and every tensor is copied from the map straight into its place. All
-    names, shapes and dtypes are checked before the first copy. Raises CheckpointError, which names
-    the file and the tensor, for whatever does not fit.
+    The files are mapped, and every tensor is copied from the map straight into its place. With
+    ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales; those
+    of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
+    shapes and dtypes are checked before the first copy. Raises CheckpointError, which names the
+    file and the tensor, for whatever does not fit.
     """
     plan = layout(config)
     found = _open_tensors(folder)
@@ -104,8 +121,13 @@ def load_weights(
         plan.items(), desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
     ) as progress:
         for name, parts in progress:
+            if quantization is not None and config.quantization is None and is_matrix(parts):
+                made = [quantize_int8(found[part.name].read().to(device)) for part in parts]
+                weights[name], weights[f"{name}_scale"] = map(torch.cat, zip(*made, strict=True))
+                continue
             rows = sum(part.rows for part in parts)
-            whole = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+            kind = _stored_dtype(config, parts) or dtype
+            whole = torch.empty((rows, *parts[0].shape[1:]), dtype=kind, device=device)
             first = 0
             for part in parts:
                 whole[first : first + part.rows].copy_(found[part.name].read())
@@ -113,6 +135,16 @@ def load_weights(
             # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
             weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
     return weights
+
+
+def _stored_dtype(config: Config, parts: list[Part]) -> torch.dtype | None:
+    """What a quantized checkpoint's tensor is stored as whatever the model's dtype, else None."""
+    if config.quantization is not None:
+        if is_matrix(parts):
+            return torch.int8
+        if parts[0].name.endswith("_scale"):
+            return torch.float32
+    return None
 
 
 def save(
@@ -133,7 +165,7 @@ def save(
         whole = weights[name]
         for part, rows in zip(parts, whole.split([part.rows for part in parts]), strict=True):
             split[part.name] = rows.reshape(part.shape).contiguous()
-    dtype = str(next(iter(split.values())).dtype).removeprefix("torch.")
+    dtype = str(weights["embedding_norm.weight"].dtype).removeprefix("torch.")
     with _complete(folder / WEIGHTS) as path:
         try:
             save_file(split, path, metadata={"format": "pt"})
@@ -215,6 +247,12 @@ def _check_tensors(
     folder: Path, config: Config, plan: dict[str, list[Part]], found: dict[str, _Stored]
 ) -> None:
     wanted = {part.name: part for parts in plan.values() for part in parts}
+    eight_bit = {
+        part.name
+        for parts in plan.values()
+        for part in parts
+        if _stored_dtype(config, parts) == torch.int8
+    }
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(
@@ -237,10 +275,10 @@ def _check_tensors(
                 f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for "
                 f"{list(part.shape)}"
             )
-        if stored.dtype not in FLOATS:
+        if stored.dtype not in (("I8",) if name in eight_bit else FLOATS):
             raise CheckpointError(
-                f"{stored.path}: {name} is stored as {stored.dtype}; quantized checkpoints are "
-                "not supported, load the unquantized one"
+                f"{stored.path}: {name} is stored as {stored.dtype}, which the "
+                "config.json does not speak of; load the unquantized checkpoint"
             )
 
 

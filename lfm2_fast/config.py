@@ -14,6 +14,8 @@ NOT_YET = {
     "lfm2-vl": "LFM2-VL",
     "lfm2_audio": "LFM2-Audio",
 }
+# What save_pretrained says of 8-bit matrices; other programs then refuse them, by name.
+OWN_FORMAT = {"quant_method": "lfm2_fast", "format": "int8"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -27,7 +29,7 @@ class Config:
 
     ``intermediate_size`` is the size that the feed-forward matrices really have: the rounding
     that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
-    "conv" or "full_attention".
+    "conv" or "full_attention". ``quantization`` is how the matrices are stored, "int8" or None.
     """
 
     vocab_size: int
@@ -48,6 +50,7 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     dtype: str | None = None
+    quantization: str | None = None
 
     model_type = "lfm2"
     is_encoder_decoder = False
@@ -115,11 +118,13 @@ class Config:
             bos_token_id=read.token("bos_token_id"),
             eos_token_id=_eos_token_id(read),
             dtype=_dtype(read),
+            quantization=_quantization(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that Hugging Face reads, in the spellings of transformers 4 and 5."""
         eos = self.eos_token_id
+        quantized = {} if self.quantization is None else {"quantization_config": {**OWN_FORMAT}}
         return {
             "architectures": ["Lfm2ForCausalLM"],
             "model_type": self.model_type,
@@ -146,6 +151,7 @@ class Config:
             "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
+            **quantized,
         }
 
 
@@ -220,12 +226,6 @@ def _check_kind(raw: Mapping[str, Any], source: str) -> None:
             f"{source}: this is not an LFM2 checkpoint, its config has {what}; "
             "load it with transformers instead"
         )
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
-        raise CheckpointError(
-            f"{source}: the checkpoint is quantized ({method}), which lfm2_fast does not read; "
-            "load the unquantized checkpoint"
-        )
 
 
 def _intermediate_size(read: _Reader) -> int:
@@ -276,6 +276,21 @@ def _dtype(read: _Reader) -> str | None:
     if found is not None and found not in DTYPES:
         raise read.error(f"torch_dtype {found!r} is none of {', '.join(DTYPES)}")
     return found
+
+
+def _quantization(read: _Reader) -> str | None:
+    found = read.value("quantization_config", default={})
+    if not isinstance(found, dict):
+        raise read.error(f"quantization_config must be an object, not {found!r}")
+    if not found:
+        return None
+    if found != OWN_FORMAT:
+        method = found.get("quant_method", "unknown method")
+        raise read.error(
+            f"the checkpoint is quantized ({method}), which lfm2_fast does not read; load the "
+            "unquantized checkpoint, with quantization='int8' if memory is short"
+        )
+    return OWN_FORMAT["format"]
 
 
 def _eos_token_id(read: _Reader) -> int | tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from lfm2_fast import checkpoint, hub
 from lfm2_fast.config import Config, read_json
+from lfm2_fast.matrix import QUANTIZATIONS
 from lfm2_fast.model import Lfm2ForCausalLM
 
 
@@ -24,6 +26,7 @@ def load(
     local_files_only: bool = False,
     max_length: int | None = None,
     backend: str = "auto",
+    quantization: str | None = None,
     device_map: str | torch.device | None = None,
 ) -> Lfm2ForCausalLM:
     """Load an LFM2 checkpoint, ready to run.
@@ -33,7 +36,9 @@ def load(
     Face's callers write. ``dtype`` "auto" means the checkpoint's own; names like "bfloat16" or
     "float32" are taken too. ``revision``, ``cache_dir``, ``token`` and ``local_files_only`` go to
     the hub. ``max_length`` bounds the context in tokens (default: the model's limit). ``backend``
-    chooses the bodies of the operations, see ``lfm2_fast.ops``.
+    chooses the bodies of the operations, see ``lfm2_fast.ops``. ``quantization`` "int8" makes the
+    matrices 8-bit integers while they are loaded, about half of bfloat16's memory; None takes them
+    as they are stored, which is so for what ``save_pretrained`` wrote of such a model.
 
     Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
     is not there, ValueError for any other argument.
@@ -45,6 +50,8 @@ def load(
     where = find_device(device)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
     named = None if dtype == "auto" else _dtype(dtype)
     folder = hub.resolve(
         model,
@@ -56,8 +63,10 @@ def load(
     config = Config.from_file(folder / "config.json")
     what = named or _dtype(config.dtype or "float32")
     return Lfm2ForCausalLM(
-        config,
-        checkpoint.load_weights(folder, config, device=where, dtype=what),
+        replace(config, quantization=quantization or config.quantization),
+        checkpoint.load_weights(
+            folder, config, device=where, dtype=what, quantization=quantization
+        ),
         backend=backend,
         max_length=max_length,
         generation_config=_generation_config(folder, config),

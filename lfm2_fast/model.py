@@ -19,6 +19,7 @@ from lfm2_fast import checkpoint
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
+from lfm2_fast.matrix import Matrix
 from lfm2_fast.ops import Ops, Rope, choose
 
 
@@ -40,6 +41,11 @@ class CausalLMOutput:
         return iter(self.to_tuple())
 
 
+def matrix(config: Config, rows: int, columns: int, *, bias: bool = False) -> Matrix:
+    """The weight of a projection or embedding, stored as the config says."""
+    return Matrix(rows, columns, bias=bias, quantization=config.quantization)
+
+
 class DepthwiseWeight(nn.Module):
     """A short convolution's ``weight [H, W]``, newest tap last, and optional ``bias [H]``."""
 
@@ -58,9 +64,9 @@ class ShortConv(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.conv_bias
-        self.in_proj = nn.Linear(hidden, 3 * hidden, bias=bias)
+        self.in_proj = matrix(config, 3 * hidden, hidden, bias=bias)
         self.conv = DepthwiseWeight(config)
-        self.out_proj = nn.Linear(hidden, hidden, bias=bias)
+        self.out_proj = matrix(config, hidden, hidden, bias=bias)
 
 
 class Attention(nn.Module):
@@ -72,10 +78,10 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         hidden, width = config.hidden_size, config.head_dim
         together = (self.num_heads + 2 * self.num_kv_heads) * width
-        self.qkv_proj = nn.Linear(hidden, together, bias=False)
+        self.qkv_proj = matrix(config, together, hidden)
         self.q_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
         self.k_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.out_proj = nn.Linear(self.num_heads * width, hidden, bias=False)
+        self.out_proj = matrix(config, hidden, self.num_heads * width)
 
 
 class FeedForward(nn.Module):
@@ -84,8 +90,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_up_proj = matrix(config, 2 * inner, hidden)
+        self.down_proj = matrix(config, hidden, inner)
 
 
 class Block(nn.Module):
@@ -160,17 +166,17 @@ class Lfm2ForCausalLM(nn.Module):
             max_length or config.max_position_embeddings, config.max_position_embeddings
         )
         with torch.device("meta"):
-            # nn.Embedding's own initialisation would import torch's compiler, a second's work.
-            empty = torch.empty(config.vocab_size, config.hidden_size)
-            self.embed_tokens = nn.Embedding.from_pretrained(empty)
+            self.embed_tokens = matrix(config, config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(
                 ConvBlock(config) if kind == "conv" else AttentionBlock(config)
                 for kind in config.layer_types
             )
             self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = matrix(config, config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
-            weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
+            tied = {name for name in weights if name.startswith("embed_tokens.")}
+            heads = {name.replace("embed_tokens", "lm_head"): weights[name] for name in tied}
+            weights = {**weights, **heads}
         self.load_state_dict(weights, strict=True, assign=True)
         self.tie_weights()
         self.requires_grad_(False).eval()
@@ -189,6 +195,7 @@ class Lfm2ForCausalLM(nn.Module):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> Lfm2ForCausalLM:
         super()._apply(fn, recurse)
+        self.tie_weights()
         self._fit()
         return self
 
@@ -199,8 +206,8 @@ class Lfm2ForCausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights and of the cache."""
-        return self.embed_tokens.weight.dtype
+        """The dtype of what is computed and of the cache; quantized matrices are int8 beside it."""
+        return self.embedding_norm.weight.dtype
 
     @property
     def generation_config(self) -> Any:
@@ -228,6 +235,7 @@ class Lfm2ForCausalLM(nn.Module):
         """Make the head the embedding, if the config says that they are one."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.weight_scale = self.embed_tokens.weight_scale
 
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""
@@ -256,7 +264,7 @@ class Lfm2ForCausalLM(nn.Module):
         """
         cache.reserve(batch)
         rope = self.ops.rope(batch.positions, self.inv_freq, self.dtype)
-        x = self.embed_tokens(tokens)
+        x = self.ops.embed(tokens, self.embed_tokens, self.dtype)
         for layer, state in zip(self.layers, cache.layers, strict=True):
             x = layer(x, self.ops, rope, state, batch)
         cache.advance(batch)
@@ -334,7 +342,7 @@ class Lfm2ForCausalLM(nn.Module):
         """Write a checkpoint that Hugging Face loads, equal tensor for tensor."""
         weights = dict(self.state_dict())
         if self.config.tie_word_embeddings:
-            del weights["lm_head.weight"]
+            weights = {n: w for n, w in weights.items() if not n.startswith("lm_head.")}
         checkpoint.save(
             Path(save_directory),
             self.config,

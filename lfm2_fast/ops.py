@@ -32,13 +32,24 @@ class Depthwise(Protocol):
     def bias(self) -> torch.Tensor | None: ...
 
 
+class Linear(Protocol):
+    """A projection's ``weight [N, K]``; with ``weight_scale [N]`` int8, see ``matrix.Matrix``."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def weight_scale(self) -> torch.Tensor | None: ...
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+
 class ShortConv(Protocol):
     """What ``conv_out_add`` needs of a conv layer."""
 
     @property
     def conv(self) -> Depthwise: ...
     @property
-    def out_proj(self) -> nn.Linear: ...
+    def out_proj(self) -> Linear: ...
 
 
 class Attention(Protocol):
@@ -120,7 +131,7 @@ class Ops:
 
     name = "eager"
 
-    def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
+    def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""
         return self.linear(self.rms_norm(x, norm), linear)
 
@@ -148,13 +159,11 @@ class Ops:
         q = self.qk_norm_rope(qkv, attention, rope, pages, batch)
         return self.attention(q, pages, batch)
 
-    def linear_add(
-        self, y: torch.Tensor, linear: nn.Linear, residual: torch.Tensor
-    ) -> torch.Tensor:
+    def linear_add(self, y: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
         """``residual + linear(y)``: ``[T, K] -> [T, H]``."""
         return residual + self.linear(y, linear)
 
-    def norm_swiglu(self, x: torch.Tensor, norm: nn.RMSNorm, gate_up: nn.Linear) -> torch.Tensor:
+    def norm_swiglu(self, x: torch.Tensor, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
         """RMSNorm, gate and up projections, ``silu(gate) * up``: ``[T, H] -> [T, F]``."""
         return self.swiglu(self.norm_linear(x, norm, gate_up))
 
@@ -162,9 +171,13 @@ class Ops:
         """Cosines and sines ``[T, 1, D]`` of the tokens' positions, made once per step."""
         return ref.rope_ref(positions, inv_freq, dtype)
 
-    def linear(self, x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """A projection alone: ``[T, K] -> [T, N]``."""
-        return ref.linear_ref(x, linear.weight, linear.bias)
+        return ref.linear_ref(x, linear.weight, linear.bias, linear.weight_scale)
+
+    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+        """The tokens' rows of the embedding: ``[T] -> [T, H]``."""
+        return ref.embed_ref(tokens, embedding.weight, embedding.weight_scale, dtype)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         """RMSNorm over the last axis."""

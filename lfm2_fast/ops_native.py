@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from typing import Any
 
 import torch
 from torch import nn
 
 from lfm2_fast import native  # noqa: F401  (defines the operations)
+from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
-from lfm2_fast.ops import Attention, Depthwise, Ops, Rope, epsilon
+from lfm2_fast.ops import Attention, Depthwise, Linear, Ops, Rope, epsilon
 from lfm2_fast.sampling import SamplingParams
 from lfm2_fast.stream import StreamOps, settled
 
@@ -26,6 +29,8 @@ _flash_decode = torch.ops.lfm2_fast.flash_decode_native.default
 _norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
 _linear_add = torch.ops.lfm2_fast.linear_add_native.default
 _norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
+_quantize = torch.ops.lfm2_fast.quantize_native.default
+_finish_products = torch.ops.lfm2_fast.finish_products_native.default
 _argmax = torch.ops.lfm2_fast.argmax_native.default
 _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
@@ -35,6 +40,33 @@ _draw = torch.ops.lfm2_fast.draw_native.default
 # Up to as many tokens the extension multiplies matrices itself, at the memory's speed where they
 # are few; for more, PyTorch's products are faster.
 FEW_TOKENS = 32
+FEW_TOKENS_INT8 = 16
+
+
+def few_tokens(linear: Linear) -> int:
+    """How many tokens the extension multiplies by this matrix itself."""
+    return FEW_TOKENS if linear.weight_scale is None else FEW_TOKENS_INT8
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has products of ``dtype``; without, float32's are several times faster."""
+    if dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+@functools.cache
+def int8_products_are_exact() -> bool:
+    """Whether PyTorch's product of 8-bit integers is right on this CPU.
+
+    Where the CPU has no VNNI, pairs of products are added up in 16 bits, and overflow silently.
+    """
+    a, b = (torch.full((64, 64), most, dtype=torch.int8) for most in (127, -127))
+    return bool((torch._int_mm(a, a) == 64 * 127 * 127).all()) and bool(
+        (torch._int_mm(a, b) == -64 * 127 * 127).all()
+    )
 
 
 class NativeStepOps(Ops):
@@ -63,29 +95,47 @@ class NativeOps(StreamOps):
 
     name = "native"
 
-    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
-        if len(x) > FEW_TOKENS:
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        if len(x) > few_tokens(linear):
             return super().norm_linear(x, norm, linear)
         x = settled(x)
-        out = x.new_empty(len(x), linear.out_features)
-        _norm_linear(x, norm.weight, epsilon(norm), linear.weight, linear.bias, out)
+        out = x.new_empty(len(x), len(linear.weight))
+        matrix = linear.weight, linear.weight_scale, linear.bias
+        _norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
         return out
 
-    def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
-        if len(y) > FEW_TOKENS:
+    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
+        if len(y) > few_tokens(linear):
             return super().linear_add(y, linear, residual)
         residual = settled(residual)
         out = residual.new_empty(residual.shape)
-        _linear_add(y, linear.weight, linear.bias, residual, out)
+        _linear_add(y, linear.weight, linear.weight_scale, linear.bias, residual, out)
         return out
 
-    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: nn.Linear) -> torch.Tensor:
-        if len(x) > FEW_TOKENS:
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
+        if len(x) > few_tokens(gate_up):
             return super().norm_swiglu(x, norm, gate_up)
         x = settled(x)
-        out = x.new_empty(len(x), gate_up.out_features // 2)
-        _norm_swiglu(x, norm.weight, epsilon(norm), gate_up.weight, out)
+        out = x.new_empty(len(x), len(gate_up.weight) // 2)
+        matrix = gate_up.weight, gate_up.weight_scale
+        _norm_swiglu(x, norm.weight, epsilon(norm), *matrix, out)
         return out
+
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """A projection of many tokens, by PyTorch's products."""
+        if linear.weight_scale is not None and int8_products_are_exact():
+            numbers = torch.empty(x.shape, dtype=torch.int8)
+            scales = torch.empty(len(x))
+            _quantize(x, numbers, scales)
+            out = x.new_empty(len(x), len(linear.weight))
+            products = torch._int_mm(numbers, linear.weight.T)
+            _finish_products(products, scales, linear.weight_scale, linear.bias, out)
+            return out
+        weight = ref.scaled_ref(linear.weight, linear.weight_scale, x.dtype)
+        if multiplies(x.dtype):
+            return ref.linear_ref(x, weight, linear.bias)
+        bias = None if linear.bias is None else linear.bias.float()
+        return ref.linear_ref(x.float(), weight.float(), bias).to(x.dtype)
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         shape = (len(positions), 1, 2 * len(inv_freq))

@@ -24,10 +24,54 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 
 
 def linear_ref(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]``, result ``[T, N]``."""
-    return F.linear(x, weight, bias)
+    """``x @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]``, result ``[T, N]``.
+
+    A ``scale [N]`` belongs to an int8 weight, whose rows it multiplies.
+    """
+    return F.linear(x, scaled_ref(weight, scale, x.dtype), bias)
+
+
+def scaled_ref(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``rows [N, K]`` of a matrix in ``dtype``, times ``scale [N]`` where they are int8."""
+    if scale is None:
+        return rows
+    wide = torch.promote_types(dtype, torch.float32)
+    return (rows.to(wide) * scale.to(wide)[:, None]).to(dtype)
+
+
+def embed_ref(
+    tokens: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The rows ``[T, K]`` of ``weight [N, K]`` that ``tokens [T]`` name."""
+    return scaled_ref(weight[tokens], None if scale is None else scale[tokens], dtype)
+
+
+def dynamic_linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``linear_ref`` of an int8 weight where every token of ``x`` is rounded to int8 too.
+
+    The products are exact; each is multiplied by its token's and its row's scale.
+    """
+    numbers, scales = quantize_ref(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    products = (numbers.double() @ weight.double().T).to(wide)
+    out = products * (scales.to(wide)[:, None] * scale.to(wide))
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
+def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ``x [T, K]`` as int8, the largest as 127, and what to multiply them by: ``[T]``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    most = wide.abs().amax(-1, keepdim=True)
+    # Not 127 / most, which torch computes as 127 * (1 / most).
+    factor = torch.where(most > 1e-35, torch.full_like(most, 127) / most, 0)
+    return (wide * factor).round().to(torch.int8), (most / 127)[:, 0]
 
 
 def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:

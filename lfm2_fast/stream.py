@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfm2_fast.ops import Ops
+from lfm2_fast.ops import Linear, Ops
 
 
 @dataclass
@@ -40,10 +40,10 @@ class StreamOps(Ops):
     ``x`` and ``residual`` may be a tensor or a ``Stream``, which ``linear_add`` gives.
     """
 
-    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         return self.linear(self._norm(x, norm), linear)
 
-    def linear_add(self, y: torch.Tensor, linear: nn.Linear, residual: Any) -> Any:
+    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
         return Stream(settled(residual), self.linear(y, linear))
 
     def add_rms_norm(
