@@ -26,6 +26,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 
+# Under a name of its own: programs that do not know the format would take integers for weights.
+QUANTIZED_WEIGHTS = "model.int8.safetensors"
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -92,6 +95,11 @@ def layout(config: Config) -> dict[str, list[Part]]:
     return made
 
 
+def weights_file(config: Config) -> str:
+    """The name of the file that holds all tensors, where they are not spread over shards."""
+    return WEIGHTS if config.quantization is None else QUANTIZED_WEIGHTS
+
+
 def is_matrix(parts: list[Part]) -> bool:
     """Whether a tensor of these parts is one of those that quantization is about."""
     return len(parts[0].shape) == 2
@@ -114,7 +122,7 @@ def load_weights(
     file and the tensor, for whatever does not fit.
     """
     plan = layout(config)
-    found = _open_tensors(folder)
+    found = _open_tensors(folder, weights_file(config))
     _check_tensors(folder, config, plan, found)
     weights = {}
     with tqdm(
@@ -166,11 +174,12 @@ def save(
         for part, rows in zip(parts, whole.split([part.rows for part in parts]), strict=True):
             split[part.name] = rows.reshape(part.shape).contiguous()
     dtype = str(weights["embedding_norm.weight"].dtype).removeprefix("torch.")
-    with _complete(folder / WEIGHTS) as path:
+    target = folder / weights_file(config)
+    with _complete(target) as path:
         try:
             save_file(split, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"could not write {folder / WEIGHTS}: {error}") from error
+            raise OSError(f"could not write {target}: {error}") from error
     documents = {"config.json": {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}}
     if generation_config:
         documents[GENERATION_CONFIG] = generation_config
@@ -210,11 +219,11 @@ class _Stored:
         return self.file.get_tensor(self.name)
 
 
-def _open_tensors(folder: Path) -> dict[str, _Stored]:
+def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
     """Every tensor of the folder's safetensors files, by Hugging Face's name."""
     index = folder / INDEX
-    if (folder / WEIGHTS).is_file():  # as Hugging Face: one file goes before an index
-        names = [WEIGHTS]
+    if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
+        names = [whole]
     elif index.is_file():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
@@ -227,7 +236,7 @@ def _open_tensors(folder: Path) -> dict[str, _Stored]:
         names = sorted(set(places.values()))
     else:
         raise CheckpointError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; lfm2_fast reads safetensors only"
+            f"{folder} holds neither {whole} nor {INDEX}; lfm2_fast reads safetensors only"
         )
     tensors = {}
     for name in names:

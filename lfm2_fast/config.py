@@ -14,7 +14,7 @@ NOT_YET = {
     "lfm2-vl": "LFM2-VL",
     "lfm2_audio": "LFM2-Audio",
 }
-# What save_pretrained says of 8-bit matrices; other programs then refuse them, by name.
+# What save_pretrained says of 8-bit matrices.
 OWN_FORMAT = {"quant_method": "lfm2_fast", "format": "int8"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

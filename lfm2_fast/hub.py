@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, WEIGHTS
+from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, weights_file
 from lfm2_fast.config import CheckpointError, Config, read_json
 
 
@@ -93,16 +93,16 @@ def _download(
     path = fetch("config.json")
     if path is None:
         raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
-    Config.from_file(path)
+    whole = weights_file(Config.from_file(path))
     revision = path.parent.name
     for name in (GENERATION_CONFIG, *also):
         fetch(name)
     if not weights:
         return path.parent
-    if fetch(WEIGHTS) is not None:
+    if fetch(whole) is not None:
         return path.parent
     index = fetch(INDEX)
-    missing: str | None = WEIGHTS
+    missing: str | None = whole
     if index is not None:
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = next((name for name in shards if fetch(name) is None), None)

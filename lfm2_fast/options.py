@@ -22,6 +22,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="End after this string; rep
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
 Backend = Annotated[str, typer.Option(help="Which bodies run; lfm2-fast info lists them.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="int8: matrices in 8-bit integers, half of bfloat16's memory.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]

@@ -128,7 +128,8 @@ def summary(model: Lfm2ForCausalLM) -> str:
     """A model in a line: its size, and where and how it runs."""
     dtype = str(model.dtype).removeprefix("torch.")
     size = millions(model.config.num_parameters)
-    return f"{size} parameters in {dtype}, on {model.device} with {model.ops.name} bodies"
+    numbers = f"{model.config.quantization} and {dtype}" if model.config.quantization else dtype
+    return f"{size} parameters in {numbers}, on {model.device} with {model.ops.name} bodies"
 
 
 def millions(count: int) -> str:

@@ -428,6 +428,8 @@ def arguments() -> dict[str, dict[str, Any]]:
         "window": torch.zeros(3, 4, 8),
     }
     floats = torch.full((3,), 0.5, dtype=torch.float64)
+    numbers = torch.randint(-127, 128, (6, 8), dtype=torch.int8)
+    matrix = {"weight": numbers, "scales": torch.rand(6)}
     return {
         "rms_norm": {"x": x, "weight": torch.randn(8), "eps": EPS, "out": torch.zeros(3, 8)},
         "add_rms_norm": {
@@ -449,6 +451,24 @@ def arguments() -> dict[str, dict[str, Any]]:
         "flash_decode": {
             "q": torch.randn(3, 2, 8), **paged, "slots": ints, "lengths": runs["lengths"],
             "out": torch.zeros(3, 16),
+        },
+        "norm_linear": {
+            "x": x, "norm": torch.randn(8), "eps": EPS, **matrix, "bias": torch.randn(6),
+            "out": torch.zeros(3, 6),
+        },
+        "linear_add": {
+            "y": x, **matrix, "bias": torch.randn(6), "residual": torch.randn(3, 6),
+            "out": torch.zeros(3, 6),
+        },
+        "norm_swiglu": {
+            "x": x, "norm": torch.randn(8), "eps": EPS, **matrix, "out": torch.zeros(3, 3),
+        },
+        "quantize": {
+            "x": x, "out": torch.zeros(3, 8, dtype=torch.int8), "scales": torch.zeros(3),
+        },
+        "finish_products": {
+            "products": torch.ones(3, 6, dtype=torch.int32), "token_scales": torch.rand(3),
+            "row_scales": torch.rand(6), "bias": torch.randn(6), "out": torch.zeros(3, 6),
         },
         "argmax": {"logits": x, "out": torch.zeros(3, dtype=torch.int64)},
         "penalize": {"logits": x, "seen": x > 0, "penalty": floats, "out": torch.zeros(3, 8)},
@@ -478,7 +498,7 @@ def hostile(tensor: torch.Tensor) -> list[torch.Tensor]:
 # What an operation goes by is right by definition: its size, or its type.
 GIVEN = {
     "table": "size", "inv_freq": "size", "window": "size", "k_pages": "size",
-    "logits": "type",
+    "logits": "type", "quantize.x": "type", "finish_products.out": "type",
 }  # fmt: skip
 
 
@@ -487,11 +507,12 @@ def test_wrong_arguments_are_refused(name: str) -> None:
     body = getattr(BODIES, f"{name}_native")
     body(**arguments()[name])
     for place, value in arguments()[name].items():
+        by = GIVEN.get(place) or GIVEN.get(f"{name}.{place}")
         for wrong in hostile(value) if isinstance(value, torch.Tensor) else []:
-            if GIVEN.get(place) == "type" and wrong.dtype == torch.float16:
+            if by == "type" and wrong.dtype == torch.float16:
                 continue
             if (
-                GIVEN.get(place) == "size"
+                by == "size"
                 and wrong.dtype == value.dtype
                 and wrong.dim() == value.dim()
                 and wrong.is_contiguous()
@@ -534,10 +555,12 @@ def test_places_that_are_not_there_are_refused(name: str, changed: dict, message
 
 def test_no_tokens() -> None:
     kept = ("table", "window", "inv_freq", "weight", "q_weight", "k_weight", "bias")
-    kept += ("k_pages", "v_pages")
+    kept += ("k_pages", "v_pages", "norm", "scales", "row_scales")
     for name, some in arguments().items():
         none = {
-            place: value[:0] if isinstance(value, torch.Tensor) and place not in kept else value
+            place: value
+            if not isinstance(value, torch.Tensor) or (place in kept and name != "quantize")
+            else value[:0]
             for place, value in some.items()
         }
         if "cu_seqlens" in none:
@@ -599,8 +622,11 @@ def test_models_equal_eager(random_checkpoint, poisoned, dtype, within_budget, c
         within_budget(ours, a, b)
 
 
+SERVING = ("attention_ref", "linear_ref", "scaled_ref", "embed_ref")
+
+
 def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
-    """Of the reference, only projections and the attention of many tokens still serve."""
+    """Of the reference, only the projections and the attention of many tokens still serve."""
     model = lfm2_fast.load(random_checkpoint(), device="cpu")
     assert model.ops.name == "native"
     expected = logits(model)
@@ -609,12 +635,13 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
         raise AssertionError("the reference ran")
 
     for name in dir(reference):
-        if name.endswith("_ref") and name not in ("attention_ref", "linear_ref"):
+        if name.endswith("_ref") and name not in SERVING:
             monkeypatch.setattr(reference, name, refuse)
     for ours, same in zip(logits(model), expected, strict=True):
         assert torch.equal(ours, same)
     one = {slot: 1 for slot in range(4)}
     monkeypatch.setattr(reference, "attention_ref", refuse)
+    monkeypatch.setattr(reference, "linear_ref", refuse)
     logits(model, [one, one])
 
 
