@@ -48,7 +48,8 @@ def embed_ref(
     tokens: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The rows ``[T, K]`` of ``weight [N, K]`` that ``tokens [T]`` name."""
-    return scaled_ref(weight[tokens], None if scale is None else scale[tokens], dtype)
+    scale = None if scale is None else scale.index_select(0, tokens)
+    return scaled_ref(weight.index_select(0, tokens), scale, dtype)
 
 
 def dynamic_linear_ref(
