@@ -17,39 +17,83 @@ namespace {
 using namespace lfm2;
 using MaybeTensor = std::optional<Tensor>;
 
-// Calls `work(m, tokens, first, last)` for pieces of all tokens and rows that are multiplied and
-// finished at once, shared among threads by rows, each of which moves `size` numbers.
-template <class Work>
-void for_pieces(int64_t tokens, int64_t rows, int64_t size, const Work& work) {
-  for (int64_t m = 0; m < tokens; m += kTokens) {
-    const int64_t count = std::min(kTokens, tokens - m);
-    parallel_for(0, rows, grain(size), [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; n += kChunk) {
-        work(m, count, n, std::min(n + kChunk, last));
-      }
-    });
+// Tokens to be multiplied: rows as they are, or their norms.
+template <class T>
+struct Source {
+  Rows<const T> x;
+  const T* norm;
+  float eps;
+  int64_t size;
+
+  // Rows from `m` on, in `made` where they have to be made.
+  Rows<const T> take(int64_t m, int64_t tokens, std::vector<T>& made) const {
+    const Rows<const T> here{x[m], x.stride};
+    if (norm == nullptr) return here;
+    made.resize(tokens * size);
+    rms_norm(here, norm, eps, size, Rows<T>{made.data(), size}, 0, tokens);
+    return {made.data(), size};
   }
+};
+
+template <class T>
+Source<T> source_of(const Tensor& x, int64_t tokens, const Tensor* norm, double eps) {
+  const int64_t size = norm == nullptr ? x.size(1) : norm->numel();
+  expect(x, "x", kType<T>, {tokens, size});
+  if (norm != nullptr) expect_packed(*norm, "norm", kType<T>, {size});
+  const T* by = norm == nullptr ? nullptr : read<T>(*norm);
+  return {rows_of<const T>(x), by, static_cast<float>(eps), size};
 }
 
-// Calls `body` with the tokens and the matrix [rows, size] that multiplies them, as they are
-// multiplied: if the matrix has scales, in 8-bit integers.
-template <class T, class Body>
-void with_factors(Rows<const T> x, int64_t tokens, const Tensor& weight, const MaybeTensor& scales,
-                  int64_t rows, int64_t size, const Body& body) {
-  if (!scales) {
+// Asks for the first rows, so that they come while the tokens are made ready.
+template <class W>
+void fetch(const W* rows) {
+  const char* from = reinterpret_cast<const char*>(rows);
+  for (int64_t i = 0; i < kBytesAhead; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Calls `work(factors, m, tokens, first, last)` for pieces of all tokens and rows, where
+// `factors.dots` multiplies tokens from `m` on. Rows are shared among threads, each of which makes
+// the tokens ready for itself: what waits for another thread waits longer. `split` of the
+// `rows` of the matrix are shared; `factors` reach them all.
+template <class T, class Work>
+void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
+              const MaybeTensor& scales, int64_t rows, int64_t split, const Work& work) {
+  const int64_t size = source.size;
+  const auto share = [&](const auto& with_tokens) {
+    for (int64_t m = 0; m < tokens; m += kTokens) {
+      const int64_t count = std::min(kTokens, tokens - m);
+      parallel_for(0, split, grain(rows / split * size), [&](int64_t first, int64_t last) {
+        with_tokens(m, count, first, [&](const auto& factors) {
+          for (int64_t n = first; n < last; n += kChunk) {
+            work(factors, m, count, n, std::min(n + kChunk, last));
+          }
+        });
+      });
+    }
+  };
+  if (scales) {
+    expect(weight, "weight", ScalarType::Char, {rows, size});
+    expect_packed(*scales, "scales", ScalarType::Float, {rows});
+    const auto matrix = rows_of<const int8_t>(weight);
+    const float* by_row = read<float>(*scales);
+    share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
+      fetch(matrix[first]);
+      std::vector<T> made;
+      std::vector<int8_t> numbers(count * size);
+      std::vector<float> by_token(count);
+      quantize(source.take(m, count, made), size, Rows<int8_t>{numbers.data(), size},
+               by_token.data(), 0, count);
+      then(Int8{{numbers.data(), size}, by_token.data(), matrix, by_row, size});
+    });
+  } else {
     expect(weight, "weight", kType<T>, {rows, size});
-    return body(Dense<T>{x, rows_of<const T>(weight), size});
+    const auto matrix = rows_of<const T>(weight);
+    share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
+      fetch(matrix[first]);
+      std::vector<T> made;
+      then(Dense<T>{source.take(m, count, made), matrix, size});
+    });
   }
-  expect(weight, "weight", ScalarType::Char, {rows, size});
-  expect_packed(*scales, "scales", ScalarType::Float, {rows});
-  std::vector<int8_t> numbers(tokens * size);
-  std::vector<float> token_scales(tokens);
-  quantize(x, size, Rows<int8_t>{numbers.data(), size}, token_scales.data(), 0, tokens);
-  body(Int8{{numbers.data(), size},
-            token_scales.data(),
-            rows_of<const int8_t>(weight),
-            read<float>(*scales),
-            size});
 }
 
 template <class T>
@@ -59,45 +103,31 @@ const T* bias_of(const MaybeTensor& bias, int64_t rows) {
   return read<T>(*bias);
 }
 
-// The norm of x, in memory of its own.
-template <class T>
-std::vector<T> normed(const Tensor& x, const Tensor& norm, double eps, int64_t tokens) {
-  const int64_t size = norm.numel();
-  expect(x, "x", kType<T>, {tokens, size});
-  expect_packed(norm, "norm", kType<T>, {size});
-  std::vector<T> made(tokens * size);
-  rms_norm(rows_of<const T>(x), read<T>(norm), static_cast<float>(eps), size,
-           Rows<T>{made.data(), size}, 0, tokens);
-  return made;
-}
-
 // out = x @ weight.T + bias, with `residual` added where there is one.
 template <class T>
-void linear(Rows<const T> x, const Tensor& weight, const MaybeTensor& scales,
-            const MaybeTensor& bias, int64_t size, Rows<const T> residual, const Tensor& out) {
+void linear(const Source<T>& source, const Tensor& weight, const MaybeTensor& scales,
+            const MaybeTensor& bias, Rows<const T> residual, const Tensor& out) {
   const int64_t tokens = out.size(0);
   const int64_t rows = out.size(1);
   expect(out, "out", kType<T>, {tokens, rows});
   const T* added = bias_of<T>(bias, rows);
   const auto to = rows_of<T>(out);
-  with_factors(x, tokens, weight, scales, rows, size, [&](const auto& factors) {
-    for_pieces(tokens, rows, size, [&](int64_t m, int64_t count, int64_t first, int64_t last) {
-      float sums[kTokens * kChunk];
-      factors.dots(m, count, first, last, sums);
-      const T* base = residual.data == nullptr ? nullptr : residual[m];
-      finish_linear(sums, count, added, Rows<const T>{base, residual.stride}, first, last,
-                    Rows<T>{to[m], to.stride});
-    });
-  });
+  multiply(source, tokens, weight, scales, rows, rows,
+           [&](const auto& factors, int64_t m, int64_t count, int64_t first, int64_t last) {
+             float sums[kTokens * kChunk];
+             factors.dots(count, first, last, sums);
+             const T* base = residual.data == nullptr ? nullptr : residual[m];
+             finish_linear(sums, count, added, Rows<const T>{base, residual.stride}, first, last,
+                           Rows<T>{to[m], to.stride});
+           });
 }
 
 void norm_linear_native(const Tensor& x, const Tensor& norm, double eps, const Tensor& weight,
                         const MaybeTensor& scales, const MaybeTensor& bias, const Tensor& out) {
   with_type(x, [&](auto number) {
     using T = decltype(number);
-    const int64_t size = norm.numel();
-    const std::vector<T> y = normed<T>(x, norm, eps, out.size(0));
-    linear<T>({y.data(), size}, weight, scales, bias, size, {nullptr, 0}, out);
+    const auto source = source_of<T>(x, out.size(0), &norm, eps);
+    linear<T>(source, weight, scales, bias, {nullptr, 0}, out);
   });
 }
 
@@ -105,10 +135,9 @@ void linear_add_native(const Tensor& y, const Tensor& weight, const MaybeTensor&
                        const MaybeTensor& bias, const Tensor& residual, const Tensor& out) {
   with_type(y, [&](auto number) {
     using T = decltype(number);
-    const int64_t size = y.size(1);
-    expect(y, "y", kType<T>, {out.size(0), size});
+    const auto source = source_of<T>(y, out.size(0), nullptr, 0);
     expect(residual, "residual", kType<T>, {out.size(0), out.size(1)});
-    linear<T>(rows_of<const T>(y), weight, scales, bias, size, rows_of<const T>(residual), out);
+    linear<T>(source, weight, scales, bias, rows_of<const T>(residual), out);
   });
 }
 
@@ -118,21 +147,17 @@ void norm_swiglu_native(const Tensor& x, const Tensor& norm, double eps, const T
     using T = decltype(number);
     const int64_t tokens = out.size(0);
     const int64_t width = out.size(1);
-    const int64_t size = norm.numel();
+    const auto source = source_of<T>(x, tokens, &norm, eps);
     expect(out, "out", kType<T>, {tokens, width});
-    const std::vector<T> y = normed<T>(x, norm, eps, tokens);
     const auto to = rows_of<T>(out);
-    const Rows<const T> from{y.data(), size};
-    with_factors(from, tokens, weight, scales, 2 * width, size, [&](const auto& factors) {
-      for_pieces(tokens, width, 2 * size,
-                 [&](int64_t m, int64_t count, int64_t first, int64_t last) {
-                   float gates[kTokens * kChunk];
-                   float ups[kTokens * kChunk];
-                   factors.dots(m, count, first, last, gates);
-                   factors.dots(m, count, width + first, width + last, ups);
-                   finish_swiglu(gates, ups, count, first, last, Rows<T>{to[m], to.stride});
-                 });
-    });
+    multiply(source, tokens, weight, scales, 2 * width, width,
+             [&](const auto& factors, int64_t m, int64_t count, int64_t first, int64_t last) {
+               float gates[kTokens * kChunk];
+               float ups[kTokens * kChunk];
+               factors.dots(count, first, last, gates);
+               factors.dots(count, width + first, width + last, ups);
+               finish_swiglu(gates, ups, count, first, last, Rows<T>{to[m], to.stride});
+             });
   });
 }
 

@@ -40,15 +40,14 @@ struct Dense {
   Rows<const T> weight;
   int64_t size;
 
-  // sums[i * kChunk + n - first] = x[m + i] . weight[n], for `tokens` tokens.
-  void dots(int64_t m, int64_t tokens, int64_t first, int64_t last, float* sums) const {
-    const Rows<const T> here{x[m], x.stride};
+  // sums[m * kChunk + n - first] = x[m] . weight[n]
+  void dots(int64_t tokens, int64_t first, int64_t last, float* sums) const {
     if constexpr (std::is_same_v<T, bf16>) {
       if (LFM2_HAS_AVX512BF16) {
-        return dots_avx512bf16(here, tokens, weight, size, first, last, sums, kChunk);
+        return dots_avx512bf16(x, tokens, weight, size, first, last, sums, kChunk);
       }
     }
-    wide_dots(here, tokens, weight, size, first, last, sums);
+    wide_dots(x, tokens, weight, size, first, last, sums);
   }
 };
 
@@ -60,15 +59,14 @@ struct Int8 {
   const float* row_scales;
   int64_t size;
 
-  void dots(int64_t m, int64_t tokens, int64_t first, int64_t last, float* sums) const {
-    const Rows<const int8_t> here{x[m], x.stride};
+  void dots(int64_t tokens, int64_t first, int64_t last, float* sums) const {
     if (LFM2_HAS_AVX512VNNI) {
       int32_t products[kTokens * kChunk];
-      dots_avx512vnni(here, tokens, weight, size, first, last, products, kChunk);
-      scale(products, token_scales + m, row_scales, tokens, first, last, sums);
+      dots_avx512vnni(x, tokens, weight, size, first, last, products, kChunk);
+      scale(products, token_scales, row_scales, tokens, first, last, sums);
     } else {
-      wide_dots(here, tokens, weight, size, first, last, sums);
-      scale(sums, token_scales + m, row_scales, tokens, first, last, sums);
+      wide_dots(x, tokens, weight, size, first, last, sums);
+      scale(sums, token_scales, row_scales, tokens, first, last, sums);
     }
   }
 };
