@@ -1,4 +1,4 @@
-"""The command line: ``lfm2-fast generate | chat | info | demo``.
+"""The command line: ``lfm2-fast generate | chat | info | eval | demo``.
 
 Nothing here imports torch before a command runs, so that ``--help`` comes at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -195,6 +196,46 @@ def info(
     if model is not None:
         facts |= checkpoint(model, revision=revision, local_files_only=local_files_only)
     show(facts, as_json=json)
+
+
+@app.command("eval")
+def eval_(
+    model: opt.Model,
+    text: Annotated[Path, typer.Option(help="The text to predict, a UTF-8 file.")],
+    quantization: opt.Quantization = None,
+    dtype: opt.Dtype = "auto",
+    reference: Annotated[
+        str | None, typer.Option(help="Compare with the same weights in float32 or bfloat16.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are predicted together.")] = 512,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+) -> None:
+    """Tell how well a checkpoint predicts a text, and what fewer bits lose.
+
+    With --reference: KL divergence from it, and how often both find the same token likeliest.
+    """
+    prompt = _prompt(None, text)
+    from lfm2_fast.evaluation import evaluate
+    from lfm2_fast.info import show
+    from lfm2_fast.session import load_tokenizer, summary
+    from lfm2_fast.terminal import Terminal
+
+    terminal = Terminal()
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    options = {"device": device, "backend": backend, **where}
+    loaded = lfm2_fast.load(model, dtype=dtype, quantization=quantization, **options)
+    terminal.note(summary(loaded))
+    other = None if reference is None else lfm2_fast.load(model, dtype=reference, **options)
+    tokenizer = load_tokenizer(model, **where)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    found = evaluate(loaded, ids, window=window, reference=other)
+    facts = {**asdict(found), "perplexity": found.perplexity}
+    known = {name: value for name, value in facts.items() if value is not None}
+    show({"quality": known}, as_json=json)
 
 
 @app.command()

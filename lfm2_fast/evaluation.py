@@ -1,0 +1,68 @@
+"""How well a model predicts a text, and how far its predictions are from another's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from lfm2_fast.model import Lfm2ForCausalLM
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the predicted ``tokens`` of a text.
+
+    ``loss`` is in nats. ``kl`` is the divergence of the model's distributions from the reference's,
+    in nats, ``agreement`` how often both find the same token likeliest; None without a reference.
+    """
+
+    tokens: int
+    loss: float
+    reference_loss: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """How many tokens the model wavers between, so to speak: ``exp(loss)``."""
+        return float(torch.tensor(self.loss).exp())
+
+
+@torch.no_grad()
+def evaluate(
+    model: Lfm2ForCausalLM,
+    ids: torch.Tensor,
+    *,
+    window: int,
+    reference: Lfm2ForCausalLM | None = None,
+) -> Quality:
+    """Teacher-forced over ``ids [T]``, in pieces of ``window`` tokens that know nothing of others.
+
+    Each piece predicts all its tokens but the first; what does not fill a piece is left out. Shows
+    progress on a terminal where it takes long. Raises ValueError for a text that is too short.
+    """
+    if window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    pieces = ids[: len(ids) // window * window].view(-1, window)
+    if not len(pieces):
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
+    sums = torch.zeros(4, dtype=torch.float64)
+    for piece in tqdm(pieces, desc="evaluating", unit="piece", delay=1.0, leave=False):
+        after = piece[None, 1:]
+        scores = _log_probabilities(model, piece)
+        sums[0] -= scores.gather(-1, after[..., None].to(scores.device)).sum(dtype=torch.float64)
+        if reference is not None:
+            exact = _log_probabilities(reference, piece).to(scores.device)
+            sums[1] -= exact.gather(-1, after[..., None].to(exact.device)).sum(dtype=torch.float64)
+            sums[2] += (exact.exp() * (exact - scores)).sum(dtype=torch.float64)
+            sums[3] += (exact.argmax(-1) == scores.argmax(-1)).sum()
+    tokens = len(pieces) * (window - 1)
+    loss, *others = (sums / tokens).tolist()
+    return Quality(tokens, loss, *others) if reference is not None else Quality(tokens, loss)
+
+
+def _log_probabilities(model: Lfm2ForCausalLM, piece: torch.Tensor) -> torch.Tensor:
+    """``[1, T - 1, V]`` float32: of every token after the first."""
+    return model(piece[None]).logits[:, :-1].float().log_softmax(-1)
