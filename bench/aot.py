@@ -117,7 +117,8 @@ def compiling(
         if only and name not in only:
             return
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            kernel = run(self, *args, grid=grid, warmup=True, maxnreg=maxnreg, **kwargs)
+            kwargs["maxnreg"] = maxnreg or kwargs.get("maxnreg")
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append((name, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(Target(arch))
@@ -193,7 +194,7 @@ def launch_all(
 def launch_few(
     size: Size, dtype: torch.dtype, *, tokens: int = 2, bias: bool = False, pdl: bool = False
 ) -> None:
-    """Every kernel of few tokens in each of its shapes, with a ``bias`` wherever there may be one."""
+    """Every kernel of few tokens in each of its shapes, with a ``bias`` wherever one may be."""
     hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
 
     def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

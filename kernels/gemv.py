@@ -54,12 +54,12 @@ def normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K: tl.constexpr, MOST
 
 
 @triton.jit
-def dots(tile, x, bias_ptr, rows, count):
-    """``tile [N, K] @ x [K] + bias`` in float32, rounded once to the tile's dtype; float32."""
-    out = tl.sum(tile.to(tl.float32) * x[None, :], axis=1)
+def dots(tile, x, bias_ptr, rows, count, DTYPE: tl.constexpr):
+    """``tile [N, K] @ x [K] + bias`` in float32, rounded once as a number of DTYPE is."""
+    out = tl.sum(tile * x[None, :], axis=1)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + rows, mask=rows < count, other=0).to(tl.float32)
-    return out.to(tile.dtype).to(tl.float32)
+    return out.to(DTYPE).to(tl.float32)
 
 
 def check_tokens(
@@ -70,7 +70,7 @@ def check_tokens(
     tokens: int,
     count: int,
 ) -> None:
-    """Assert the layout of what these kernels read: few rows, which may stand apart; the rest dense."""
+    """Assert the layout of what is read: few rows, which may stand apart; all else is dense."""
     assert x.shape[0] == tokens <= MOST_TOKENS and x.stride(1) == 1
     assert weight.shape == (count, x.shape[1]) and weight.is_contiguous()
     assert norm is None or (norm.shape == x.shape[1:] and norm.is_contiguous())

@@ -57,9 +57,10 @@ def _head_argmax_kernel(
     best = tl.full([MOST], BELOW_ALL, tl.int64)
     for _ in range(tl.program_id(0) * BLOCK_N, count, step):
         following = rows_of(weight_ptr, rows + step, count, offs_k, K)
+        wide = tile.to(tl.float32)
         for token in range(tokens):
             x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            logits = dots(tile, x, bias_ptr, rows, count)
+            logits = dots(wide, x, bias_ptr, rows, count, weight_ptr.dtype.element_ty)
             ranks = _rank(logits).to(tl.int64) * (LAST_ROW + 1) + (LAST_ROW - rows)
             ranks = tl.where(rows < count, ranks, BELOW_ALL)
             best = tl.where(offs_t == token, tl.maximum(best, tl.max(ranks, axis=0)), best)

@@ -51,10 +51,11 @@ def _linear_add_kernel(
                 offs_k + tl.where(is_last, 0, first + BLOCK_K),
                 K,
             )
+            wide = tile.to(tl.float32)
             for token in range(tokens):
                 x_ptrs = x_ptr + token * stride_x_t + first + offs_k
                 x = tl.load(x_ptrs, mask=first + offs_k < K, other=0).to(tl.float32)
-                partial = tl.sum(tile.to(tl.float32) * x[None, :], axis=1)
+                partial = tl.sum(wide * x[None, :], axis=1)
                 acc += tl.where((offs_t == token)[:, None], partial[None, :], 0)
             tile = following
         mask = (offs_t < tokens)[:, None] & (rows < count)[None, :]

@@ -24,7 +24,7 @@ from lfm2_fast.kernels.gemv import (
     normed,
     rows_of,
 )
-from lfm2_fast.kernels.plan import Plan, choose_plan
+from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
 
 
 @triton.jit(do_not_specialize=["tokens", "ring"])
@@ -55,6 +55,7 @@ def _norm_conv_kernel(
     BLOCK_W: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
@@ -76,7 +77,8 @@ def _norm_conv_kernel(
         following_c = rows_of(c_ptr, rows + step, size, offs_k, K)
         following_x = rows_of(x_ptr, rows + step, size, offs_k, K)
         following_taps = rows_of(taps_ptr, rows + step, size, offs_w, WIDTH)
-        mask = rows < size
+        wide_b, wide_c = b_tile.to(tl.float32), c_tile.to(tl.float32)
+        wide_x, mask = x_tile.to(tl.float32), rows < size
         for token in range(tokens):
             position = tl.load(positions_ptr + token).to(tl.int32)
             slot_ptr = window_ptr + tl.load(slots_ptr + token) * stride_window_s
@@ -86,16 +88,16 @@ def _norm_conv_kernel(
             old = tl.load(slot_ptr + old_row[None, :] + rows[:, None], mask=mask_old, other=0)
 
             normed_h = normed(h_ptr, norm, scales, token, stride_h_t, offs_k, K, MOST)
-            b = dots(b_tile, normed_h, in_bias_ptr, rows, size)
-            c = dots(c_tile, normed_h, c_bias_ptr, rows, size)
-            x = dots(x_tile, normed_h, x_bias_ptr, rows, size)
-            bx = (b * x).to(b_tile.dtype)
+            b = dots(wide_b, normed_h, in_bias_ptr, rows, size, DTYPE)
+            c = dots(wide_c, normed_h, c_bias_ptr, rows, size, DTYPE)
+            x = dots(wide_x, normed_h, x_bias_ptr, rows, size, DTYPE)
+            bx = (b * x).to(DTYPE)
             history = tl.where((offs_w == WIDTH - 1)[None, :], bx[:, None], old)
             conv = tl.sum(history.to(tl.float32) * taps.to(tl.float32), axis=1)
             if bias_ptr is not None:
                 conv += tl.load(bias_ptr + rows, mask=mask, other=0).to(tl.float32)
-            out = c * conv.to(b_tile.dtype).to(tl.float32)
-            tl.store(out_ptr + token * stride_out_t + rows, out.to(b_tile.dtype), mask=mask)
+            out = c * conv.to(DTYPE).to(tl.float32)
+            tl.store(out_ptr + token * stride_out_t + rows, out.to(DTYPE), mask=mask)
             new_row = (position % ring).to(tl.int64) * stride_window_r
             tl.store(slot_ptr + new_row + rows, bx, mask=mask)
         b_tile, c_tile, x_tile, taps = following_b, following_c, following_x, following_taps
@@ -164,5 +166,6 @@ def norm_conv_triton(
             BLOCK_W=triton.next_power_of_2(width),
             PDL=pdl,
             num_warps=plan.warps,
+            maxnreg=REGISTERS,
             launch_pdl=pdl,
         )

@@ -18,7 +18,7 @@ from lfm2_fast.kernels.gemv import (
     normed,
     rows_of,
 )
-from lfm2_fast.kernels.plan import Plan, choose_plan
+from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -39,6 +39,7 @@ def _norm_linear_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
@@ -48,10 +49,11 @@ def _norm_linear_kernel(
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K, MOST)
     for _ in range(tl.program_id(0) * BLOCK_N, count, step):
         following = rows_of(weight_ptr, rows + step, count, offs_k, K)
+        wide = tile.to(tl.float32)
         for token in range(tokens):
             x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            out = dots(tile, x, bias_ptr, rows, count)
-            tl.store(out_ptr + token * stride_out_t + rows, out.to(tile.dtype), mask=rows < count)
+            out = dots(wide, x, bias_ptr, rows, count, DTYPE)
+            tl.store(out_ptr + token * stride_out_t + rows, out.to(DTYPE), mask=rows < count)
         tile = following
         rows += step
 
@@ -96,5 +98,6 @@ def norm_linear_triton(
             BLOCK_K=block_k,
             PDL=pdl,
             num_warps=plan.warps,
+            maxnreg=REGISTERS,
             launch_pdl=pdl,
         )

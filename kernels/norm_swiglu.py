@@ -18,7 +18,7 @@ from lfm2_fast.kernels.gemv import (
     normed,
     rows_of,
 )
-from lfm2_fast.kernels.plan import Plan, choose_plan
+from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -39,6 +39,7 @@ def _norm_swiglu_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
@@ -54,12 +55,13 @@ def _norm_swiglu_kernel(
     for _ in range(tl.program_id(0) * BLOCK_N, size, step):
         following_gate = rows_of(weight_ptr, rows + step, size, offs_k, K)
         following_up = rows_of(up_ptr, rows + step, size, offs_k, K)
+        wide_gate, wide_up = gate_tile.to(tl.float32), up_tile.to(tl.float32)
         for token in range(tokens):
             x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            gate = dots(gate_tile, x, bias_ptr, rows, size)
-            up = dots(up_tile, x, up_bias_ptr, rows, size)
-            silu = (gate / (1 + tl.exp(-gate))).to(gate_tile.dtype).to(tl.float32)
-            out = (silu * up).to(gate_tile.dtype)
+            gate = dots(wide_gate, x, bias_ptr, rows, size, DTYPE)
+            up = dots(wide_up, x, up_bias_ptr, rows, size, DTYPE)
+            silu = (gate / (1 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+            out = (silu * up).to(DTYPE)
             tl.store(out_ptr + token * stride_out_t + rows, out, mask=rows < size)
         gate_tile, up_tile = following_gate, following_up
         rows += step
@@ -105,5 +107,6 @@ def norm_swiglu_triton(
             BLOCK_K=block_k,
             PDL=pdl,
             num_warps=plan.warps,
+            maxnreg=REGISTERS,
             launch_pdl=pdl,
         )

@@ -12,11 +12,14 @@ from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 
 from lfm2_fast.kernels.tuned import TUNED
 
 TILE_BYTES = 16384
 PROCESSOR_BYTES = 32768
+# With four warps, two programs take half of a processor's registers.
+REGISTERS = 128
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class Plan:
 def choose_plan(
     operation: str, rows: int, weight: torch.Tensor, block_k: int, *, together: int = 1
 ) -> Plan:
-    """The plan for ``rows`` outputs, each of ``together`` rows of ``weight``, ``block_k`` at a time.
+    """The plan for ``rows`` outputs, of ``together`` rows of ``weight``, ``block_k`` at a time.
 
     It does not depend on how many tokens there are, so neither do the bits of a result.
     """
     name, processors = chip(weight.device)
-    if processors == 0:  # the interpreter takes its time for every tile
-        return Plan(triton.next_power_of_2(triton.cdiv(rows, 3)), 4, min(rows, 2))
+    if processors == 0:  # the interpreter takes its time for every tile, whatever its size
+        return Plan(min(triton.next_power_of_2(rows), tl.TRITON_MAX_TENSOR_NUMEL // block_k), 4, 1)
     if tuned := TUNED.get(name, {}).get((operation, *weight.shape)):
         return Plan(*tuned)
     return default_plan(rows, together * block_k * weight.element_size(), processors)
