@@ -34,7 +34,7 @@ from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
@@ -215,9 +215,10 @@ def launch_few(
     window = some(tokens, size.width + 1, hidden)
     conv = (*weight(hidden, size.width), window, *places)
     norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
-    best = some(4096, MOST_TOKENS, dtype=torch.int64)
     head = weight(size.vocabulary, hidden)
-    head_argmax_triton(x, *norm, *head, best, some(tokens, dtype=torch.int64), pdl=pdl)
+    best = some(head_plan(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
+    head_argmax_triton(x, *norm, *head, best, pdl=pdl)
+    last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
 
 
 def compile_all(

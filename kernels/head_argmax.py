@@ -5,8 +5,8 @@
 largest, NaN being larger than any number.
 
 A logit and its row are one integer, whose order is theirs, so the largest is the same whoever
-compares first. ``best [at least the programs, 16]`` int64 takes that of every program, of any
-content before; the second launch takes the largest of those. Least bytes: NK elements.
+compares first. ``best [programs, 16]`` int64 takes that of every program, and ``last_argmax`` the
+largest of those. Least bytes: NK elements.
 """
 
 import torch
@@ -104,23 +104,21 @@ def head_argmax_triton(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     best: torch.Tensor,
-    tokens: torch.Tensor,
     *,
     pdl: bool = False,
     plan: Plan | None = None,
 ) -> None:
-    """Fill ``tokens`` and use ``best``; rows of ``x`` may stand apart.
+    """Fill ``best``; rows of ``x`` may stand apart.
 
     ``pdl``, ``plan``: as in norm_linear.py.
     """
-    count = weight.shape[0]
-    check_tokens(x, norm, weight, bias, len(tokens), count)
-    assert tokens.dtype == best.dtype == torch.int64
-    assert tokens.is_contiguous() and best.is_contiguous()
-    if len(tokens) == 0:
-        return
+    tokens, count = len(x), weight.shape[0]
+    check_tokens(x, norm, weight, bias, tokens, count)
     plan = plan or head_plan(weight)
-    assert best.shape[0] >= plan.programs and best.shape[1] == MOST_TOKENS
+    assert best.shape == (plan.programs, MOST_TOKENS)
+    assert best.dtype == torch.int64 and best.is_contiguous()
+    if tokens == 0:
+        return
     block_k = triton.next_power_of_2(x.shape[1])
     with torch.cuda.device_of(x):
         _head_argmax_kernel[(plan.programs,)](
@@ -130,7 +128,7 @@ def head_argmax_triton(
             bias,
             best,
             eps,
-            len(tokens),
+            tokens,
             count,
             x.stride(0),
             K=x.shape[1],
@@ -143,12 +141,22 @@ def head_argmax_triton(
             num_warps=plan.warps,
             launch_pdl=pdl,
         )
+
+
+def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = False) -> None:
+    """Fill ``tokens`` from ``best``."""
+    assert best.shape[1] == MOST_TOKENS >= len(tokens)
+    assert tokens.dtype == best.dtype == torch.int64
+    assert tokens.is_contiguous() and best.is_contiguous()
+    if len(tokens) == 0:
+        return
+    with torch.cuda.device_of(best):
         _last_argmax_kernel[(len(tokens),)](
             best,
             tokens,
-            plan.programs,
+            len(best),
             MOST=MOST_TOKENS,
-            BLOCK=triton.next_power_of_2(plan.programs),
+            BLOCK=triton.next_power_of_2(len(best)),
             BELOW_ALL=BELOW_ALL,
             LAST_ROW=LAST_ROW,
             PDL=pdl,
@@ -158,6 +166,6 @@ def head_argmax_triton(
 
 
 def head_plan(weight: torch.Tensor) -> Plan:
-    """The plan for a head, whose ``programs`` tell how large ``best`` must be."""
+    """The plan for a head, whose ``programs`` are the rows of ``best``."""
     block_k = triton.next_power_of_2(weight.shape[1])
     return choose_plan("head_argmax", weight.shape[0], weight, block_k)
