@@ -229,7 +229,8 @@ def compile_all(
     for dtype, size in itertools.product(dtypes, SIZES):
         with compiling(arch, only, maxnreg) as launches:
             launch_all(size, getattr(torch, dtype))
-            launch_few(size, getattr(torch, dtype), pdl=arch >= 90)
+            for bias in (False, True) if size is SIZES[0] else (False,):
+                launch_few(size, getattr(torch, dtype), bias=bias, pdl=arch >= 90)
         for name, kernel, log in launches:
             if kernel.hash not in found:
                 found[kernel.hash] = Compiled(

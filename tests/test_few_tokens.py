@@ -15,8 +15,6 @@ from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("grid_order")
-
 EPS = 1e-5
 NAN = float("nan")
 WORDS = ("norm_linear", "norm_swiglu", "linear_add")
@@ -83,6 +81,7 @@ class Case:
         return [v for k, v in self.inputs.items() if v is not None and k not in skipped]
 
 
+@pytest.mark.usefixtures("grid_order")
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("shape", SHAPES, **ids)
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -185,6 +184,7 @@ def best_tokens(case: Case, plan: Plan, traced: Any) -> torch.Tensor:
     return tokens
 
 
+@pytest.mark.usefixtures("grid_order")
 @pytest.mark.parametrize("shape", SHAPES, **ids)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_head_argmax(shape, tokens, kernel_device, kernel_dtype, traced) -> None:

@@ -15,8 +15,6 @@ from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("grid_order")
-
 EPS = 1e-5
 NAN = float("nan")
 
@@ -84,6 +82,7 @@ def run(framed, intact, traced):
     return run
 
 
+@pytest.mark.usefixtures("grid_order")
 def test_any_batch(kernel_dtype, draw_batch, run, same_bits, within_budget) -> None:
     """Output and new rows within the budget; of the windows nothing else has changed."""
 
