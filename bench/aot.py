@@ -28,16 +28,24 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from lfm2_fast.kernels import plan
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
+from lfm2_fast.kernels.linear_add import linear_add_triton
+from lfm2_fast.kernels.norm_conv import norm_conv_triton
+from lfm2_fast.kernels.norm_linear import norm_linear_triton
+from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
 
-ARCHITECTURES = (80, 90, 100, 120)
+# Each with the number of processors that its largest GPU in use has.
+ARCHITECTURES = {80: 108, 90: 132, 100: 148, 120: 188}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -52,6 +60,7 @@ class Size:
     kv_heads: int = 8
     head_dim: int = 64
     width: int = 3
+    vocabulary: int = 65536
 
 
 SIZES = (
@@ -101,24 +110,26 @@ def compiling(
     Where ``only`` names any kernels, others are passed over.
     """
     launches: list[tuple[str, Any, str]] = []
-    run = triton.runtime.jit.JITFunction.run
+    run, chip = triton.runtime.jit.JITFunction.run, plan.chip
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         name = self.fn.__name__.strip("_").removesuffix("_kernel")
         if only and name not in only:
             return
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            kernel = run(self, *args, grid=grid, warmup=True, maxnreg=maxnreg, **kwargs)
+            kwargs["maxnreg"] = maxnreg or kwargs.get("maxnreg")
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append((name, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(Target(arch))
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.runtime.jit.JITFunction.run = compile_only
+    plan.chip = lambda device: (f"sm_{arch}", ARCHITECTURES[arch])
     try:
         yield launches
     finally:
-        triton.runtime.jit.JITFunction.run = run
+        triton.runtime.jit.JITFunction.run, plan.chip = run, chip
 
 
 def launch_all(
@@ -180,6 +191,36 @@ def launch_all(
         )
 
 
+def launch_few(
+    size: Size, dtype: torch.dtype, *, tokens: int = 2, bias: bool = False, pdl: bool = False
+) -> None:
+    """Every kernel of few tokens in each of its shapes, with a ``bias`` wherever one may be."""
+    hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return some(rows, columns), some(rows) if bias else None
+
+    x, norm = some(tokens, hidden), (some(hidden), eps)
+    qkv = attended + 2 * size.kv_heads * size.head_dim
+    for rows in (qkv, size.vocabulary):
+        norm_linear_triton(x, *norm, *weight(rows, hidden), some(tokens, rows), pdl=pdl)
+    for columns in (attended, size.inner):
+        linear_add_triton(some(tokens, columns), *weight(hidden, columns), x, x, pdl=pdl)
+    swiglu = some(tokens, size.inner)
+    norm_swiglu_triton(x, *norm, *weight(2 * size.inner, hidden), swiglu, pdl=pdl)
+    places = (some(tokens, dtype=torch.int64) for _ in range(2))
+    window = some(tokens, size.width + 1, hidden)
+    conv = (*weight(hidden, size.width), window, *places)
+    norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
+    head = weight(size.vocabulary, hidden)
+    best = some(head_plan(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
+    head_argmax_triton(x, *norm, *head, best, pdl=pdl)
+    last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
+
+
 def compile_all(
     arch: int, dtypes: Iterable[str], only: Collection[str] = (), maxnreg: int | None = None
 ) -> list[Compiled]:
@@ -188,6 +229,8 @@ def compile_all(
     for dtype, size in itertools.product(dtypes, SIZES):
         with compiling(arch, only, maxnreg) as launches:
             launch_all(size, getattr(torch, dtype))
+            for bias in (False, True) if size is SIZES[0] else (False,):
+                launch_few(size, getattr(torch, dtype), bias=bias, pdl=arch >= 90)
         for name, kernel, log in launches:
             if kernel.hash not in found:
                 found[kernel.hash] = Compiled(

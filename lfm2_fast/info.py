@@ -23,7 +23,7 @@ from lfm2_fast.session import millions
 Facts = dict[str, dict[str, Any]]
 
 # Words are made of the other operations, where a backend brings no body for the whole of one.
-WORDS = ("norm_linear", "conv_out_add", "attend", "linear_add", "norm_swiglu")
+WORDS = ("norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "head_argmax")
 # The instructions that make a difference to the CPU's bodies, as Linux calls them.
 FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
 

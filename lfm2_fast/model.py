@@ -118,8 +118,8 @@ class ConvBlock(Block):
     def forward(
         self, x: torch.Tensor, ops: Ops, rope: Rope, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        bcx = ops.norm_linear(x, self.operator_norm, self.conv.in_proj)
-        return self.mix(ops.conv_out_add(bcx, self.conv, x, window, batch), ops)
+        y = ops.norm_conv(x, self.operator_norm, self.conv, window, batch)
+        return self.mix(ops.linear_add(y, self.conv.out_proj, x), ops)
 
 
 class AttentionBlock(Block):

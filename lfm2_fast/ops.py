@@ -44,12 +44,12 @@ class Linear(Protocol):
 
 
 class ShortConv(Protocol):
-    """What ``conv_out_add`` needs of a conv layer."""
+    """What ``norm_conv`` needs of a conv layer."""
 
     @property
-    def conv(self) -> Depthwise: ...
+    def in_proj(self) -> Linear: ...
     @property
-    def out_proj(self) -> Linear: ...
+    def conv(self) -> Depthwise: ...
 
 
 class Attention(Protocol):
@@ -135,17 +135,16 @@ class Ops:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""
         return self.linear(self.rms_norm(x, norm), linear)
 
-    def conv_out_add(
+    def norm_conv(
         self,
-        bcx: torch.Tensor,
+        x: torch.Tensor,
+        norm: nn.RMSNorm,
         conv: ShortConv,
-        residual: torch.Tensor,
         window: ConvWindow,
         batch: Batch,
     ) -> torch.Tensor:
-        """``residual + out_proj(C * causal_conv(B * x))``, ``[T, 3H] -> [T, H]``; moves window."""
-        y = self.gated_conv(bcx, conv.conv, window, batch)
-        return self.linear_add(y, conv.out_proj, residual)
+        """RMSNorm, in_proj, ``C * causal_conv(B * x)``: ``[T, H] -> [T, H]``; moves the window."""
+        return self.gated_conv(self.norm_linear(x, norm, conv.in_proj), conv.conv, window, batch)
 
     def attend(
         self,
@@ -166,6 +165,13 @@ class Ops:
     def norm_swiglu(self, x: torch.Tensor, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
         """RMSNorm, gate and up projections, ``silu(gate) * up``: ``[T, H] -> [T, F]``."""
         return self.swiglu(self.norm_linear(x, norm, gate_up))
+
+    def head_argmax(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        """``norm_linear(x, norm, linear).argmax(-1)``: ``[T, H] -> [T]`` int64, the best tokens.
+
+        Of equal logits it is the first, and NaN is larger than any number.
+        """
+        return self.norm_linear(x, norm, linear).argmax(-1)
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines ``[T, 1, D]`` of the tokens' positions, made once per step."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -12,24 +14,95 @@ from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
+from lfm2_fast.kernels.linear_add import linear_add_triton
+from lfm2_fast.kernels.norm_conv import norm_conv_triton
+from lfm2_fast.kernels.norm_linear import norm_linear_triton
+from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
-from lfm2_fast.ops import Attention, Depthwise, Rope, epsilon
-from lfm2_fast.stream import StreamOps
+from lfm2_fast.ops import Attention, Depthwise, Linear, Rope, ShortConv, epsilon
+from lfm2_fast.stream import Stream, StreamOps, settled
 
 
 class TritonOps(StreamOps):
-    """Kernels between the projections, which remain the library's; T tokens packed, H hidden."""
+    """T tokens packed, H hidden.
+
+    A few tokens take one launch a word, their projection included. More take kernels between the
+    projections, which remain the library's, and leave the residual addition pending.
+
+    ``pdl`` lets the launches of few-token words begin before their predecessors' end, on GPUs of
+    compute capability 9.0 or higher: a gain where they are captured in a graph.
+    """
 
     name = "triton"
+    pdl = False
 
     def __init__(self) -> None:
         # The counters of flash_decode belong to a cache, found by its page table. Launches on one
         # cache follow one another, whatever stream or captured graph they are in; those on two may
         # overlap.
         self._arrivals = WeakTensorKeyDictionary()
+
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        few = _few(x, linear)
+        if few is None:
+            return super().norm_linear(x, norm, linear)
+        out = few.new_empty(len(few), len(linear.weight))
+        norm_linear_triton(few, *_norm(norm), *_linear(linear), out, pdl=self.pdl)
+        return out
+
+    def norm_conv(
+        self, x: Any, norm: nn.RMSNorm, conv: ShortConv, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        few = _few(x, conv.in_proj)
+        if few is None or batch.max_query != 1:
+            return super().norm_conv(x, norm, conv, window, batch)
+        taps, out = conv.conv, torch.empty_like(few)
+        norm_conv_triton(
+            few,
+            *_norm(norm),
+            *_linear(conv.in_proj),
+            taps.weight,
+            taps.bias,
+            window.rows,
+            batch.positions,
+            batch.slots,
+            out,
+            pdl=self.pdl,
+        )
+        return out
+
+    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
+        few = _few(residual, linear)
+        if few is None:
+            return super().linear_add(y, linear, residual)
+        out = torch.empty_like(few)
+        linear_add_triton(y, *_linear(linear), few, out, pdl=self.pdl)
+        return out
+
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
+        few = _few(x, gate_up)
+        if few is None:
+            return super().norm_swiglu(x, norm, gate_up)
+        out = few.new_empty(len(few), len(gate_up.weight) // 2)
+        norm_swiglu_triton(few, *_norm(norm), *_linear(gate_up), out, pdl=self.pdl)
+        return out
+
+    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        """Two launches for a few tokens, whose logits are never written."""
+        few = _few(x, linear)
+        if few is None:
+            return super().head_argmax(x, norm, linear)
+        tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
+        programs = head_plan(linear.weight).programs
+        best = torch.empty(programs, MOST_TOKENS, dtype=torch.int64, device=few.device)
+        head_argmax_triton(few, *_norm(norm), *_linear(linear), best, pdl=self.pdl)
+        last_argmax_triton(best, tokens, pdl=self.pdl)
+        return tokens
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
@@ -152,3 +225,18 @@ class TritonOps(StreamOps):
             shape = (len(table), kv_heads)
             self._arrivals[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)
         return self._arrivals[table]
+
+
+def _few(x: torch.Tensor | Stream, linear: Linear) -> torch.Tensor | None:
+    """The rows of a tensor or a Stream, with nothing pending, if they are few for this matrix."""
+    if len(x) > MOST_TOKENS or linear.weight_scale is not None:
+        return None
+    return settled(x)
+
+
+def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:
+    return norm.weight, epsilon(norm)
+
+
+def _linear(linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return linear.weight, linear.bias

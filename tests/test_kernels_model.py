@@ -15,6 +15,8 @@ import torch
 import lfm2_fast
 from lfm2_fast import ops_triton, reference
 from lfm2_fast.batch import Batch
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.matrix import Matrix
 from lfm2_fast.ops import BackendError, Ops, choose
 
 CHANGED = {
@@ -159,11 +161,14 @@ def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> No
     torch.testing.assert_close(last, whole[-1:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_pending_addition_is_made_wherever_it_is_read(kernel_device) -> None:
+@pytest.mark.parametrize("tokens", [5, MOST_TOKENS + 1])
+def test_a_pending_addition_is_made_wherever_it_is_read(tokens, kernel_device) -> None:
+    """Also by few rows of many tokens."""
     torch.manual_seed(0)
-    x, y = torch.randn(2, 5, 96, device=kernel_device)
+    x, y = torch.randn(2, tokens, 96, device=kernel_device)
     with torch.device(kernel_device), torch.no_grad():
-        linear, norm = torch.nn.Linear(96, 96, bias=False), torch.nn.RMSNorm(96, eps=1e-5)
+        linear, norm = Matrix(96, 96), torch.nn.RMSNorm(96, eps=1e-5)
+        linear.weight.normal_(std=0.1)
         eager, ours = Ops(), choose("triton", kernel_device, x.dtype)
         for steps in (1, 2):
             streams = [x, x]
@@ -173,6 +178,9 @@ def test_a_pending_addition_is_made_wherever_it_is_read(kernel_device) -> None:
                     for ops, stream in zip((eager, ours), streams, strict=True)
                 ]
             expected = eager.norm_linear(streams[0], norm, linear)
+            few = torch.tensor([3, 0], device=kernel_device)
+            picked = ours.norm_linear(streams[1][few], norm, linear)
+            torch.testing.assert_close(picked, expected[few])
             # The second reading finds the sum that the first has made.
             for _ in range(2):
                 torch.testing.assert_close(ours.norm_linear(streams[1], norm, linear), expected)

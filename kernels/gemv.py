@@ -1,0 +1,80 @@
+"""A few tokens times a weight: what the kernels that are made of such products share.
+
+A program keeps a tile of the weight ``[N, K]`` in registers, loaded 16 bytes a thread, and takes
+one token after another through it: ``sum(tile * x, axis=1)`` in float32. The loop over tokens is
+the same code for one as for sixteen, so a row's bits do not depend on the batch. While a tile is
+in use, the next is under way.
+
+The first tile, like everything that the previous kernel did not write, is loaded above ``after``,
+where a kernel that was launched before its predecessor's end waits for that end. (CUDA Programming
+Guide, "Programmatic Dependent Launch")
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+MOST_TOKENS = 16
+
+
+@triton.jit
+def rows_of(weight_ptr, rows, count, offs_k, K: tl.constexpr):
+    """The ``rows [N]`` of a dense weight ``[count, K]``, zero outside of it."""
+    mask = (rows < count)[:, None] & (offs_k < K)[None, :]
+    at = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
+    return tl.load(weight_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def after(PDL: tl.constexpr):
+    """Let the next kernel start, and wait until what the previous ones wrote can be read."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K: tl.constexpr, MOST: tl.constexpr):
+    """``1 / sqrt(mean(x^2) + eps)`` of each token, float32 ``[MOST]``."""
+    offs_t = tl.arange(0, MOST)
+    scales = tl.zeros([MOST], tl.float32)
+    for token in range(tokens):
+        x = tl.load(x_ptr + token * stride_x_t + offs_k, mask=offs_k < K, other=0).to(tl.float32)
+        scales = tl.where(offs_t == token, tl.rsqrt(tl.sum(x * x, axis=0) / K + eps), scales)
+    return scales
+
+
+@triton.jit
+def normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K: tl.constexpr, MOST: tl.constexpr):
+    """A token's RMSNorm in float32, rounded where the reference rounds: scaled, then weighted."""
+    x = tl.load(x_ptr + token * stride_x_t + offs_k, mask=offs_k < K, other=0)
+    scale = tl.sum(tl.where(tl.arange(0, MOST) == token, scales, 0), axis=0)
+    unit = (x.to(tl.float32) * scale).to(x.dtype)
+    return (unit.to(tl.float32) * norm.to(tl.float32)).to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def dots(tile, x, bias_ptr, rows, count, DTYPE: tl.constexpr):
+    """``tile [N, K] @ x [K] + bias`` in float32, rounded once as a number of DTYPE is."""
+    out = tl.sum(tile * x[None, :], axis=1)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + rows, mask=rows < count, other=0).to(tl.float32)
+    return out.to(DTYPE).to(tl.float32)
+
+
+def check_tokens(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: int,
+    count: int,
+) -> None:
+    """Assert the layout of what is read: few rows, which may stand apart; all else is dense."""
+    assert x.shape[0] == tokens <= MOST_TOKENS and x.stride(1) == 1
+    assert weight.shape == (count, x.shape[1]) and weight.is_contiguous()
+    assert norm is None or (norm.shape == x.shape[1:] and norm.is_contiguous())
+    assert bias is None or (bias.shape == (count,) and bias.is_contiguous())
+    assert x.dtype != torch.float64
+    for given in (norm, weight, bias):
+        assert given is None or given.dtype == x.dtype

@@ -1,0 +1,77 @@
+"""How the products of a few tokens are shared out: rows a tile, programs, warps.
+
+Memory is kept busy by bytes under way: on an H100 about 23 kB on each of its processors to cover
+the latency (the bandwidth times it), more to cover the gap between two kernels. So a tile has up to
+16 kB, the next one is loaded meanwhile, and the programs of a processor, two to four, have up to
+32 kB of tiles: a grid is at most one resident wave, and leaves room for the next kernel's.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from lfm2_fast.kernels.tuned import TUNED
+
+TILE_BYTES = 16384
+PROCESSOR_BYTES = 32768
+# With four warps, two programs take half of a processor's registers.
+REGISTERS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``programs`` share out tiles of ``block_n`` rows of outputs, with ``warps`` each."""
+
+    block_n: int
+    warps: int
+    programs: int
+
+
+def choose_plan(
+    operation: str, rows: int, weight: torch.Tensor, block_k: int, *, together: int = 1
+) -> Plan:
+    """The plan for ``rows`` outputs, of ``together`` rows of ``weight``, ``block_k`` at a time.
+
+    It does not depend on how many tokens there are, so neither do the bits of a result.
+    """
+    name, processors = chip(weight.device)
+    if processors == 0:  # the interpreter takes its time for every tile, whatever its size
+        return Plan(min(triton.next_power_of_2(rows), tl.TRITON_MAX_TENSOR_NUMEL // block_k), 4, 1)
+    if tuned := TUNED.get(name, {}).get((operation, *weight.shape)):
+        return Plan(*tuned)
+    return default_plan(rows, together * block_k * weight.element_size(), processors)
+
+
+@lru_cache
+def chip(device: torch.device) -> tuple[str, int]:
+    """A GPU's name and how many streaming multiprocessors it has: none where Triton interprets."""
+    if device.type == "cpu":
+        return "interpreter", 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+@lru_cache
+def default_plan(rows: int, row_bytes: int, processors: int) -> Plan:
+    """The plan whose busiest processor should be done first, of equals that with fewest programs.
+
+    Its time is taken to grow with its rows, and where too few bytes are under way, with the lack.
+    """
+    found = []
+    for each, exponent in itertools.product(range(2, 5), range(TILE_BYTES.bit_length())):
+        block_n = 2**exponent
+        tile = block_n * row_bytes
+        if (block_n > 1 and tile > TILE_BYTES) or (each > 2 and each * tile > PROCESSOR_BYTES):
+            continue
+        tiles = triton.cdiv(rows, block_n)
+        rounds = triton.cdiv(tiles, each * processors)
+        programs = triton.cdiv(tiles, rounds)
+        busiest = triton.cdiv(programs, processors) * rounds * block_n
+        under_way = min(programs * tile / processors, PROCESSOR_BYTES)
+        found.append((busiest / under_way, programs, block_n))
+    _, programs, block_n = min(found)
+    return Plan(block_n, 4 if row_bytes <= TILE_BYTES else 8, programs)
