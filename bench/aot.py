@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -35,10 +36,12 @@ from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = ("bfloat16", "float16", "float32")
+VOCABULARIES = (65536, 128000)
 
 
 @dataclass(frozen=True)
@@ -180,14 +183,28 @@ def launch_all(
         )
 
 
+def launch_sample(vocab: int, dtype: torch.dtype, *, sequences: int = 2) -> None:
+    """The choice of tokens: greedy, drawn, and drawn from what top-k and top-p leave."""
+    logits = torch.zeros(sequences, vocab, dtype=dtype)
+    whole = torch.zeros(sequences, dtype=torch.int64)
+    filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
+    for seen in (None, logits.bool()):
+        for draws, cuts in ((False, False), (True, False), (True, True)):
+            scratch = Scratch.empty(logits, draws=draws, cuts=cuts)
+            places = (whole, whole, whole, whole)
+            sample_triton(logits, seen, *filters, *places, scratch, draws=draws, cuts=cuts)
+
+
 def compile_all(
     arch: int, dtypes: Iterable[str], only: Collection[str] = (), maxnreg: int | None = None
 ) -> list[Compiled]:
-    """Every kernel that the sizes use, each once."""
+    """Every kernel that the sizes and vocabularies use, each once."""
     found: dict[str, Compiled] = {}
-    for dtype, size in itertools.product(dtypes, SIZES):
+    used_by = {size.name: functools.partial(launch_all, size) for size in SIZES}
+    used_by |= {f"V={vocab}": functools.partial(launch_sample, vocab) for vocab in VOCABULARIES}
+    for dtype, (user, launch) in itertools.product(dtypes, used_by.items()):
         with compiling(arch, only, maxnreg) as launches:
-            launch_all(size, getattr(torch, dtype))
+            launch(getattr(torch, dtype))
         for name, kernel, log in launches:
             if kernel.hash not in found:
                 found[kernel.hash] = Compiled(
@@ -199,8 +216,8 @@ def compile_all(
                     stack=_number(r"(\d+) bytes stack frame", log),
                     shared=kernel.metadata.shared,
                 )
-            if size.name not in found[kernel.hash].sizes:
-                found[kernel.hash].sizes.append(size.name)
+            if user not in found[kernel.hash].sizes:
+                found[kernel.hash].sizes.append(user)
     return sorted(found.values(), key=lambda kernel: kernel.name)
 
 

@@ -14,7 +14,7 @@ from lfm2_fast.arguments import Arguments, understand
 from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.model import Lfm2ForCausalLM, check_cache, unpadded
-from lfm2_fast.sampling import Draws, draw, penalize, warp
+from lfm2_fast.sampling import SamplingState, draw, penalize, warp
 
 
 @torch.no_grad()
@@ -120,27 +120,34 @@ class _Run:
                 f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
                 f"{longest} tokens and {self.budget} new ones need {longest + self.budget}"
             )
+        self.model = model
         self.cache = cache
         self.decoder = Decoder(model, cache)
         device = model.device
         lengths = torch.tensor([len(p) for p in self.prompts], device=device)
-        self.starts = lengths.repeat_interleave(self.copies)
-        self.draws = Draws(seed, rows, device)
         self.eos = torch.tensor(asked.eos_token_id, dtype=torch.int64, device=device)
         self.text = torch.full((rows, self.width + self.budget), asked.pad_token_id, device=device)
         self.text[:, : self.width] = ids.repeat_interleave(self.copies, 0)
-        self.seen: torch.Tensor | None = None
+        seen = None
         if asked.sampling.repetition_penalty != 1.0:
-            seen = torch.zeros(len(self.prompts), model.config.vocab_size + 1, device=device)
+            marks = torch.zeros(len(self.prompts), model.config.vocab_size + 1, device=device)
             # Padding marks a column of its own, which is then cut off: it must not be penalised.
-            seen.scatter_(1, ids.masked_fill(~mask, model.config.vocab_size), 1)
-            self.seen = seen[:, :-1].bool().repeat_interleave(self.copies, 0)
+            marks.scatter_(1, ids.masked_fill(~mask, model.config.vocab_size), 1)
+            seen = marks[:, :-1].bool().repeat_interleave(self.copies, 0)
+        self.state = SamplingState(
+            [asked.sampling] * rows,
+            device=device,
+            seed=seed,
+            positions=lengths.repeat_interleave(self.copies),
+            seen=seen,
+        )
 
     def loop(self, processors: list[Any], criteria: list[Any], streamer: Any) -> dict[str, Any]:
         """Write until every row has stopped; the fields of Hugging Face's output."""
         asked, rows = self.asked, len(self.text)
         kept_scores: list[torch.Tensor] = []
         kept_logits: list[torch.Tensor] = []
+        shown = asked.output_scores or asked.output_logits
         live = list(range(rows))
         written = 0
         if streamer is not None:
@@ -150,17 +157,18 @@ class _Run:
             while live and written < self.budget:
                 assert logits is not None
                 here = torch.tensor(live, device=self.text.device)
-                logits = logits.float()
-                scores = self._process(logits, here, written, processors)
-                tokens = self._choose(scores, here)
+                if processors or shown or written < asked.min_new_tokens:
+                    logits = logits.float()
+                    scores = self._process(logits, here, written, processors)
+                    tokens = self._choose(scores)
+                    if asked.output_logits:
+                        kept_logits.append(self._whole(logits, here))
+                    if asked.output_scores:
+                        kept_scores.append(self._whole(scores, here))
+                else:
+                    tokens = self.model.ops.sample(logits, self.state)
                 column = self.width + written
                 self.text[here, column] = tokens
-                if self.seen is not None:
-                    self.seen[here, tokens] = True
-                if asked.output_logits:
-                    kept_logits.append(self._whole(logits, here))
-                if asked.output_scores:
-                    kept_scores.append(self._whole(scores, here))
                 written += 1
                 if streamer is not None:
                     streamer.put(self.text[:, column].cpu())
@@ -170,6 +178,8 @@ class _Run:
                     verdict = torch.as_tensor(criterion(self.text[:, : column + 1], past))
                     stop |= verdict.to(stop.device).expand(rows)[here]
                 going = [row for row, end in zip(live, stop.tolist(), strict=True) if not end]
+                if len(going) < len(live):
+                    self.state = self.state.pick([live.index(row) for row in going])
                 if going and written < self.budget:
                     told = dict(zip(live, tokens.tolist(), strict=True))
                     logits = self.decoder.step([told[row] for row in going], going)
@@ -202,9 +212,9 @@ class _Run:
         self, logits: torch.Tensor, here: torch.Tensor, written: int, processors: list[Any]
     ) -> torch.Tensor:
         """Logits of the live rows -> scores, in Hugging Face's order."""
-        scores = logits
-        if self.seen is not None:
-            scores = penalize(scores, self.seen[here], self.asked.sampling.repetition_penalty)
+        scores, state = logits, self.state
+        if state.seen is not None:
+            scores = penalize(scores, state.seen, state.repetition_penalty)
         if written < self.asked.min_new_tokens:
             scores = scores.index_fill(1, self.eos, -torch.inf)
         if processors:
@@ -212,12 +222,14 @@ class _Run:
             for processor in processors:
                 whole = processor(text, whole)
             scores = whole[here]
-        return warp(scores, self.asked.sampling) if self.asked.sampling.do_sample else scores
+        return warp(scores, state) if state.all_drawn else scores
 
-    def _choose(self, scores: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        if not self.asked.sampling.do_sample:
-            return scores.argmax(-1)
-        return draw(scores, self.draws.next(self.starts)[here])
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Tokens of processed scores, marked in the state as ``Ops.sample`` marks its own."""
+        state = self.state
+        tokens = draw(scores, state.uniforms()) if state.all_drawn else scores.argmax(-1)
+        state.advance(tokens)
+        return tokens
 
     def _whole(self, values: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
         """``values`` of the live rows among zeros for those that have stopped."""

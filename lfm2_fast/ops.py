@@ -17,6 +17,7 @@ from torch import nn
 from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
+from lfm2_fast.sampling import SamplingState, sample_ref
 
 BACKENDS = ("auto", "eager", "triton", "native")
 
@@ -166,6 +167,10 @@ class Ops:
     def norm_swiglu(self, x: torch.Tensor, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
         """RMSNorm, gate and up projections, ``silu(gate) * up``: ``[T, H] -> [T, F]``."""
         return self.swiglu(self.norm_linear(x, norm, gate_up))
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        """The next token of every row, ``[B, V] -> [B]`` int64; moves ``state`` on."""
+        return sample_ref(logits, state)
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines ``[T, 1, D]`` of the tokens' positions, made once per step."""

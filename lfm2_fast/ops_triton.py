@@ -15,8 +15,10 @@ from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
 from lfm2_fast.ops import Attention, Depthwise, Rope, epsilon
+from lfm2_fast.sampling import SamplingState
 from lfm2_fast.stream import StreamOps
 
 
@@ -30,6 +32,30 @@ class TritonOps(StreamOps):
         # cache follow one another, whatever stream or captured graph they are in; those on two may
         # overlap.
         self._arrivals = WeakTensorKeyDictionary()
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        draws = "do_sample" in state.wanted
+        cuts = not state.wanted.isdisjoint({"top_k", "top_p"})
+        tokens = torch.empty_like(state.positions)
+        sample_triton(
+            logits,
+            state.seen,
+            state.repetition_penalty,
+            state.do_sample,
+            state.temperature,
+            state.top_k,
+            state.top_p,
+            state.min_p,
+            state.seeds,
+            state.rows,
+            state.positions,
+            tokens,
+            Scratch.empty(logits, draws=draws, cuts=cuts),
+            draws=draws,
+            cuts=cuts,
+        )
+        state.moved()
+        return tokens
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
