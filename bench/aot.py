@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -184,9 +185,10 @@ def launch_all(
 
 
 def launch_sample(vocab: int, dtype: torch.dtype, *, sequences: int = 2) -> None:
-    """The choice of tokens: greedy, drawn, and drawn from what top-k and top-p leave."""
+    """The choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after."""
     logits = torch.zeros(sequences, vocab, dtype=dtype)
     whole = torch.zeros(sequences, dtype=torch.int64)
+    advance_triton(*(whole, whole, 1, whole, whole, whole), whole.int(), whole.bool())
     filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
     for seen in (None, logits.bool()):
         for draws, cuts in ((False, False), (True, False), (True, True)):

@@ -131,6 +131,8 @@ class Ops:
     """
 
     name = "eager"
+    # Whether a step of one token per sequence goes by tensors alone, and so can be captured.
+    captures = False
 
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""
@@ -167,6 +169,20 @@ class Ops:
     def norm_swiglu(self, x: torch.Tensor, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
         """RMSNorm, gate and up projections, ``silu(gate) * up``: ``[T, H] -> [T, F]``."""
         return self.swiglu(self.norm_linear(x, norm, gate_up))
+
+    def advance(
+        self,
+        chosen: torch.Tensor,
+        eos: torch.Tensor,
+        scrap: int | None,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor,
+        finished: torch.Tensor,
+    ) -> None:
+        """Make the next step's inputs of the tokens that this one chose; see ``advance_ref``."""
+        ref.advance_ref(chosen, eos, scrap, tokens, slots, positions, lengths, finished)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         """The next token of every row, ``[B, V] -> [B]`` int64; moves ``state`` on."""

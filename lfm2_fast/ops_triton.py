@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
+from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -26,12 +29,16 @@ class TritonOps(StreamOps):
     """Kernels between the projections, which remain the library's; T tokens packed, H hidden."""
 
     name = "triton"
+    captures = True
 
     def __init__(self) -> None:
         # The counters of flash_decode belong to a cache, found by its page table. Launches on one
         # cache follow one another, whatever stream or captured graph they are in; those on two may
         # overlap.
         self._arrivals = WeakTensorKeyDictionary()
+
+    def advance(self, *args: Any) -> None:
+        advance_triton(*args)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         draws = "do_sample" in state.wanted

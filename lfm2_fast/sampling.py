@@ -105,6 +105,32 @@ class SamplingState:
         picked._plan()
         return picked
 
+    def first(self, count: int) -> SamplingState:
+        """The state of the first rows, sharing their tensors."""
+        shared = object.__new__(SamplingState)
+        shared.params = self.params[:count]
+        for name in TENSORS:
+            setattr(shared, name, getattr(self, name)[:count])
+        shared.seen = None if self.seen is None else self.seen[:count]
+        shared._ahead, shared._first, shared._steps = self._ahead[:count], self._first, self._steps
+        shared._plan()
+        return shared
+
+    def put(self, places: Sequence[int], other: SamplingState) -> None:
+        """Let ``places`` go on as the rows of ``other`` do."""
+        at = torch.tensor(list(places), dtype=torch.int64, device=self.seeds.device)
+        params = list(self.params)
+        for place, row in zip(places, other.params, strict=True):
+            params[place] = row
+        self.params = tuple(params)
+        for name in TENSORS:
+            getattr(self, name)[at] = getattr(other, name)
+        if self.seen is not None and other.seen is not None:
+            self.seen[at] = other.seen
+        # Numbers made ahead are of those who were here before.
+        self._ahead = self._ahead[:, :0]
+        self._plan()
+
     def uniforms(self) -> torch.Tensor:
         """``[B]`` float64: the number of every row's next draw, made a block at a time."""
         if not 0 <= self._steps - self._first < self._ahead.shape[1]:
