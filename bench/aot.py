@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -29,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lfm2_fast.kernels import plan
+from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -42,11 +44,13 @@ from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
 
 # Each with the number of processors that its largest GPU in use has.
 ARCHITECTURES = {80: 108, 90: 132, 100: 148, 120: 188}
 DTYPES = ("bfloat16", "float16", "float32")
+VOCABULARIES = (65536, 128000)
 
 
 @dataclass(frozen=True)
@@ -221,16 +225,36 @@ def launch_few(
     last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
 
 
+def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
+    """All kernels of a published size; the smallest stands for those with biases."""
+    launch_all(size, dtype)
+    for bias in (False, True) if size is SIZES[0] else (False,):
+        launch_few(size, dtype, bias=bias, pdl=pdl)
+
+
+def launch_sample(vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False) -> None:
+    """The choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after."""
+    logits = torch.zeros(sequences, vocab, dtype=dtype)
+    whole = torch.zeros(sequences, dtype=torch.int64)
+    advance_triton(*(whole, whole, 1, whole, whole, whole), whole.int(), whole.bool())
+    filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
+    for seen in (None, logits.bool()):
+        for draws, cuts in ((False, False), (True, False), (True, True)):
+            scratch = Scratch.empty(logits, draws=draws, cuts=cuts)
+            places = (whole, whole, whole, whole)
+            sample_triton(logits, seen, *filters, *places, scratch, draws=draws, cuts=cuts)
+
+
 def compile_all(
     arch: int, dtypes: Iterable[str], only: Collection[str] = (), maxnreg: int | None = None
 ) -> list[Compiled]:
-    """Every kernel that the sizes use, each once."""
+    """Every kernel that the sizes and vocabularies use, each once."""
     found: dict[str, Compiled] = {}
-    for dtype, size in itertools.product(dtypes, SIZES):
+    used_by = {size.name: functools.partial(launch_size, size) for size in SIZES}
+    used_by |= {f"V={vocab}": functools.partial(launch_sample, vocab) for vocab in VOCABULARIES}
+    for dtype, (user, launch) in itertools.product(dtypes, used_by.items()):
         with compiling(arch, only, maxnreg) as launches:
-            launch_all(size, getattr(torch, dtype))
-            for bias in (False, True) if size is SIZES[0] else (False,):
-                launch_few(size, getattr(torch, dtype), bias=bias, pdl=arch >= 90)
+            launch(getattr(torch, dtype), pdl=arch >= 90)
         for name, kernel, log in launches:
             if kernel.hash not in found:
                 found[kernel.hash] = Compiled(
@@ -242,8 +266,8 @@ def compile_all(
                     stack=_number(r"(\d+) bytes stack frame", log),
                     shared=kernel.metadata.shared,
                 )
-            if size.name not in found[kernel.hash].sizes:
-                found[kernel.hash].sizes.append(size.name)
+            if user not in found[kernel.hash].sizes:
+                found[kernel.hash].sizes.append(user)
     return sorted(found.values(), key=lambda kernel: kernel.name)
 
 

@@ -28,7 +28,7 @@ import lfm2_fast
 from lfm2_fast.cache import Cache
 from lfm2_fast.checkpoint import layout
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.ops_native import NativeOps
+from lfm2_fast.sampling import SamplingParams, SamplingState
 
 BACKENDS = ("eager", "native")
 OPERATIONS = ("linear", "rms_norm", "swiglu", "gated_conv", "rope", "qk_norm_rope", "attention")
@@ -56,6 +56,7 @@ class Side:
         self.steps: list[float] = []
         self.operations: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self.token = 1
+        self.state = SamplingState([SamplingParams()])
 
     def turn(self, steps: int) -> None:
         """Decode ``steps`` tokens from the same context on; times each step."""
@@ -73,7 +74,7 @@ class Side:
             kept = {name: getattr(self.model.ops, name) for name in OPERATIONS}
             for name, body in kept.items():
                 setattr(self.model.ops, name, timed(body, spent[name]))
-            self._step(spent["argmax"])
+            self._step(spent["sample"])
             for name in kept:
                 delattr(self.model.ops, name)
             for name, times in spent.items():
@@ -86,9 +87,8 @@ class Side:
 
     def _step(self, spent: list[float] | None = None) -> None:
         logits = self.decoder.step([self.token], [0])
-        ops = self.model.ops
-        choose = ops.argmax if isinstance(ops, NativeOps) else lambda x: x.float().argmax(-1)
-        self.token = int(timed(choose, [] if spent is None else spent)(logits))
+        choose = timed(self.model.ops.sample, [] if spent is None else spent)
+        self.token = int(choose(logits, self.state))
 
 
 def timed(body: Callable[..., Any], times: list[float]) -> Callable[..., Any]:

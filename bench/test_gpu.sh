@@ -8,7 +8,8 @@ out=${OUT:-bench/results}
 mkdir -p "$out"
 export PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1
 kernels=(tests/test_rms_norm.py tests/test_swiglu.py tests/test_rope.py tests/test_gated_conv.py
-	tests/test_qk_norm_rope.py tests/test_flash_decode.py tests/test_flash_prefill.py)
+	tests/test_qk_norm_rope.py tests/test_flash_decode.py tests/test_flash_prefill.py
+	tests/test_sample.py)
 
 report="$out/test-gpu-$(date -u +%Y%m%dT%H%M%SZ).txt"
 exec > >(tee "$report") 2>&1

@@ -23,6 +23,10 @@ LFM2_INLINE int32_t rank(float value) {
   return value != value ? std::numeric_limits<int32_t>::max() : order;
 }
 
+LFM2_INLINE float value_of(int32_t order) {
+  return from_bits(static_cast<uint32_t>(order ^ ((order >> 31) & 0x7FFFFFFF)));
+}
+
 template <class T>
 LFM2_INLINE int32_t best_rank(const T* values, int64_t first, int64_t last) {
   int32_t best = std::numeric_limits<int32_t>::min();
@@ -107,19 +111,18 @@ LFM2_INLINE void keep_top_p(double p, int64_t count, float* scores) {
   constexpr int64_t kFew = 256;
   const float limit = static_cast<float>(1.0 - p);
   const float best = largest(scores, count);
-  std::vector<float> mass(count);
+  std::vector<double> mass(count);
   float worst = best;
   double total = 0;
 #pragma omp simd reduction(+ : total) reduction(min : worst)
   for (int64_t i = 0; i < count; ++i) {
-    mass[i] = exponential(scores[i] - best);
+    mass[i] = exponential(static_cast<double>(scores[i]) - static_cast<double>(best));
     total += mass[i];
     worst = scores[i] > kCut && scores[i] < worst ? scores[i] : worst;
   }
-  const float whole = static_cast<float>(total);
-  float* const part = mass.data();
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) part[i] /= whole;
+  const double* const part = mass.data();
+  // Only the comparison is in float, as Hugging Face's is: of ten equal scores, p = 0.9 cuts one.
+  const auto goes = [=](double tail) { return static_cast<float>(tail / total) <= limit; };
 
   // All scores below `low` go, not all below `high`; `below` is what those below `low` hold.
   float low = worst;
@@ -134,14 +137,14 @@ LFM2_INLINE void keep_top_p(double p, int64_t count, float* scores) {
     int64_t upper = 0;
 #pragma omp simd reduction(+ : under, number, upper)
     for (int64_t i = 0; i < count; ++i) {
-      under += scores[i] < middle ? part[i] : 0.0f;
+      under += scores[i] < middle ? part[i] : 0.0;
       number += scores[i] >= low && scores[i] < middle;
       upper += scores[i] >= middle && scores[i] < high;
     }
-    const bool goes = static_cast<float>(under) <= limit;
-    below = goes ? under : below;
-    between = goes ? upper : number;
-    (goes ? low : high) = middle;
+    const bool cut = goes(under);
+    below = cut ? under : below;
+    between = cut ? upper : number;
+    (cut ? low : high) = middle;
   }
   std::vector<std::pair<float, int64_t>> last;
   for (int64_t i = 0; i < count; ++i) {
@@ -152,7 +155,7 @@ LFM2_INLINE void keep_top_p(double p, int64_t count, float* scores) {
   const bool with_best = high > best;
   for (size_t i = 0; i + with_best < last.size(); ++i) {
     below += part[last[i].second];
-    if (!(static_cast<float>(below) <= limit)) break;
+    if (!goes(below)) break;
     scores[last[i].second] = kCut;
   }
 }
@@ -186,9 +189,16 @@ LFM2_INLINE double block_mass(const float* scores, float best, int64_t first, in
   return sum;
 }
 
-// The first token up to which softmax's mass is more than `uniform` of the whole.
+// The first token up to which softmax's mass is more than `uniform` of the whole; where softmax is
+// undefined, the first of the largest.
 LFM2_CLONES inline int64_t draw(const float* scores, double uniform, int64_t count) {
-  const float best = largest(scores, count);
+  const int32_t top = best_rank(scores, 0, count);
+  const float best = value_of(top);
+  if (!std::isfinite(best)) {
+    int64_t place = 0;
+    while (rank(scores[place]) != top) ++place;
+    return place;
+  }
   std::vector<double> blocks;
   blocks.reserve(count / kScan + 1);
   double each[kScan];

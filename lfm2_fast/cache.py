@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,7 +71,13 @@ class Cache:
     keys and values, conv rows that a ring has passed over are gone; ``mark`` keeps a slot's window
     at its present length (60 to 270 kB at the published sizes), and ``resume`` goes back to the
     newest such place.
+
+    ``scrap`` is the number of a slot more, which sequences that have ended write to while others
+    still run, or None. ``grown`` counts how often the pages have moved, and ``kept`` is for whoever
+    keeps something that points at them.
     """
+
+    kept: Any = None
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class Cache:
         device: torch.device | str,
         dtype: torch.dtype,
         spare: int = 1,
+        scrap: bool = False,
     ) -> None:
         if slots < 0 or max_length < 1 or spare < 1:
             raise ValueError(
@@ -89,6 +96,8 @@ class Cache:
                 f"slots={slots}, max_length={max_length}, spare={spare}"
             )
         self.slots = slots
+        self.scrap = slots if scrap else None
+        self.grown = 0
         self.max_length = max_length
         self.past = config.conv_L_cache - 1
         self.ring = self.past + spare
@@ -99,11 +108,12 @@ class Cache:
         self._marks: list[dict[int, Mark]] = [{} for _ in range(slots)]
         self._capacity = min(MIN_PAGE, max_length)
         self.layers: list[KVPages | ConvWindow] = []
-        page = (slots, config.num_key_value_heads, self._capacity, config.head_dim)
-        window = (slots, self.ring, config.hidden_size)
+        places = slots + scrap
+        page = (places, config.num_key_value_heads, self._capacity, config.head_dim)
+        window = (places, self.ring, config.hidden_size)
         # A cache made inside torch.inference_mode must stay writable outside of it.
         with torch.inference_mode(False):
-            table = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
+            table = torch.arange(places, dtype=torch.int32, device=device)[:, None]
             for kind in config.layer_types:
                 if kind == "conv":
                     rows = torch.zeros(window, device=device, dtype=dtype)
@@ -111,6 +121,10 @@ class Cache:
                 else:
                     k = torch.empty(page, device=device, dtype=dtype)
                     self.layers.append(KVPages(k, torch.empty_like(k), table))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps nothing that points at the tensors of this one."""
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
     def get_seq_length(self) -> int:
         """Tokens held by the longest sequence."""
@@ -139,9 +153,8 @@ class Cache:
                     f"max_length of {self.max_length}; start a cache with a larger max_length"
                 )
             self._check_window(slot, start)
-        self._grow(
-            max((s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)), default=0)
-        )
+        ends = [s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)]
+        self._grow(max(ends, default=0), self.get_seq_length())
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
             kept = self._oldest[slot] if start else 0
             self._oldest[slot] = max(kept, start + n - self.ring)
@@ -150,6 +163,32 @@ class Cache:
         """Count the tokens of ``batch`` as held. Called after a step has run."""
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
             self.lengths[slot] = start + n
+
+    def make_room(self, tokens: int) -> None:
+        """See that every slot has room for a context of so many tokens, before steps are launched.
+
+        Raises CacheError when that is more than ``max_length``.
+        """
+        if tokens > self.max_length:
+            raise CacheError(
+                f"{tokens} tokens do not fit into the cache's max_length of {self.max_length}; "
+                "start a cache with a larger max_length"
+            )
+        # Steps that the host has not counted yet may have written to any row.
+        self._grow(tokens, self._capacity)
+
+    def expect(self, slot: int, length: int) -> None:
+        """Note that a step is launched which may take a slot's context to ``length`` tokens.
+
+        It overwrites a row of the window, even if it turns out that the text had ended before.
+        """
+        self._oldest[slot] = max(self._oldest[slot], length - self.ring)
+
+    def note(self, slot: int, token: int) -> None:
+        """Count one more token that an expected step has run in ``slot``."""
+        if len(self.history[slot]) == self.lengths[slot]:
+            self.history[slot].append(token)
+        self.lengths[slot] += 1
 
     def record(self, batch: Batch, chunks: Iterable[Sequence[int]]) -> None:
         """Note which tokens ``batch`` ran, one chunk per sequence, in the slots' histories.
@@ -242,10 +281,10 @@ class Cache:
         held = self.get_seq_length()
         for i, layer in enumerate(self.layers):
             if isinstance(layer, ConvWindow):
-                state[f"layers.{i}.rows"] = layer.rows.clone()
+                state[f"layers.{i}.rows"] = layer.rows[: self.slots].clone()
             else:
-                state[f"layers.{i}.k"] = layer.k[:, :, :held].clone()
-                state[f"layers.{i}.v"] = layer.v[:, :, :held].clone()
+                state[f"layers.{i}.k"] = layer.k[: self.slots, :, :held].clone()
+                state[f"layers.{i}.v"] = layer.v[: self.slots, :, :held].clone()
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -257,7 +296,7 @@ class Cache:
         wanted["history"] = (recorded,)
         for i, layer in enumerate(self.layers):
             for name, tensor in layer.tensors().items():
-                shape = list(tensor.shape)
+                shape = [self.slots, *tensor.shape[1:]]
                 if name != "rows":
                     shape[2] = held
                 wanted[f"layers.{i}.{name}"] = tuple(shape)
@@ -268,13 +307,13 @@ class Cache:
                 f"this state is not of a cache with {self.slots} slots, ring {self.ring} and "
                 f"max_length {self.max_length}; it differs in {wrong or ['lengths']}"
             )
-        self._grow(held)
+        self._grow(held, 0)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, ConvWindow):
-                layer.rows.copy_(state[f"layers.{i}.rows"])
+                layer.rows[: self.slots].copy_(state[f"layers.{i}.rows"])
             else:
-                layer.k[:, :, :held].copy_(state[f"layers.{i}.k"])
-                layer.v[:, :, :held].copy_(state[f"layers.{i}.v"])
+                layer.k[: self.slots, :, :held].copy_(state[f"layers.{i}.k"])
+                layer.v[: self.slots, :, :held].copy_(state[f"layers.{i}.v"])
         self.lengths = state["lengths"].tolist()
         self._oldest = state["oldest"].tolist()
         parts = state["history"].split(state["recorded"].tolist())
@@ -302,10 +341,10 @@ class Cache:
                 "off counts too); reset the slot and run its tokens again"
             )
 
-    def _grow(self, tokens: int) -> None:
+    def _grow(self, tokens: int, held: int) -> None:
+        """Make pages of at least ``tokens``, whose first ``held`` rows are those there were."""
         if tokens <= self._capacity:
             return
-        held = self.get_seq_length()
         capacity = min(self.max_length, max(tokens, 2 * self._capacity))
         with torch.inference_mode(False):
             for layer in self.layers:
@@ -313,6 +352,7 @@ class Cache:
                     k, v = (_longer(pages, capacity, held) for pages in (layer.k, layer.v))
                     layer.k, layer.v = k, v
         self._capacity = capacity
+        self.grown += 1
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

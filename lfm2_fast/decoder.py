@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lfm2_fast.batch import Batch
+from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache
 from lfm2_fast.model import Lfm2ForCausalLM
 
@@ -51,8 +52,19 @@ class Decoder:
         return torch.stack([logits[row] for row in range(len(prompts))])
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
-        """Run one more token in each slot; logits ``[B, V]``."""
-        return self._run([[token] for token in tokens], slots)
+        """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
+        if not self.model.ops.captures:
+            return self._run([[token] for token in tokens], slots)
+        model, cache, count = self.model, self.cache, len(tokens)
+        batch = Batch.prepare([1] * count, slots, cache, model.device)
+        cache.reserve(batch)
+        buffers = Buffers.of(model, cache, count)
+        buffers.load(tokens, batch, cache)
+        buffers.run(model, cache, bucket(count, cache), choose=False)
+        cache.advance(batch)
+        cache.record(batch, [[token] for token in tokens])
+        assert buffers.logits is not None
+        return buffers.logits[:count].clone()
 
     def _run(self, chunks: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Run the chunks; the logits of each one's last token."""

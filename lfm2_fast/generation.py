@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from lfm2_fast.arguments import Arguments, understand
-from lfm2_fast.cache import Cache, common_prefix
-from lfm2_fast.decoder import Decoder
-from lfm2_fast.model import Lfm2ForCausalLM, check_cache, unpadded
-from lfm2_fast.sampling import Draws, draw, penalize, warp
+from lfm2_fast.cache import Cache
+from lfm2_fast.model import Lfm2ForCausalLM, unpadded
+from lfm2_fast.writing import write
 
 
 @torch.no_grad()
@@ -31,6 +30,7 @@ def generate(
     tokenizer: Any = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    max_batch_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Continue prompts, as Hugging Face's ``generate`` does.
@@ -51,13 +51,17 @@ def generate(
     token, on the CPU. ``past_key_values`` is a cache of this model with one
     slot per returned row; ``inputs`` still hold the whole text, of which the longest prefix that
     the cache can restore is not run again, and the cache then holds all but the last token.
+    ``max_batch_size`` bounds how many rows are written at a time: as one stops, the next prompt
+    takes its place; the answer is in order, as ever, and progress is shown on a terminal. Callables
+    and streamers, which follow all rows, need all of them at a time.
     ``seed``, else a number drawn from ``generator``, else from torch's own generator, decides
     every draw.
 
     Returns ids ``[B * num_return_sequences, T + new]`` on the prompts' device, the prompt first and
     rows that stopped early filled up with ``pad_token_id``; or, with ``return_dict_in_generate``,
     transformers' GenerateDecoderOnlyOutput. Raises ValueError or TypeError, naming the argument,
-    for what is out of range, unknown or not supported.
+    for what is out of range, unknown or not supported, and torch.OutOfMemoryError, saying what to
+    lower, for what does not fit.
     """
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
     asked = understand(
@@ -74,11 +78,17 @@ def generate(
     empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"input_ids row {empty[0]} has no tokens; every row needs one at least")
-    run = _Run(model, asked, ids, mask, past_key_values, _seed(seed, generator))
-    output = run.loop(
-        list(logits_processor or ()),
-        _criteria(asked, stopping_criteria, tokenizer),
-        streamer,
+    output = write(
+        model,
+        asked,
+        ids,
+        mask,
+        past_key_values,
+        _seed(seed, generator),
+        processors=list(logits_processor or ()),
+        criteria=_criteria(asked, stopping_criteria, tokenizer),
+        streamer=streamer,
+        most_rows=max_batch_size,
     )
     output["sequences"] = output["sequences"].to(where or model.device)
     if not asked.return_dict_in_generate:
@@ -86,144 +96,6 @@ def generate(
     from transformers.generation import GenerateDecoderOnlyOutput
 
     return GenerateDecoderOnlyOutput(**output)
-
-
-class _Run:
-    """One call of generate: its rows, its cache, and what has been written so far."""
-
-    def __init__(
-        self,
-        model: Lfm2ForCausalLM,
-        asked: Arguments,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        cache: Cache | None,
-        seed: int,
-    ) -> None:
-        self.asked = asked
-        self.copies = asked.num_return_sequences
-        rows, self.width = ids.shape[0] * self.copies, ids.shape[1]
-        self.prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        self.budget = asked.new_tokens(self.width, model.max_length)
-        longest = max(map(len, self.prompts), default=0)
-        if longest + self.budget > model.max_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {self.budget} new ones do not fit into the "
-                f"context of {model.max_length}; lower max_new_tokens (or load with a larger "
-                "max_length, if the model allows it)"
-            )
-        if cache is None:
-            cache = model.new_cache(rows)
-        check_cache(cache, rows)
-        if longest + self.budget > cache.max_length:
-            raise ValueError(
-                f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
-                f"{longest} tokens and {self.budget} new ones need {longest + self.budget}"
-            )
-        self.cache = cache
-        self.decoder = Decoder(model, cache)
-        device = model.device
-        lengths = torch.tensor([len(p) for p in self.prompts], device=device)
-        self.starts = lengths.repeat_interleave(self.copies)
-        self.draws = Draws(seed, rows, device)
-        self.eos = torch.tensor(asked.eos_token_id, dtype=torch.int64, device=device)
-        self.text = torch.full((rows, self.width + self.budget), asked.pad_token_id, device=device)
-        self.text[:, : self.width] = ids.repeat_interleave(self.copies, 0)
-        self.seen: torch.Tensor | None = None
-        if asked.sampling.repetition_penalty != 1.0:
-            seen = torch.zeros(len(self.prompts), model.config.vocab_size + 1, device=device)
-            # Padding marks a column of its own, which is then cut off: it must not be penalised.
-            seen.scatter_(1, ids.masked_fill(~mask, model.config.vocab_size), 1)
-            self.seen = seen[:, :-1].bool().repeat_interleave(self.copies, 0)
-
-    def loop(self, processors: list[Any], criteria: list[Any], streamer: Any) -> dict[str, Any]:
-        """Write until every row has stopped; the fields of Hugging Face's output."""
-        asked, rows = self.asked, len(self.text)
-        kept_scores: list[torch.Tensor] = []
-        kept_logits: list[torch.Tensor] = []
-        live = list(range(rows))
-        written = 0
-        if streamer is not None:
-            streamer.put(self.text[:, : self.width].cpu())
-        try:
-            logits = self._prefill() if rows else None
-            while live and written < self.budget:
-                assert logits is not None
-                here = torch.tensor(live, device=self.text.device)
-                logits = logits.float()
-                scores = self._process(logits, here, written, processors)
-                tokens = self._choose(scores, here)
-                column = self.width + written
-                self.text[here, column] = tokens
-                if self.seen is not None:
-                    self.seen[here, tokens] = True
-                if asked.output_logits:
-                    kept_logits.append(self._whole(logits, here))
-                if asked.output_scores:
-                    kept_scores.append(self._whole(scores, here))
-                written += 1
-                if streamer is not None:
-                    streamer.put(self.text[:, column].cpu())
-                stop = torch.isin(tokens, self.eos)
-                past = tuple(kept_scores) if asked.output_scores and criteria else None
-                for criterion in criteria:
-                    verdict = torch.as_tensor(criterion(self.text[:, : column + 1], past))
-                    stop |= verdict.to(stop.device).expand(rows)[here]
-                going = [row for row, end in zip(live, stop.tolist(), strict=True) if not end]
-                if going and written < self.budget:
-                    told = dict(zip(live, tokens.tolist(), strict=True))
-                    logits = self.decoder.step([told[row] for row in going], going)
-                live = going
-        finally:
-            if streamer is not None:
-                streamer.end()
-        return {
-            "sequences": self.text[:, : self.width + written],
-            "scores": tuple(kept_scores) if asked.output_scores else None,
-            "logits": tuple(kept_logits) if asked.output_logits else None,
-            "past_key_values": self.cache,
-        }
-
-    def _prefill(self) -> torch.Tensor:
-        """Run what the cache does not hold of each prompt, once for all its copies."""
-        slots = [row * self.copies for row in range(len(self.prompts))]
-        rest = []
-        for prompt, slot in zip(self.prompts, slots, strict=True):
-            # The last token runs in any case: its logits are what comes next.
-            held = self.cache.resume(slot, common_prefix(prompt[:-1], self.cache.history[slot]))
-            rest.append(prompt[held:])
-        logits = self.decoder.prefill(rest, slots)
-        for slot in slots:
-            for copy in range(slot + 1, slot + self.copies):
-                self.cache.copy(slot, copy)
-        return logits.repeat_interleave(self.copies, 0)
-
-    def _process(
-        self, logits: torch.Tensor, here: torch.Tensor, written: int, processors: list[Any]
-    ) -> torch.Tensor:
-        """Logits of the live rows -> scores, in Hugging Face's order."""
-        scores = logits
-        if self.seen is not None:
-            scores = penalize(scores, self.seen[here], self.asked.sampling.repetition_penalty)
-        if written < self.asked.min_new_tokens:
-            scores = scores.index_fill(1, self.eos, -torch.inf)
-        if processors:
-            whole, text = self._whole(scores, here), self.text[:, : self.width + written]
-            for processor in processors:
-                whole = processor(text, whole)
-            scores = whole[here]
-        return warp(scores, self.asked.sampling) if self.asked.sampling.do_sample else scores
-
-    def _choose(self, scores: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        if not self.asked.sampling.do_sample:
-            return scores.argmax(-1)
-        return draw(scores, self.draws.next(self.starts)[here])
-
-    def _whole(self, values: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        """``values`` of the live rows among zeros for those that have stopped."""
-        whole = values.new_zeros(len(self.text), values.shape[1])
-        whole[here] = values
-        return whole
 
 
 def _prompts(

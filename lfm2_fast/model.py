@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,8 @@ class Lfm2ForCausalLM(nn.Module):
         dim = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32)
         freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
         self.inv_freq = freq.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        # What was captured points at the weights as they were.
+        self._idle: list[Cache] = []
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -244,10 +247,35 @@ class Lfm2ForCausalLM(nn.Module):
     def new_cache(self, slots: int, max_length: int | None = None, *, spare: int = 1) -> Cache:
         """An empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
 
-        ``spare`` is how many tokens ``rollback`` must be able to take back.
+        ``spare`` is how many tokens ``rollback`` must be able to take back. Where steps are
+        captured, the cache has what those need besides: a slot that nobody reads, if sequences
+        run together, and a window's row for the step that is under way when a text ends.
         """
-        limit = min(max_length or self.max_length, self.max_length)
-        return Cache(self.config, slots, limit, device=self.device, dtype=self.dtype, spare=spare)
+        captures = self.ops.captures
+        return Cache(
+            self.config,
+            slots,
+            min(max_length or self.max_length, self.max_length),
+            device=self.device,
+            dtype=self.dtype,
+            spare=spare + captures,
+            scrap=captures and slots > 1,
+        )
+
+    def borrow_cache(self, slots: int) -> Cache:
+        """A cache for one call: the one that was given back, if it fits, with what it captured."""
+        with suppress(IndexError):
+            # One thread gets it; another that comes at once finds none.
+            cache = self._idle.pop()
+            if cache.slots == slots and cache.max_length == self.max_length:
+                return cache
+        return self.new_cache(slots)
+
+    def give_back(self, cache: Cache) -> None:
+        """Keep a borrowed cache for the next call, where that saves capturing steps anew."""
+        if self.ops.captures:
+            cache.reset()
+            self._idle = [cache]
 
     @torch.no_grad()
     def run(
@@ -263,11 +291,26 @@ class Lfm2ForCausalLM(nn.Module):
         here. Raises CacheError when the cache cannot take them; it is unchanged then.
         """
         cache.reserve(batch)
+        logits = self.compute(tokens, batch, cache, rows)
+        cache.advance(batch)
+        return logits
+
+    @torch.no_grad()
+    def compute(
+        self,
+        tokens: torch.Tensor,
+        batch: Batch,
+        cache: Cache,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What ``run`` gives, without the cache's bookkeeping: the caller makes room and counts.
+
+        Where ``ops.captures`` only tensors of ``batch`` are read, and nothing waits for the device.
+        """
         rope = self.ops.rope(batch.positions, self.inv_freq, self.dtype)
         x = self.ops.embed(tokens, self.embed_tokens, self.dtype)
         for layer, state in zip(self.layers, cache.layers, strict=True):
             x = layer(x, self.ops, rope, state, batch)
-        cache.advance(batch)
         if rows is not None:
             x = x[rows]
         return self.ops.norm_linear(x, self.embedding_norm, self.lm_head)

@@ -17,6 +17,7 @@ from torch import nn
 from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
+from lfm2_fast.sampling import SamplingState, sample_ref
 
 BACKENDS = ("auto", "eager", "triton", "native")
 
@@ -130,6 +131,8 @@ class Ops:
     """
 
     name = "eager"
+    # Whether a step of one token per sequence goes by tensors alone, and so can be captured.
+    captures = False
 
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""
@@ -172,6 +175,24 @@ class Ops:
         Of equal logits it is the first, and NaN is larger than any number.
         """
         return self.norm_linear(x, norm, linear).argmax(-1)
+
+    def advance(
+        self,
+        chosen: torch.Tensor,
+        eos: torch.Tensor,
+        scrap: int | None,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor,
+        finished: torch.Tensor,
+    ) -> None:
+        """Make the next step's inputs of the tokens that this one chose; see ``advance_ref``."""
+        ref.advance_ref(chosen, eos, scrap, tokens, slots, positions, lengths, finished)
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        """The next token of every row, ``[B, V] -> [B]`` int64; moves ``state`` on."""
+        return sample_ref(logits, state)
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines ``[T, 1, D]`` of the tokens' positions, made once per step."""

@@ -14,7 +14,7 @@ from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
 from lfm2_fast.ops import Attention, Depthwise, Linear, Ops, Rope, epsilon
-from lfm2_fast.sampling import SamplingParams
+from lfm2_fast.sampling import SamplingState
 from lfm2_fast.stream import StreamOps, settled
 
 # Looked up once: a look-up takes as long as a small operation.
@@ -204,38 +204,19 @@ class NativeOps(StreamOps):
         _flash_decode(q, pages.k, pages.v, pages.table, batch.slots, batch.lengths, out)
         return out
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """The first of the largest of each row: ``[B, V] -> [B]``."""
-        out = logits.new_empty(len(logits), dtype=torch.int64)
-        _argmax(logits, out)
-        return out
-
-    def penalize(self, logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-        """``sampling.penalize``, in float32."""
-        out = logits.new_empty(logits.shape, dtype=torch.float32)
-        _penalize(logits, seen, _each(penalty, logits), out)
-        return out
-
-    def warp(self, scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-        """``sampling.warp``, in float32."""
-        out = scores.new_empty(scores.shape, dtype=torch.float32)
-        _warp(
-            scores,
-            _each(params.temperature, scores),
-            _each(params.top_k, scores).long(),
-            _each(params.top_p, scores),
-            _each(params.min_p, scores),
-            out,
-        )
-        return out
-
-    def draw(self, scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """``sampling.draw``, of float32 scores."""
-        out = scores.new_empty(len(scores), dtype=torch.int64)
-        _draw(scores, uniform.contiguous(), out)
-        return out
-
-
-def _each(value: float, rows: torch.Tensor) -> torch.Tensor:
-    """``value`` for every row."""
-    return rows.new_full((len(rows),), value, dtype=torch.float64)
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        scores, shape = logits, logits.shape
+        if state.seen is not None:
+            scores = logits.new_empty(shape, dtype=torch.float32)
+            _penalize(logits, state.seen, state.repetition_penalty, scores)
+        tokens = torch.empty_like(state.positions)
+        if not state.all_drawn:
+            _argmax(scores, tokens)
+        if "do_sample" in state.wanted:
+            warped = logits.new_empty(shape, dtype=torch.float32)
+            _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
+            drawn = torch.empty_like(tokens)
+            _draw(warped, state.uniforms().contiguous(), drawn)
+            tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
+        state.advance(tokens)
+        return tokens

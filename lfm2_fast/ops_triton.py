@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
+from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -23,8 +24,10 @@ from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
 from lfm2_fast.ops import Attention, Depthwise, Linear, Rope, ShortConv, epsilon
+from lfm2_fast.sampling import SamplingState
 from lfm2_fast.stream import Stream, StreamOps, settled
 
 
@@ -39,6 +42,7 @@ class TritonOps(StreamOps):
     """
 
     name = "triton"
+    captures = True
     pdl = False
 
     def __init__(self) -> None:
@@ -102,6 +106,33 @@ class TritonOps(StreamOps):
         best = torch.empty(programs, MOST_TOKENS, dtype=torch.int64, device=few.device)
         head_argmax_triton(few, *_norm(norm), *_linear(linear), best, pdl=self.pdl)
         last_argmax_triton(best, tokens, pdl=self.pdl)
+        return tokens
+
+    def advance(self, *args: Any) -> None:
+        advance_triton(*args)
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        draws = "do_sample" in state.wanted
+        cuts = not state.wanted.isdisjoint({"top_k", "top_p"})
+        tokens = torch.empty_like(state.positions)
+        sample_triton(
+            logits,
+            state.seen,
+            state.repetition_penalty,
+            state.do_sample,
+            state.temperature,
+            state.top_k,
+            state.top_p,
+            state.min_p,
+            state.seeds,
+            state.rows,
+            state.positions,
+            tokens,
+            Scratch.empty(logits, draws=draws, cuts=cuts),
+            draws=draws,
+            cuts=cuts,
+        )
+        state.moved()
         return tokens
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:

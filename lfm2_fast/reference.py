@@ -225,3 +225,31 @@ def _attend_one(
         is_causal=mask is None,
     )
     return out[0].transpose(0, 1)
+
+
+def advance_ref(
+    chosen: torch.Tensor,
+    eos: torch.Tensor,
+    scrap: int | None,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Make the next decode step's inputs of this one's, and of the tokens ``chosen [B]``, in place.
+
+    ``tokens, slots, positions [B]`` int64, ``lengths [B]`` int32, which is the position and one,
+    ``finished [B]`` bool. Who chooses one of ``eos [E]`` is finished. Who is runs on without
+    effect: at the first position of slot ``scrap``, or, if that is None, in place, where every
+    further step writes what nobody reads.
+    """
+    finished |= (chosen[:, None] == eos).any(-1)
+    tokens.copy_(chosen)
+    if scrap is None:
+        positions += ~finished
+    else:
+        positions += 1
+        positions.masked_fill_(finished, 0)
+        slots.masked_fill_(finished, scrap)
+    lengths.copy_(positions + 1)

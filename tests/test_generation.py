@@ -254,17 +254,19 @@ def test_rows_that_stopped_cost_nothing(models, batch, monkeypatch) -> None:
     ours = models[1]
     kwargs = resolve({"max_new_tokens": 25, "eos": True}, models, batch)
     sizes = []
-    step = decoder.Decoder.step
+    compute = lfm2_fast.Lfm2ForCausalLM.compute
 
-    def counted(self: Any, tokens: Any, slots: Any) -> torch.Tensor:
+    def counted(self: Any, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
         sizes.append(len(tokens))
-        return step(self, tokens, slots)
+        return compute(self, tokens, *args)
 
-    monkeypatch.setattr(decoder.Decoder, "step", counted)
+    monkeypatch.setattr(lfm2_fast.Lfm2ForCausalLM, "compute", counted)
     output = ours.generate(**batch, **kwargs)
     new = output[:, batch["input_ids"].shape[1] :]
     stops = torch.isin(new, torch.tensor(kwargs["eos_token_id"])).int().cumsum(1)
     live = (stops == 0).sum(0).tolist()
+    prompts, *sizes = sizes
+    assert prompts == batch["attention_mask"].sum()
     assert sizes == [n for n in live[: new.shape[1] - 1] if n]
     assert sizes[-1] < sizes[0]
 

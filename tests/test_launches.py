@@ -15,7 +15,7 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 
 # The angles of rotary embedding, and the embedding's rows.
-START = ["rope", "aten::embedding"]
+START = ["rope", "aten::index_select"]
 CONV = ["norm_conv", "linear_add", "norm_swiglu", "linear_add"]
 ATTENTION = ["norm_linear", "flash_decode", "linear_add", "norm_swiglu", "linear_add"]
 END = ["head_argmax", "last_argmax"]

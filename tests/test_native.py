@@ -20,7 +20,7 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.cache import KVPages
 from lfm2_fast.ops import BackendError, choose
 from lfm2_fast.ops_native import NativeOps
-from lfm2_fast.sampling import SamplingParams
+from lfm2_fast.sampling import SamplingParams, SamplingState
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -336,46 +336,45 @@ PARAMS = {
 def test_filters_and_draws_are_sampling_pys(params: dict, vocab: int, same_bits) -> None:
     """Token for token, for float32 scores without ties."""
     torch.manual_seed(1)
-    by, bodies = SamplingParams(do_sample=True, **params), NativeOps()
+    by = SamplingState([SamplingParams(do_sample=True, **params)] * 40)
     logits = 4 * torch.randn(40, vocab)
     seen = torch.rand(40, vocab) < 0.3
     uniform = torch.rand(40, dtype=torch.float64)
     for penalty in (1.3, 0.7):
-        expected = sampling.penalize(logits, seen, penalty)
-        assert same_bits(bodies.penalize(logits, seen, penalty), expected)
-    expected, ours = sampling.warp(logits, by), bodies.warp(logits, by)
+        each, out = torch.full((40,), penalty, dtype=torch.float64), torch.empty(40, vocab)
+        BODIES.penalize_native(logits, seen, each, out)
+        assert same_bits(out, sampling.penalize(logits, seen, each))
+    expected, ours = sampling.warp(logits, by), warped(logits, by)
     assert same_bits(ours, expected)
-    tokens = bodies.draw(ours, uniform)
-    assert tokens.dtype == torch.int64
+    tokens = torch.full((40,), -1)
+    BODIES.draw_native(ours, uniform, tokens)
     assert tokens.tolist() == sampling.draw(expected, uniform).tolist()
+
+
+def warped(scores: torch.Tensor, by: SamplingState) -> torch.Tensor:
+    out = torch.full_like(scores, NAN)
+    BODIES.warp_native(scores, by.temperature, by.top_k, by.top_p, by.min_p, out)
+    return out
 
 
 def test_every_row_has_its_own_filters(same_bits) -> None:
     torch.manual_seed(0)
     rows = [SamplingParams(do_sample=True, **params) for params in PARAMS.values()]
-    logits, out = 4 * torch.randn(len(rows), 700), torch.full((len(rows), 700), NAN)
-    each = {
-        name: torch.tensor([getattr(row, name) for row in rows], dtype=kind)
-        for name, kind in (
-            ("temperature", torch.float64),
-            ("top_k", torch.int64),
-            ("top_p", torch.float64),
-            ("min_p", torch.float64),
-        )
-    }
-    BODIES.warp_native(logits, *each.values(), out)
-    for row, params in enumerate(rows):
-        assert same_bits(out[row : row + 1], sampling.warp(logits[row : row + 1], params))
+    logits, by = 4 * torch.randn(len(rows), 700), SamplingState(rows)
+    out = warped(logits, by)
+    for row in range(len(rows)):
+        assert same_bits(out[row : row + 1], sampling.warp(logits[row : row + 1], by.pick([row])))
 
 
 def test_ties() -> None:
     """What ties with the k-th is kept; of ties where top-p cuts, the last ones are."""
     scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
-    kept = NativeOps().warp(scores, SamplingParams(do_sample=True, top_k=2)).isfinite()
+    kept = warped(scores, SamplingState([SamplingParams(do_sample=True, top_k=2)])).isfinite()
     assert kept.tolist() == [[False, True, True, True, True, False]]
-    even = torch.zeros(1, 1000)
-    kept = NativeOps().warp(even, SamplingParams(do_sample=True, top_p=0.25)).isfinite()
+    even, by = torch.zeros(1, 1000), SamplingState([SamplingParams(do_sample=True, top_p=0.25)])
+    kept = warped(even, by).isfinite()
     assert not kept[0, :749].any() and kept[0, 751:].all()
+    assert torch.equal(kept, sampling.warp(even, by).isfinite())
 
 
 @settings(max_examples=200, deadline=None)
@@ -386,25 +385,26 @@ def test_a_token_of_no_mass_is_never_drawn(data: st.DataObject) -> None:
     for place in data.draw(st.sets(st.integers(0, vocab - 1), min_size=1, max_size=5)):
         scores[0, place] = data.draw(st.floats(-90, 90, width=32))
     edge = data.draw(st.sampled_from([0.5 / 2**32, 0.5, 1 - 0.5 / 2**32]))
-    uniform = torch.tensor([edge], dtype=torch.float64)
-    assert scores.double().softmax(-1)[0, NativeOps().draw(scores, uniform)] > 0
+    uniform, token = torch.tensor([edge], dtype=torch.float64), torch.tensor([-1])
+    BODIES.draw_native(scores, uniform, token)
+    assert scores.double().softmax(-1)[0, token] > 0
 
 
-@pytest.mark.parametrize("name", ["argmax", "warp", "draw"])
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_stay_in_bounds(name: str, bad: float) -> None:
-    by = SamplingParams(do_sample=True, top_k=5, top_p=0.5, min_p=0.1)
+def test_logits_that_are_no_numbers_stay_in_bounds(bad: float) -> None:
+    by = SamplingState([SamplingParams(do_sample=True, top_k=5, top_p=0.5, min_p=0.1)] * 2)
     for places in (slice(3, 4), slice(None)):
-        scores = torch.randn(2, 500)
+        scores, tokens = torch.randn(2, 500), torch.full((2,), -1)
         scores[:, places] = bad
-        bodies = NativeOps()
-        if name == "argmax":
-            assert 0 <= bodies.argmax(scores).min() and bodies.argmax(scores).max() < 500
-        elif name == "warp":
-            assert bodies.warp(scores, by).shape == scores.shape
+        best = scores.argmax(-1)
+        BODIES.argmax_native(scores, tokens)
+        assert tokens.tolist() == best.tolist()
+        assert warped(scores, by).shape == scores.shape
+        BODIES.draw_native(scores, torch.tensor([0.1, 0.9], dtype=torch.float64), tokens)
+        if bad != -math.inf or places == slice(None):
+            assert tokens.tolist() == best.tolist()
         else:
-            token = bodies.draw(scores, torch.tensor([0.1, 0.9], dtype=torch.float64))
-            assert 0 <= token.min() and token.max() < 500
+            assert 3 not in tokens.tolist() and 0 <= tokens.min() and tokens.max() < 500
 
 
 def arguments() -> dict[str, dict[str, Any]]:

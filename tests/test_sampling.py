@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2_fast.sampling import BLOCK, Draws, SamplingParams, draw, penalize, philox, warp
+from lfm2_fast.sampling import (
+    BLOCK,
+    SamplingParams,
+    SamplingState,
+    draw,
+    penalize,
+    philox,
+    sample_ref,
+    warp,
+)
 
 RECOMMENDED = {
     "lfm2": {"temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05},
@@ -52,11 +61,11 @@ def theirs(params: dict, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tenso
 
 
 def ours(params: dict, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    chosen = SamplingParams(do_sample=True, **params)
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
-    if chosen.repetition_penalty != 1.0:
-        logits = penalize(logits, seen, chosen.repetition_penalty)
-    return warp(logits, chosen)
+    state = SamplingState([SamplingParams(do_sample=True, **params)] * len(logits))
+    if "repetition_penalty" in params:
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+        logits = penalize(logits, seen, state.repetition_penalty)
+    return warp(logits, state)
 
 
 @pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
@@ -73,7 +82,8 @@ def test_filters_equal_hugging_faces(params: dict, vocab: int) -> None:
 
 def test_ties_with_the_kth_token_are_kept() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
-    kept = warp(logits, SamplingParams(do_sample=True, top_k=2)).isfinite()
+    state = SamplingState([SamplingParams(do_sample=True, top_k=2)])
+    kept = warp(logits, state).isfinite()
     assert kept.tolist() == [[False, True, True, True, True, False]]
 
 
@@ -86,7 +96,7 @@ def test_the_drawn_distribution_is_hugging_faces(params: dict) -> None:
     ids = torch.randint(vocab, (1, 6), generator=generator)
     expected = theirs(params, ids, logits).double().softmax(-1)[0]
     scores = ours(params, ids, logits).expand(draws, -1)
-    uniform = philox(77, torch.arange(draws), torch.tensor(5))
+    uniform = philox(torch.tensor(77), torch.arange(draws), torch.tensor(5))
     counts = draw(scores, uniform).bincount(minlength=vocab).double()
     assert not counts[expected == 0].any()
     enough = expected * draws >= 5
@@ -102,15 +112,18 @@ def test_the_drawn_distribution_is_hugging_faces(params: dict) -> None:
 def test_philox_equals_the_published_numbers() -> None:
     """The known-answer vectors of Random123 for philox4x32-10, first word."""
     zero = torch.tensor(0)
-    assert word(philox(0, zero, zero)) == 0x6627E8D5
+    assert word(philox(zero, zero, zero)) == 0x6627E8D5
 
     # key 0xffffffff twice cannot be met with counter words 2 and 3 at zero, so an independent
     # computation in plain integers stands for the other vectors.
     generator = torch.Generator().manual_seed(3)
     for _ in range(50):
         seed, row, position = torch.randint(2**62, (3,), generator=generator).tolist()
-        got = philox(seed, torch.tensor(row), torch.tensor(position))
+        got = philox(*map(torch.tensor, (seed, row, position)))
         assert word(got) == plain_philox(seed, row, position)
+        assert word(philox(*map(torch.tensor, (seed - 2**63, row, 0)))) == plain_philox(
+            seed + 2**63, row, 0
+        )
 
 
 def word(uniform: torch.Tensor) -> int:
@@ -133,13 +146,55 @@ def plain_philox(seed: int, row: int, position: int) -> int:
 
 
 def test_draws_are_a_function_of_row_and_position() -> None:
-    starts = torch.tensor([4, 900, 4])
-    draws = Draws(11, 3, torch.device("cpu"))
-    steps = torch.stack([draws.next(starts) for _ in range(BLOCK + 5)], 1)
-    positions = starts[:, None] + torch.arange(BLOCK + 5)
-    assert torch.equal(steps, philox(11, torch.arange(3)[:, None], positions))
-    assert len(steps.unique()) == steps.numel()
-    assert 0 < steps.min() and steps.max() < 1
+    """Also where numbers are made ahead, and where rows leave in the middle of a block."""
+    positions, rows = torch.tensor([4, 900, 4]), torch.tensor([0, 1, 7])
+    params = [SamplingParams(do_sample=True)] * 3
+    state = SamplingState(params, seed=11, rows=rows, positions=positions)
+    places, token = [0, 1, 2], torch.zeros(3, dtype=torch.int64)
+    found = []
+    for step in range(BLOCK + 9):
+        if step == 5:
+            places, token = [2, 1], token[:2]
+            state = state.pick(places)
+        expected = philox(torch.tensor(11), rows[places], positions[places] + step)
+        assert torch.equal(state.uniforms(), expected)
+        found += state.uniforms().tolist()
+        state.advance(token)
+    assert len(set(found)) == len(found) and 0 < min(found) and max(found) < 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
+def test_where_softmax_is_undefined_the_first_of_the_best_is_taken(
+    bad: float, params: dict
+) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4))
+    logits[1, [9, 30]] = bad
+    logits[2] = bad
+    seen = torch.zeros(3, 50, dtype=torch.bool)
+    state = SamplingState([SamplingParams(do_sample=True, **params)] * 3, seen=seen)
+    tokens = sample_ref(logits, state)
+    assert 0 <= tokens.min() and tokens.max() < 50 and tokens[2] == 0
+    assert tokens[1] == 9 if bad != -math.inf else tokens[1] not in (9, 30)
+
+
+def test_every_row_has_its_own_parameters() -> None:
+    """Of greedy and of sampled rows, with every filter; and what was chosen is seen next."""
+    params = [SamplingParams(do_sample=True, **one) for one in FILTERS.values()]
+    params += [SamplingParams(), SamplingParams(repetition_penalty=1.3)]
+    count, generator = len(params), torch.Generator().manual_seed(5)
+    seen = torch.rand(count, 200, generator=generator) < 0.3
+    whole = SamplingState(params, seed=6, positions=torch.arange(count), seen=seen)
+    alone = [whole.pick([row]) for row in range(count)]
+    for step in range(4):
+        logits = 3 * torch.randn(count, 200, generator=generator)
+        before = whole.seen.clone()
+        tokens = sample_ref(logits, whole)
+        each = [sample_ref(logits[row : row + 1], state) for row, state in enumerate(alone)]
+        assert torch.equal(tokens, torch.cat(each))
+        assert torch.equal(whole.seen, before.scatter(1, tokens[:, None], True))
+        assert torch.equal(whole.positions, torch.arange(count) + step + 1)
+        assert tokens[-2] == logits[-2].argmax()
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,81 @@
+"""The next decode step's inputs, of this one's and of the tokens that were chosen.
+
+With S sequences: ``chosen, tokens, slots, positions [S]`` int64, ``lengths [S]`` int32, ``finished
+[S]`` bool, ``eos [E]`` int64. A sequence that chose one of ``eos``, or had before, is finished: it
+goes on at position 0 of slot ``scrap``, or stays where it is if ``scrap`` is negative. Others go
+one position on. Least bytes: a few per sequence; one launch instead of eight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["sequences", "ends", "scrap"])
+def _advance_kernel(
+    chosen_ptr,
+    eos_ptr,
+    tokens_ptr,
+    slots_ptr,
+    positions_ptr,
+    lengths_ptr,
+    finished_ptr,
+    scrap,
+    sequences,
+    ends,
+    BLOCK_S: tl.constexpr,
+):
+    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = offs_s < sequences
+    chosen = tl.load(chosen_ptr + offs_s, mask=mask, other=0)
+    finished = tl.load(finished_ptr + offs_s, mask=mask, other=0) != 0
+    for end in range(0, ends):
+        finished |= chosen == tl.load(eos_ptr + end)
+    position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
+    stays = tl.where(scrap < 0, position, 0)
+    position = tl.where(finished, stays, position + 1)
+    tl.store(tokens_ptr + offs_s, chosen, mask=mask)
+    tl.store(finished_ptr + offs_s, finished.to(tl.uint8), mask=mask)
+    tl.store(positions_ptr + offs_s, position, mask=mask)
+    tl.store(lengths_ptr + offs_s, (position + 1).to(tl.int32), mask=mask)
+    leaves = tl.zeros_like(position) + scrap
+    tl.store(slots_ptr + offs_s, leaves, mask=mask & finished & (scrap >= 0))
+
+
+def advance_triton(
+    chosen: torch.Tensor,
+    eos: torch.Tensor,
+    scrap: int | None,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Write ``tokens``, ``slots``, ``positions``, ``lengths`` and ``finished``."""
+    (sequences,) = chosen.shape
+    for each in (chosen, tokens, slots, positions, lengths, finished, eos):
+        assert each.dim() == 1 and each.is_contiguous()
+    for each in (tokens, slots, positions, lengths, finished):
+        assert each.shape == chosen.shape
+    for each in (chosen, tokens, slots, positions, eos):
+        assert each.dtype == torch.int64
+    assert lengths.dtype == torch.int32 and finished.dtype == torch.bool
+    if sequences == 0:
+        return
+    block_s = 128
+    with torch.cuda.device_of(chosen):
+        _advance_kernel[(triton.cdiv(sequences, block_s),)](
+            chosen,
+            eos,
+            tokens,
+            slots,
+            positions,
+            lengths,
+            finished.view(torch.uint8),
+            -1 if scrap is None else scrap,
+            sequences,
+            len(eos),
+            BLOCK_S=block_s,
+            num_warps=4,
+        )

@@ -1,0 +1,229 @@
+"""Choosing tokens: penalty, temperature, top-k, top-p, min-p, and a draw or the best.
+
+With S rows and V tokens: ``logits [S, V]``; ``seen [S, V]`` bool or None; ``do_sample [S]`` bool,
+``top_k [S]`` int64, ``temperature, top_p, min_p, repetition_penalty [S]`` float64; ``seeds, rows,
+positions [S]`` int64; ``tokens [S]`` int64 is filled, ``seen`` marked, ``positions`` moved on.
+
+Two to four launches, none of which waits for the host. The first makes scores, and keys: of every
+block of 128 the best score's place among all floats above the token, so that the greatest key is
+the first of the best. Where a row keeps the best k or the mass p, the second finds what is cut
+(``sample_cut.py``). Where a row draws, the third sums the mass that is left in every tile, so that
+the last has one tile to look into (``sample_draw.py``).
+
+Scores are float32 and divided as IEEE says; masses are float64, so that their order of summation
+decides no token. Least bytes: SV elements.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lfm2_fast.kernels.sample_cut import BLOCK, _sample_cut_kernel, place_of
+from lfm2_fast.kernels.sample_draw import _sample_draw_kernel, _sample_masses_kernel
+
+TILE = 2048
+
+
+class Scratch(NamedTuple):
+    """What the launches hand on, of any content before."""
+
+    keys: torch.Tensor  # [S, blocks] int64
+    scores: torch.Tensor  # [S, V] float32
+    few: torch.Tensor  # [S, V] int32: places that may become the cut
+    few_masses: torch.Tensor  # [S, V] float64: their masses
+    picked: torch.Tensor  # [S, blocks] int32: the blocks that hold them
+    cuts: torch.Tensor  # [S] int32: the place of the least score that stays
+    skips: torch.Tensor  # [S] int32: how many of its equals go
+    masses: torch.Tensor  # [S, tiles] float64: of what is above the cut
+    equals: torch.Tensor  # [S, tiles] int32: how many equal it
+
+    @classmethod
+    def empty(cls, logits: torch.Tensor, *, draws: bool, cuts: bool) -> "Scratch":
+        """Scratch for one choice; only draws, and what is cut off before, need more than keys."""
+        rows, vocab = logits.shape
+        blocks, tiles = triton.cdiv(vocab, BLOCK.value), triton.cdiv(vocab, TILE)
+        keys = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
+        cut = rows if cuts else 0
+        rows = rows if draws else 0
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=logits.device)
+
+        return cls(
+            keys=keys,
+            scores=empty(rows, vocab, dtype=torch.float32),
+            few=empty(cut, vocab),
+            few_masses=empty(cut, vocab, dtype=torch.float64),
+            picked=empty(cut, blocks),
+            cuts=empty(cut),
+            skips=empty(cut),
+            masses=empty(rows, tiles, dtype=torch.float64),
+            equals=empty(rows, tiles),
+        )
+
+
+@triton.jit
+def _sample_scores_kernel(
+    logits_ptr,
+    seen_ptr,
+    penalty_ptr,
+    do_sample_ptr,
+    temperature_ptr,
+    scores_ptr,
+    keys_ptr,
+    vocab,
+    blocks,
+    stride_logits_s,
+    stride_seen_s,
+    DRAWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    offs_b = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    offs_v = offs_b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offs_v < vocab
+    logits_ptr += row * stride_logits_s
+    score = tl.load(logits_ptr + offs_v, mask=mask, other=0).to(tl.float32)
+    if seen_ptr is not None:
+        penalty = tl.load(penalty_ptr + row).to(tl.float32)
+        seen = tl.load(seen_ptr + row * stride_seen_s + offs_v, mask=mask, other=0)
+        penalty = tl.where(seen != 0, penalty, 1.0)
+        score = tl.where(score < 0, score * penalty, tl.div_rn(score, penalty))
+    if DRAWS:
+        drawn = tl.load(do_sample_ptr + row) != 0
+        temperature = tl.where(drawn, tl.load(temperature_ptr + row).to(tl.float32), 1.0)
+        score = tl.div_rn(score, temperature + tl.zeros_like(score))
+        tl.store(scores_ptr + row * vocab + offs_v, score, mask=mask)
+    # Of equal scores the first has the greatest key.
+    key = (place_of(score).to(tl.int64) << 32) | (0x7FFFFFFF - offs_v)
+    best = tl.max(tl.where(mask, key, -(2**63)), axis=1)
+    tl.store(keys_ptr + row * blocks + offs_b, best, mask=offs_b < blocks)
+
+
+def sample_triton(
+    logits: torch.Tensor,
+    seen: torch.Tensor | None,
+    repetition_penalty: torch.Tensor,
+    do_sample: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    scratch: Scratch,
+    *,
+    draws: bool,
+    cuts: bool,
+) -> None:
+    """Fill ``tokens``, mark ``seen``, move ``positions`` on; rows of ``logits`` may stand apart.
+
+    ``draws`` says that some row samples, ``cuts`` that some row has a top-k or top-p. Without them
+    these parameters are not looked at.
+    """
+    sequences, vocab = logits.shape
+    blocks, tiles = triton.cdiv(vocab, BLOCK.value), triton.cdiv(vocab, TILE)
+    assert vocab > 0 and logits.stride(1) == 1 and logits.dtype != torch.float64
+    assert seen is None or (seen.shape == logits.shape and seen.stride(1) == 1)
+    assert seen is None or seen.dtype == torch.bool
+    for each in (repetition_penalty, temperature, top_p, min_p):
+        assert each.dtype == torch.float64
+    for each in (top_k, seeds, rows, positions, tokens):
+        assert each.dtype == torch.int64
+    assert do_sample.dtype == torch.bool
+    given = (repetition_penalty, do_sample, temperature, top_k, top_p, min_p)
+    for each in (*given, seeds, rows, positions, tokens):
+        assert each.shape == (sequences,) and each.is_contiguous()
+    assert scratch.keys.shape == (sequences, blocks)
+    assert not draws or scratch.scores.shape == logits.shape
+    assert not (draws and cuts) or scratch.few.shape == scratch.few_masses.shape == logits.shape
+    assert not draws or scratch.masses.shape == scratch.equals.shape == (sequences, tiles)
+    assert all(each.is_contiguous() for each in scratch)
+    if sequences == 0:
+        return
+    # Triton stores bytes, not bits.
+    marks = None if seen is None else seen.view(torch.uint8)
+    sampled = do_sample.view(torch.uint8)
+    stride_seen = 0 if seen is None else seen.stride(0)
+    block_b = triton.next_power_of_2(blocks)
+    with torch.cuda.device_of(logits):
+        _sample_scores_kernel[(tiles, sequences)](
+            logits,
+            marks,
+            repetition_penalty,
+            sampled,
+            temperature,
+            scratch.scores,
+            scratch.keys,
+            vocab,
+            blocks,
+            logits.stride(0),
+            stride_seen,
+            DRAWS=draws,
+            BLOCKS=TILE // BLOCK.value,
+        )
+        if draws and cuts:
+            _sample_cut_kernel[(sequences,)](
+                scratch.scores,
+                scratch.keys,
+                sampled,
+                top_k,
+                top_p,
+                scratch.cuts,
+                scratch.skips,
+                scratch.picked,
+                scratch.few,
+                scratch.few_masses,
+                vocab,
+                blocks,
+                math.log(vocab),
+                BLOCK_B=block_b,
+                BLOCK_C=8,
+                num_warps=8,
+            )
+        if draws:
+            _sample_masses_kernel[(tiles, sequences)](
+                scratch.scores,
+                scratch.keys,
+                sampled,
+                min_p,
+                scratch.cuts,
+                scratch.skips,
+                scratch.masses,
+                scratch.equals,
+                vocab,
+                blocks,
+                CUT=cuts,
+                BLOCK_B=block_b,
+                BLOCK_V=TILE,
+            )
+        _sample_draw_kernel[(sequences,)](
+            scratch.keys,
+            scratch.scores,
+            sampled,
+            min_p,
+            scratch.cuts,
+            scratch.skips,
+            scratch.masses,
+            scratch.equals,
+            seeds,
+            rows,
+            positions,
+            marks,
+            tokens,
+            vocab,
+            blocks,
+            tiles,
+            stride_seen,
+            DRAWS=draws,
+            CUT=draws and cuts,
+            BLOCK_B=block_b,
+            BLOCK_T=triton.next_power_of_2(tiles),
+            BLOCK_V=TILE,
+            num_warps=8,
+        )

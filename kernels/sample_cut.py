@@ -1,0 +1,189 @@
+"""Which scores top-k and top-p leave: the least that stays, and how many of its equals go.
+
+A score is looked for by its place among all floats, an integer of the same order, so halving an
+interval of integers finds it in at most 32 steps, and nothing is sorted. The best of every block of
+128 scores bound the k-th best of all from below; so few scores have to be looked at where k is
+small. Below ``log((1 - p) / V)`` under the best, all scores together have less than 1 - p of the
+mass, and go without being looked at again.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)
+LEAST = tl.constexpr(-(2**31))
+NAN = tl.constexpr(2**31 - 1)
+# The places of infinity and of its negative.
+INFINITY = tl.constexpr(0x7F800000)
+NOTHING = tl.constexpr(-0x7F800001)
+
+
+@triton.jit
+def place_of(score):
+    """The place of a float32 among all, int32: -0 is 0, and NaN is above all."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(score != score, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def score_at(place):
+    """The float32 that has this place."""
+    return (place ^ ((place >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mass_of(score, best):
+    """``exp(score - best)`` in float64."""
+    return tl.exp(score.to(tl.float64) - best.to(tl.float64))
+
+
+@triton.jit
+def is_defined(best):
+    """Whether softmax is, by the best place: no NaN, no infinity, not nothing but -infinity."""
+    return (best > NOTHING) & (best < INFINITY)
+
+
+@triton.jit
+def best_key(keys_ptr, blocks, BLOCK_B: tl.constexpr):
+    """The greatest of a row's keys, whose upper half is a place, and all the places."""
+    offs_b = tl.arange(0, BLOCK_B)
+    keys = tl.load(keys_ptr + offs_b, mask=offs_b < blocks, other=-(2**63))
+    return tl.max(keys, axis=0), (keys >> 32).to(tl.int32)
+
+
+@triton.jit
+def _sample_cut_kernel(
+    scores_ptr,
+    keys_ptr,
+    do_sample_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    cuts_ptr,
+    skips_ptr,
+    picked_ptr,
+    few_ptr,
+    few_masses_ptr,
+    vocab,
+    blocks,
+    log_vocab,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    scores_ptr += row * vocab
+    few_ptr += row * vocab
+    few_masses_ptr += row * vocab
+    picked_ptr += row * blocks
+    key, places = best_key(keys_ptr + row * blocks, blocks, BLOCK_B)
+    best = (key >> 32).to(tl.int32)
+    best_score = score_at(best)
+    k = tl.load(top_k_ptr + row)
+    p = tl.load(top_p_ptr + row)
+    has_k = (k > 0) & (k < vocab)
+    has_p = p < 1
+    tl.store(cuts_ptr + row, LEAST)
+    tl.store(skips_ptr + row, 0)
+    if (tl.load(do_sample_ptr + row) == 0) | (not is_defined(best)) | (not (has_k | has_p)):
+        return
+
+    # One more unit is left for rounding.
+    worth = best_score.to(tl.float64) + tl.log(tl.where(has_p, 1 - p, 1)) - log_vocab - 1
+    worthless = tl.where(has_p, place_of(worth.to(tl.float32)), LEAST)
+    bound = worthless
+    if has_k:
+        least = tl.min(tl.where(tl.arange(0, BLOCK_B) < blocks, places, NAN), axis=0)
+        bound = tl.where(k <= blocks, _kth_best(places, least, best, k), LEAST)
+
+    # The blocks that hold a score of at least the bound, and then the places and masses of these
+    # scores, in order. Where there is no k, the mass of what is below the bound counts.
+    offs_b = tl.arange(0, BLOCK_B)
+    holds = (offs_b < blocks) & ((places >= bound) | (not has_k))
+    tl.store(picked_ptr + tl.cumsum(holds.to(tl.int32), axis=0) - 1, offs_b, mask=holds)
+    picked = tl.sum(holds.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    few = picked * 0
+    rest = tl.sum(tl.zeros([BLOCK_C], tl.float64), axis=0)
+    for first in range(0, picked, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C)
+        block = tl.load(picked_ptr + offs_c, mask=offs_c < picked, other=blocks)
+        offs_v = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        offs_v = tl.reshape(offs_v, [BLOCK_C * BLOCK])
+        score = tl.load(scores_ptr + offs_v, mask=offs_v < vocab, other=float("-inf"))
+        place, mass = place_of(score), mass_of(score, best_score)
+        stays = (offs_v < vocab) & (place >= bound)
+        at = few + tl.cumsum(stays.to(tl.int32), axis=0) - 1
+        tl.store(few_ptr + at, place, mask=stays)
+        tl.store(few_masses_ptr + at, mass, mask=stays)
+        few += tl.sum(stays.to(tl.int32), axis=0)
+        rest += tl.sum(tl.where(stays | has_k, 0.0, mass), axis=0)
+    tl.debug_barrier()
+
+    cut = bound * 0 + LEAST
+    if has_k:
+        low, high = bound.to(tl.int64), best.to(tl.int64)
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            enough = _how_many(few_ptr, few, middle, NAN, BLOCK_C * BLOCK) >= k
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        cut = low.to(tl.int32)
+    skip = cut * 0
+    if has_p:
+        limit = (1 - p).to(tl.float32)
+        share = 1 / (rest + _mass(few_ptr, few_masses_ptr, few, cut, NAN, BLOCK_C * BLOCK))
+        # All below `low` go. So do not all below `high + 1`.
+        low, high = tl.maximum(cut, worthless).to(tl.int64), best.to(tl.int64)
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            under = rest + _mass(few_ptr, few_masses_ptr, few, cut, middle, BLOCK_C * BLOCK)
+            goes = (under * share).to(tl.float32) <= limit
+            low = tl.where(goes, middle, low)
+            high = tl.where(goes, high, middle - 1)
+        # Of those that equal the least that stays, the first go too, as long as one is left.
+        under = rest + _mass(few_ptr, few_masses_ptr, few, cut, low, BLOCK_C * BLOCK)
+        cut = low.to(tl.int32)
+        each = mass_of(score_at(cut), best_score)
+        most = tl.maximum(_how_many(few_ptr, few, low, low + 1, BLOCK_C * BLOCK) - 1, 0)
+        while skip < most:
+            some = skip + (most - skip + 1) // 2
+            goes = ((under + some * each) * share).to(tl.float32) <= limit
+            skip = tl.where(goes, some, skip)
+            most = tl.where(goes, most, some - 1)
+    tl.store(cuts_ptr + row, cut)
+    tl.store(skips_ptr + row, skip)
+
+
+@triton.jit
+def _kth_best(places, least, best, k):
+    """The k-th greatest of ``places``, which lie between ``least`` and ``best``."""
+    low, high = least.to(tl.int64), best.to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((places >= middle).to(tl.int32), axis=0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _how_many(places_ptr, count, low, high, BLOCK_N: tl.constexpr):
+    """How many of ``count`` places are from ``low`` to below ``high``."""
+    total = count * 0
+    for first in range(0, count, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        place = tl.load(places_ptr + offs_n, mask=offs_n < count, other=LEAST)
+        within = (place >= low) & (place < high)
+        total += tl.sum(within.to(tl.int32), axis=0)
+    return total
+
+
+@triton.jit
+def _mass(places_ptr, masses_ptr, count, low, high, BLOCK_N: tl.constexpr):
+    """The mass of what has a place from ``low`` to below ``high``."""
+    total = tl.sum(tl.zeros([BLOCK_N], tl.float64), axis=0)
+    for first in range(0, count, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        place = tl.load(places_ptr + offs_n, mask=offs_n < count, other=LEAST)
+        mass = tl.load(masses_ptr + offs_n, mask=offs_n < count, other=0)
+        total += tl.sum(tl.where((place >= low) & (place < high), mass, 0.0), axis=0)
+    return total

@@ -1,0 +1,147 @@
+"""Buffers: where decode steps on one cache find their inputs, and the graphs captured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lfm2_fast.batch import Batch
+from lfm2_fast.cache import Cache
+from lfm2_fast.graphs import Graphs, capture_cuda
+from lfm2_fast.model import Lfm2ForCausalLM
+from lfm2_fast.sampling import SamplingParams, SamplingState
+
+ENDS = 16
+
+
+class Buffers:
+    """The tensors of steps of up to ``size`` rows on one cache, and the graphs that use them.
+
+    ``tokens, slots, positions`` int64, ``lengths`` int32 and ``finished`` bool are ``[size]``, the
+    inputs of the next step; ``state`` is how its tokens are chosen. Rows that nobody uses are
+    finished.
+    """
+
+    def __init__(
+        self, model: Lfm2ForCausalLM, cache: Cache, size: int, capture: Any = None
+    ) -> None:
+        device = model.device
+        self.size = size
+        self.made_for = model.ops
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.slots = torch.zeros_like(self.tokens)
+        self.positions = torch.zeros_like(self.tokens)
+        self.lengths = torch.ones(size, dtype=torch.int32, device=device)
+        self.finished = torch.ones(size, dtype=torch.bool, device=device)
+        self.cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self.eos = torch.full((ENDS,), -1, device=device)
+        self.logits: torch.Tensor | None = None
+        self.marks: torch.Tensor | None = None
+        self.state = SamplingState([SamplingParams()] * size, device=device)
+        self.views: dict[int, SamplingState] = {}
+        if capture is None and device.type == "cuda" and model.ops.captures:
+            capture = capture_cuda
+        self.graphs = None if capture is None else Graphs(device, capture)
+        self._grown = cache.grown
+
+    @classmethod
+    def of(cls, model: Lfm2ForCausalLM, cache: Cache, rows: int) -> Buffers:
+        """The cache's buffers, made anew if there are none, too small ones, or another model's."""
+        kept = cache.kept
+        if kept is None or kept.size < bucket(rows, cache) or kept.made_for is not model.ops:
+            cache.kept = kept = cls(model, cache, bucket(rows, cache))
+        return kept
+
+    def begin(self, cache: Cache, params: SamplingParams, eos: Sequence[int], vocab: int) -> None:
+        """Make every row finished, for rows that end with one of ``eos``."""
+        if len(eos) > len(self.eos):
+            self.eos = torch.full((len(eos),), -1, device=self.eos.device)
+            self.forget()
+        self.eos.fill_(-1)
+        self.eos[: len(eos)] = torch.tensor(eos, dtype=torch.int64)
+        if params.repetition_penalty != 1.0 and self.marks is None:
+            self.marks = torch.zeros(self.size, vocab, dtype=torch.bool, device=self.eos.device)
+        self.state.seen = None if params.repetition_penalty == 1.0 else self.marks
+        blank = SamplingState([params] * self.size, device=self.eos.device)
+        self.put(range(self.size), blank)
+        self.vacate(0, self.size, cache)
+
+    def forget(self) -> None:
+        """Free the graphs, which point at tensors that are no longer used."""
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def put(self, places: Sequence[int], state: SamplingState) -> None:
+        """Let these rows choose tokens as those of ``state`` do."""
+        self.state.put(places, state)
+        self.views = {}
+
+    def vacate(self, first: int, last: int, cache: Cache) -> None:
+        """Make rows finished."""
+        self.slots[first:last] = 0 if cache.scrap is None else cache.scrap
+        self.positions[first:last] = 0
+        self.lengths[first:last] = 1
+        self.finished[first:last] = True
+
+    def load(self, tokens: Sequence[int], batch: Batch, cache: Cache) -> None:
+        """Take the inputs of one step from the host; rows beyond are finished."""
+        count = len(tokens)
+        self.tokens[:count] = torch.tensor(tokens)
+        self.slots[:count] = batch.slots
+        self.positions[:count] = batch.positions
+        self.lengths[:count] = batch.lengths
+        self.vacate(count, bucket(count, cache), cache)
+
+    def batch(self, count: int, *, on_host: bool) -> Batch:
+        """The next step of the first rows; bodies that need numbers on the host wait for them."""
+        slots, positions = self.slots[:count], self.positions[:count]
+        return Batch(
+            positions=positions,
+            cu_seqlens=self.cu_seqlens[: count + 1],
+            slots=slots,
+            lengths=self.lengths[:count],
+            query_lengths=(1,) * count,
+            starts=tuple(positions.tolist()) if on_host else (0,) * count,
+            host_slots=tuple(slots.tolist()) if on_host else (0,) * count,
+        )
+
+    def view(self, count: int) -> SamplingState:
+        """The state of the first rows; of one count at a time, since each makes numbers ahead."""
+        if count not in self.views:
+            self.views = {count: self.state.first(count)}
+        return self.views[count]
+
+    def run(self, model: Lfm2ForCausalLM, cache: Cache, count: int, *, choose: bool) -> None:
+        """One step of the first ``count`` rows: their next inputs, or only their ``logits``."""
+        if self._grown != cache.grown:
+            self._grown = cache.grown
+            self.forget()
+        if not choose and self.logits is None:
+            shape = (self.size, model.config.vocab_size)
+            self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
+        state = self.view(count)
+
+        def body() -> None:
+            batch = self.batch(count, on_host=not model.ops.captures)
+            logits = model.compute(self.tokens[:count], batch, cache)
+            if not choose:
+                assert self.logits is not None
+                self.logits[:count] = logits
+                return
+            inputs = (self.tokens, self.slots, self.positions, self.lengths, self.finished)
+            chosen = model.ops.sample(logits, state)
+            ours = (each[:count] for each in inputs)
+            model.ops.advance(chosen, self.eos, cache.scrap, *ours)
+
+        if self.graphs is None:
+            body()
+        else:
+            seen = self.state.seen is not None
+            self.graphs.run((choose, count, state.wanted, state.all_drawn, seen), body)
+
+
+def bucket(rows: int, cache: Cache) -> int:
+    """How many rows a step of ``rows`` has: a power of two, where there is a slot to fill it."""
+    return rows if cache.scrap is None or rows == 0 else 1 << (rows - 1).bit_length()

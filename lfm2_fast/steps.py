@@ -1,0 +1,184 @@
+"""Steps: rows that are written together, a token each, on buffers that stay where they are.
+
+On a GPU a step is one captured graph per bucket of rows (1, 2, 4, ...): the forward pass, the
+choice of tokens, and the next step's inputs. The host launches a step before it has read the tokens
+of the one before, and so never waits for the newest. It therefore learns one step late that a row
+has ended; the device knows at once, and the row runs on without effect. On a CPU the same steps run
+uncaptured, with as many rows as are live, and are read at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lfm2_fast.buffers import Buffers, bucket
+from lfm2_fast.cache import Cache
+from lfm2_fast.model import Lfm2ForCausalLM
+from lfm2_fast.sampling import SamplingParams, SamplingState
+
+# Room is made for so many tokens at once: when pages move, every graph is captured anew.
+AHEAD = 256
+
+
+@dataclass
+class Row:
+    """A sequence while it is written: its slot, and its tokens after the prompt, as far as read."""
+
+    number: int
+    slot: int
+    start: int  # tokens of the prompt
+    limit: int  # tokens to write at most
+    written: list[int] = field(default_factory=list)
+    asked: int = 0  # tokens to write that the device was asked for
+    ended: bool = False
+
+
+class Steps:
+    """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until none runs.
+
+    ``lag`` is how many steps are launched before the first of them is read.
+    """
+
+    def __init__(
+        self,
+        model: Lfm2ForCausalLM,
+        cache: Cache,
+        rows: int,
+        params: SamplingParams,
+        eos: Sequence[int],
+        *,
+        lag: int | None = None,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.lag = int(model.ops.captures) if lag is None else lag
+        self.buffers = Buffers.of(model, cache, rows)
+        self.buffers.begin(cache, params, eos, model.config.vocab_size)
+        self.eos = frozenset(eos)
+        self.places: list[Row | None] = []
+        self._unread: deque[tuple[list[tuple[Row, int]], torch.Tensor, Any]] = deque()
+
+    @property
+    def unread(self) -> int:
+        """How many steps were launched and not read."""
+        return len(self._unread)
+
+    def admit(self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState) -> None:
+        """Choose the first tokens of prompts that have run, by ``logits [B, V]``, and go on."""
+        self._retire()
+        buffers, device = self.buffers, self.model.device
+        free = [place for place, row in enumerate(self.places) if row is None]
+        places = (free + list(range(len(self.places), len(self.places) + len(rows))))[: len(rows)]
+        at = torch.tensor(places, device=device)
+        chosen = self.model.ops.sample(logits, state)
+        slots = torch.tensor([row.slot for row in rows], device=device)
+        # Each stands at the last token of its prompt.
+        positions = torch.tensor([row.start - 1 for row in rows], device=device)
+        lengths = (positions + 1).int()
+        finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
+        inputs = (tokens, slots, positions, lengths, finished)
+        self.model.ops.advance(chosen, buffers.eos, self.cache.scrap, *inputs)
+        buffers.tokens[at], buffers.slots[at], buffers.positions[at] = tokens, slots, positions
+        buffers.lengths[at], buffers.finished[at] = lengths, finished
+        buffers.put(places, state)
+        for place, row in zip(places, rows, strict=True):
+            row.asked = 1
+            self.places[place : place + 1] = [row]
+        self._await(list(zip(rows, range(len(rows)), strict=True)), chosen)
+
+    def launch(self) -> bool:
+        """Launch a step of the rows that go on; whether there are any."""
+        self._retire()
+        self._shrink()
+        going = [(row, place) for place, row in enumerate(self.places) if row is not None]
+        if not going:
+            return False
+        needed = max(row.start + row.asked for row, _ in going)
+        most = max(row.start + row.limit - 1 for row, _ in going)
+        self.cache.make_room(max(needed, min(needed + AHEAD, most, self.cache.max_length)))
+        for row, _ in going:
+            self.cache.expect(row.slot, row.start + row.asked)
+        count = bucket(len(self.places), self.cache)
+        self.buffers.run(self.model, self.cache, count, choose=True)
+        for row, _ in going:
+            row.asked += 1
+        self._await(going, self.buffers.tokens[: len(self.places)])
+        return True
+
+    def read(self, keep: int) -> Iterator[tuple[list[Row], list[int]]]:
+        """Tokens of all steps but the last ``keep``: the rows that were running, and a token each.
+
+        A row that its token ends is marked as such.
+        """
+        while len(self._unread) > keep:
+            expected, host, copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
+            tokens = host.tolist()
+            rows = []
+            for row, column in expected:
+                if row.ended:
+                    continue
+                # The step has run the token before; the first step was the prompt's.
+                if row.written:
+                    self.cache.note(row.slot, row.written[-1])
+                row.written.append(tokens[column])
+                row.ended = tokens[column] in self.eos or len(row.written) == row.limit
+                rows.append(row)
+            yield rows, [row.written[-1] for row in rows]
+
+    def settle(self) -> None:
+        """Count what was launched and not read, so that the cache says what it holds.
+
+        If that fails, nothing is known, and the slots are empty.
+        """
+        try:
+            for _ in self.read(0):
+                pass
+        except BaseException:
+            self._unread.clear()
+            self.cache.reset()
+            raise
+
+    def _retire(self) -> None:
+        """Empty the places of rows that have ended, or need no more than they were asked for."""
+        for place, row in enumerate(self.places):
+            if row is not None and (row.ended or row.asked == row.limit):
+                self.places[place] = None
+                if self.cache.scrap is not None:
+                    self.buffers.vacate(place, place + 1, self.cache)
+
+    def _shrink(self) -> None:
+        """Move to a smaller bucket, if the rows fit into one."""
+        buffers, cache = self.buffers, self.cache
+        kept = [place for place, row in enumerate(self.places) if row is not None]
+        if bucket(len(kept), cache) == bucket(len(self.places), cache):
+            return
+        if kept:
+            at = torch.tensor(kept, device=self.model.device)
+            for each in (
+                buffers.tokens,
+                buffers.slots,
+                buffers.positions,
+                buffers.lengths,
+                buffers.finished,
+            ):
+                each[: len(kept)] = each[at]
+            buffers.put(range(len(kept)), buffers.state.pick(kept))
+        buffers.vacate(len(kept), len(self.places), cache)
+        self.places = [self.places[place] for place in kept]
+
+    def _await(self, expected: list[tuple[Row, int]], tokens: torch.Tensor) -> None:
+        """Have ``tokens`` copied to where the host will read them, without waiting."""
+        if tokens.device.type != "cuda":
+            self._unread.append((expected, tokens.clone(), None))
+            return
+        host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._unread.append((expected, host, copied))

@@ -1,0 +1,387 @@
+"""Steps on static buffers: lag, buckets, scrap slot and queue, on the CPU; graphs with a stand-in.
+
+What a GPU alone shows, that a capture succeeds and replays the same launches, is not shown here.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast import buffers, writing
+from lfm2_fast.buffers import Buffers, bucket
+from lfm2_fast.cache import CacheError
+from lfm2_fast.graphs import Graphs
+from lfm2_fast.ops import Ops
+from lfm2_fast.reference import advance_ref
+from lfm2_fast.sampling import SamplingParams, SamplingState
+from lfm2_fast.steps import Row, Steps
+
+
+class Capturing(Ops):
+    """The eager bodies, driven as those that can be captured are: a step ahead, in buckets."""
+
+    captures = True
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        # Numbers made ahead are the host's, and no part of what is captured.
+        state._ahead = state._ahead[:, :0]
+        return super().sample(logits, state)
+
+
+class Recorded:
+    """Stands in for a CUDA graph: replaying it does again what was captured."""
+
+    def __init__(self, graphs: Graphs, body: Callable[[], None]) -> None:
+        self.body = body
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.body()
+
+
+@pytest.fixture
+def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
+    return lfm2_fast.load(tiny, device="cpu", dtype="float32", backend="eager")
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Graphs]:
+    """Every Graphs that is made, with captures that stand in for CUDA's."""
+    made: list[Graphs] = []
+    init = Buffers.__init__
+
+    def with_graphs(self: Buffers, model: Any, cache: Any, size: int) -> None:
+        init(self, model, cache, size, Recorded)
+        made.append(self.graphs)
+
+    monkeypatch.setattr(Buffers, "__init__", with_graphs)
+    return made
+
+
+@pytest.fixture
+def ahead(tiny: Path, monkeypatch) -> Iterator[lfm2_fast.Lfm2ForCausalLM]:
+    """A model whose steps are launched one ahead, in buckets, with a scrap slot."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32", backend="eager")
+    model.ops = Capturing()
+    # The eager bodies go by the host's numbers, which a captured step does not have.
+    batch = Buffers.batch
+    monkeypatch.setattr(
+        Buffers, "batch", lambda self, count, on_host: batch(self, count, on_host=True)
+    )
+    yield model
+
+
+PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
+
+
+def ends_at(model: Any, *steps: int) -> list[int]:
+    """Tokens that greedy decoding writes after so many steps, to stop rows at different times."""
+    written = model.generate(PROMPTS, max_new_tokens=30, eos_token_id=None)[:, 7:]
+    return [int(written[row, step]) for row, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 0.8}])
+@pytest.mark.parametrize("captured", [False, True], ids=["uncaptured", "captured"])
+def test_a_step_ahead_writes_the_same(
+    plain, ahead, sampling: dict[str, Any], captured: bool, request: pytest.FixtureRequest
+) -> None:
+    """Rows that end at different times, in buckets of 8, 4, 2 and 1."""
+    if captured:
+        request.getfixturevalue("graphs")
+    ends = ends_at(plain, 2, 5, 9, 14)
+    kwargs = {"max_new_tokens": 30, "eos_token_id": ends, "repetition_penalty": 1.1, **sampling}
+    expected = plain.generate(PROMPTS, **kwargs)
+    for _ in range(2):
+        assert torch.equal(ahead.generate(PROMPTS, **kwargs), expected)
+
+
+def test_buckets_shrink_and_rows_beyond_write_to_scrap(plain, ahead, monkeypatch) -> None:
+    counts, slots = [], []
+    run = Buffers.run
+
+    def noted(self: Buffers, model: Any, cache: Any, count: int, *, choose: bool) -> None:
+        counts.append(count)
+        slots.append(self.slots[:count].tolist())
+        run(self, model, cache, count, choose=choose)
+
+    ends = ends_at(plain, 2, 5, 9, 14)
+    monkeypatch.setattr(Buffers, "run", noted)
+    ahead.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends)
+    assert counts[0] == 8 and slots[0] == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert sorted(set(counts), reverse=True) == counts[:1] + sorted(set(counts[1:]) - {8})[::-1]
+    assert all(a >= b for a, b in zip(counts, counts[1:], strict=False)) and counts[-1] < 8
+    for row in slots:
+        live = [slot for slot in row if slot != 5]
+        assert len(set(live)) == len(live)
+
+
+def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
+    for tokens in (3, 40, 200):
+        ahead.generate([PROMPTS[0]], max_new_tokens=tokens, eos_token_id=None)
+    assert len(graphs) == 1, "the second call did not reuse the cache of the first"
+    (captured,) = graphs[0]._graphs.values()
+    # The first step of all, and the first after pages moved, run as they are.
+    assert captured.replays >= 100
+    keys = set(graphs[0]._graphs)
+    ahead.generate([PROMPTS[1]], max_new_tokens=9, do_sample=True, eos_token_id=None)
+    assert set(graphs[0]._graphs) > keys
+
+
+def test_pages_that_move_drop_the_graphs(ahead, graphs) -> None:
+    cache = ahead.new_cache(1)
+    ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
+    (before,) = graphs[0]._graphs.values()
+    ahead.generate([PROMPTS[0]], max_new_tokens=400, eos_token_id=None, past_key_values=cache)
+    assert cache.grown > 0 and before not in graphs[0]._graphs.values()
+
+
+def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
+    ahead.generate([PROMPTS[0]], max_new_tokens=9, eos_token_id=None)
+    held = weakref.ref(next(iter(graphs[0]._graphs.values())))
+    graphs.clear()
+    assert held() is not None
+    ahead.to(torch.float64)
+    gc.collect()
+    assert held() is None
+
+
+def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
+    cache = ahead.new_cache(2)
+    first = Buffers.of(ahead, cache, 2)
+    assert Buffers.of(ahead, cache, 1) is first
+    ahead.ops = Capturing()
+    assert Buffers.of(ahead, cache, 2) is not first
+
+
+def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, graphs) -> None:
+    ends = ends_at(plain, 2, 5, 9, 14)
+
+    def dampen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores - 0.5 * torch.nn.functional.one_hot(ids[:, -1], scores.shape[1])
+
+    kwargs = {"max_new_tokens": 25, "eos_token_id": ends, "logits_processor": [dampen]}
+    assert torch.equal(ahead.generate(PROMPTS, **kwargs), plain.generate(PROMPTS, **kwargs))
+    assert graphs[-1]._graphs and all(not choose for choose, *_ in graphs[-1]._graphs)
+
+
+def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
+    """A text that ended, then one that the streamer broke off: the cache says what it holds."""
+
+    class Stop(Exception):
+        pass
+
+    class Streamer:
+        left = 5
+
+        def put(self, value: torch.Tensor) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise Stop
+
+        def end(self) -> None:
+            pass
+
+    ends = ends_at(plain, 6)
+    cache = ahead.new_cache(1)
+    text = ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=ends, past_key_values=cache)
+    assert cache.lengths == [text.shape[1] - 1]
+    assert cache.history[0] == text[0, :-1].tolist()
+    cache.rollback(1)
+    turn = torch.cat([text, torch.tensor([[30, 31]])], 1)
+    with pytest.raises(Stop):
+        ahead.generate(turn, streamer=Streamer(), max_new_tokens=30, past_key_values=cache)
+    assert cache.lengths[0] == len(cache.history[0]) > turn.shape[1]
+    turn = torch.cat([torch.tensor([cache.history[0]]), torch.tensor([[33]])], 1)
+    kwargs = {"max_new_tokens": 12, "eos_token_id": None}
+    continued = ahead.generate(turn, past_key_values=cache, **kwargs)
+    assert torch.equal(continued, plain.generate(turn, **kwargs))
+
+
+def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
+    """The device failed: nothing is known of the slots, and so nothing is claimed."""
+    cache = ahead.new_cache(1)
+
+    def fail(self: Buffers, *args: Any, **kwargs: Any) -> None:
+        self.tokens = None
+        raise RuntimeError("device")
+
+    monkeypatch.setattr(Steps, "_await", fail)
+    with pytest.raises((RuntimeError, AttributeError)):
+        ahead.generate([PROMPTS[0]], max_new_tokens=5, past_key_values=cache)
+    monkeypatch.undo()
+    expected = ahead.generate([PROMPTS[0]], max_new_tokens=5)
+    assert torch.equal(
+        ahead.generate([PROMPTS[0]], max_new_tokens=5, past_key_values=cache), expected
+    )
+
+
+@pytest.mark.parametrize("which", ["plain", "ahead"])
+@pytest.mark.parametrize("at_a_time", [1, 2, 3, 7])
+def test_more_prompts_than_rows(
+    plain, at_a_time: int, which: str, request: pytest.FixtureRequest
+) -> None:
+    """In order, each as if alone, whatever was in its slot before; as many rows as were asked."""
+    model = request.getfixturevalue(which)
+    prompts = PROMPTS + [list(reversed(prompt)) for prompt in PROMPTS] + [PROMPTS[0]]
+    kwargs = {
+        "max_new_tokens": 20, "eos_token_id": ends_at(plain, 2, 5, 9), "do_sample": True,
+        "seed": 4, "repetition_penalty": 1.2, "temperature": 0.7,
+    }  # fmt: skip
+    expected = plain.generate(prompts, **kwargs)
+    assert torch.equal(model.generate(prompts, **kwargs, max_batch_size=at_a_time), expected)
+    copies = {**kwargs, "num_return_sequences": 2}
+    expected = plain.generate(prompts[:3], **copies)
+    assert torch.equal(model.generate(prompts[:3], **copies, max_batch_size=at_a_time), expected)
+
+
+def test_rows_stay_busy(plain, monkeypatch) -> None:
+    sizes = []
+    compute = lfm2_fast.Lfm2ForCausalLM.compute
+
+    def counted(self: Any, tokens: torch.Tensor, batch: Any, *args: Any) -> torch.Tensor:
+        if batch.max_query == 1:
+            sizes.append(len(tokens))
+        return compute(self, tokens, batch, *args)
+
+    ends = ends_at(plain, 2, 5, 9, 14)
+    monkeypatch.setattr(lfm2_fast.Lfm2ForCausalLM, "compute", counted)
+    plain.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends, max_batch_size=2)
+    assert max(sizes) == 2
+    assert 1 not in sizes[: sizes.index(1)] and set(sizes[sizes.index(1) :]) == {1}
+
+
+def test_what_follows_all_rows_needs_them_at_a_time(plain) -> None:
+    for wrong in (
+        {"logits_processor": [lambda ids, scores: scores]},
+        {"streamer": object()},
+        {"past_key_values": plain.new_cache(5)},
+        {"min_new_tokens": 2},
+    ):
+        with pytest.raises(ValueError, match="need all rows at a time"):
+            plain.generate(PROMPTS, max_batch_size=2, max_new_tokens=3, **wrong)
+    with pytest.raises(ValueError, match="max_batch_size must be at least 1"):
+        plain.generate(PROMPTS, max_batch_size=0)
+
+
+def test_progress_is_told(plain, monkeypatch) -> None:
+    told = []
+
+    class Bar:
+        def update(self) -> None:
+            told.append(1)
+
+        def close(self) -> None:
+            told.append(0)
+
+    monkeypatch.setattr(writing, "_progress", lambda rows: told.append(rows) or Bar())
+    plain.generate(PROMPTS, max_new_tokens=3, max_batch_size=2)
+    assert told == [5, 1, 1, 1, 1, 1, 0]
+
+
+def test_out_of_memory_says_what_to_lower(plain, monkeypatch) -> None:
+    def full(self: Any, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lfm2_fast.cache.Cache, "_grow", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"5 rows of up to 27 tokens.*max_batch_size"):
+        plain.generate(PROMPTS, max_new_tokens=20)
+
+
+def test_contexts_grow_across_pages(plain, ahead) -> None:
+    kwargs = {"max_new_tokens": 300, "eos_token_id": None}
+    assert torch.equal(ahead.generate(PROMPTS[:2], **kwargs), plain.generate(PROMPTS[:2], **kwargs))
+
+
+def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
+    cache = ahead.new_cache(1, 12)
+    row = Row(0, slot=0, start=4, limit=100)
+    steps = Steps(ahead, cache, 1, SamplingParams(), ())
+    logits = lfm2_fast.decoder.Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    steps.admit([row], logits, steps.buffers.state.pick([0]))
+    with pytest.raises(CacheError, match="max_length of 12"):
+        while steps.launch():
+            list(steps.read(steps.lag))
+    steps.settle()
+    assert len(row.written) == 9 and cache.lengths == [12]
+    assert cache.history[0] == PROMPTS[0] + row.written[:-1]
+
+
+def test_threads_and_models_do_not_disturb_each_other(tiny, plain, ahead, graphs) -> None:
+    kwargs = {"do_sample": True, "max_new_tokens": 15}
+    expected = [plain.generate(PROMPTS, seed=seed, **kwargs) for seed in range(4)]
+    other = lfm2_fast.load(tiny, device="cpu", dtype="float32", backend="eager")
+    other.ops = Capturing()
+    found: dict[int, torch.Tensor] = {}
+
+    def work(seed: int) -> None:
+        model = (ahead, other)[seed % 2]
+        for _ in range(2):
+            found[seed] = model.generate(PROMPTS, seed=seed, **kwargs)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
+
+
+def test_state_and_copies_leave_out_scrap_and_graphs(plain, ahead, graphs) -> None:
+    import copy
+
+    caches = [plain.new_cache(2), ahead.new_cache(2)]
+    for model, cache in zip((plain, ahead), caches, strict=True):
+        kwargs = {"max_new_tokens": 5, "eos_token_id": None}
+        model.generate(PROMPTS[:2], past_key_values=cache, **kwargs)
+    assert caches[1].scrap == 2 and len(caches[1].layers[0].rows) == 3
+    assert caches[1].kept is not None and copy.deepcopy(caches[1]).kept is None
+    state = caches[1].state_dict()
+    fresh = ahead.new_cache(2)
+    fresh.load_state_dict(state)
+    assert fresh.lengths == caches[0].lengths and fresh.history == caches[0].history
+    assert all(len(tensor) != 3 for name, tensor in state.items() if name.startswith("layers"))
+
+
+@pytest.mark.parametrize("scrap", [None, 7])
+def test_advance(scrap: int | None, kernel_device) -> None:
+    from lfm2_fast.kernels.advance import advance_triton
+
+    torch.manual_seed(0)
+    for count in (0, 1, 3, 200):
+        chosen = torch.randint(5, (count,))
+        finished = torch.rand(count) < 0.3
+        positions = torch.randint(100, (count,))
+        inputs = [torch.full((count,), 99), torch.arange(count), positions]
+        inputs += [(positions + 1).int(), finished]
+        ours = [each.clone().to(kernel_device) for each in inputs]
+        before, eos = [each.clone() for each in inputs], torch.tensor([3, -1, 1])
+        advance_ref(chosen, eos, scrap, *inputs)
+        advance_triton(chosen.to(kernel_device), eos.to(kernel_device), scrap, *ours)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(inputs, ours, strict=True))
+        tokens, slots, positions, lengths, ended = inputs
+        expected = before[4] | torch.isin(chosen, eos)
+        assert torch.equal(ended, expected) and torch.equal(tokens, chosen)
+        assert torch.equal(lengths, (positions + 1).int())
+        goes = torch.where(expected, before[2] if scrap is None else 0, before[2] + 1)
+        assert torch.equal(positions, goes)
+        assert torch.equal(slots, before[1] if scrap is None else before[1].where(~expected, scrap))
+
+
+def test_buckets() -> None:
+    class Some:
+        scrap: int | None = 9
+
+    assert [bucket(n, Some()) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
+    Some.scrap = None
+    assert [bucket(n, Some()) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert buffers.ENDS >= 1
