@@ -388,6 +388,21 @@ void warp_native(const Tensor& logits, const Tensor& temperature, const Tensor& 
   });
 }
 
+void philox_native(const Tensor& seeds, const Tensor& rows, const Tensor& positions,
+                   const Tensor& out) {
+  const int64_t count = out.numel();
+  for (const auto& [tensor, name] : {std::pair{seeds, "seeds"}, {rows, "rows"},
+                                     {positions, "positions"}}) {
+    expect_packed(tensor, name, ScalarType::Long, {count});
+  }
+  expect_packed(out, "out", ScalarType::Double, {count});
+  const int64_t* seed = read<int64_t>(seeds);
+  const int64_t* row = read<int64_t>(rows);
+  const int64_t* position = read<int64_t>(positions);
+  double* to = write<double>(out);
+  for (int64_t i = 0; i < count; ++i) to[i] = philox(seed[i], row[i], position[i]);
+}
+
 void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out) {
   const int64_t rows = out.numel();
   const int64_t width = scores.size(1);
@@ -419,5 +434,6 @@ STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   library.impl("argmax_native", TORCH_BOX(&argmax_native));
   library.impl("penalize_native", TORCH_BOX(&penalize_native));
   library.impl("warp_native", TORCH_BOX(&warp_native));
+  library.impl("philox_native", TORCH_BOX(&philox_native));
   library.impl("draw_native", TORCH_BOX(&draw_native));
 }

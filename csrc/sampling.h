@@ -231,4 +231,26 @@ LFM2_CLONES inline int64_t draw(const float* scores, double uniform, int64_t cou
   return token;
 }
 
+// A number in (0, 1): the first word of Philox-4x32-10 (Salmon et al., 2011) with `seed` as key and
+// counter (position, row, 0, 0).
+inline double philox(uint64_t seed, uint64_t row, uint64_t position) {
+  uint32_t c0 = static_cast<uint32_t>(position);
+  uint32_t c1 = static_cast<uint32_t>(row);
+  uint32_t c2 = 0;
+  uint32_t c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{c0} * 0xD2511F53u;
+    const uint64_t b = uint64_t{c2} * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return (c0 + 0.5) / 4294967296.0;
+}
+
 }  // namespace lfm2

@@ -9,7 +9,7 @@ import torch
 
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import Cache
-from lfm2_fast.graphs import Graphs, capture_cuda
+from lfm2_fast.graphs import Graphs, capture_cuda, capture_tape
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.sampling import SamplingParams, SamplingState
 
@@ -43,6 +43,8 @@ class Buffers:
         self.views: dict[int, SamplingState] = {}
         if capture is None and device.type == "cuda" and model.ops.captures:
             capture = capture_cuda
+        elif capture is None and model.ops.tapes:
+            capture = capture_tape
         self.graphs = None if capture is None else Graphs(device, capture)
         self._grown = cache.grown
 
@@ -124,7 +126,7 @@ class Buffers:
         state = self.view(count)
 
         def body() -> None:
-            batch = self.batch(count, on_host=not model.ops.captures)
+            batch = self.batch(count, on_host=not (model.ops.captures or model.ops.tapes))
             logits = model.compute(self.tokens[:count], batch, cache)
             if not choose:
                 assert self.logits is not None
@@ -135,7 +137,8 @@ class Buffers:
             ours = (each[:count] for each in inputs)
             model.ops.advance(chosen, self.eos, cache.scrap, *ours)
 
-        if self.graphs is None:
+        ops = model.ops
+        if self.graphs is None or not (ops.captures or count <= ops.tapes):
             body()
         else:
             seen = self.state.seen is not None

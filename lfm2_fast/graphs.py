@@ -1,4 +1,4 @@
-"""Captured work: a function's launches, recorded once and replayed as one CUDA graph."""
+"""Captured work: what a function launches, recorded once and replayed as a CUDA graph or a tape."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
+
+from lfm2_fast.tape import Tape
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ class Graphs:
             graph = self._graphs[key] = self.capture(self, body)
             logger.info("captured %s in %.2f s", key, time.perf_counter() - begin)
         graph.replay()
+
+
+def capture_tape(graphs: Graphs, body: Callable[[], None]) -> Replayable:
+    """A tape of ``body``, for CPUs; its first replay records it."""
+    return Tape(body)
 
 
 def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:

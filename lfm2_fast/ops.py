@@ -133,6 +133,8 @@ class Ops:
     name = "eager"
     # Whether a step of one token per sequence goes by tensors alone, and so can be captured.
     captures = False
+    # Up to how many rows such a step is worth recording as a tape, on a CPU.
+    tapes = 0
 
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""

@@ -34,6 +34,7 @@ _finish_products = torch.ops.lfm2_fast.finish_products_native.default
 _argmax = torch.ops.lfm2_fast.argmax_native.default
 _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
+_philox = torch.ops.lfm2_fast.philox_native.default
 _draw = torch.ops.lfm2_fast.draw_native.default
 
 
@@ -94,6 +95,7 @@ class NativeOps(StreamOps):
     """
 
     name = "native"
+    tapes = FEW_TOKENS_INT8
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         if len(x) > few_tokens(linear):
@@ -216,7 +218,9 @@ class NativeOps(StreamOps):
             warped = logits.new_empty(shape, dtype=torch.float32)
             _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
             drawn = torch.empty_like(tokens)
-            _draw(warped, state.uniforms().contiguous(), drawn)
+            uniform = torch.empty_like(tokens, dtype=torch.float64)
+            _philox(state.seeds, state.rows, state.positions, uniform)
+            _draw(warped, uniform, drawn)
             tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
         state.advance(tokens)
         return tokens

@@ -25,27 +25,28 @@ _EMPTY = (
 
 
 class Tape:
-    """``record`` a function that works on fixed tensors; ``replay`` does again what it did.
+    """What ``body`` does to fixed tensors: run and recorded once, then replayed.
 
-    Inputs are renewed in place by the caller; the function's result, and all that was made on the
-    way, is renewed in place by ``replay``. What Python decided while it was recorded stays decided.
+    Between replays the caller renews the inputs in place; all that the body made is renewed in
+    place too. What Python decided while the body was recorded stays decided.
     """
 
-    def __init__(self) -> None:
-        self._calls: list[Call] = []
-
-    def record(self, function: Callable[[], Any]) -> Any:
-        """Run ``function`` once, and give what it gives.
-
-        Raises ValueError for an operation whose result has a size, or is a Python number, that
-        depends on what tensors hold: a replay could not repeat it.
-        """
-        self._calls = []
-        with _Recorder(self._calls):
-            return function()
+    def __init__(self, body: Callable[[], None]) -> None:
+        self._body = body
+        self._calls: list[Call] | None = None
 
     def replay(self) -> None:
-        """Run the recorded operations again, on what the same tensors hold now."""
+        """Do what the body does: the first time by running it.
+
+        Raises ValueError then for an operation whose result has a size, or is a Python number, that
+        depends on what tensors hold: no later replay could repeat it.
+        """
+        if self._calls is None:
+            calls: list[Call] = []
+            with _Recorder(calls):
+                self._body()
+            self._calls = calls
+            return
         for operation, arguments, named in self._calls:
             operation(*arguments, **named)
 

@@ -407,6 +407,15 @@ def test_logits_that_are_no_numbers_stay_in_bounds(bad: float) -> None:
             assert 3 not in tokens.tolist() and 0 <= tokens.min() and tokens.max() < 500
 
 
+def test_numbers_are_sampling_pys() -> None:
+    torch.manual_seed(0)
+    seeds, rows, positions = torch.randint(-(2**62), 2**62, (3, 200)).unbind()
+    rows, positions = rows.abs() % 2**40, positions.abs() % 2**33
+    out = torch.full((200,), NAN, dtype=torch.float64)
+    BODIES.philox_native(seeds, rows, positions, out)
+    assert torch.equal(out, sampling.philox(seeds, rows, positions))
+
+
 def arguments() -> dict[str, dict[str, Any]]:
     """Small good arguments of every operation."""
     x, ints = torch.randn(3, 8), torch.arange(3)
@@ -476,6 +485,7 @@ def arguments() -> dict[str, dict[str, Any]]:
             "logits": x, "temperature": floats, "top_k": ints, "top_p": floats, "min_p": floats,
             "out": torch.zeros(3, 8),
         },
+        "philox": {"seeds": ints, "rows": ints, "positions": ints, "out": floats.clone()},
         "draw": {"scores": x, "uniform": floats, "out": torch.zeros(3, dtype=torch.int64)},
     }  # fmt: skip
 
