@@ -180,6 +180,12 @@ class HuggingFaceCompiled(HuggingFace):
         super().load(folder, threads)
         self.forward = self.torch.compile(self.model.forward, dynamic=False, fullgraph=True)
 
+        self.caches: dict[tuple[int, int], Any] = {}
+
     def new_cache(self, batch: int, length: int) -> Any:
-        cache = self.package.StaticCache(config=self.model.config, max_cache_len=length)
-        return cache
+        """The one cache of that size, emptied: compiled code holds on to its tensors."""
+        size = (batch, -(-length // 128) * 128)
+        if size not in self.caches:
+            self.caches[size] = self.package.StaticCache(self.model.config, max_cache_len=size[1])
+        self.caches[size].reset()
+        return self.caches[size]
