@@ -1,10 +1,8 @@
 """The engines that are compared, each driven in its own best way through the same few calls.
 
-An engine loads a checkpoint; ``start`` runs a prompt in each of some sequences and gives the seconds
-to their first tokens; ``decode`` continues all of them greedily and gives the seconds of each step.
-This file alone knows how an engine is called: ``lfm2_fast`` through its public ``generate``, Hugging
-Face through the model's forward call, which its own ``generate`` only adds time to, llama.cpp through
-its C interface (``llama.py``).
+This file and ``llama.py`` alone know how an engine is called: ``lfm2_fast`` through its public
+``generate``; Hugging Face through the model's forward call, to which its own ``generate`` only adds
+time; llama.cpp through its C interface.
 """
 
 from __future__ import annotations
@@ -18,169 +16,137 @@ import numpy as np
 
 
 class Engine(Protocol):
-    """What is measured; an engine's constructor imports it, and raises ImportError without."""
+    """What is measured. Its constructor imports it, and raises ImportError where it is missing."""
 
     def load(self, folder: Path, threads: int) -> None:
         """Read the checkpoint, ready to run."""
 
     def start(self, batch: int, context: int, room: int) -> float:
-        """Forget all; run ``context`` tokens in each of ``batch`` sequences that may grow by
-        ``room``. Seconds until the first new tokens are known."""
+        """Forget all and run a prompt of ``context`` tokens in each of ``batch`` sequences.
+
+        Each may grow by ``room`` tokens. Gives the seconds until all have their first new token.
+        """
 
     def decode(self, steps: int) -> list[float]:
-        """Write ``steps`` more tokens to every sequence; the seconds of each step."""
+        """Continue every sequence greedily by ``steps`` tokens; the seconds of each step."""
 
-    def logits(self, prompt: list[int], steps: int) -> np.ndarray:
-        """``[steps, vocabulary]`` float32: what follows the prompt, then each fed token 1."""
+    def logits(self, tokens: list[int], steps: int) -> np.ndarray:
+        """``[steps, vocabulary]`` float32: what follows ``tokens``, then each of so many ones."""
 
     def versions(self) -> dict[str, str]:
         """The packages that the figures depend on."""
 
 
 def prompt(row: int, length: int) -> list[int]:
-    """Token ids of a prompt; another for each row."""
+    """Token ids of a prompt, another for each row."""
     return [2 + (7 * row + 31 * i) % 4001 for i in range(length)]
 
 
 def installed(*packages: str) -> dict[str, str]:
+    """The versions of packages."""
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-class Clock:
-    """A streamer that notes when it is given tokens."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.last: Any = None
-
-    def put(self, tokens: Any) -> None:
-        self.times.append(time.perf_counter())
-        self.last = tokens
-
-    def end(self) -> None:
-        pass
-
-
 class Ours:
-    """lfm2_fast, through ``generate`` with a cache that carries on."""
+    """lfm2_fast; ``options`` go to ``load``."""
 
     def __init__(self, **options: Any) -> None:
         import torch
 
         import lfm2_fast
+        from bench.gate import logits
+        from lfm2_fast.bench import Sequences
 
         self.torch, self.package, self.options = torch, lfm2_fast, options
+        self.sequences_of, self.logits_of = Sequences, logits
 
     def load(self, folder: Path, threads: int) -> None:
         self.torch.set_num_threads(threads)
-        self.model = self.package.load(folder, **self.options)
+        self.model = self.package.load(folder, device="cpu", **self.options)
+        self.sequences = self.sequences_of(self.model)
 
     def start(self, batch: int, context: int, room: int) -> float:
-        self.text = self.torch.tensor([prompt(row, context) for row in range(batch)])
-        self.cache = self.model.new_cache(batch, context + room)
-        begin = time.perf_counter()
-        self._generate(1)
-        return time.perf_counter() - begin
+        return self.sequences.start([prompt(row, context) for row in range(batch)], room)
 
     def decode(self, steps: int) -> list[float]:
-        clock = Clock()
-        self._generate(steps + 1, streamer=clock)
-        return np.diff(clock.times[1:]).tolist()
+        return self.sequences.decode(steps)
 
-    def _generate(self, count: int, **more: Any) -> None:
-        self.text = self.model.generate(
-            self.text,
-            attention_mask=self.torch.ones_like(self.text),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=[],
-            past_key_values=self.cache,
-            **more,
-        )
-
-    def logits(self, prompt: list[int], steps: int) -> np.ndarray:
-        cache = self.model.new_cache(1, len(prompt) + steps)
-        ids, rows = prompt, []
-        for _ in range(steps):
-            out = self.model(
-                self.torch.tensor([ids]), past_key_values=cache, logits_to_keep=1
-            ).logits
-            rows.append(out[0, -1].float().numpy())
-            ids = [1]
-        return np.stack(rows)
+    def logits(self, tokens: list[int], steps: int) -> np.ndarray:
+        return self.logits_of(self.model, tokens, steps)
 
     def versions(self) -> dict[str, str]:
         return {"lfm2_fast": self.package.__version__, **installed("torch")}
 
 
 class HuggingFace:
-    """transformers' class, eager, with the cache that it makes itself."""
+    """transformers' class in bfloat16, eager, with the cache that it makes itself."""
 
-    def __init__(self, dtype: str = "bfloat16") -> None:
+    def __init__(self) -> None:
         import torch
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
-        self.torch, self.package, self.dtype = torch, transformers, dtype
+        self.torch, self.package = torch, transformers
 
     def load(self, folder: Path, threads: int) -> None:
         self.torch.set_num_threads(threads)
         self.torch.set_grad_enabled(False)
         kind = self.package.Lfm2ForCausalLM
-        self.model = kind.from_pretrained(folder, dtype=getattr(self.torch, self.dtype)).eval()
-        self.forward = self.model.forward
+        self.model = kind.from_pretrained(folder, dtype=self.torch.bfloat16).eval()
+        for weight in self.model.parameters():
+            # From the mapped file into memory of its own, which nobody takes back between turns.
+            weight.data = weight.data.clone()
+        self.step = self.model.forward
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        return self.package.DynamicCache(config=self.model.config)
 
     def start(self, batch: int, context: int, room: int) -> float:
         text = self.torch.tensor([prompt(row, context) for row in range(batch)])
         self.cache = self.new_cache(batch, context + room)
         begin = time.perf_counter()
-        self._step(text, self.model.forward)
+        self.tokens = self._run(text, self.model.forward).argmax(-1, keepdim=True)
         return time.perf_counter() - begin
-
-    def new_cache(self, batch: int, length: int) -> Any:
-        return self.package.DynamicCache(config=self.model.config)
 
     def decode(self, steps: int) -> list[float]:
         times = [time.perf_counter()]
         for _ in range(steps):
-            self._step(self.tokens, self.forward)
+            self.tokens = self._run(self.tokens, self.step).argmax(-1, keepdim=True)
             times.append(time.perf_counter())
         return np.diff(times).tolist()
 
-    def _step(self, ids: Any, forward: Any) -> None:
-        out = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+    def logits(self, tokens: list[int], steps: int) -> np.ndarray:
+        self.cache = self.new_cache(1, len(tokens) + steps)
+        rows = [self._run(self.torch.tensor([tokens]), self.model.forward)]
+        one = self.torch.tensor([[1]])
+        rows += [self._run(one, self.step).clone() for _ in range(steps - 1)]
+        return np.stack([row[0].float().numpy() for row in rows])
 
-    def logits(self, prompt: list[int], steps: int) -> np.ndarray:
-        cache = self.new_cache(1, len(prompt) + steps)
-        ids, rows, forward = prompt, [], self.model.forward
-        for _ in range(steps):
-            out = forward(
-                input_ids=self.torch.tensor([ids]), past_key_values=cache, logits_to_keep=1
-            ).logits
-            rows.append(out[0, -1].float().numpy())
-            ids, forward = [1], self.forward
-        return np.stack(rows)
+    def _run(self, ids: Any, forward: Any) -> Any:
+        """Logits of the last position, ``[batch, vocabulary]``."""
+        out = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
 
     def versions(self) -> dict[str, str]:
         return installed("transformers", "torch")
 
 
 class HuggingFaceCompiled(HuggingFace):
-    """transformers' class with its static cache; single-token steps compiled by torch.compile."""
+    """transformers' class with its static cache; steps of one token compiled by torch.compile."""
 
     def __init__(self) -> None:
         super().__init__()
         import torch._inductor.config as inductor
+        from torch._inductor.cpp_builder import get_cpp_compiler
 
-        # Lets Inductor repack the weights for oneDNN, which is what makes it fast on a CPU.
+        get_cpp_compiler()  # raises where there is none
+        # Lets Inductor repack the weights for oneDNN, its fastest way on a CPU.
         inductor.freezing = True
+        self.caches: dict[tuple[int, int], Any] = {}
 
     def load(self, folder: Path, threads: int) -> None:
         super().load(folder, threads)
-        self.forward = self.torch.compile(self.model.forward, dynamic=False, fullgraph=True)
-
-        self.caches: dict[tuple[int, int], Any] = {}
+        self.step = self.torch.compile(self.model.forward, dynamic=False, fullgraph=True)
 
     def new_cache(self, batch: int, length: int) -> Any:
         """The one cache of that size, emptied: compiled code holds on to its tensors."""

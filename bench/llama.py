@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from engines import installed, prompt
+from bench.engines import installed, prompt
 
 KINDS = {"BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
 
@@ -79,7 +79,7 @@ class LlamaCpp:
     """llama.cpp with weights of one kind: BF16, Q8_0 or Q4_0."""
 
     def __init__(self, kind: str) -> None:
-        import gguf  # noqa: F401  (said missing at once, if it is)
+        import gguf  # noqa: F401  (missing, it is said at once)
         import llama_cpp
 
         self.lib, self.kind, self.context = llama_cpp, kind, None
@@ -105,12 +105,10 @@ class LlamaCpp:
             partial.replace(path)
         return path
 
-    def prepare(self, folder: Path) -> None:
-        self.file(folder, self.kind)
-
     def load(self, folder: Path, threads: int) -> None:
         params = self.lib.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_mmap = False  # in memory of its own, which nobody takes back between turns
         self.threads = threads
         path = str(self.file(folder, self.kind)).encode()
         self.model = self.lib.llama_model_load_from_file(path, params)
@@ -136,14 +134,14 @@ class LlamaCpp:
             times.append(time.perf_counter())
         return np.diff(times).tolist()
 
-    def logits(self, prompt: list[int], steps: int) -> np.ndarray:
-        self._open(1, len(prompt) + steps)
+    def logits(self, tokens: list[int], steps: int) -> np.ndarray:
+        self._open(1, len(tokens) + steps)
         self.at = [0]
-        ids, found = prompt, []
+        found = []
         for _ in range(steps):
-            self._run([(token, 0) for token in ids], [0])
+            self._run([(token, 0) for token in tokens], [0])
             found.append(self._last(-1).copy())
-            ids = [1]
+            tokens = [1]
         return np.stack(found)
 
     def _open(self, batch: int, length: int) -> None:
@@ -164,8 +162,8 @@ class LlamaCpp:
         self.context = self.lib.llama_init_from_model(self.model, params)
         assert self.context, "llama.cpp could not make a context"
 
-    def _run(self, tokens: list[tuple[int, int]], rows: Any) -> list[int]:
-        """Run ``(token, sequence)`` pairs; the likeliest next token of each sequence of ``rows``."""
+    def _run(self, tokens: list[tuple[int, int]], rows: Sequence[int]) -> list[int]:
+        """Run ``(token, sequence)`` pairs; the likeliest next token of each of ``rows``."""
         for first in range(0, len(tokens), 2048):
             chunk = tokens[first : first + 2048]
             end = first + len(chunk) == len(tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,11 @@ def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
     return 2 * COPIED / quantile(times[2:], 0.5)
 
 
-def memory(device: torch.device | None = None) -> dict[str, int]:
-    """Bytes that this process holds and has held at most; on a GPU what torch took there."""
+def memory(device: torch.device | None = None, pid: int | None = None) -> dict[str, int]:
+    """Bytes that this process, or another, holds and has held at most; on a GPU what torch took.
+
+    On a CPU from Linux's /proc; elsewhere it is empty.
+    """
     if device is not None and device.type == "cuda":
         return {
             "resident": torch.cuda.memory_allocated(device),
@@ -62,7 +65,9 @@ def memory(device: torch.device | None = None) -> dict[str, int]:
         }
     names = {"VmRSS": "resident", "VmHWM": "peak"}
     found = {}
-    for key, value in _status():
+    path = PROC / str(pid or "self") / "status"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        key, _, value = line.partition(":")
         if key in names:
             found[names[key]] = int(value.split()[0]) * 1024
     return found
@@ -118,21 +123,6 @@ def doubts(times: Sequence[float], others: dict[str, Any]) -> list[str]:
     if taken > BUSY:
         found.append(f"the host took {taken:.2f} processors away")
     return found
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call took, and what it gave."""
-    begin = time.perf_counter()
-    made = call()
-    return time.perf_counter() - begin, made
-
-
-def _status() -> Iterable[tuple[str, str]]:
-    path = PROC / "self" / "status"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [(key, value) for key, _, value in (line.partition(":") for line in lines)]
 
 
 def _processors() -> tuple[int, int]:
