@@ -56,7 +56,9 @@ def bench_load(benchmark: Any, size: str, dtype: str) -> None:
         rounds=3,
         warmup_rounds=1,
     )
-    seconds, resident, peak = (sorted(column)[len(column) // 2] for column in zip(*found, strict=True))
+    seconds, resident, peak = (
+        sorted(column)[len(column) // 2] for column in zip(*found, strict=True)
+    )
     benchmark.extra_info |= {
         "load_seconds": seconds,
         "memory_after_load_bytes": resident,
