@@ -21,7 +21,7 @@ STEPS = {
 FEW = 3
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # both bodies, which take turns
 def whole(size: str, step: str, backend: str) -> Setup:
     return Setup(size, backend=backend, **STEPS[step])
 

@@ -76,8 +76,7 @@ def model_of() -> Callable[[str, str], Any]:
     return checked_model
 
 
-# One at a time: the larger shapes fill the memory.
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # both bodies, which take turns
 def checked_model(size: str, backend: str) -> Any:
     model = lfm2_fast.load(checkpoint(size), device="cpu", dtype="bfloat16", backend=backend)
     if wrong := wrong_logits(logits(model), exact_logits(size)):

@@ -13,9 +13,14 @@ ROUNDED = 0.03
 PROMPT, STEPS = list(range(2, 34)), 4
 
 
+def distance(found: np.ndarray, exact: np.ndarray) -> float:
+    """How far logits ``[steps, vocabulary]`` are from the reference's, relative to their size."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 def wrong_logits(found: np.ndarray, exact: np.ndarray, allowed: float = ROUNDED) -> str | None:
-    """Why logits ``[steps, vocabulary]`` are not those of the reference, or None."""
-    error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    """Why logits are not those of the reference, or None."""
+    error = distance(found, exact)
     if error <= allowed:
         return None
     return f"its logits are wrong: they differ by {error:.3g} of their size, {allowed} is allowed"

@@ -76,7 +76,7 @@ def test_bench_writes_figures_that_fit_together(
     with pytest.raises(SystemExit) as ended:
         cli.main([*call, "--rounds", "2", "--json", "--device", "cpu"])
     out, err = capsys.readouterr()
-    assert ended.value.code == 0, err
+    assert not ended.value.code, err
     found = json.loads(out)
     model = lfm2_fast.load(tiny, device="cpu")
     assert found["model"]["weight_bytes"] == model.num_parameters() * model.dtype.itemsize
@@ -144,7 +144,7 @@ def test_plot_draws(tiny: Path, tmp_path: Path) -> None:
     call = ["bench", str(tiny), "--prompt", "4,8", "--output", "2", "--batch", "1,2"]
     with pytest.raises(SystemExit) as ended:
         cli.main([*call, "--rounds", "1", "--plot", str(path)])
-    assert ended.value.code == 0
+    assert not ended.value.code
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
