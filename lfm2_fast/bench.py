@@ -103,9 +103,25 @@ def weight_bytes(model: Lfm2ForCausalLM) -> int:
     return sum(held.values()) - (0 if tied else embedding.nbytes)
 
 
-def cases(prompts: Sequence[int], outputs: Sequence[int], batches: Sequence[int]) -> list[Case]:
-    """Every combination, short ones first."""
-    return [Case(p, o, b) for b, p, o in product(sorted(batches), sorted(prompts), sorted(outputs))]
+def cases(prompts: str, outputs: str, batches: str) -> list[Case]:
+    """Every combination of the counts in texts like "1,4,16", short prompts first.
+
+    Raises ValueError, naming the command's option, for what is not such a text.
+    """
+    given = {"--prompt": prompts, "--output": outputs, "--batch": batches}
+    prompt, output, batch = (counts(name, text) for name, text in given.items())
+    return [Case(p, o, b) for b, p, o in product(batch, prompt, output)]
+
+
+def counts(name: str, text: str) -> list[int]:
+    """The counts in a text like "1,4,16", in order. Raises ValueError, which says ``name``."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise ValueError(f"{name} must be counts like 1,4,16, got {text!r}")
+    return found
 
 
 def load_and_measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from lfm2_fast.info import readable
 COLUMNS = ("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "of")
 
 
-def show(found: dict[str, Any]) -> None:
-    """The figures of a run as a table, what stands beside them above and below it."""
+def show(found: dict[str, Any], *, as_json: bool = False) -> None:
+    """The figures of a run as JSON, or as a table with what is to be said above and below it."""
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
     console = Console(highlight=False)
     model, device = found["model"], found["device"]
     numbers = " and ".join(filter(None, (model["quantization"], model["dtype"])))

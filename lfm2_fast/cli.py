@@ -266,12 +266,7 @@ def bench(
 
     if plot is not None:
         check_plot()
-    wanted = cases(
-        *(
-            _counts(*given)
-            for given in (("--prompt", prompt), ("--output", output), ("--batch", batch))
-        )
-    )
+    wanted = cases(prompt, output, batch)
     found = load_and_measure(
         Terminal(),
         model,
@@ -287,12 +282,7 @@ def bench(
     )
     if plot is not None:
         draw(found, plot)
-    if json:
-        import json as writer
-
-        typer.echo(writer.dumps(found, indent=2))
-    else:
-        show(found)
+    show(found, as_json=json)
 
 
 @app.command()
@@ -350,17 +340,6 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if not text:
         raise ValueError("the prompt is empty")
     return text
-
-
-def _counts(name: str, text: str) -> list[int]:
-    """Counts from "1,4,16". Raises ValueError, naming the option."""
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or found[0] < 1:
-        raise ValueError(f"{name} must be counts like 1,4,16, got {text!r}")
-    return found
 
 
 def _given(
