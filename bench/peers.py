@@ -21,7 +21,7 @@ import torch
 from bench import results
 from bench.gate import PROMPT, ROUNDED, STEPS, distance, wrong_logits
 from bench.goals import verdicts
-from bench.report import figure_table, goal_table
+from bench.report import figure_table, goal_table, memory_table
 from bench.results import Figure
 from bench.shapes import SIZES, checkpoint
 from bench.worker import ENGINES, ROOT, EngineError, Remote
@@ -147,16 +147,8 @@ def main() -> None:
     print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
     engines, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
     figures.append(import_seconds(5))
-    others = Neighbours(own=[engine.process.pid for engine in engines])
-    for name in wanted:
-        able = [e for e in engines if e.name != "transformers compiled" or name in COMPILED_CASES]
-        figures += interleave(able, name, given.rounds)
-        print(f"\n{figure_table(figures, [name])}", flush=True)
-    seen = others.seen()
-    versions = {key: value for engine in engines for key, value in engine.versions.items()}
-    for engine in engines:
-        engine.close()
-    bandwidth = Figure("copy", "machine", "bytes/s", [copy_bandwidth(torch.device("cpu"))])
+    bandwidth = copy_bandwidth(torch.device("cpu"))
+    figures.append(Figure("copy", "machine", "bytes/s", [bandwidth]))
     found = results.header(
         f"LFM2-{given.size}'s shape with random weights on a CPU, beside other engines",
         {
@@ -170,12 +162,20 @@ def main() -> None:
             "gate": "logits of a prompt and of steps after it against float32",
         },
     )
-    found["versions"] |= versions
-    found |= {"others": seen, "skipped": skipped}
-    found["figures"] = results.as_json([*figures, bandwidth])
+    found["versions"] |= {key: value for e in engines for key, value in e.versions.items()}
+    found["skipped"] = skipped
     out = given.out or results.RESULTS / f"cpu-{given.size}.json"
-    results.write(out, found)
-    print(f"\n{goal_table(verdicts(figures))}\n\nwritten: {out}; meanwhile: {seen}")
+    others = Neighbours(own=[engine.process.pid for engine in engines])
+    for name in wanted:
+        able = [e for e in engines if e.name != "transformers compiled" or name in COMPILED_CASES]
+        figures += interleave(able, name, given.rounds)
+        print(f"\n{figure_table(figures, [name])}", flush=True)
+        found |= {"others": others.seen(), "figures": results.as_json(figures)}
+        results.write(out, found)
+    for engine in engines:
+        engine.close()
+    print(f"\n{goal_table(verdicts(figures))}\n\n{memory_table(figures)}")
+    print(f"\nwritten: {out}; meanwhile: {found['others']}")
 
 
 if __name__ == "__main__":

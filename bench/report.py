@@ -47,8 +47,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, no exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits or more, no exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
