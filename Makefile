@@ -4,12 +4,13 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SIZE := 350M
 SANITIZER := -fsanitize=address,undefined
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint aot sanitize test-gpu wheel clean
+.PHONY: help demo test lint bench bench-report aot sanitize test-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -25,6 +26,16 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# llama.cpp is compiled for this processor, once, in some five minutes.
+bench: $(READY) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+	$(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python gguf llama-cpp-python \
+	|| echo "llama.cpp could not be built and is left out" >&2
+	$(BIN)/python -m bench.peers --size $(SIZE)
+
+bench-report: $(READY) ## Rewrite the tables of the documentation from bench/results
+	$(BIN)/python -m bench.report
 
 aot: $(READY) ## Compile the Triton kernels for GPUs that are not here; table their registers
 	$(BIN)/python bench/aot.py

@@ -1,21 +1,18 @@
 """Where the time of a decode step on the CPU goes, in eager PyTorch and on the native bodies.
 
-    python bench/profile_decode.py tests/data/LFM2-350M.json
+    python -m bench.profile_decode --size 350M
 
 Both backends share one set of random weights. They take turns, a few steps each, so that whatever
 else the machine does falls on both. Whole steps and single operations are timed in separate turns,
-since timing every operation costs time itself. What is left of a step when its operations are taken
-out is Python between them: the model, the batch, the cache.
+since timing every operation costs time itself. Operations are the model's words, with what they
+call. What is left of a step when they are taken out is Python between them: the model, the batch,
+the cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,24 +22,16 @@ from typing import Any
 import torch
 
 import lfm2_fast
+from bench import results
+from bench.report import profile_table
+from bench.shapes import SIZES, config_of, random_weights
 from lfm2_fast.cache import Cache
-from lfm2_fast.checkpoint import layout
 from lfm2_fast.decoder import Decoder
+from lfm2_fast.measure import Neighbours, quantile
 from lfm2_fast.sampling import SamplingParams, SamplingState
 
 BACKENDS = ("eager", "native")
-OPERATIONS = ("linear", "rms_norm", "swiglu", "gated_conv", "rope", "qk_norm_rope", "attention")
-
-
-def random_weights(config: lfm2_fast.Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights of a fresh model, by our names."""
-    torch.manual_seed(0)
-    weights = {}
-    for name, parts in layout(config).items():
-        shape = (sum(part.rows for part in parts), *parts[0].shape[1:])
-        made = torch.ones(shape) if "norm" in name else torch.randn(shape) * 0.02
-        weights[name] = (made.squeeze(1) if name.endswith("conv.conv.weight") else made).to(dtype)
-    return weights
+WORDS = ("embed", "rope", "norm_linear", "conv_out_add", "attend", "linear_add", "norm_swiglu")
 
 
 class Side:
@@ -71,9 +60,10 @@ class Side:
         self._rewind()
         for _ in range(steps):
             spent: dict[str, list[float]] = defaultdict(list)
-            kept = {name: getattr(self.model.ops, name) for name in OPERATIONS}
+            kept = {name: getattr(self.model.ops, name) for name in WORDS}
+            inside: list[None] = []
             for name, body in kept.items():
-                setattr(self.model.ops, name, timed(body, spent[name]))
+                setattr(self.model.ops, name, timed(body, spent[name], inside))
             self._step(spent["sample"])
             for name in kept:
                 delattr(self.model.ops, name)
@@ -91,11 +81,20 @@ class Side:
         self.token = int(choose(logits, self.state))
 
 
-def timed(body: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+def timed(
+    body: Callable[..., Any], times: list[float], inside: list[None] | None = None
+) -> Callable[..., Any]:
+    """``body``, noting its seconds in ``times``; not while another that shares ``inside`` runs."""
+    inside = [] if inside is None else inside
+
     def call(*args: Any) -> Any:
+        if inside:
+            return body(*args)
+        inside.append(None)
         begin = time.perf_counter()
         made = body(*args)
         times.append(time.perf_counter() - begin)
+        inside.pop()
         return made
 
     return call
@@ -122,10 +121,6 @@ def call_cost() -> dict[str, float]:
     return costs
 
 
-def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[int(q * (len(values) - 1))]
-
-
 def microseconds(seconds: float) -> float:
     return round(seconds * 1e6, 2)
 
@@ -144,71 +139,50 @@ def summary(side: Side) -> dict[str, Any]:
     return {"step": step, "tokens_per_second": rate, "operations": {**rows, "the rest": rest}}
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor()
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "lfm2_fast": f"{lfm2_fast.__version__} ({commit})",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path, help="a config.json")
+    parser.add_argument("--size", default="350M", choices=SIZES)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=64, help="tokens before the first step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=8, help="steps per turn")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON")
+    parser.add_argument("--out", type=Path, help="default: bench/results/profile-SIZE.json")
     given = parser.parse_args()
 
     torch.set_num_threads(given.threads)
-    config = lfm2_fast.Config.from_file(given.config)
+    config = config_of(given.size)
     weights = random_weights(config, getattr(torch, given.dtype))
     sides = {
         name: Side(lfm2_fast.Lfm2ForCausalLM(config, dict(weights), backend=name), given.context)
         for name in BACKENDS
     }
-    load = [os.getloadavg()[0]]
     for side in sides.values():
         side.turn(given.steps)
         side.steps.clear()
+    others = Neighbours()
     for i in range(given.rounds):
         order = BACKENDS if i % 2 else BACKENDS[::-1]
         for name in order:
             sides[name].turn(given.steps)
         for name in order:
             sides[name].profiled_turn(given.steps)
-    load.append(os.getloadavg()[0])
-    found = {
-        "what": "one decode step, batch 1, with the choice of a token",
-        "model": given.config.stem,
-        "dtype": given.dtype,
-        "context": given.context,
-        "threads": given.threads,
-        "protocol": f"{given.rounds} rounds of {given.steps} steps a side, in turns",
-        "load_before_and_after": [round(x, 2) for x in load],
-        "machine": machine(),
-        "call_us": call_cost(),
-        **{name: summary(side) for name, side in sides.items()},
-    }
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(text + "\n", encoding="utf-8")
+    found = results.header(
+        f"where a decode step's time goes, LFM2-{given.size}'s shape, batch 1, with the choice of "
+        "a token",
+        {
+            "dtype": given.dtype,
+            "context": given.context,
+            "threads": given.threads,
+            "rounds": given.rounds,
+            "order": f"{given.steps} steps a side and round, in turns; operations timed in others",
+        },
+    )
+    found |= {"others": others.seen(), "call_us": call_cost()}
+    found |= {name: summary(side) for name, side in sides.items()}
+    out = given.out or results.RESULTS / f"profile-{given.size}.json"
+    results.write(out, found)
+    print(f"{profile_table(found)}\n\nwritten: {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: ``lfm2-fast generate | chat | info | eval | demo``.
+"""The command line: ``lfm2-fast generate | chat | info | eval | bench | demo``.
 
 Nothing here imports torch before a command runs, so that ``--help`` comes at once.
 """
@@ -236,6 +236,53 @@ def eval_(
     facts = {**asdict(found), "perplexity": found.perplexity}
     known = {name: value for name, value in facts.items() if value is not None}
     show({"quality": known}, as_json=json)
+
+
+@app.command()
+def bench(
+    model: opt.Model,
+    prompt: Annotated[str, typer.Option(help="Lengths of prompts in tokens.")] = "128,1024",
+    output: Annotated[str, typer.Option(help="Tokens to write.")] = "64",
+    batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,4",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the figures here.")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    backend: opt.Backend = "auto",
+    quantization: opt.Quantization = None,
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+) -> None:
+    """Measure how fast a checkpoint runs here, and how near to the memory's speed.
+
+    Lengths and batches are numbers with commas between them; every combination runs.
+    """
+    from lfm2_fast.bench import cases, load_and_measure
+    from lfm2_fast.bench_show import check_plot, show
+    from lfm2_fast.bench_show import plot as draw
+    from lfm2_fast.terminal import Terminal
+
+    if plot is not None:
+        check_plot()
+    wanted = cases(prompt, output, batch)
+    found = load_and_measure(
+        Terminal(),
+        model,
+        wanted,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantization=quantization,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
+    if plot is not None:
+        draw(found, plot)
+    show(found, as_json=json)
 
 
 @app.command()

@@ -35,13 +35,17 @@ def machine(device: str = "auto", backend: str = "auto") -> Facts:
     """
     where = find_device(device)
     chosen = ops.choose(backend, where, torch.bfloat16)
-    hardware = _cpu() if where.type == "cpu" else _gpu(where)
     return {
         "versions": versions(),
-        "device": {"device": str(where), **hardware, "backend": chosen.name},
+        "device": {**hardware(where), "backend": chosen.name},
         "operations": bodies(chosen),
         "backends": backends(where),
     }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What ``device`` is, and what makes a difference to speed there."""
+    return {"device": str(device), **(_cpu() if device.type == "cpu" else _gpu(device))}
 
 
 def versions() -> dict[str, str]:

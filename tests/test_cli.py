@@ -76,13 +76,13 @@ def test_help_is_quick_and_names_every_command() -> None:
     done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert time.perf_counter() - begun < 2  # 0.2 on an idle core
     assert done.returncode == 0 and not done.stderr
-    assert {"generate", "chat", "info", "demo"} <= set(done.stdout.split())
+    assert {"generate", "chat", "info", "bench", "demo"} <= set(done.stdout.split())
 
 
 def test_help_and_version(run: Run) -> None:
     assert run() == run("--help")
     assert run("--version") == Result(0, f"lfm2-fast {lfm2_fast.__version__}\n", "")
-    for command in ("generate", "chat", "info", "demo"):
+    for command in ("generate", "chat", "info", "bench", "demo"):
         assert run(command, "--help").out.startswith(f"Usage: lfm2-fast {command}")
 
 
@@ -333,7 +333,8 @@ def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
     expected = "$ printf 'hi\\n> '; read x; echo got $x\nhi\n> old\ngot old\n$ echo  two\ntwo\n"
     assert record["console"](block, os.environ["PATH"]) == expected
     assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
-    options = "\n".join(run(name, "--help").out for name in ("generate", "chat", "info", "demo"))
+    commands = ("generate", "chat", "info", "bench", "demo")
+    options = "\n".join(run(name, "--help").out for name in commands)
     for page in (ROOT / "docs" / "usage").glob("*.md"):
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))
         assert {option for option in mentioned if f"{option} " not in options} <= {"--traceback"}

@@ -1,0 +1,52 @@
+"""What computes something else is not timed: the checks that come before every figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+# The error of logits against float32, relative to their size. Rounding to bfloat16 costs 0.01 at
+# these shapes; a wrong model is off by 1 and more.
+ROUNDED = 0.03
+PROMPT, STEPS = list(range(2, 34)), 4
+
+
+def distance(found: np.ndarray, exact: np.ndarray) -> float:
+    """How far logits ``[steps, vocabulary]`` are from the reference's, relative to their size."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def wrong_logits(found: np.ndarray, exact: np.ndarray, allowed: float = ROUNDED) -> str | None:
+    """Why logits are not those of the reference, or None."""
+    error = distance(found, exact)
+    if error <= allowed:
+        return None
+    return f"its logits are wrong: they differ by {error:.3g} of their size, {allowed} is allowed"
+
+
+def wrong_operation(out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> str | None:
+    """Why a body's result is not the operation's, or None.
+
+    It may be twice as far from ``exact``, the reference in float64, as ``plain``, the reference in
+    the same dtype, plus one rounding step: the rule of the tests.
+    """
+    wide = exact.double()
+    error = (out.double() - wide).abs().max()
+    step = torch.finfo(out.dtype).eps * wide.abs().max()
+    allowed = 2 * (plain.double() - wide).abs().max() + step
+    if bool(error <= allowed):  # not for NaN
+        return None
+    return f"it is wrong: off by {float(error):.3g}, {float(allowed):.3g} is allowed"
+
+
+def logits(model: Any, tokens: list[int] = PROMPT, steps: int = STEPS) -> np.ndarray:
+    """What ``wrong_logits`` judges, of a model of ours: see ``engines.Engine.logits``."""
+    cache = model.new_cache(1, len(tokens) + steps)
+    rows = []
+    for _ in range(steps):
+        out = model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1).logits
+        rows.append(out[0, -1].float().numpy())
+        tokens = [1]
+    return np.stack(rows)

@@ -1,0 +1,195 @@
+"""Every operation at a model's true shapes, with the bytes that it must move at the least.
+
+An operation is timed over all layers that have it, one after another, so that its weights come from
+memory and not from a cache, as in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from bench.shapes import config_of, random_weights
+from lfm2_fast import Lfm2ForCausalLM
+from lfm2_fast.batch import Batch
+from lfm2_fast.cache import Cache, KVPages
+from lfm2_fast.model import AttentionBlock, ConvBlock
+from lfm2_fast.stream import settled
+
+Tensors = list[torch.Tensor]
+
+
+class Setup:
+    """A model and inputs for its operations: ``tokens`` of ``sequences`` after ``context`` each.
+
+    With ``layers`` only so many, whose numbers are those of the whole model's first ones. All is
+    drawn in bfloat16, so that every dtype gets the same values.
+    """
+
+    def __init__(
+        self,
+        size: str,
+        *,
+        tokens: int,
+        sequences: int = 1,
+        context: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str = "eager",
+        layers: int | None = None,
+    ) -> None:
+        config = config_of(size)
+        self.config = replace(config, layer_types=config.layer_types[:layers])
+        weights = random_weights(self.config, torch.bfloat16)
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        self.model = Lfm2ForCausalLM(self.config, weights, backend=backend)
+        self.ops = self.model.ops
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(1)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        width = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        total = tokens * sequences
+        self.x = self.draw(total, hidden)
+        self.bcx = self.draw(total, 3 * hidden)
+        self.qkv = self.draw(total, width)
+        self.gate_up = self.draw(total, 2 * inner)
+        self.inner = self.draw(total, inner)
+        self.q = self.draw(total, config.num_attention_heads, config.head_dim)
+        self.cache = self.model.new_cache(sequences, context + tokens)
+        self.fill(self.cache, sequences, context)
+        self.batch = Batch.prepare([tokens] * sequences, range(sequences), self.cache, "cpu")
+        self.cache.reserve(self.batch)
+        self.positions = self.batch.positions
+        self.rope = self.ops.rope(self.positions, self.model.inv_freq, dtype)
+        pairs = list(zip(self.model.layers, self.cache.layers, strict=True))
+        self.conv = [(block, state) for block, state in pairs if isinstance(block, ConvBlock)]
+        self.attention = [(b, state) for b, state in pairs if isinstance(b, AttentionBlock)]
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=self.generator)
+        return made.to(self.dtype)
+
+    def fill(self, cache: Cache, sequences: int, context: int) -> None:
+        """Let the cache hold ``context`` tokens a sequence, of random numbers."""
+        if context:
+            batch = Batch.prepare([context] * sequences, range(sequences), cache, "cpu")
+            cache.reserve(batch)
+            cache.advance(batch)
+        for state in cache.layers:
+            for tensor in state.tensors().values():
+                if not isinstance(state, KVPages):
+                    tensor.copy_(self.draw(*tensor.shape))
+                elif context:
+                    here = tensor[:, :, :context]
+                    here.copy_(self.draw(*here.shape))
+
+
+def norm_linear_conv(s: Setup) -> Tensors:
+    return [s.ops.norm_linear(s.x, b.operator_norm, b.conv.in_proj) for b, _ in s.conv]
+
+
+def norm_linear_qkv(s: Setup) -> Tensors:
+    return [s.ops.norm_linear(s.x, b.operator_norm, b.self_attn.qkv_proj) for b, _ in s.attention]
+
+
+def norm_linear_head(s: Setup) -> Tensors:
+    last = s.x[s.batch.last_rows]
+    return [s.ops.norm_linear(last, s.model.embedding_norm, s.model.lm_head)]
+
+
+def conv_out_add(s: Setup) -> Tensors:
+    return [settled(s.ops.conv_out_add(s.bcx, b.conv, s.x, w, s.batch)) for b, w in s.conv]
+
+
+def attend(s: Setup) -> Tensors:
+    return [s.ops.attend(s.qkv, b.self_attn, s.rope, p, s.batch) for b, p in s.attention]
+
+
+def norm_swiglu(s: Setup) -> Tensors:
+    blocks = s.model.layers
+    return [s.ops.norm_swiglu(s.x, b.ffn_norm, b.feed_forward.gate_up_proj) for b in blocks]
+
+
+def linear_add(s: Setup) -> Tensors:
+    blocks = s.model.layers
+    return [settled(s.ops.linear_add(s.inner, b.feed_forward.down_proj, s.x)) for b in blocks]
+
+
+def rms_norm(s: Setup) -> Tensors:
+    return [s.ops.rms_norm(s.x, b.ffn_norm) for b in s.model.layers]
+
+
+def swiglu(s: Setup) -> Tensors:
+    return [s.ops.swiglu(s.gate_up) for _ in s.model.layers]
+
+
+def gated_conv(s: Setup) -> Tensors:
+    return [s.ops.gated_conv(s.bcx, b.conv.conv, w, s.batch) for b, w in s.conv]
+
+
+def qk_norm_rope(s: Setup) -> Tensors:
+    return [s.ops.qk_norm_rope(s.qkv, b.self_attn, s.rope, p, s.batch) for b, p in s.attention]
+
+
+def attention(s: Setup) -> Tensors:
+    return [s.ops.attention(s.q, p, s.batch) for _, p in s.attention]
+
+
+def rope(s: Setup) -> Tensors:
+    return [*s.ops.rope(s.positions, s.model.inv_freq, s.dtype)]
+
+
+OPERATIONS: dict[str, Callable[[Setup], Tensors]] = {
+    made.__name__: made
+    for made in (
+        norm_linear_conv,
+        norm_linear_qkv,
+        norm_linear_head,
+        conv_out_add,
+        attend,
+        norm_swiglu,
+        linear_add,
+        rms_norm,
+        swiglu,
+        gated_conv,
+        qk_norm_rope,
+        attention,
+        rope,
+    )
+}
+
+
+def least_bytes(name: str, s: Setup) -> int:
+    """Bytes that the operation must read and write over all its layers, each once.
+
+    Counted as in docs/architecture.md: activations in and out, weights, the window's rows that are
+    read and written, and keys and values of the whole context.
+    """
+    item, total, sequences = s.dtype.itemsize, len(s.x), len(s.batch.slots)
+    config = s.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    q = config.num_attention_heads * config.head_dim
+    past = config.conv_L_cache - 1
+    conv, attn, every = len(s.conv), len(s.attention), config.num_hidden_layers
+    cached = 2 * kv * int(s.batch.lengths.sum())
+    window = sequences * 2 * past * hidden
+    numbers = {
+        "norm_linear_conv": conv * (3 * hidden * hidden + hidden + 4 * total * hidden),
+        "norm_linear_qkv": attn * ((q + 2 * kv) * hidden + hidden + total * (hidden + q + 2 * kv)),
+        "norm_linear_head": (config.vocab_size + 1) * hidden
+        + sequences * (hidden + config.vocab_size),
+        "conv_out_add": conv
+        * (hidden * hidden + (past + 1) * hidden + window + 5 * total * hidden),
+        "attend": attn * (cached + total * (2 * q + 2 * kv)),
+        "norm_swiglu": every * (2 * inner * hidden + hidden + total * (hidden + inner)),
+        "linear_add": every * (inner * hidden + total * (inner + 2 * hidden)),
+        "rms_norm": every * (2 * total + 1) * hidden,
+        "swiglu": every * 3 * total * inner,
+        "gated_conv": conv * ((past + 1) * hidden + window + 4 * total * hidden),
+        "qk_norm_rope": attn * total * 2 * (q + 2 * kv),
+        "attention": attn * (cached + 2 * total * q),
+        "rope": 2 * total * config.head_dim,
+    }
+    return item * numbers[name]

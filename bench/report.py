@@ -1,0 +1,217 @@
+"""Rewrite the tables in README.md and docs/performance.md from the files in bench/results.
+
+    python -m bench.report [--check]
+
+A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; nothing in it is typed by
+hand. ``--check`` writes nothing and fails where a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.goals import OURS, Verdict, verdicts
+from bench.results import RESULTS, ROOT, Figure, read
+from bench.shapes import SIZES, config_of
+from bench.stats import ratio
+from lfm2_fast.bench import cache_bytes
+from lfm2_fast.measure import quantile
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SPEEDS = ("decode", "prefill 512", "decode, batch 8", "decode after 8k")
+NAMES = {
+    "lfm2_fast": "lfm2_fast bf16",
+    "transformers": "Hugging Face bf16",
+    "transformers compiled": "Hugging Face bf16, static cache, compiled",
+}
+# Bytes of a weight; int8 has four more for each row, which is not shown.
+DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned in the source too."""
+    every = [list(head), *map(list, rows)]
+    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in every
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Three digits or more, no exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
+    """A row an engine, with its median, its spread, and ours over it with the interval."""
+    rows = []
+    for name in names:
+        mine = next((f for f in figures if (f.engine, f.name) == (OURS, name)), None)
+        for figure in (f for f in figures if f.name == name):
+            low, high = (quantile(figure.samples, q) for q in (0.1, 0.9))
+            times = ""
+            if mine is not None and figure is not mine:
+                value, least, most = ratio(mine.samples, figure.samples, paired=True)
+                times = f"{value:.2f} [{least:.2f}, {most:.2f}]"
+            rows.append(
+                [
+                    name,
+                    NAMES.get(figure.engine, figure.engine),
+                    number(figure.median),
+                    f"{number(low)} to {number(high)}",
+                    times,
+                ]
+            )
+    return markdown(["", "engine", "tokens/s", "p10 to p90", "lfm2_fast bf16 over it"], rows)
+
+
+def goal_table(found: Sequence[Verdict]) -> str:
+    """What was meant to be reached, and what was."""
+    rows = [
+        [
+            v.goal.what,
+            f"{v.value:.2f} [{v.low:.2f}, {v.high:.2f}]",
+            f"{v.goal.must:g}",
+            f"{v.goal.aim:g}",
+            v.reached,
+        ]
+        for v in found
+    ]
+    return markdown(["ratio of medians", "measured", "must", "aim", "reached"], rows)
+
+
+def memory_table(figures: Sequence[Figure]) -> str:
+    """Load times and memory, a row an engine."""
+    known = {(f.engine, f.name): f.median for f in figures}
+    engines = dict.fromkeys(f.engine for f in figures if f.name == "load")
+    rows = [
+        [
+            NAMES.get(engine, engine),
+            f"{known[engine, 'load']:.2f}",
+            f"{known[engine, 'memory after load'] / 1e9:.2f}",
+            f"{known[engine, 'peak memory'] / 1e9:.2f}",
+        ]
+        for engine in engines
+    ]
+    return markdown(["engine", "load, s", "memory after load, GB", "peak of process, GB"], rows)
+
+
+def floor_table(bandwidth: float) -> str:
+    """What a step must read at the least, and the tokens a second that this allows."""
+    rows = []
+    for size in SIZES:
+        config = config_of(size)
+        for dtype, item in DTYPES.items():
+            weights = config.num_parameters * item
+            cached = cache_bytes(config, 4 if dtype == "float32" else 2, 1)
+            rows.append(
+                [
+                    size,
+                    dtype,
+                    f"{weights / 1e9:.3f}",
+                    f"{cached / 1e3:.1f}",
+                    number(bandwidth / weights),
+                    number(bandwidth / (weights + 8192 * cached)),
+                ]
+            )
+    head = ["", "weights", "GB a step", "kB a token of context", "tokens/s at most", "after 8k"]
+    return markdown(head, rows)
+
+
+def profile_table(found: dict[str, Any]) -> str:
+    """Where a decode step's time goes, a column a backend."""
+    sides = [name for name in ("eager", "native") if name in found]
+    names = list(dict.fromkeys(name for side in sides for name in found[side]["operations"]))
+    rows = []
+    for name in names:
+        cells = []
+        for side in sides:
+            row = found[side]["operations"].get(name)
+            calls = f", {row['calls']} calls" if row and "calls" in row else ""
+            cells.append(f"{row['median_us']:,.0f}{calls}" if row else "")
+        rows.append([name, *cells])
+    rows.append(["whole step", *(f"{found[side]['step']['median_us']:,.0f}" for side in sides)])
+    return markdown(["µs", *sides], rows)
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Where and how a result file came about, as a sentence."""
+    machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
+    others = found.get("others", {}).get("processors_used_by_others")
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    text = (
+        f"Measured on {found['when'][:10]} on {machine['name']} ({machine['features']}), "
+        f"{protocol['threads']} threads, commit {found['commit']}"
+    )
+    text += f" with {found['changed_files']} files changed" if found["changed_files"] else ""
+    text += f"; {named}. {protocol['rounds']} rounds, {protocol['order']}."
+    if others is not None:
+        text += f" Other programs used {others:.2f} processors meanwhile."
+    if found.get("skipped"):
+        text += " Left out: " + "; ".join(f"{n} ({why})" for n, why in found["skipped"].items())
+    return text
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """The blocks that can be written from the result files that are there."""
+    made: dict[str, Callable[[], str]] = {}
+    for size in SIZES:
+        path = RESULTS / f"cpu-{size}.json"
+        if path.is_file():
+            figures, whole = read(path), json.loads(path.read_text(encoding="utf-8"))
+            copied = next(f.median for f in figures if f.name == "copy")
+            made |= {
+                f"speed-{size}": lambda f=figures: figure_table(f, SPEEDS),
+                f"goals-{size}": lambda f=figures: goal_table(verdicts(f)),
+                f"memory-{size}": lambda f=figures: memory_table(f),
+                f"conditions-{size}": lambda w=whole: conditions(w),
+                f"floor-{size}": lambda c=copied: (
+                    f"At {c / 1e9:.1f} GB/s, the copy's speed:\n\n{floor_table(c)}"
+                ),
+            }
+        path = RESULTS / f"profile-{size}.json"
+        if path.is_file():
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            made[f"profile-{size}"] = lambda w=whole: profile_table(w)
+    return made
+
+
+def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:
+    """``text`` with every block whose table is known written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        table = made.get(match[2])
+        return match[0] if table is None else f"{match[1]}{table()}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args(arguments)
+    made, stale = tables(), []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = rewritten(text, made)
+        if new != text:
+            stale.append(page.name)
+            if not given.check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'stale' if given.check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    return 1 if given.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The published shapes with random weights: configs, checkpoints, and what a step must read.
+
+A checkpoint here is a folder as Hugging Face writes it, made once and kept under ``build/bench``,
+so that every engine runs the same numbers and each measures its own way of loading them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+import lfm2_fast
+from lfm2_fast.checkpoint import layout
+
+ROOT = Path(__file__).resolve().parent.parent
+MADE = Path(os.environ.get("LFM2_FAST_BENCH_DIR", ROOT / "build" / "bench"))
+TINY = ROOT / "lfm2_fast" / "tiny"
+SIZES = ("350M", "700M", "1.2B", "2.6B")
+
+
+def config_of(size: str) -> lfm2_fast.Config:
+    """The published config of "350M", "700M", "1.2B" or "2.6B"."""
+    return lfm2_fast.Config.from_file(ROOT / "tests" / "data" / f"LFM2-{size}.json")
+
+
+def random_weights(config: lfm2_fast.Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights of a fresh model, by our names."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parts in layout(config).items():
+        shape = (sum(part.rows for part in parts), *parts[0].shape[1:])
+        if "norm" in name:
+            made = torch.ones(shape, dtype=dtype)
+        else:
+            made = torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+        weights[name] = made.squeeze(1) if name.endswith("conv.conv.weight") else made
+    return weights
+
+
+def checkpoint(size: str) -> Path:
+    """The folder of a bfloat16 checkpoint of that size, written where it is not there yet.
+
+    "tiny" is the small trained one that the package carries.
+    """
+    if size == "tiny":
+        return TINY
+    folder = MADE / f"LFM2-{size}"
+    if not (folder / "model.safetensors").is_file():
+        config = config_of(size)
+        weights = random_weights(config, torch.bfloat16)
+        lfm2_fast.Lfm2ForCausalLM(config, weights, backend="eager").save_pretrained(folder)
+    return folder

@@ -1,0 +1,145 @@
+"""An engine in a process of its own, which answers requests: JSON lines in, JSON lines out.
+
+Engines do not share a process, so that neither their threads nor their memory mix.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+# Name -> the class, and what it is made with.
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2_fast": ("Ours", {}),
+    "lfm2_fast int8": ("Ours", {"quantization": "int8"}),
+    "transformers": ("HuggingFace", {}),
+    "transformers compiled": ("HuggingFaceCompiled", {}),
+    "llama.cpp BF16": ("LlamaCpp", {"kind": "BF16"}),
+    "llama.cpp Q8_0": ("LlamaCpp", {"kind": "Q8_0"}),
+    "llama.cpp Q4_0": ("LlamaCpp", {"kind": "Q4_0"}),
+    "reference": ("Ours", {"dtype": "float32", "backend": "eager"}),
+}
+
+
+class EngineError(RuntimeError):
+    """An engine cannot run here, or has failed: why."""
+
+
+class Remote:
+    """An engine in another process, started by ``python``. Raises EngineError if it cannot be."""
+
+    def __init__(self, name: str, python: str | None = None) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [python or sys.executable, "-m", "bench.worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+        )
+        self.versions: dict[str, str] = self._answer()
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """The answer to a request of ``Service``. Raises EngineError where that failed."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def logits(self, tokens: list[int], steps: int) -> np.ndarray:
+        """``Engine.logits``."""
+        found = self.ask("logits", tokens=tokens, steps=steps)
+        return np.frombuffer(base64.b64decode(found["data"]), np.float32).reshape(found["shape"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise EngineError(f"its process ended with code {self.process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise EngineError(found["error"])
+        return found["answer"]
+
+
+class Service:
+    """The requests, by name."""
+
+    def __init__(self, name: str) -> None:
+        kind, options = ENGINES[name]
+        if kind == "LlamaCpp":
+            from bench.llama import LlamaCpp as make
+        else:
+            import bench.engines
+
+            make = getattr(bench.engines, kind)
+        self.engine = make(**options)
+
+    def prepare(self, folder: str) -> None:
+        """Make the files that the engine needs beside the checkpoint."""
+        if hasattr(self.engine, "file"):
+            self.engine.file(Path(folder), self.engine.kind)
+
+    def load(self, folder: str, threads: int) -> float:
+        begin = time.perf_counter()
+        self.engine.load(Path(folder), threads)
+        return time.perf_counter() - begin
+
+    def start(self, batch: int, context: int, room: int) -> float:
+        return self.engine.start(batch, context, room)
+
+    def decode(self, steps: int) -> list[float]:
+        return self.engine.decode(steps)
+
+    def logits(self, tokens: list[int], steps: int) -> dict[str, Any]:
+        found = self.engine.logits(tokens, steps)
+        return {"shape": found.shape, "data": base64.b64encode(found.tobytes()).decode()}
+
+
+def main() -> None:
+    # What libraries print must not come between the answers.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(what: Callable[[], Any]) -> None:
+        try:
+            found = {"answer": what()}
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        out.write(json.dumps(found) + "\n")
+        out.flush()
+
+    made: list[Service] = []
+
+    def begin() -> dict[str, str]:
+        made.append(Service(sys.argv[1]))
+        return made[0].engine.versions()
+
+    answer(begin)
+    for line in sys.stdin:
+        request = json.loads(line)
+        call = request.pop("do")
+        answer(lambda call=call, request=request: getattr(made[0], call)(**request))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What a benchmark must know beside its times: spread, the memory's speed, who else was there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Far larger than any cache, and small beside the memory of a machine that runs these models.
+COPIED = 1 << 28
+PROC = Path("/proc")
+# From here on a figure is called unsafe: the slow tenth of the times over their median, and the
+# processors that other programs took meanwhile.
+WIDE = 1.25
+BUSY = 0.15
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The ``q``-quantile, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, tenth, ninetieth and ninety-ninth percentile."""
+    return {f"p{q}": quantile(values, q / 100) for q in (50, 10, 90, 99)}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 15) -> float:
+    """Bytes a second of a copy from memory to memory, read and written ones counted; the median."""
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        begin = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return 2 * COPIED / quantile(times[2:], 0.5)
+
+
+def memory(device: torch.device | None = None, pid: int | None = None) -> dict[str, int]:
+    """Bytes that this process, or another, holds and has held at most; on a GPU what torch took.
+
+    On a CPU from Linux's /proc; elsewhere it is empty.
+    """
+    if device is not None and device.type == "cuda":
+        return {
+            "resident": torch.cuda.memory_allocated(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+        }
+    names = {"VmRSS": "resident", "VmHWM": "peak"}
+    found = {}
+    path = PROC / str(pid or "self") / "status"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        key, _, value = line.partition(":")
+        if key in names:
+            found[names[key]] = int(value.split()[0]) * 1024
+    return found
+
+
+class Neighbours:
+    """What the processors did between its making and ``seen``, besides the processes in ``own``.
+
+    Reads Linux's /proc; elsewhere it sees nothing.
+    """
+
+    def __init__(self, own: Iterable[int] | None = None) -> None:
+        self.own = {os.getpid(), *(own or ())}
+        self.begin = time.perf_counter()
+        self.total, self.stolen = _processors()
+        self.each = _processes()
+
+    def seen(self) -> dict[str, Any]:
+        """Processors that others used on average, those the host took away, and who used most."""
+        if not self.each:
+            return {}
+        ticks = os.sysconf("SC_CLK_TCK") * (time.perf_counter() - self.begin)
+        total, stolen = _processors()
+        used = {
+            pid: (name, spent - self.each.get(pid, (name, 0))[1])
+            for pid, (name, spent) in _processes().items()
+        }
+        ours = sum(spent for pid, (_, spent) in used.items() if pid in self.own)
+        by_name: dict[str, float] = {}
+        for pid, (name, spent) in used.items():
+            if pid not in self.own and spent > 0:
+                by_name[name] = by_name.get(name, 0) + spent
+        most = sorted(by_name.items(), key=lambda item: -item[1])[:3]
+        return {
+            "processors_used_by_others": round(max(0.0, total - self.total - ours) / ticks, 3),
+            "processors_taken_by_the_host": round((stolen - self.stolen) / ticks, 3),
+            "busiest": {name: round(spent / ticks, 3) for name, spent in most},
+        }
+
+
+def doubts(times: Sequence[float], others: dict[str, Any]) -> list[str]:
+    """Why a figure from these times should not be trusted; empty if it may be."""
+    found = []
+    middle = quantile(times, 0.5)
+    slow = quantile(times, 0.9) / middle
+    if slow > WIDE:
+        found.append(f"the slowest tenth of the steps took over {WIDE} times the median")
+    taken = others.get("processors_used_by_others", 0.0)
+    if taken > BUSY:
+        names = ", ".join(others["busiest"])
+        found.append(f"others used {taken:.2f} processors ({names})")
+    taken = others.get("processors_taken_by_the_host", 0.0)
+    if taken > BUSY:
+        found.append(f"the host took {taken:.2f} processors away")
+    return found
+
+
+def _processors() -> tuple[int, int]:
+    """Ticks that all processors worked, and that the host of a virtual machine took."""
+    path = PROC / "stat"
+    if not path.is_file():
+        return 0, 0
+    numbers = [int(x) for x in path.read_text(encoding="ascii").splitlines()[0].split()[1:]]
+    user, nice, system, _, _, irq, softirq, stolen = numbers[:8]
+    return user + nice + system + irq + softirq, stolen
+
+
+def _processes() -> dict[int, tuple[str, int]]:
+    """Name and ticks of every process that lives."""
+    found = {}
+    for path in PROC.glob("[0-9]*/stat"):
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue  # it has ended meanwhile
+        name = text[text.index("(") + 1 : text.rindex(")")]
+        fields = text[text.rindex(")") + 2 :].split()
+        found[int(path.parent.name)] = (name, sum(int(x) for x in fields[11:13]))
+    return found
