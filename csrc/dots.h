@@ -1,7 +1,8 @@
 // Dot products of a few tokens with every row of a matrix, whose numbers are each read once.
 //
-// At one token these are as fast as memory is, if the matrix is read in one direction and asked for
-// ahead of time. The order in which a product's terms are summed follows from its length alone, so
+// At one token these are as fast as memory is, if the matrix is read row after row: processors then
+// fetch it ahead of time. Several rows at once save loads of many tokens, but must be asked for. The
+// order in which a product's terms are summed follows from its length alone, so
 // a token's results do not depend on which others run beside it.
 #pragma once
 
@@ -52,7 +53,7 @@ LFM2_INLINE void dots_of_block(Rows<const X> x, Rows<const W> rows, int64_t size
   for (int64_t k = 0; k < whole; k += kStep) {
     typename Step::Row weights[R];
     for (int r = 0; r < R; ++r) {
-      if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * kStep, 0, 2);
+      if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * kStep);
       Step::take(rows[r] + k, weights[r]);
     }
     for (int m = 0; m < M; ++m) {
@@ -83,10 +84,10 @@ LFM2_INLINE void dots_of_tokens(Rows<const X> x, Rows<const W> weight, int64_t s
                                 int64_t last, bool fetch, typename Step::Total* sums,
                                 int64_t stride) {
   constexpr int64_t kAhead = kBytesAhead / static_cast<int64_t>(sizeof(W));
-  constexpr int kRowsAtOnce = M == 8 ? 2 : 4;  // as many sums as registers
+  constexpr int kRowsAtOnce = M <= 2 ? 1 : M == 8 ? 2 : 4;  // as many sums as registers
   int64_t n = first;
   for (; n + kRowsAtOnce <= last; n += kRowsAtOnce) {
-    const W* ahead = fetch ? weight[n] + kAhead : nullptr;
+    const W* ahead = fetch && kRowsAtOnce > 1 ? weight[n] + kAhead : nullptr;
     dots_of_block<Step, M, kRowsAtOnce>(x, Rows<const W>{weight[n], weight.stride}, size, ahead,
                                         sums + n - first, stride);
   }
