@@ -49,7 +49,9 @@ def evaluate(
     if not len(pieces):
         raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
     sums = torch.zeros(4, dtype=torch.float64)
-    for piece in tqdm(pieces, desc="evaluating", unit="piece", delay=1.0, leave=False):
+    for piece in tqdm(
+        pieces, desc="evaluating", unit="piece", delay=1.0, leave=False, disable=None
+    ):
         after = piece[None, 1:]
         scores = _log_probabilities(model, piece)
         sums[0] -= scores.gather(-1, after[..., None].to(scores.device)).sum(dtype=torch.float64)
