@@ -18,7 +18,7 @@ def note(benchmark: Any, tokens: int, least: int, bandwidth: float) -> None:
     benchmark.extra_info |= {
         "tokens_per_second": tokens / seconds,
         "floor_seconds": least / bandwidth,
-        "share_of_copy": least / bandwidth / seconds,
+        "share_of_memory_speed": least / bandwidth / seconds,
     }
 
 

@@ -60,5 +60,5 @@ def bench_operation(
     benchmark.extra_info |= {
         "bytes": least,
         "floor_seconds": least / bandwidth,
-        "share_of_copy": least / bandwidth / benchmark.stats["median"],
+        "share_of_memory_speed": least / bandwidth / benchmark.stats["median"],
     }

@@ -85,8 +85,8 @@ class Setup:
                     here.copy_(self.draw(*here.shape))
 
 
-def norm_linear_conv(s: Setup) -> Tensors:
-    return [s.ops.norm_linear(s.x, b.operator_norm, b.conv.in_proj) for b, _ in s.conv]
+def norm_conv(s: Setup) -> Tensors:
+    return [s.ops.norm_conv(s.x, b.operator_norm, b.conv, w, s.batch) for b, w in s.conv]
 
 
 def norm_linear_qkv(s: Setup) -> Tensors:
@@ -98,8 +98,8 @@ def norm_linear_head(s: Setup) -> Tensors:
     return [s.ops.norm_linear(last, s.model.embedding_norm, s.model.lm_head)]
 
 
-def conv_out_add(s: Setup) -> Tensors:
-    return [settled(s.ops.conv_out_add(s.bcx, b.conv, s.x, w, s.batch)) for b, w in s.conv]
+def linear_add_out(s: Setup) -> Tensors:
+    return [settled(s.ops.linear_add(s.x, b.conv.out_proj, s.x)) for b, _ in s.conv]
 
 
 def attend(s: Setup) -> Tensors:
@@ -111,7 +111,7 @@ def norm_swiglu(s: Setup) -> Tensors:
     return [s.ops.norm_swiglu(s.x, b.ffn_norm, b.feed_forward.gate_up_proj) for b in blocks]
 
 
-def linear_add(s: Setup) -> Tensors:
+def linear_add_down(s: Setup) -> Tensors:
     blocks = s.model.layers
     return [settled(s.ops.linear_add(s.inner, b.feed_forward.down_proj, s.x)) for b in blocks]
 
@@ -143,13 +143,13 @@ def rope(s: Setup) -> Tensors:
 OPERATIONS: dict[str, Callable[[Setup], Tensors]] = {
     made.__name__: made
     for made in (
-        norm_linear_conv,
+        norm_conv,
         norm_linear_qkv,
         norm_linear_head,
-        conv_out_add,
+        linear_add_out,
         attend,
         norm_swiglu,
-        linear_add,
+        linear_add_down,
         rms_norm,
         swiglu,
         gated_conv,
@@ -176,15 +176,15 @@ def least_bytes(name: str, s: Setup) -> int:
     cached = 2 * kv * int(s.batch.lengths.sum())
     window = sequences * 2 * past * hidden
     numbers = {
-        "norm_linear_conv": conv * (3 * hidden * hidden + hidden + 4 * total * hidden),
+        "norm_conv": conv
+        * (3 * hidden * hidden + (past + 2) * hidden + window + 2 * total * hidden),
         "norm_linear_qkv": attn * ((q + 2 * kv) * hidden + hidden + total * (hidden + q + 2 * kv)),
         "norm_linear_head": (config.vocab_size + 1) * hidden
         + sequences * (hidden + config.vocab_size),
-        "conv_out_add": conv
-        * (hidden * hidden + (past + 1) * hidden + window + 5 * total * hidden),
+        "linear_add_out": conv * (hidden * hidden + 3 * total * hidden),
         "attend": attn * (cached + total * (2 * q + 2 * kv)),
         "norm_swiglu": every * (2 * inner * hidden + hidden + total * (hidden + inner)),
-        "linear_add": every * (inner * hidden + total * (inner + 2 * hidden)),
+        "linear_add_down": every * (inner * hidden + total * (inner + 2 * hidden)),
         "rms_norm": every * (2 * total + 1) * hidden,
         "swiglu": every * 3 * total * inner,
         "gated_conv": conv * ((past + 1) * hidden + window + 4 * total * hidden),

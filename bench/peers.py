@@ -25,7 +25,7 @@ from bench.report import figure_table, goal_table, memory_table
 from bench.results import Figure
 from bench.shapes import SIZES, checkpoint
 from bench.worker import ENGINES, ROOT, EngineError, Remote
-from lfm2_fast.measure import Neighbours, copy_bandwidth, memory
+from lfm2_fast.measure import Neighbours, memory, memory_speed
 
 # What 8 and 4 bits cost, by the last word of an engine's name; see ``gate.ROUNDED``.
 # Random weights suffer more than trained ones; logits of another model are off by 1.4.
@@ -147,8 +147,8 @@ def main() -> None:
     print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
     engines, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
     figures.append(import_seconds(5))
-    bandwidth = copy_bandwidth(torch.device("cpu"))
-    figures.append(Figure("copy", "machine", "bytes/s", [bandwidth]))
+    speed = memory_speed(torch.device("cpu"))
+    figures += [Figure(name, "machine", "bytes/s", [value]) for name, value in speed.items()]
     found = results.header(
         f"LFM2-{given.size}'s shape with random weights on a CPU, beside other engines",
         {

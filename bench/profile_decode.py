@@ -5,8 +5,8 @@
 Both backends share one set of random weights. They take turns, a few steps each, so that whatever
 else the machine does falls on both. Whole steps and single operations are timed in separate turns,
 since timing every operation costs time itself. Operations are the model's words, with what they
-call. What is left of a step when they are taken out is Python between them: the model, the batch,
-the cache.
+call, or what a tape replays. What is left of a step when they are taken out is Python between them:
+the model, the batch, the cache.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lfm2_fast
+import lfm2_fast.tape as tapes
 from bench import results
 from bench.report import profile_table
 from bench.shapes import SIZES, config_of, random_weights
@@ -31,7 +33,7 @@ from lfm2_fast.measure import Neighbours, quantile
 from lfm2_fast.sampling import SamplingParams, SamplingState
 
 BACKENDS = ("eager", "native")
-WORDS = ("embed", "rope", "norm_linear", "conv_out_add", "attend", "linear_add", "norm_swiglu")
+WORDS = ("embed", "rope", "norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu")
 
 
 class Side:
@@ -58,15 +60,11 @@ class Side:
     def profiled_turn(self, steps: int) -> None:
         """The same, timing what the operations take of each step."""
         self._rewind()
+        self._step()  # which may record a tape
         for _ in range(steps):
             spent: dict[str, list[float]] = defaultdict(list)
-            kept = {name: getattr(self.model.ops, name) for name in WORDS}
-            inside: list[None] = []
-            for name, body in kept.items():
-                setattr(self.model.ops, name, timed(body, spent[name], inside))
-            self._step(spent["sample"])
-            for name in kept:
-                delattr(self.model.ops, name)
+            with timed_words(self.model.ops, spent), timed_tapes(spent):
+                self._step(spent["sample"])
             for name, times in spent.items():
                 self.operations[name].append((len(times), sum(times)))
 
@@ -81,23 +79,61 @@ class Side:
         self.token = int(choose(logits, self.state))
 
 
-def timed(
-    body: Callable[..., Any], times: list[float], inside: list[None] | None = None
-) -> Callable[..., Any]:
-    """``body``, noting its seconds in ``times``; not while another that shares ``inside`` runs."""
-    inside = [] if inside is None else inside
+def timed(body: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    """``body``, noting its seconds in ``times``."""
 
-    def call(*args: Any) -> Any:
-        if inside:
-            return body(*args)
-        inside.append(None)
+    def call(*args: Any, **named: Any) -> Any:
         begin = time.perf_counter()
-        made = body(*args)
+        made = body(*args, **named)
         times.append(time.perf_counter() - begin)
-        inside.pop()
         return made
 
     return call
+
+
+@contextmanager
+def timed_words(ops: Any, spent: dict[str, list[float]]) -> Iterator[None]:
+    """Note the seconds of the model's words; what a word calls is part of it."""
+    inside: list[str] = []
+
+    def wrapped(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if inside:
+                return body(*args)
+            inside.append(name)
+            try:
+                return timed(body, spent[name])(*args)
+            finally:
+                inside.pop()
+
+        return call
+
+    for name in WORDS:
+        setattr(ops, name, wrapped(name, getattr(ops, name)))
+    try:
+        yield
+    finally:
+        for name in WORDS:
+            delattr(ops, name)
+
+
+@contextmanager
+def timed_tapes(spent: dict[str, list[float]]) -> Iterator[None]:
+    """Note the seconds of each operation that is replayed from a tape, where no word is called."""
+
+    def replay(tape: Any) -> None:
+        for operation, arguments, named in tape._calls or ():
+            # A result that is renewed in place is told by the operation that makes it.
+            made_by = arguments[1] if operation is tapes._renew else operation
+            name = made_by._schema.name.split("::")[1].removesuffix("_native")
+            timed(operation, spent[name])(*arguments, **named)
+
+    kept = tapes.Tape.replay
+    tapes.Tape.replay = replay  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tapes.Tape.replay = kept  # type: ignore[method-assign]
 
 
 def call_cost() -> dict[str, float]:

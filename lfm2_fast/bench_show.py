@@ -23,12 +23,13 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     model, device = found["model"], found["device"]
     numbers = " and ".join(filter(None, (model["quantization"], model["dtype"])))
     threads = f", {device['threads']} threads" if "threads" in device else ""
-    share = readable("copy_bytes", found["copy_bytes_per_second"])
+    speed = {k: readable("bytes", v) for k, v in found["memory_bytes_per_second"].items()}
     lines = [
         f"{model['name']}, {numbers}, {model['backend']} bodies, {device.get('name')}{threads}",
         f"weights {readable('weight_bytes', model['weight_bytes'])}, memory "
         f"{readable('bytes', found['memory'].get('resident', 0))}, at most "
-        f"{readable('bytes', found['memory'].get('peak', 0))}; a copy moves {share}/s",
+        f"{readable('bytes', found['memory'].get('peak', 0))}; a copy moves {speed['copy']}/s, "
+        f"a sum reads {speed['read']}/s",
         f"load {found['load_seconds']:.2f} s, warm-up {found['warm_up_seconds']:.2f} s",
     ]
     for line in lines:
@@ -42,7 +43,7 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     console.print(table)
     console.print(
         "first: from the call to the first token; p50, p90, p99: of the steps after it; of: the "
-        "share of the copy's speed at which weights and cache were read",
+        "share of the faster of both at which weights and cache were read",
         style="dim",
     )
     if found["others"]:
