@@ -253,11 +253,11 @@ def main() -> None:
     }  # fmt: skip
     configs = {size: lfm2_fast.Config.from_file(path) for size, path in paths.items()}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for name, measure in plan(configs, device, copied):
+    for i, (name, measure) in enumerate(plan(configs, device, copied)):
         place = results
         for part in name[:-1]:
             place = place.setdefault(part, {})
-        late = time.monotonic() - begin > given.seconds
+        late = i > 0 and time.monotonic() - begin > given.seconds
         place[name[-1]] = "not measured: the time was up" if late else measure()
         given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(*name, place[name[-1]], flush=True)
