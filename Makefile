@@ -44,7 +44,7 @@ test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, mem
 	PYTHON=$(PYTHON) bench/test_gpu.sh
 
 bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
-	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) bench/gpu.py
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.

@@ -1,6 +1,6 @@
 """What a GPU makes of decoding, at the published shapes with random weights; written as JSON.
 
-    PYTHONPATH=. python bench/gpu.py --seconds 500
+    python -m bench.gpu --seconds 500
 
 First a gate: on trained weights, captured steps give the tokens of uncaptured ones, and both those
 of plain PyTorch. Without it there are no figures. Then, most telling first, until the time is up:
@@ -13,8 +13,6 @@ size and context, by batch, and the time to a first token. What was measured is 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 import time
@@ -26,13 +24,12 @@ from typing import Any
 import torch
 
 import lfm2_fast
-from lfm2_fast.checkpoint import layout
+from bench.results import header, write
+from bench.shapes import ROOT, SIZES, TINY, config_of, random_weights
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.sampling import SamplingParams, SamplingState
 from lfm2_fast.steps import Row, Steps
 
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = ("350M", "700M", "1.2B", "2.6B")
 CONTEXTS = (128, 2048, 8192, 32768)
 BATCHES = (2, 4, 8, 16, 32, 64)
 PROMPTS = (32, 128, 512, 2048, 8192)
@@ -70,24 +67,10 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": round(ordered[int(q / 100 * (len(ordered) - 1))], 2) for q in (10, 50, 90)}
 
 
-def random_model(config: lfm2_fast.Config, device: torch.device) -> lfm2_fast.Lfm2ForCausalLM:
-    torch.manual_seed(0)
-    weights = {}
-    for name, parts in layout(config).items():
-        shape = (sum(part.rows for part in parts), *parts[0].shape[1:])
-        made = torch.ones(shape, device=device)
-        if "norm" not in name:
-            made = torch.randn(shape, device=device) * 0.02
-        made = made.squeeze(1) if name.endswith("conv.conv.weight") else made
-        weights[name] = made.to(torch.bfloat16)
-    return lfm2_fast.Lfm2ForCausalLM(config, weights)
-
-
 def gate(device: torch.device) -> dict[str, Any]:
     """Whether tokens are right, on trained weights and in float32."""
-    folder = ROOT / "lfm2_fast" / "tiny"
-    fast = lfm2_fast.load(folder, device=device, dtype="float32")
-    plain = lfm2_fast.load(folder, device=device, dtype="float32", backend="eager")
+    fast = lfm2_fast.load(TINY, device=device, dtype="float32")
+    plain = lfm2_fast.load(TINY, device=device, dtype="float32", backend="eager")
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
     found = {}
     for name, arguments in (
@@ -217,7 +200,9 @@ def plan(
         return {**found, "share_of_copy": round(rate / copied, 3)}
 
     for size, config in configs.items():
-        model = random_model(config, device)
+        weights = random_weights(config, torch.bfloat16, device)
+        model = lfm2_fast.Lfm2ForCausalLM(config, weights)
+        del weights
         limit = model.max_length - 2 * STEPS
         for context in (c for c in CONTEXTS if c <= limit):
             yield ("decode", size, f"context {context}"), partial(measured, model, 1, context)
@@ -240,48 +225,34 @@ def main() -> None:
         sys.exit("torch sees no GPU here; there is nothing to measure")
 
     begin = time.monotonic()
-    results: dict[str, Any] = {"machine": machine(device), "gate": gate(device)}
+    protocol = {"dtype": "bfloat16", "steps": STEPS, "unit": "us, p10, p50 and p90"}
+    results: dict[str, Any] = {**header("decoding on a GPU", protocol), "gate": gate(device)}
     if not all(results["gate"]["tokens_are_the_references"].values()):
         sys.exit(f"tokens are wrong, and no figure is worth anything: {results['gate']}")
     cuda = device.type == "cuda"
     copied = copy_bandwidth(device, 2**30 if cuda else 2**24)
     results["copy_gb_s"] = copied
     if cuda:
+        results["gpu"] = clocks()
         results["empty_kernels"] = empty_kernels(device)
-    paths = {given.config.stem: given.config} if given.config else {
-        size: ROOT / "tests" / "data" / f"LFM2-{size}.json" for size in SIZES
-    }  # fmt: skip
-    configs = {size: lfm2_fast.Config.from_file(path) for size, path in paths.items()}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    configs = {size: config_of(size) for size in SIZES}
+    if given.config:
+        configs = {given.config.stem: lfm2_fast.Config.from_file(given.config)}
     for i, (name, measure) in enumerate(plan(configs, device, copied)):
         place = results
         for part in name[:-1]:
             place = place.setdefault(part, {})
         late = i > 0 and time.monotonic() - begin > given.seconds
         place[name[-1]] = "not measured: the time was up" if late else measure()
-        given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write(given.out, results)
         print(*name, place[name[-1]], flush=True)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    found = {
-        "lfm2_fast": f"{lfm2_fast.__version__} ({commit})",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "device": platform.processor(),
-    }
-    if device.type == "cuda":
-        query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
-        found["device"] = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    return found
+def clocks() -> str:
+    """The GPU's name, driver, clocks and power limit, as its driver tells them."""
+    query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
