@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint bench bench-report aot sanitize test-gpu wheel clean
+.PHONY: help demo test lint bench bench-report bench-gpu aot sanitize test-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -42,6 +42,9 @@ aot: $(READY) ## Compile the Triton kernels for GPUs that are not here; table th
 
 test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, memcheck, racecheck
 	PYTHON=$(PYTHON) bench/test_gpu.sh
+
+bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.

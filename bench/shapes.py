@@ -25,16 +25,19 @@ def config_of(size: str) -> lfm2_fast.Config:
     return lfm2_fast.Config.from_file(ROOT / "tests" / "data" / f"LFM2-{size}.json")
 
 
-def random_weights(config: lfm2_fast.Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_weights(
+    config: lfm2_fast.Config, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Weights of a fresh model, by our names."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, parts in layout(config).items():
         shape = (sum(part.rows for part in parts), *parts[0].shape[1:])
         if "norm" in name:
-            made = torch.ones(shape, dtype=dtype)
+            made = torch.ones(shape, dtype=dtype, device=device)
         else:
-            made = torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            made = torch.empty(shape, dtype=dtype, device=device)
+            made.normal_(0, 0.02, generator=generator)
         weights[name] = made.squeeze(1) if name.endswith("conv.conv.weight") else made
     return weights
 

@@ -56,6 +56,13 @@ class Buffers:
             cache.kept = kept = cls(model, cache, bucket(rows, cache))
         return kept
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take, without what the graphs' pool holds."""
+        extra = [each for each in (self.logits, self.marks) if each is not None]
+        places = (self.tokens, self.slots, self.positions, self.lengths, self.finished)
+        return sum(each.nbytes for each in (*places, *extra))
+
     def begin(self, cache: Cache, params: SamplingParams, eos: Sequence[int], vocab: int) -> None:
         """Make every row finished, for rows that end with one of ``eos``."""
         if len(eos) > len(self.eos):

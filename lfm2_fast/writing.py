@@ -62,10 +62,12 @@ def write(
         else:
             output = writing.alone(streamer)
     except torch.OutOfMemoryError as error:
+        held = cache.nbytes + (0 if cache.kept is None else cache.kept.nbytes)
         raise torch.OutOfMemoryError(
             f"{at_a_time} rows of up to {writing.longest + writing.budget} tokens do not fit into "
-            "the device's memory; lower max_batch_size, max_new_tokens, num_return_sequences or "
-            f"the length of the prompts, or load a smaller dtype or quantization ({error})"
+            f"the device's memory (the cache and its buffers have {held / 2**20:.0f} MiB so far); "
+            "lower max_batch_size, max_new_tokens, num_return_sequences or the length of the "
+            f"prompts, or load a smaller dtype or quantization ({error})"
         ) from error
     finally:
         if streamer is not None:
