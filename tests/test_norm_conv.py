@@ -20,7 +20,11 @@ NAN = float("nan")
 
 
 class Case:
-    """Random inputs for a step of ``batch``; of the windows only what may be read is not NaN."""
+    """Random inputs for a step of ``batch``; of the windows only what may be read is not NaN.
+
+    B, C and x are of one size. Of random ones one product of the three would tower above the rest,
+    and plain PyTorch's luck with it decide the budget.
+    """
 
     def __init__(
         self,
@@ -38,8 +42,8 @@ class Case:
             return torch.randn(shape).to(dtype).to(device)
 
         self.batch = batch
-        self.h, self.norm = some(tokens, k), some(k)
-        self.weight = some(3 * size, k) / k**0.5
+        self.h, self.norm = some(tokens, k).abs(), some(k).abs()
+        self.weight = some(3 * size, k).abs() / k
         self.in_bias = some(3 * size) if biases[0] else None
         self.taps, self.bias = some(size, width), some(size) if biases[1] else None
         slots = max([0, *batch.host_slots]) + 1
@@ -91,12 +95,12 @@ def test_any_batch(kernel_dtype, draw_batch, run, same_bits, within_budget) -> N
     def check(data: st.DataObject, width: int, spare: int) -> None:
         torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
         batch = draw_batch(data, 1)
-        size = data.draw(st.sampled_from([1, 11, 24]), "size")
+        size = data.draw(st.sampled_from([24, 40, 75]), "size")
         biases = data.draw(st.tuples(st.booleans(), st.booleans()), "biases")
         case = Case(batch, size, width, width - 1 + spare, biases, kernel_dtype)
         exact, exact_window = case.meaning(torch.float64)
         plain, plain_window = case.meaning(kernel_dtype)
-        plan = Plan(data.draw(st.sampled_from([2, 8]), "rows"), 4, min(size, 3))
+        plan = Plan(data.draw(st.sampled_from([8, 32]), "rows"), 4, 3)
         out, window = run(case, plan)
         within_budget(out, exact, plain)
         new = case.new_rows(window)
@@ -158,3 +162,12 @@ def test_wrong_layouts_are_refused(kernel_device) -> None:
     ):
         with pytest.raises(AssertionError):
             launch(**changed)
+
+
+def test_one_channel(kernel_device, kernel_dtype, run, within_budget) -> None:
+    torch.manual_seed(0)
+    cache = SimpleNamespace(slots=5, lengths=[7, 0, 1, 2, 30])
+    batch = Batch.prepare([1] * 5, [2, 0, 4, 1, 3], cache, kernel_device)
+    case = Case(batch, 1, 3, 3, (True, True), kernel_dtype)
+    out, _ = run(case, Plan(1, 4, 1))
+    within_budget(out, case.meaning(torch.float64)[0], case.meaning(kernel_dtype)[0])
