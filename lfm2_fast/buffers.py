@@ -134,13 +134,15 @@ class Buffers:
 
         def body() -> None:
             batch = self.batch(count, on_host=not (model.ops.captures or model.ops.tapes))
-            logits = model.compute(self.tokens[:count], batch, cache)
+            # Nothing draws and nothing is penalised: where a row's draws stand does not matter.
+            best = choose and state.greedy
+            made = model.compute(self.tokens[:count], batch, cache, best=best)
             if not choose:
                 assert self.logits is not None
-                self.logits[:count] = logits
+                self.logits[:count] = made
                 return
             inputs = (self.tokens, self.slots, self.positions, self.lengths, self.finished)
-            chosen = model.ops.sample(logits, state)
+            chosen = made if best else model.ops.sample(made, state)
             ours = (each[:count] for each in inputs)
             model.ops.advance(chosen, self.eos, cache.scrap, *ours)
 

@@ -302,9 +302,13 @@ class Lfm2ForCausalLM(nn.Module):
         batch: Batch,
         cache: Cache,
         rows: torch.Tensor | None = None,
+        *,
+        best: bool = False,
     ) -> torch.Tensor:
         """What ``run`` gives, without the cache's bookkeeping: the caller makes room and counts.
 
+        ``best`` asks for the likeliest tokens ``[R]`` int64 in place of logits, which saves
+        writing those.
         Where ``ops.captures`` only tensors of ``batch`` are read, and nothing waits for the device.
         """
         rope = self.ops.rope(batch.positions, self.inv_freq, self.dtype)
@@ -313,7 +317,8 @@ class Lfm2ForCausalLM(nn.Module):
             x = layer(x, self.ops, rope, state, batch)
         if rows is not None:
             x = x[rows]
-        return self.ops.norm_linear(x, self.embedding_norm, self.lm_head)
+        head = self.ops.head_argmax if best else self.ops.norm_linear
+        return head(x, self.embedding_norm, self.lm_head)
 
     @torch.no_grad()
     def forward(

@@ -123,6 +123,12 @@ class NativeOps(StreamOps):
         _norm_swiglu(x, norm.weight, epsilon(norm), *matrix, out)
         return out
 
+    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        logits = self.norm_linear(x, norm, linear)
+        tokens = logits.new_empty(len(logits), dtype=torch.int64)
+        _argmax(logits, tokens)
+        return tokens
+
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """A projection of many tokens, by PyTorch's products."""
         if linear.weight_scale is not None and int8_products_are_exact():

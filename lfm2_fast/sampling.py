@@ -93,6 +93,11 @@ class SamplingState:
             wanted.add("repetition_penalty")
         self.wanted = frozenset(wanted)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes the likeliest token of the logits as they are."""
+        return not self.wanted
+
     def pick(self, places: Sequence[int]) -> SamplingState:
         """The state of some rows, in that order, as a copy."""
         picked = object.__new__(SamplingState)
