@@ -147,6 +147,21 @@ def profile_table(found: dict[str, Any]) -> str:
     return markdown(["µs", *sides], rows)
 
 
+def quality_table(found: dict[str, Any]) -> str:
+    """What each kind of numbers loses."""
+    rows = [
+        [
+            name,
+            f"{row['loss']:.4f}",
+            f"{100 * (row['loss'] / row['reference_loss'] - 1):.3f} %",
+            f"{row['kl']:.5f}",
+            f"{100 * row['agreement']:.2f} %",
+        ]
+        for name, row in found["kinds"].items()
+    ]
+    return markdown(["", "loss", "above float32", "KL", "same token likeliest"], rows)
+
+
 def conditions(found: dict[str, Any]) -> str:
     """Where and how a result file came about, as a sentence."""
     machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
@@ -184,6 +199,9 @@ def tables() -> dict[str, Callable[[], str]]:
         if path.is_file():
             whole = json.loads(path.read_text(encoding="utf-8"))
             made[f"profile-{size}"] = lambda w=whole: profile_table(w)
+    path = RESULTS / "quality.json"
+    if path.is_file():
+        made["quality"] = lambda: quality_table(json.loads(path.read_text(encoding="utf-8")))
     return made
 
 
