@@ -12,7 +12,7 @@
 namespace lfm2 {
 
 // How numbers are multiplied, kNumbers at once: here in float, whatever they are. Of 8-bit integers
-// the sums are exact up to 16,640 terms: a lane then adds up to less than 2^24.
+// a lane's sum is exact up to 16,640 terms: it is less than 2^24 then.
 struct WideStep {
   static constexpr int64_t kNumbers = kPair;
   using Folded = Lanes;
@@ -53,7 +53,7 @@ LFM2_INLINE void dots_of_block(Rows<const X> x, Rows<const W> rows, int64_t size
   for (int64_t k = 0; k < whole; k += kStep) {
     typename Step::Row weights[R];
     for (int r = 0; r < R; ++r) {
-      if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * kStep);
+      if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * kStep, 0, 2);
       Step::take(rows[r] + k, weights[r]);
     }
     for (int m = 0; m < M; ++m) {
@@ -123,8 +123,10 @@ LFM2_INLINE void dots_with(Rows<const X> x, int64_t tokens, Rows<const W> weight
   }
 }
 
-// The files dots_*.cpp, each for machines that have what it is named after.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// The files dots_*.cpp, each for machines that have what it is named after. LFM2_NO_CLONES leaves
+// them aside, so that the plain loop is tested on any machine.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(LFM2_NO_CLONES)
 #define LFM2_HAS_AVX512BF16 __builtin_cpu_supports("avx512bf16")
 #define LFM2_HAS_AVX512VNNI \
   (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4"))

@@ -130,6 +130,10 @@ class Buffers:
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
             self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
+        ops = model.ops
+        if not ops.captures and count not in self.views:
+            # Tapes keep all that they make: those of other counts would pile up.
+            self.forget()
         state = self.view(count)
 
         def body() -> None:
@@ -146,7 +150,6 @@ class Buffers:
             ours = (each[:count] for each in inputs)
             model.ops.advance(chosen, self.eos, cache.scrap, *ours)
 
-        ops = model.ops
         if self.graphs is None or not (ops.captures or count <= ops.tapes):
             body()
         else:

@@ -6,6 +6,7 @@ Fused on load: q, k and v into ``qkv_proj``; gate (``w1``) and up (``w3``) into 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -31,6 +32,8 @@ GENERATION_CONFIG = "generation_config.json"
 # Under a name of its own: programs that do not know the format would take integers for weights.
 QUANTIZED_WEIGHTS = "model.int8.safetensors"
 
+# Rows that are quantized at once, so that what is made in between stays small.
+ROWS = 1024
 # Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
 LARGE = 1 << 18
 
@@ -139,19 +142,29 @@ def load_weights(
             kind = torch.int8 if shrinks else _stored_dtype(config, parts) or dtype
             whole = _empty((rows, *parts[0].shape[1:]), kind, device)
             if shrinks:
-                weights[f"{name}_scale"] = scales = torch.empty(rows, device=device)
+                weights[f"{name}_scale"] = scales = torch.empty(
+                    rows, dtype=torch.float32, device=device
+                )
             first = 0
             for part in parts:
-                here = slice(first, first + part.rows)
-                read = found[part.name].read()
                 if shrinks:
-                    whole[here], scales[here] = quantize_int8(read.to(device))
+                    for start in range(0, part.rows, ROWS):
+                        block = found[part.name].rows(start, start + ROWS).to(device)
+                        here = slice(first + start, first + start + len(block))
+                        whole[here], scales[here] = quantize_int8(block)
+                    _give_back()
                 else:
-                    whole[here].copy_(read)
+                    whole[first : first + part.rows].copy_(found[part.name].read())
                 first += part.rows
             # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
             weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
     return weights
+
+
+def _give_back() -> None:
+    """Let glibc return to the system what it keeps for later, or it would keep gigabytes."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -241,6 +254,9 @@ class _Stored:
 
     def read(self) -> torch.Tensor:
         return self.file.get_tensor(self.name)
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        return self.file.get_slice(self.name)[first:last]
 
 
 def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:

@@ -230,6 +230,10 @@ def eval_(
     loaded = lfm2_fast.load(model, dtype=dtype, quantization=quantization, **options)
     terminal.note(summary(loaded))
     other = None if reference is None else lfm2_fast.load(model, dtype=reference, **options)
+    if other is not None and other.config.quantization is not None:
+        raise ValueError(
+            f"{model} is stored in 8 bits itself: there is nothing wider to compare with"
+        )
     tokenizer = load_tokenizer(model, **where)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
     found = evaluate(loaded, ids, window=window, reference=other)

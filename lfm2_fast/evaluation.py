@@ -48,7 +48,7 @@ def evaluate(
     pieces = ids[: len(ids) // window * window].view(-1, window)
     if not len(pieces):
         raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     for piece in tqdm(
         pieces, desc="evaluating", unit="piece", delay=1.0, leave=False, disable=None
     ):

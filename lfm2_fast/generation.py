@@ -16,6 +16,8 @@ from lfm2_fast.model import Lfm2ForCausalLM, unpadded
 from lfm2_fast.writing import write
 
 
+# Not in a caller's inference mode either: what a cache keeps must be writable outside of it.
+@torch.inference_mode(False)
 @torch.no_grad()
 def generate(
     model: Lfm2ForCausalLM,

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 QUANTIZATIONS = ("int8",)
-# Rows that are quantized at once, so that what is made in between stays small.
-ROWS = 4096
 
 
 class Matrix(nn.Module):
@@ -44,12 +42,7 @@ class Matrix(nn.Module):
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``weight [N, K]`` as int8 and a float32 scale ``[N]``: symmetric, a row's largest is 127."""
-    whole = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for first in range(0, len(weight), ROWS):
-        rows = weight[first : first + ROWS].float()
-        scale = rows.abs().amax(-1) / 127
-        # A row of zeros keeps its scale of 0.
-        whole[first : first + ROWS] = (rows / scale.clamp_min(1e-35)[:, None]).round()
-        scales[first : first + ROWS] = scale
-    return whole, scales
+    wide = weight.float()
+    scale = wide.abs().amax(-1) / 127
+    # A row of zeros keeps its scale of 0.
+    return (wide / scale.clamp_min(1e-35)[:, None]).round().to(torch.int8), scale

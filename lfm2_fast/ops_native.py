@@ -54,7 +54,8 @@ def multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        there = torch.backends.mkldnn.is_available()
+        return there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
 
 
@@ -133,7 +134,7 @@ class NativeOps(StreamOps):
         """A projection of many tokens, by PyTorch's products."""
         if linear.weight_scale is not None and int8_products_are_exact():
             numbers = torch.empty(x.shape, dtype=torch.int8)
-            scales = torch.empty(len(x))
+            scales = torch.empty(len(x), dtype=torch.float32)
             _quantize(x, numbers, scales)
             out = x.new_empty(len(x), len(linear.weight))
             products = torch._int_mm(numbers, linear.weight.T)

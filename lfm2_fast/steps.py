@@ -3,8 +3,8 @@
 On a GPU a step is one captured graph per bucket of rows (1, 2, 4, ...): the forward pass, the
 choice of tokens, and the next step's inputs. The host launches a step before it has read the tokens
 of the one before, and so never waits for the newest. It therefore learns one step late that a row
-has ended; the device knows at once, and the row runs on without effect. On a CPU the same steps run
-uncaptured, with as many rows as are live, and are read at once.
+has ended; the device knows at once, and the row runs on without effect. On a CPU the same steps
+have as many rows as are live, and are read at once.
 """
 
 from __future__ import annotations

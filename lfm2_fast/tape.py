@@ -32,7 +32,7 @@ class Tape:
     """
 
     def __init__(self, body: Callable[[], None]) -> None:
-        self._body = body
+        self._body: Callable[[], None] | None = body
         self._calls: list[Call] | None = None
 
     def replay(self) -> None:
@@ -42,10 +42,12 @@ class Tape:
         depends on what tensors hold: no later replay could repeat it.
         """
         if self._calls is None:
+            assert self._body is not None
             calls: list[Call] = []
             with _Recorder(calls):
                 self._body()
-            self._calls = calls
+            # The body holds whoever made the tape, often in a circle.
+            self._calls, self._body = calls, None
             return
         for operation, arguments, named in self._calls:
             operation(*arguments, **named)

@@ -103,7 +103,8 @@ def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
     build = (sys.executable, "setup.py", "-q", "build", *places)
     done = run(*build, cwd=ROOT, CFLAGS=flags, LFM2_FAST_BUILD_EXT="1")
     assert done.returncode == 0, done.stderr
-    tests = (ROOT / "tests" / "test_native.py", "-k", "not threads and not schemas")
+    files = [ROOT / "tests" / name for name in ("test_native.py", "test_native_linear.py")]
+    tests = (*files, "-k", "not threads and not schemas and not processor")
     options = ("-q", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider")
     done = run(sys.executable, "-m", "pytest", *options, *tests, cwd=tmp_path / "lib")
     assert done.returncode == 0, done.stdout

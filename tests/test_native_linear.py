@@ -154,15 +154,15 @@ def test_a_token_that_is_no_number_stays_alone(bad: float, dtype) -> None:
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
-def test_products_do_not_overflow(dtype) -> None:
+def test_products_do_not_overflow() -> None:
     """The largest numbers in every place, as many as the widest published matrix has."""
     size = 10752
     weight = torch.full((5, size), -127, dtype=torch.int8)
     weight[1] = 127
-    x, scale = torch.ones(2, size).to(dtype), torch.full((5,), 1 / 127)
+    x, scale = torch.ones(2, size), torch.full((5,), 1 / 127)
     x[1] = -1
     out = torch.zeros(2, 5, dtype=torch.float32)
-    BODIES.linear_add_native(x.float(), weight, scale, None, out.clone(), out)
+    BODIES.linear_add_native(x, weight, scale, None, out.clone(), out)
     expected = torch.full((2, 5), float(size))
     expected[0], expected[1, 1] = -size, -size
     expected[0, 1] = size

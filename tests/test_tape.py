@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -45,6 +48,22 @@ def test_what_depends_on_what_tensors_hold_is_refused(waits) -> None:
             tape.replay()
 
 
+def test_what_was_recorded_does_not_hold_the_body() -> None:
+    class Owner:
+        pass
+
+    owner, x = Owner(), torch.ones(2)
+    owner.tape = Tape(lambda held=owner: x.add_(1))
+    owner.tape.replay()
+    alive = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 needs_native = pytest.mark.skipif(
     native.why_not(torch.device("cpu")) is not None, reason="no extension"
 )
@@ -82,3 +101,14 @@ def test_a_step_for_the_callers_own_python_is_taped_too(tiny, monkeypatch) -> No
     assert made
     monkeypatch.setattr(model.ops, "tapes", 0)
     assert torch.equal(model.generate([[1, 40, 41]], **ask), taped)
+
+
+@needs_native
+def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
+    model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        first = model.generate([[1, 40, 41]], max_new_tokens=6, past_key_values=cache)
+    longer = torch.cat([first.clone(), torch.tensor([[50, 51]])], 1)
+    turn = model.generate(longer, max_new_tokens=6, past_key_values=cache)
+    assert torch.equal(turn, model.generate(longer, max_new_tokens=6))
