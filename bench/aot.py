@@ -196,16 +196,29 @@ def launch_all(
 
 
 def launch_few(
-    size: Size, dtype: torch.dtype, *, tokens: int = 2, bias: bool = False, pdl: bool = False
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    tokens: int = 2,
+    bias: bool = False,
+    int8: bool = False,
+    pdl: bool = False,
 ) -> None:
-    """Every kernel of few tokens in each of its shapes, with a ``bias`` wherever one may be."""
+    """Every kernel of few tokens in each of its shapes.
+
+    With a ``bias`` wherever one may be, and with matrices of int8, if asked for.
+    """
     hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
 
     def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    def weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return some(rows, columns), some(rows) if bias else None
+    def rows_bias(rows: int) -> torch.Tensor | None:
+        return some(rows) if bias else None
+
+    def weight(rows: int, columns: int) -> tuple[torch.Tensor, Any, Any]:
+        matrix = some(rows, columns, dtype=torch.int8 if int8 else dtype)
+        return matrix, rows_bias(rows), some(rows, dtype=torch.float32) if int8 else None
 
     x, norm = some(tokens, hidden), (some(hidden), eps)
     qkv = attended + 2 * size.kv_heads * size.head_dim
@@ -217,7 +230,7 @@ def launch_few(
     norm_swiglu_triton(x, *norm, *weight(2 * size.inner, hidden), swiglu, pdl=pdl)
     places = (some(tokens, dtype=torch.int64) for _ in range(2))
     window = some(tokens, size.width + 1, hidden)
-    conv = (*weight(hidden, size.width), window, *places)
+    conv = (some(hidden, size.width), rows_bias(hidden), window, *places)
     norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
     head = weight(size.vocabulary, hidden)
     best = some(head_plan(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
@@ -226,10 +239,12 @@ def launch_few(
 
 
 def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
-    """All kernels of a published size; the smallest stands for those with biases."""
+    """All kernels of a published size; few of them stand for those with biases and in int8."""
     launch_all(size, dtype)
     for bias in (False, True) if size is SIZES[0] else (False,):
         launch_few(size, dtype, bias=bias, pdl=pdl)
+    if size in SIZES[::2]:
+        launch_few(size, dtype, int8=True, pdl=pdl)
 
 
 def launch_sample(vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False) -> None:

@@ -5,6 +5,9 @@ one token after another through it: ``sum(tile * x, axis=1)`` in float32. The lo
 the same code for one as for sixteen, so a row's bits do not depend on the batch. While a tile is
 in use, the next is under way.
 
+A weight of the tokens' dtype has no ``scale``. One of int8 has ``scale [N]`` float32, by which the
+sum of a row is multiplied in float32, so its numbers are used as they are.
+
 The first tile, like everything that the previous kernel did not write, is loaded above ``after``,
 where a kernel that was launched before its predecessor's end waits for that end. (CUDA Programming
 Guide, "Programmatic Dependent Launch")
@@ -19,7 +22,7 @@ MOST_TOKENS = 16
 
 @triton.jit
 def rows_of(weight_ptr, rows, count, offs_k, K: tl.constexpr):
-    """The ``rows [N]`` of a dense weight ``[count, K]``, zero outside of it."""
+    """The ``rows [N]`` of a weight ``[count, K]`` without gaps, zero outside of it."""
     mask = (rows < count)[:, None] & (offs_k < K)[None, :]
     at = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
     return tl.load(weight_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
@@ -54,9 +57,11 @@ def normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K: tl.constexpr, MOST
 
 
 @triton.jit
-def dots(tile, x, bias_ptr, rows, count, DTYPE: tl.constexpr):
-    """``tile [N, K] @ x [K] + bias`` in float32, rounded once as a number of DTYPE is."""
+def dots(tile, x, bias_ptr, scale_ptr, rows, count, DTYPE: tl.constexpr):
+    """``tile [N, K] @ x [K] * scale + bias`` in float32, rounded once as a number of DTYPE is."""
     out = tl.sum(tile * x[None, :], axis=1)
+    if scale_ptr is not None:
+        out *= tl.load(scale_ptr + rows, mask=rows < count, other=0)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + rows, mask=rows < count, other=0).to(tl.float32)
     return out.to(DTYPE).to(tl.float32)
@@ -67,6 +72,7 @@ def check_tokens(
     norm: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     tokens: int,
     count: int,
 ) -> None:
@@ -76,5 +82,8 @@ def check_tokens(
     assert norm is None or (norm.shape == x.shape[1:] and norm.is_contiguous())
     assert bias is None or (bias.shape == (count,) and bias.is_contiguous())
     assert x.dtype != torch.float64
-    for given in (norm, weight, bias):
+    for given in (norm, bias):
         assert given is None or given.dtype == x.dtype
+    assert weight.dtype == (x.dtype if scale is None else torch.int8)
+    if scale is not None:
+        assert scale.shape == (count,) and scale.is_contiguous() and scale.dtype == torch.float32

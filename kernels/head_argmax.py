@@ -1,8 +1,8 @@
 """The final norm, the head and the largest logit's token, in two launches and without the logits.
 
-``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``tokens
-[T]`` int64: what ``argmax`` gives of the logits as ``norm_linear`` rounds them: the first of the
-largest, NaN being larger than any number.
+``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``scale
+[N]`` of an int8 weight or None (gemv.py), ``tokens [T]`` int64: what ``argmax`` gives of the logits
+as ``norm_linear`` rounds them: the first of the largest, NaN being larger than any number.
 
 A logit and its row are one integer, whose order is theirs, so the largest is the same whoever
 compares first. ``best [programs, 16]`` int64 takes that of every program, and ``last_argmax`` the
@@ -34,6 +34,7 @@ def _head_argmax_kernel(
     norm_ptr,
     weight_ptr,
     bias_ptr,
+    scale_ptr,
     best_ptr,
     eps,
     tokens,
@@ -60,7 +61,7 @@ def _head_argmax_kernel(
         wide = tile.to(tl.float32)
         for token in range(tokens):
             x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            logits = dots(wide, x, bias_ptr, rows, count, weight_ptr.dtype.element_ty)
+            logits = dots(wide, x, bias_ptr, scale_ptr, rows, count, x_ptr.dtype.element_ty)
             ranks = _rank(logits).to(tl.int64) * (LAST_ROW + 1) + (LAST_ROW - rows)
             ranks = tl.where(rows < count, ranks, BELOW_ALL)
             best = tl.where(offs_t == token, tl.maximum(best, tl.max(ranks, axis=0)), best)
@@ -103,6 +104,7 @@ def head_argmax_triton(
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     best: torch.Tensor,
     *,
     pdl: bool = False,
@@ -113,7 +115,7 @@ def head_argmax_triton(
     ``pdl``, ``plan``: as in norm_linear.py.
     """
     tokens, count = len(x), weight.shape[0]
-    check_tokens(x, norm, weight, bias, tokens, count)
+    check_tokens(x, norm, weight, bias, scale, tokens, count)
     plan = plan or head_plan(weight)
     assert best.shape == (plan.programs, MOST_TOKENS)
     assert best.dtype == torch.int64 and best.is_contiguous()
@@ -126,6 +128,7 @@ def head_argmax_triton(
             norm,
             weight,
             bias,
+            scale,
             best,
             eps,
             tokens,

@@ -1,7 +1,8 @@
 """A projection of a few tokens added to the residual stream: ``residual + (x @ weight.T + bias)``.
 
-``x [T, K]`` of at most 16 tokens, ``weight [N, K]``, ``bias [N]`` or None, ``residual, out
-[T, N]``; ``out`` may be ``residual``. The projection is rounded to the dtype, then the sum.
+``x [T, K]`` of at most 16 tokens, ``weight [N, K]``, ``bias [N]`` or None, ``scale [N]`` of an int8
+weight or None (gemv.py), ``residual, out [T, N]``; ``out`` may be ``residual``. The projection is
+rounded to the dtype, then the sum.
 
 A program takes its rows through K, BLOCK_K at a time, and K is split over its threads alone: the
 N of a model gives every processor its share of rows, so splits of K over programs would bring no
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import MOST_TOKENS, after, check_tokens, rows_of
-from lfm2_fast.kernels.plan import Plan, choose_plan
+from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -21,6 +22,7 @@ def _linear_add_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    scale_ptr,
     residual_ptr,
     out_ptr,
     tokens,
@@ -59,6 +61,8 @@ def _linear_add_kernel(
                 acc += tl.where((offs_t == token)[:, None], partial[None, :], 0)
             tile = following
         mask = (offs_t < tokens)[:, None] & (rows < count)[None, :]
+        if scale_ptr is not None:
+            acc *= tl.load(scale_ptr + rows, mask=rows < count, other=0)[None, :]
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + rows, mask=rows < count, other=0)
             acc += bias.to(tl.float32)[None, :]
@@ -74,6 +78,7 @@ def linear_add_triton(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     residual: torch.Tensor,
     out: torch.Tensor,
     *,
@@ -85,7 +90,7 @@ def linear_add_triton(
     ``pdl``, ``plan``: as in norm_linear.py.
     """
     tokens, count = out.shape
-    check_tokens(x, None, weight, bias, tokens, count)
+    check_tokens(x, None, weight, bias, scale, tokens, count)
     assert residual.shape == out.shape and residual.stride(1) == out.stride(1) == 1
     assert residual.dtype == out.dtype == x.dtype
     if tokens == 0:
@@ -97,6 +102,7 @@ def linear_add_triton(
             x,
             weight,
             bias,
+            scale,
             residual,
             out,
             tokens,
@@ -110,5 +116,7 @@ def linear_add_triton(
             BLOCK_K=block_k,
             PDL=pdl,
             num_warps=plan.warps,
+            # Of int8 the compiler would take 64 registers, and spill.
+            maxnreg=None if scale is None else REGISTERS,
             launch_pdl=pdl,
         )

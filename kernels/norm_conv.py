@@ -2,8 +2,8 @@
 
 ``C * (conv(B * x) + bias)`` with ``B, C, x = rms_norm(h) @ weight.T + in_bias``. With S sequences,
 at most 16, H channels and W width: ``h [S, K]``, ``norm [K]``, ``weight [3H, K]``, ``in_bias [3H]``
-or None; ``taps [H, W]``, newest last, ``bias [H]`` or None; ``window, positions, slots`` as in
-``gated_conv_step.py``; ``out [S, H]``.
+or None; ``scale [3H]`` of an int8 weight or None (gemv.py); ``taps [H, W]``, newest last, ``bias
+[H]`` or None; ``window, positions, slots`` as in ``gated_conv_step.py``; ``out [S, H]``.
 
 A program has the three rows of a channel, so it has all that the channel's convolution needs:
 nothing is recomputed, in the projection's epilogue, and no other program reads or writes the
@@ -33,6 +33,7 @@ def _norm_conv_kernel(
     norm_ptr,
     weight_ptr,
     in_bias_ptr,
+    scale_ptr,
     taps_ptr,
     bias_ptr,
     window_ptr,
@@ -55,7 +56,7 @@ def _norm_conv_kernel(
     BLOCK_W: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
@@ -65,6 +66,10 @@ def _norm_conv_kernel(
     if in_bias_ptr is not None:
         c_bias_ptr += size
         x_bias_ptr += 2 * size
+    c_scale_ptr, x_scale_ptr = scale_ptr, scale_ptr
+    if scale_ptr is not None:
+        c_scale_ptr += size
+        x_scale_ptr += 2 * size
     b_tile = rows_of(weight_ptr, rows, size, offs_k, K)
     c_tile = rows_of(c_ptr, rows, size, offs_k, K)
     x_tile = rows_of(x_ptr, rows, size, offs_k, K)
@@ -88,9 +93,9 @@ def _norm_conv_kernel(
             old = tl.load(slot_ptr + old_row[None, :] + rows[:, None], mask=mask_old, other=0)
 
             normed_h = normed(h_ptr, norm, scales, token, stride_h_t, offs_k, K, MOST)
-            b = dots(wide_b, normed_h, in_bias_ptr, rows, size, DTYPE)
-            c = dots(wide_c, normed_h, c_bias_ptr, rows, size, DTYPE)
-            x = dots(wide_x, normed_h, x_bias_ptr, rows, size, DTYPE)
+            b = dots(wide_b, normed_h, in_bias_ptr, scale_ptr, rows, size, DTYPE)
+            c = dots(wide_c, normed_h, c_bias_ptr, c_scale_ptr, rows, size, DTYPE)
+            x = dots(wide_x, normed_h, x_bias_ptr, x_scale_ptr, rows, size, DTYPE)
             bx = (b * x).to(DTYPE)
             history = tl.where((offs_w == WIDTH - 1)[None, :], bx[:, None], old)
             conv = tl.sum(history.to(tl.float32) * taps.to(tl.float32), axis=1)
@@ -110,6 +115,7 @@ def norm_conv_triton(
     eps: float,
     weight: torch.Tensor,
     in_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     taps: torch.Tensor,
     bias: torch.Tensor | None,
     window: torch.Tensor,
@@ -126,7 +132,7 @@ def norm_conv_triton(
     """
     tokens, size = out.shape
     ring, width = window.shape[1], taps.shape[1]
-    check_tokens(h, norm, weight, in_bias, tokens, 3 * size)
+    check_tokens(h, norm, weight, in_bias, scale, tokens, 3 * size)
     assert window.shape[2] == size and window.stride(2) == out.stride(1) == 1
     assert taps.shape == (size, width) and taps.is_contiguous()
     assert bias is None or (bias.shape == (size,) and bias.is_contiguous())
@@ -144,6 +150,7 @@ def norm_conv_triton(
             norm,
             weight,
             in_bias,
+            scale,
             taps,
             bias,
             window,

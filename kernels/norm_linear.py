@@ -1,8 +1,8 @@
 """RMSNorm and a projection of a few tokens in one launch: ``rms_norm(x) @ weight.T + bias``.
 
-``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``out
-[T, N]``. Every program norms the tokens anew: they are few and in the cache, and a launch costs
-more. Least bytes: NK elements. FLOPs: 2TNK.
+``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``scale
+[N]`` of an int8 weight or None (gemv.py), ``out [T, N]``. Every program norms the tokens anew: they
+are few and in the cache, and a launch costs more. Least bytes: NK elements. FLOPs: 2TNK.
 """
 
 import torch
@@ -27,6 +27,7 @@ def _norm_linear_kernel(
     norm_ptr,
     weight_ptr,
     bias_ptr,
+    scale_ptr,
     out_ptr,
     eps,
     tokens,
@@ -39,7 +40,7 @@ def _norm_linear_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
@@ -52,7 +53,7 @@ def _norm_linear_kernel(
         wide = tile.to(tl.float32)
         for token in range(tokens):
             x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            out = dots(wide, x, bias_ptr, rows, count, DTYPE)
+            out = dots(wide, x, bias_ptr, scale_ptr, rows, count, DTYPE)
             tl.store(out_ptr + token * stride_out_t + rows, out.to(DTYPE), mask=rows < count)
         tile = following
         rows += step
@@ -64,6 +65,7 @@ def norm_linear_triton(
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     out: torch.Tensor,
     *,
     pdl: bool = False,
@@ -74,7 +76,7 @@ def norm_linear_triton(
     ``pdl`` lets the launch start while the one before it ends, ``plan`` replaces the usual one.
     """
     tokens, count = out.shape
-    check_tokens(x, norm, weight, bias, tokens, count)
+    check_tokens(x, norm, weight, bias, scale, tokens, count)
     assert out.stride(1) == 1 and out.dtype == x.dtype
     if tokens == 0:
         return
@@ -86,6 +88,7 @@ def norm_linear_triton(
             norm,
             weight,
             bias,
+            scale,
             out,
             eps,
             tokens,

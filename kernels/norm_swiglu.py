@@ -1,8 +1,9 @@
 """RMSNorm, gate and up projections and ``silu(gate) * up`` of a few tokens, in one launch.
 
 ``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [2F, K]`` with the gate's rows first,
-``bias [2F]`` or None, ``out [T, F]``. A program has the gate's and up's rows of the same outputs.
-Rounded where the reference rounds. Least bytes: 2FK elements. FLOPs: 4TFK.
+``bias [2F]`` or None, ``scale [2F]`` of an int8 weight or None (gemv.py), ``out [T, F]``. A program
+has the gate's and up's rows of the same outputs. Rounded where the reference rounds. Least bytes:
+2FK elements. FLOPs: 4TFK.
 """
 
 import torch
@@ -27,6 +28,7 @@ def _norm_swiglu_kernel(
     norm_ptr,
     weight_ptr,
     bias_ptr,
+    scale_ptr,
     out_ptr,
     eps,
     tokens,
@@ -39,14 +41,16 @@ def _norm_swiglu_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
     up_ptr = weight_ptr + size.to(tl.int64) * K
-    up_bias_ptr = bias_ptr
+    up_bias_ptr, up_scale_ptr = bias_ptr, scale_ptr
     if bias_ptr is not None:
         up_bias_ptr += size
+    if scale_ptr is not None:
+        up_scale_ptr += size
     gate_tile = rows_of(weight_ptr, rows, size, offs_k, K)
     up_tile = rows_of(up_ptr, rows, size, offs_k, K)
     norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
@@ -58,8 +62,8 @@ def _norm_swiglu_kernel(
         wide_gate, wide_up = gate_tile.to(tl.float32), up_tile.to(tl.float32)
         for token in range(tokens):
             x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            gate = dots(wide_gate, x, bias_ptr, rows, size, DTYPE)
-            up = dots(wide_up, x, up_bias_ptr, rows, size, DTYPE)
+            gate = dots(wide_gate, x, bias_ptr, scale_ptr, rows, size, DTYPE)
+            up = dots(wide_up, x, up_bias_ptr, up_scale_ptr, rows, size, DTYPE)
             silu = (gate / (1 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
             out = (silu * up).to(DTYPE)
             tl.store(out_ptr + token * stride_out_t + rows, out, mask=rows < size)
@@ -73,6 +77,7 @@ def norm_swiglu_triton(
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     out: torch.Tensor,
     *,
     pdl: bool = False,
@@ -83,7 +88,7 @@ def norm_swiglu_triton(
     ``pdl``, ``plan``: as in norm_linear.py.
     """
     tokens, size = out.shape
-    check_tokens(x, norm, weight, bias, tokens, 2 * size)
+    check_tokens(x, norm, weight, bias, scale, tokens, 2 * size)
     assert out.stride(1) == 1 and out.dtype == x.dtype
     if tokens == 0:
         return
@@ -95,6 +100,7 @@ def norm_swiglu_triton(
             norm,
             weight,
             bias,
+            scale,
             out,
             eps,
             tokens,

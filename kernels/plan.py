@@ -3,7 +3,8 @@
 Memory is kept busy by bytes under way: on an H100 about 23 kB on each of its processors to cover
 the latency (the bandwidth times it), more to cover the gap between two kernels. So a tile has up to
 16 kB, the next one is loaded meanwhile, and the programs of a processor, two to four, have up to
-32 kB of tiles: a grid is at most one resident wave, and leaves room for the next kernel's.
+32 kB of tiles: a grid is at most one resident wave, and leaves room for the next kernel's. A tile
+is widened to float32 in registers: of int8 it has 4 kB, since from 8 kB on registers spill.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import triton.language as tl
 from lfm2_fast.kernels.tuned import TUNED
 
 TILE_BYTES = 16384
+INT8_TILE_BYTES = 4096
 PROCESSOR_BYTES = 32768
 # With four warps, two programs take half of a processor's registers.
 REGISTERS = 128
@@ -41,9 +43,12 @@ def choose_plan(
     name, processors = chip(weight.device)
     if processors == 0:  # the interpreter takes its time for every tile, whatever its size
         return Plan(min(triton.next_power_of_2(rows), tl.TRITON_MAX_TENSOR_NUMEL // block_k), 4, 1)
-    if tuned := TUNED.get(name, {}).get((operation, *weight.shape)):
+    int8 = weight.dtype == torch.int8
+    # What is best for wider numbers, which the table has, would spill.
+    if not int8 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
         return Plan(*tuned)
-    return default_plan(rows, together * block_k * weight.element_size(), processors)
+    row_bytes = together * block_k * weight.element_size()
+    return default_plan(rows, row_bytes, processors, INT8_TILE_BYTES if int8 else TILE_BYTES)
 
 
 @lru_cache
@@ -56,16 +61,17 @@ def chip(device: torch.device) -> tuple[str, int]:
 
 
 @lru_cache
-def default_plan(rows: int, row_bytes: int, processors: int) -> Plan:
+def default_plan(rows: int, row_bytes: int, processors: int, most: int = TILE_BYTES) -> Plan:
     """The plan whose busiest processor should be done first, of equals that with fewest programs.
 
     Its time is taken to grow with its rows, and where too few bytes are under way, with the lack.
+    A tile of several rows has at most ``most`` bytes.
     """
     found = []
-    for each, exponent in itertools.product(range(2, 5), range(TILE_BYTES.bit_length())):
+    for each, exponent in itertools.product(range(2, 5), range(most.bit_length())):
         block_n = 2**exponent
         tile = block_n * row_bytes
-        if (block_n > 1 and tile > TILE_BYTES) or (each > 2 and each * tile > PROCESSOR_BYTES):
+        if (block_n > 1 and tile > most) or (each > 2 and each * tile > PROCESSOR_BYTES):
             continue
         tiles = triton.cdiv(rows, block_n)
         rounds = triton.cdiv(tiles, each * processors)

@@ -52,7 +52,7 @@ class TritonOps(StreamOps):
         self._arrivals = WeakTensorKeyDictionary()
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
-        few = _few(x, linear)
+        few = _few(x)
         if few is None:
             return super().norm_linear(x, norm, linear)
         out = few.new_empty(len(few), len(linear.weight))
@@ -62,7 +62,7 @@ class TritonOps(StreamOps):
     def norm_conv(
         self, x: Any, norm: nn.RMSNorm, conv: ShortConv, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        few = _few(x, conv.in_proj)
+        few = _few(x)
         if few is None or batch.max_query != 1:
             return super().norm_conv(x, norm, conv, window, batch)
         taps, out = conv.conv, torch.empty_like(few)
@@ -81,7 +81,7 @@ class TritonOps(StreamOps):
         return out
 
     def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
-        few = _few(residual, linear)
+        few = _few(residual)
         if few is None:
             return super().linear_add(y, linear, residual)
         out = torch.empty_like(few)
@@ -89,7 +89,7 @@ class TritonOps(StreamOps):
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
-        few = _few(x, gate_up)
+        few = _few(x)
         if few is None:
             return super().norm_swiglu(x, norm, gate_up)
         out = few.new_empty(len(few), len(gate_up.weight) // 2)
@@ -98,7 +98,7 @@ class TritonOps(StreamOps):
 
     def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """Two launches for a few tokens, whose logits are never written."""
-        few = _few(x, linear)
+        few = _few(x)
         if few is None:
             return super().head_argmax(x, norm, linear)
         tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
@@ -258,16 +258,14 @@ class TritonOps(StreamOps):
         return self._arrivals[table]
 
 
-def _few(x: torch.Tensor | Stream, linear: Linear) -> torch.Tensor | None:
-    """The rows of a tensor or a Stream, with nothing pending, if they are few for this matrix."""
-    if len(x) > MOST_TOKENS or linear.weight_scale is not None:
-        return None
-    return settled(x)
+def _few(x: torch.Tensor | Stream) -> torch.Tensor | None:
+    """The rows of a tensor or a Stream, with nothing pending, if they are few."""
+    return None if len(x) > MOST_TOKENS else settled(x)
 
 
 def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:
     return norm.weight, epsilon(norm)
 
 
-def _linear(linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return linear.weight, linear.bias
+def _linear(linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return linear.weight, linear.bias, linear.weight_scale

@@ -14,6 +14,7 @@ from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.plan import Plan
+from lfm2_fast.matrix import quantize_int8
 
 EPS = 1e-5
 NAN = float("nan")
@@ -34,7 +35,15 @@ class Case:
     """Random inputs of a word: rows of very different size, the last one zero."""
 
     def __init__(
-        self, word: str, tokens: int, n: int, k: int, bias: bool, dtype: torch.dtype, device: Any
+        self,
+        word: str,
+        tokens: int,
+        n: int,
+        k: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: Any,
+        int8: bool = False,
     ) -> None:
         def some(*shape: int) -> torch.Tensor:
             return torch.randn(shape)
@@ -54,22 +63,27 @@ class Case:
             name: None if value is None else value.to(dtype).to(device)
             for name, value in inputs.items()
         }
+        self.inputs["scale"] = None
+        if int8:
+            numbers, scale = quantize_int8(inputs["weight"])
+            self.inputs |= {"weight": numbers.to(device), "scale": scale.to(device)}
 
     def meaning(self, dtype: torch.dtype) -> torch.Tensor:
-        wide = {k: None if v is None else v.to(dtype) for k, v in self.inputs.items()}
-        x, norm, weight, bias, residual = wide.values()
+        kept = ("weight", "scale") if self.inputs["scale"] is not None else ()
+        wide = {k: v if v is None or k in kept else v.to(dtype) for k, v in self.inputs.items()}
+        x, norm, weight, bias, residual, scale = wide.values()
         if self.word == "linear_add":
-            return residual + ref.linear_ref(x, weight, bias)
-        out = ref.linear_ref(ref.rms_norm_ref(x, norm, EPS), weight, bias)
+            return residual + ref.linear_ref(x, weight, bias, scale)
+        out = ref.linear_ref(ref.rms_norm_ref(x, norm, EPS), weight, bias, scale)
         return out if self.word == "norm_linear" else ref.swiglu_ref(out)
 
     def launch(self, out: torch.Tensor, plan: Plan | None) -> None:
-        x, norm, weight, bias, residual = self.inputs.values()
+        x, norm, weight, bias, residual, scale = self.inputs.values()
         if self.word == "linear_add":
-            linear_add_triton(x, weight, bias, residual, out, plan=plan)
+            linear_add_triton(x, weight, bias, scale, residual, out, plan=plan)
         else:
             body = norm_linear_triton if self.word == "norm_linear" else norm_swiglu_triton
-            body(x, norm, EPS, weight, bias, out, plan=plan)
+            body(x, norm, EPS, weight, bias, scale, out, plan=plan)
 
     def run(self, plan: Plan | None) -> torch.Tensor:
         out = torch.full(self.shape, NAN).to(self.inputs["x"])
@@ -127,7 +141,7 @@ def test_the_projection_is_rounded_before_the_addition(
     """On short numbers, whose sums are exact in any order, all bits are the reference's."""
     torch.manual_seed(0)
     case = Case("linear_add", 5, 40, 64, True, kernel_dtype, kernel_device)
-    for value in case.inputs.values():
+    for value in case.reads():
         value.copy_(torch.randint(-99, 99, value.shape) / 64)
     assert same_bits(case.run(None), case.meaning(kernel_dtype))
 
@@ -182,12 +196,57 @@ def test_wrong_layouts_are_refused(word, kernel_device) -> None:
             launch(**changed)
 
 
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], **ids)
+def test_int8_against_the_widened_matrix(
+    word, shape, kernel_device, kernel_dtype, framed, intact, traced, within_budget, same_bits
+) -> None:
+    """And a row's bits are the same alone."""
+    torch.manual_seed(0)
+    n, k, plan = shape
+    case = Case(word, 4, n, k, True, kernel_dtype, kernel_device, int8=True)
+    exact, plain = case.meaning(torch.float64), case.meaning(kernel_dtype)
+    out = framed(torch.full_like(plain, NAN))
+    with traced(case.reads(), [out]):
+        case.launch(out, plan)
+    assert intact(out)
+    within_budget(out, exact, plain, by_row=True)
+    for name in ("x", "residual"):
+        case.inputs[name] = case.inputs[name][1:2]
+    case.shape = (1, n)
+    assert same_bits(case.run(plan), out[1:2])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_int8_head_argmax(tokens, kernel_device, kernel_dtype, traced) -> None:
+    torch.manual_seed(0)
+    n, k, plan = SHAPES[3]
+    case = Case("norm_linear", tokens, n, k, True, kernel_dtype, kernel_device, int8=True)
+    expected = case.run(plan).argmax(-1)
+    assert best_tokens(case, plan, traced).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_scales_that_do_not_fit_are_refused(word, kernel_device) -> None:
+    case = Case(word, 2, 8, 64, False, torch.float32, kernel_device, int8=True)
+    case.run(None)
+    scale = case.inputs["scale"]
+    for wrong in (None, scale.half(), scale[:-1], scale.repeat_interleave(2)[::2]):
+        case.inputs["scale"] = wrong
+        with pytest.raises(AssertionError):
+            case.run(None)
+    dense = Case(word, 2, 8, 64, False, torch.float32, kernel_device)
+    dense.inputs["scale"] = scale
+    with pytest.raises(AssertionError):
+        dense.run(None)
+
+
 def best_tokens(case: Case, plan: Plan, traced: Any) -> torch.Tensor:
-    x, norm, weight, bias, _ = case.inputs.values()
+    x, norm, weight, bias, _, scale = case.inputs.values()
     best = torch.full((plan.programs, MOST_TOKENS), 2**62, device=x.device)
     tokens = torch.full((len(x),), -1, device=x.device)
     with traced(case.reads(), [best]):
-        head_argmax_triton(x, norm, EPS, weight, bias, best, plan=plan)
+        head_argmax_triton(x, norm, EPS, weight, bias, scale, best, plan=plan)
     with traced([best], [tokens]):
         last_argmax_triton(best, tokens)
     return tokens

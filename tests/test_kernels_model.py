@@ -50,8 +50,11 @@ def poisoned():
 
 @pytest.fixture(scope="module")
 def load(kernel_device):
-    def load(folder: Path, backend: str, dtype: torch.dtype) -> lfm2_fast.Lfm2ForCausalLM:
-        model = lfm2_fast.load(folder, device=kernel_device, dtype=dtype, backend=backend)
+    def load(
+        folder: Path, backend: str, dtype: torch.dtype, **options: Any
+    ) -> lfm2_fast.Lfm2ForCausalLM:
+        options |= {"device": kernel_device, "dtype": dtype, "backend": backend}
+        model = lfm2_fast.load(folder, **options)
         assert model.ops.name == backend
         return model
 
@@ -77,6 +80,24 @@ def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget
     plain = logits(load(folder, "eager", kernel_dtype))
     for ours, a, b in zip(logits(load(folder, "triton", kernel_dtype)), exact, plain, strict=True):
         within_budget(ours, a, b)
+
+
+def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) -> None:
+    """The steps of few tokens multiply by the integers themselves."""
+    folder, int8 = random_checkpoint(), {"quantization": "int8"}
+    exact = logits(load(folder, "eager", torch.float64, **int8))
+    plain = logits(load(folder, "eager", torch.float32, **int8))
+    ours = load(folder, "triton", torch.float32, **int8)
+    for found, a, b in zip(logits(ours), exact, plain, strict=True):
+        within_budget(found, a, b)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the reference's product ran")
+
+    monkeypatch.setattr(reference, "linear_ref", refuse)
+    cache = ours.new_cache(2)
+    batch = Batch.prepare([1, 1], [1, 0], cache, ours.device)
+    ours.run(torch.tensor([9, 12], device=ours.device), batch, cache)
 
 
 def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.plan import Plan
+from lfm2_fast.matrix import quantize_int8
 
 EPS = 1e-5
 NAN = float("nan")
@@ -34,6 +35,7 @@ class Case:
         ring: int,
         biases: tuple[bool, bool],
         dtype: torch.dtype,
+        int8: bool = False,
     ) -> None:
         device = batch.positions.device
         tokens, k = len(batch.positions), size + 5
@@ -43,7 +45,9 @@ class Case:
 
         self.batch = batch
         self.h, self.norm = some(tokens, k).abs(), some(k).abs()
-        self.weight = some(3 * size, k).abs() / k
+        self.weight, self.scale = some(3 * size, k).abs() / k, None
+        if int8:
+            self.weight, self.scale = quantize_int8(self.weight)
         self.in_bias = some(3 * size) if biases[0] else None
         self.taps, self.bias = some(size, width), some(size) if biases[1] else None
         slots = max([0, *batch.host_slots]) + 1
@@ -59,7 +63,8 @@ class Case:
             return None if tensor is None else tensor.to(dtype, copy=True)
 
         normed = ref.rms_norm_ref(wide(self.h), wide(self.norm), EPS)
-        bcx = ref.linear_ref(normed, wide(self.weight), wide(self.in_bias))
+        weight = wide(self.weight) if self.scale is None else self.weight
+        bcx = ref.linear_ref(normed, weight, wide(self.in_bias), self.scale)
         window = wide(self.window)
         step = ref.gated_conv_step_ref
         return step(bcx, wide(self.taps), wide(self.bias), window, self.batch), window
@@ -75,7 +80,7 @@ def run(framed, intact, traced):
     def run(case: Case, plan: Plan | None) -> tuple[torch.Tensor, torch.Tensor]:
         h, window = framed(case.h), framed(case.window)
         out = framed(torch.full((len(h), len(case.taps)), NAN).to(h))
-        weights = (case.weight, case.in_bias, case.taps, case.bias)
+        weights = (case.weight, case.in_bias, case.scale, case.taps, case.bias)
         places = (case.batch.positions, case.batch.slots)
         reads = [h, case.norm, *(w for w in weights if w is not None), *places]
         with traced(reads, [window, out]):
@@ -140,7 +145,7 @@ def test_no_tokens(kernel_device, kernel_dtype, run, same_bits) -> None:
 
 def test_wrong_layouts_are_refused(kernel_device) -> None:
     batch = Batch.prepare([1, 1], [0, 1], SimpleNamespace(slots=2, lengths=[0, 4]), kernel_device)
-    names = ("weight", "in_bias", "taps", "bias", "window")
+    names = ("weight", "in_bias", "scale", "taps", "bias", "window")
 
     def launch(**changed: torch.Tensor) -> None:
         case = Case(batch, 16, 3, 3, (True, True), torch.float32)
@@ -155,6 +160,8 @@ def test_wrong_layouts_are_refused(kernel_device) -> None:
         {"h": zeros[:21, :2].t()},
         {"weight": zeros[:21].t()},
         {"in_bias": zeros[0, :16]},
+        {"scale": zeros[0]},
+        {"weight": zeros[:, :21].contiguous().char()},
         {"taps": zeros[:3, :16].t()},
         {"bias": zeros[0, :32:2]},
         {"window": zeros[None, :2, :16]},
@@ -171,3 +178,15 @@ def test_one_channel(kernel_device, kernel_dtype, run, within_budget) -> None:
     case = Case(batch, 1, 3, 3, (True, True), kernel_dtype)
     out, _ = run(case, Plan(1, 4, 1))
     within_budget(out, case.meaning(torch.float64)[0], case.meaning(kernel_dtype)[0])
+
+
+def test_int8_against_the_widened_matrix(kernel_device, kernel_dtype, run, within_budget) -> None:
+    torch.manual_seed(0)
+    cache = SimpleNamespace(slots=5, lengths=[7, 0, 1, 2, 30])
+    batch = Batch.prepare([1] * 5, [2, 0, 4, 1, 3], cache, kernel_device)
+    case = Case(batch, 40, 3, 4, (True, True), kernel_dtype, int8=True)
+    exact, exact_window = case.meaning(torch.float64)
+    plain, plain_window = case.meaning(kernel_dtype)
+    out, window = run(case, Plan(8, 4, 3))
+    within_budget(out, exact, plain)
+    within_budget(case.new_rows(window), case.new_rows(exact_window), case.new_rows(plain_window))

@@ -14,7 +14,7 @@ PROCESSORS = [56, 78, 108, 114, 132, 148, 160, 188]
 
 
 @pytest.mark.parametrize("processors", PROCESSORS)
-@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("element_size", [1, 2, 4])
 def test_one_resident_wave_that_all_share(processors, element_size) -> None:
     for hidden, inner, qkv in SIZES:
         row = 2 ** (hidden - 1).bit_length() * element_size
@@ -25,12 +25,13 @@ def test_one_resident_wave_that_all_share(processors, element_size) -> None:
             (hidden, 1024 * element_size),
             (65536, row),
         ):
-            chosen = default_plan(rows, row_bytes, processors)
+            most = plan.INT8_TILE_BYTES if element_size == 1 else plan.TILE_BYTES
+            chosen = default_plan(rows, row_bytes, processors, most)
             tile = chosen.block_n * row_bytes
             each = -(-chosen.programs // processors)
             tiles = -(-rows // chosen.block_n)
             rounds = -(-tiles // chosen.programs)
-            assert chosen.block_n == 1 or tile <= plan.TILE_BYTES
+            assert chosen.block_n == 1 or tile <= most
             assert each * chosen.warps <= 16 and each * min(tile, plan.TILE_BYTES) <= 32768
             assert chosen.programs <= tiles
             assert rows / (processors * each * rounds * chosen.block_n) > 0.66, (rows, chosen)
@@ -49,3 +50,5 @@ def test_the_table_comes_first(monkeypatch) -> None:
     monkeypatch.setattr(plan, "TUNED", {"a GPU": {("norm_linear", 300, 64): (8, 2, 38)}})
     assert choose_plan("norm_linear", 300, weight, 64) == Plan(8, 2, 38)
     assert choose_plan("head_argmax", 300, weight, 64) == rule
+    by_bytes = default_plan(300, 64, 132, plan.INT8_TILE_BYTES)
+    assert choose_plan("norm_linear", 300, weight.char(), 64) == by_bytes
