@@ -105,7 +105,8 @@ def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     files = [ROOT / "tests" / name for name in ("test_native.py", "test_native_linear.py")]
     tests = (*files, "-k", "not threads and not schemas and not processor")
-    options = ("-q", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider")
+    # The package is the one that was built, not the checkout's.
+    options = ("-q", "-c", ROOT / "pyproject.toml", "-o", "pythonpath=", "-p", "no:cacheprovider")
     done = run(sys.executable, "-m", "pytest", *options, *tests, cwd=tmp_path / "lib")
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout and "skipped" not in done.stdout
