@@ -235,7 +235,10 @@ def eval_(
             f"{model} is stored in 8 bits itself: there is nothing wider to compare with"
         )
     tokenizer = load_tokenizer(model, **where)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    # Pieces are short; that the whole text is longer than the context does not matter.
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[
+        0
+    ]
     found = evaluate(loaded, ids, window=window, reference=other)
     facts = {**asdict(found), "perplexity": found.perplexity}
     known = {name: value for name, value in facts.items() if value is not None}

@@ -50,7 +50,7 @@ def evaluate(
         raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     for piece in tqdm(
-        pieces, desc="evaluating", unit="piece", delay=1.0, leave=False, disable=None
+        pieces, desc="evaluating", unit="piece", delay=3.0, leave=False, disable=None
     ):
         after = piece[None, 1:]
         scores = _log_probabilities(model, piece)

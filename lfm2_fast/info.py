@@ -145,6 +145,8 @@ def readable(key: str, value: Any) -> str:
             (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if value >= u
         )
         return f"{value / unit:.4g} {name}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return millions(value) if key == "parameters" else str(value)
 
 
