@@ -95,8 +95,8 @@ def run(framed, intact, traced):
 def test_any_batch(kernel_dtype, draw_batch, run, same_bits, within_budget) -> None:
     """Output and new rows within the budget; of the windows nothing else has changed."""
 
-    # Always the same batches: of a single small one, PyTorch's error can be nearly none by luck, and
-    # the budget goes by that.
+    # Always the same batches: of a single small one, PyTorch's error can be nearly none by luck,
+    # and the budget goes by that.
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(data=st.data(), width=st.integers(2, 8), spare=st.sampled_from([1, 2, 40]))
     def check(data: st.DataObject, width: int, spare: int) -> None:
