@@ -1,5 +1,5 @@
-// The CPU's bodies: what is checked, how the work is shared among threads, and the names that
-// lfm2_fast/native.py gives them. What they compute stands in the headers.
+// The CPU's bodies between the projections: what is checked, how the work is shared among threads,
+// and the names that lfm2_fast/native.py gives them. What they compute stands in the headers.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,7 +15,6 @@
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "rope.h"
-#include "sampling.h"
 #include "swiglu.h"
 #include "threads.h"
 
@@ -323,103 +322,6 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
   });
 }
 
-void argmax_native(const Tensor& logits, const Tensor& out) {
-  with_type(logits, [&](auto number) {
-    using T = decltype(number);
-    const int64_t rows = out.numel();
-    const int64_t width = logits.size(1);
-    expect(logits, "logits", kType<T>, {rows, width});
-    expect_packed(out, "out", ScalarType::Long, {rows});
-    STD_TORCH_CHECK(width > 0, "an empty row has no largest number");
-    const auto from = rows_of<const T>(logits);
-    int64_t* to = write<int64_t>(out);
-    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) to[row] = argmax(from[row], width);
-    });
-  });
-}
-
-void penalize_native(const Tensor& logits, const Tensor& seen, const Tensor& penalty,
-                     const Tensor& out) {
-  with_type(logits, [&](auto number) {
-    using T = decltype(number);
-    const int64_t rows = out.size(0);
-    const int64_t width = out.size(1);
-    expect(logits, "logits", kType<T>, {rows, width});
-    expect(seen, "seen", ScalarType::Bool, {rows, width});
-    expect_packed(penalty, "penalty", ScalarType::Double, {rows});
-    expect(out, "out", ScalarType::Float, {rows, width});
-    const auto from = rows_of<const T>(logits);
-    const auto marked = rows_of<const bool>(seen);
-    const auto to = rows_of<float>(out);
-    const double* by = read<double>(penalty);
-    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        penalize(from[row], marked[row], static_cast<float>(by[row]), width, to[row]);
-      }
-    });
-  });
-}
-
-void warp_native(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-                 const Tensor& top_p, const Tensor& min_p, const Tensor& out) {
-  with_type(logits, [&](auto number) {
-    using T = decltype(number);
-    const int64_t rows = out.size(0);
-    const int64_t width = out.size(1);
-    expect(logits, "logits", kType<T>, {rows, width});
-    expect_packed(temperature, "temperature", ScalarType::Double, {rows});
-    expect_packed(top_k, "top_k", ScalarType::Long, {rows});
-    expect_packed(top_p, "top_p", ScalarType::Double, {rows});
-    expect_packed(min_p, "min_p", ScalarType::Double, {rows});
-    expect(out, "out", ScalarType::Float, {rows, width});
-    const auto from = rows_of<const T>(logits);
-    const auto to = rows_of<float>(out);
-    const double* temperatures = read<double>(temperature);
-    const int64_t* ks = read<int64_t>(top_k);
-    const double* ps = read<double>(top_p);
-    const double* mins = read<double>(min_p);
-    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        const Warp by{static_cast<float>(temperatures[row]), ks[row], ps[row], mins[row]};
-        warp(from[row], by, width, to[row]);
-      }
-    });
-  });
-}
-
-void philox_native(const Tensor& seeds, const Tensor& rows, const Tensor& positions,
-                   const Tensor& out) {
-  const int64_t count = out.numel();
-  for (const auto& [tensor, name] : {std::pair{seeds, "seeds"}, {rows, "rows"},
-                                     {positions, "positions"}}) {
-    expect_packed(tensor, name, ScalarType::Long, {count});
-  }
-  expect_packed(out, "out", ScalarType::Double, {count});
-  const int64_t* seed = read<int64_t>(seeds);
-  const int64_t* row = read<int64_t>(rows);
-  const int64_t* position = read<int64_t>(positions);
-  double* to = write<double>(out);
-  for (int64_t i = 0; i < count; ++i) to[i] = philox(seed[i], row[i], position[i]);
-}
-
-void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out) {
-  const int64_t rows = out.numel();
-  const int64_t width = scores.size(1);
-  expect(scores, "scores", ScalarType::Float, {rows, width});
-  expect_packed(uniform, "uniform", ScalarType::Double, {rows});
-  expect_packed(out, "out", ScalarType::Long, {rows});
-  STD_TORCH_CHECK(width > 0, "an empty row has nothing to draw");
-  const auto from = rows_of<const float>(scores);
-  const double* at = read<double>(uniform);
-  int64_t* to = write<int64_t>(out);
-  parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      to[row] = draw(from[row], at[row], width);
-    }
-  });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
@@ -431,9 +333,4 @@ STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   library.impl("rope_native", TORCH_BOX(&rope_native));
   library.impl("qk_norm_rope_native", TORCH_BOX(&qk_norm_rope_native));
   library.impl("flash_decode_native", TORCH_BOX(&flash_decode_native));
-  library.impl("argmax_native", TORCH_BOX(&argmax_native));
-  library.impl("penalize_native", TORCH_BOX(&penalize_native));
-  library.impl("warp_native", TORCH_BOX(&warp_native));
-  library.impl("philox_native", TORCH_BOX(&philox_native));
-  library.impl("draw_native", TORCH_BOX(&draw_native));
 }

@@ -8,6 +8,7 @@
 
 #include "lanes.h"
 #include "number.h"
+#include "target.h"
 
 namespace lfm2 {
 
@@ -125,8 +126,7 @@ LFM2_INLINE void dots_with(Rows<const X> x, int64_t tokens, Rows<const W> weight
 
 // The files dots_*.cpp, each for machines that have what it is named after. LFM2_NO_CLONES leaves
 // them aside, so that the plain loop is tested on any machine.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(LFM2_NO_CLONES)
+#if defined(LFM2_GCC_X86) && !defined(LFM2_NO_CLONES)
 #define LFM2_HAS_AVX512BF16 __builtin_cpu_supports("avx512bf16")
 #define LFM2_HAS_AVX512VNNI \
   (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4"))

@@ -2,7 +2,9 @@
 //
 // The whole file is compiled for it, headers included, so it must hold nothing that the linker
 // could take for older machines: no function that is not inlined, but the one that bears its name.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#include "target.h"
+
+#ifdef LFM2_GCC_X86
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 #include <immintrin.h>
 

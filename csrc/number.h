@@ -7,11 +7,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "target.h"
+
 // A function under LFM2_CLONES is compiled once for each instruction set, with everything that is
 // inlined into it, and the loader takes the best one that the machine has. LFM2_NO_CLONES leaves
 // that to -march, so that each instruction set can be tested alone.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12 && !defined(LFM2_NO_CLONES)
+#if defined(LFM2_GCC_X86) && defined(__gnu_linux__) && !defined(LFM2_NO_CLONES)
 #define LFM2_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LFM2_CLONES __attribute__((noinline))
