@@ -13,9 +13,13 @@ where a kernel that was launched before its predecessor's end waits for that end
 Guide, "Programmatic Dependent Launch")
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from lfm2_fast.kernels.plan import Plan
 
 MOST_TOKENS = 16
 
@@ -65,6 +69,19 @@ def dots(tile, x, bias_ptr, scale_ptr, rows, count, DTYPE: tl.constexpr):
     if bias_ptr is not None:
         out += tl.load(bias_ptr + rows, mask=rows < count, other=0).to(tl.float32)
     return out.to(DTYPE).to(tl.float32)
+
+
+def options(x: torch.Tensor, plan: Plan, block_k: int, pdl: bool) -> dict[str, Any]:
+    """What every such launch on tokens ``x [T, K]`` is told besides its tensors and sizes."""
+    return {
+        "K": x.shape[1],
+        "MOST": MOST_TOKENS,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": block_k,
+        "PDL": pdl,
+        "num_warps": plan.warps,
+        "launch_pdl": pdl,
+    }
 
 
 def check_tokens(

@@ -20,6 +20,7 @@ from lfm2_fast.kernels.gemv import (
     dots,
     inverse_rms,
     normed,
+    options,
     rows_of,
 )
 from lfm2_fast.kernels.plan import Plan, choose_plan
@@ -134,15 +135,9 @@ def head_argmax_triton(
             tokens,
             count,
             x.stride(0),
-            K=x.shape[1],
-            MOST=MOST_TOKENS,
-            BLOCK_N=plan.block_n,
-            BLOCK_K=block_k,
             BELOW_ALL=BELOW_ALL,
             LAST_ROW=LAST_ROW,
-            PDL=pdl,
-            num_warps=plan.warps,
-            launch_pdl=pdl,
+            **options(x, plan, block_k, pdl),
         )
 
 

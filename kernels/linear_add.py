@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import MOST_TOKENS, after, check_tokens, rows_of
+from lfm2_fast.kernels.gemv import after, check_tokens, options, rows_of
 from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
 
 
@@ -110,13 +110,7 @@ def linear_add_triton(
             x.stride(0),
             residual.stride(0),
             out.stride(0),
-            K=x.shape[1],
-            MOST=MOST_TOKENS,
-            BLOCK_N=plan.block_n,
-            BLOCK_K=block_k,
-            PDL=pdl,
-            num_warps=plan.warps,
             # Of int8 the compiler would take 64 registers, and spill.
             maxnreg=None if scale is None else REGISTERS,
-            launch_pdl=pdl,
+            **options(x, plan, block_k, pdl),
         )

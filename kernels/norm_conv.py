@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import (
-    MOST_TOKENS,
     after,
     check_tokens,
     dots,
     inverse_rms,
     normed,
+    options,
     rows_of,
 )
 from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
@@ -165,14 +165,8 @@ def norm_conv_triton(
             window.stride(0),
             window.stride(1),
             out.stride(0),
-            K=h.shape[1],
             WIDTH=width,
-            MOST=MOST_TOKENS,
-            BLOCK_N=plan.block_n,
-            BLOCK_K=block_k,
             BLOCK_W=triton.next_power_of_2(width),
-            PDL=pdl,
-            num_warps=plan.warps,
             maxnreg=REGISTERS,
-            launch_pdl=pdl,
+            **options(h, plan, block_k, pdl),
         )

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import (
-    MOST_TOKENS,
     after,
     check_tokens,
     dots,
     inverse_rms,
     normed,
+    options,
     rows_of,
 )
 from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
@@ -107,12 +107,6 @@ def norm_swiglu_triton(
             size,
             x.stride(0),
             out.stride(0),
-            K=x.shape[1],
-            MOST=MOST_TOKENS,
-            BLOCK_N=plan.block_n,
-            BLOCK_K=block_k,
-            PDL=pdl,
-            num_warps=plan.warps,
             maxnreg=REGISTERS,
-            launch_pdl=pdl,
+            **options(x, plan, block_k, pdl),
         )
