@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.engines import prompt
-from lfm2_fast.bench import Sequences, cache_bytes, weight_bytes
+from lfm2_fast.bench import Sequences, weight_bytes
 
 STEPS = 8
 
@@ -41,7 +41,7 @@ def bench_decode(
     sequences.start(prompts(batch, context, model), (rounds + warm) * (STEPS + 2))
     benchmark.group = f"{size} decode, batch {batch}, context {context}"
     benchmark.pedantic(sequences.decode, (STEPS,), rounds=rounds, warmup_rounds=warm)
-    cached = cache_bytes(model.config, model.dtype.itemsize, batch * context)
+    cached = model.config.cache_bytes(model.dtype.itemsize, batch * context)
     # The time of a round has generate's beginning in it, which is one more step.
     steps = STEPS + 1
     note(benchmark, steps * batch, steps * (weight_bytes(model) + cached), bandwidth)

@@ -26,7 +26,9 @@ import torch
 import lfm2_fast
 from bench.results import header, write
 from bench.shapes import ROOT, SIZES, TINY, config_of, random_weights
+from lfm2_fast.bench import weight_bytes
 from lfm2_fast.decoder import Decoder
+from lfm2_fast.measure import quantile
 from lfm2_fast.sampling import SamplingParams, SamplingState
 from lfm2_fast.steps import Row, Steps
 
@@ -63,8 +65,7 @@ class Clock:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {f"p{q}": round(ordered[int(q / 100 * (len(ordered) - 1))], 2) for q in (10, 50, 90)}
+    return {f"p{q}": round(quantile(values, q / 100), 2) for q in (10, 50, 90)}
 
 
 def gate(device: torch.device) -> dict[str, Any]:
@@ -126,18 +127,6 @@ def empty_kernels(device: torch.device) -> dict[str, Any]:
     return {"kernels": EMPTY_KERNELS, "us": found}
 
 
-def step_bytes(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> int:
-    """What a step must read: every weight once, a tied head too, and the keys and values."""
-    config = model.config
-    rows = {id(p): p for p in model.parameters()}.values()
-    weights = sum(p.nbytes for p in rows)
-    if not config.tie_word_embeddings:
-        weights -= model.embed_tokens.weight.nbytes
-    layers = sum(kind != "conv" for kind in config.layer_types)
-    token = 2 * layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    return weights + batch * context * token
-
-
 def decode(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[str, Any]:
     """Microseconds of a step from a context on, one after another, as ``generate`` runs them."""
     device, params = model.device, SamplingParams()
@@ -163,7 +152,8 @@ def decode(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[s
     times = clock.microseconds()
     kernels = launches(steps) if device.type == "cuda" else None
     steps.settle()
-    return {"us": quantiles(times), "kernels": kernels, "nbytes": step_bytes(model, batch, context)}
+    least = weight_bytes(model) + model.config.cache_bytes(model.dtype.itemsize, batch * context)
+    return {"us": quantiles(times), "kernels": kernels, "nbytes": least}
 
 
 def launches(steps: Steps) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 
 import lfm2_fast
 from bench import results
+from bench.shapes import TINY
 from lfm2_fast.evaluation import evaluate
 from lfm2_fast.session import load_tokenizer
 
-TINY = results.ROOT / "lfm2_fast" / "tiny"
 OUT = results.RESULTS / "quality.json"
 KINDS: tuple[tuple[str, str | None], ...] = (
     ("float32", None),

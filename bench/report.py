@@ -19,7 +19,6 @@ from bench.goals import OURS, Verdict, verdicts
 from bench.results import RESULTS, ROOT, Figure, read
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
-from lfm2_fast.bench import cache_bytes
 from lfm2_fast.measure import quantile
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -116,7 +115,7 @@ def floor_table(speed: dict[str, float]) -> str:
         config = config_of(size)
         for dtype, item in DTYPES.items():
             weights = config.num_parameters * item
-            cached = cache_bytes(config, 4 if dtype == "float32" else 2, 1)
+            cached = config.cache_bytes(4 if dtype == "float32" else 2)
             rows.append(
                 [
                     size,

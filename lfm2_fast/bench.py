@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from lfm2_fast.config import Config
 from lfm2_fast.info import hardware, versions
 from lfm2_fast.loading import load
 from lfm2_fast.measure import Neighbours, doubts, memory, memory_speed, spread
@@ -87,12 +86,6 @@ class Clock:
 def prompt(row: int, length: int, vocab_size: int) -> list[int]:
     """Token ids of a prompt, another for each row."""
     return [(7 * row + 31 * i) % (vocab_size - 2) + 2 for i in range(length)]
-
-
-def cache_bytes(config: Config, item: int, context: int) -> int:
-    """Bytes of keys and values of ``context`` tokens of ``item`` bytes a number."""
-    layers = config.layer_types.count("full_attention")
-    return 2 * layers * config.num_key_value_heads * config.head_dim * item * context
 
 
 def weight_bytes(model: Lfm2ForCausalLM) -> int:
@@ -193,7 +186,7 @@ def measure(
     for case in wanted:
         least = weight_bytes(model)
         item = model.dtype.itemsize
-        least += case.batch * cache_bytes(model.config, item, case.prompt + case.output // 2)
+        least += case.batch * model.config.cache_bytes(item, case.prompt + case.output // 2)
         rate = len(steps[case]) / sum(steps[case])
         rows.append(
             {

@@ -57,11 +57,15 @@ class Buffers:
         return kept
 
     @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """The tensors ``[size]`` that ``ops.advance`` makes anew, in its order."""
+        return self.tokens, self.slots, self.positions, self.lengths, self.finished
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensors take, without what the graphs' pool holds."""
         extra = [each for each in (self.logits, self.marks) if each is not None]
-        places = (self.tokens, self.slots, self.positions, self.lengths, self.finished)
-        return sum(each.nbytes for each in (*places, *extra))
+        return sum(each.nbytes for each in (*self.inputs, *extra))
 
     def begin(self, cache: Cache, params: SamplingParams, eos: Sequence[int], vocab: int) -> None:
         """Make every row finished, for rows that end with one of ``eos``."""
@@ -137,7 +141,7 @@ class Buffers:
         state = self.view(count)
 
         def body() -> None:
-            batch = self.batch(count, on_host=not (model.ops.captures or model.ops.tapes))
+            batch = self.batch(count, on_host=not ops.by_tensors)
             # Nothing draws and nothing is penalised: where a row's draws stand does not matter.
             best = choose and state.greedy
             made = model.compute(self.tokens[:count], batch, cache, best=best)
@@ -145,10 +149,9 @@ class Buffers:
                 assert self.logits is not None
                 self.logits[:count] = made
                 return
-            inputs = (self.tokens, self.slots, self.positions, self.lengths, self.finished)
-            chosen = made if best else model.ops.sample(made, state)
-            ours = (each[:count] for each in inputs)
-            model.ops.advance(chosen, self.eos, cache.scrap, *ours)
+            chosen = made if best else ops.sample(made, state)
+            inputs = (each[:count] for each in self.inputs)
+            ops.advance(chosen, self.eos, cache.scrap, *inputs)
 
         if self.graphs is None or not (ops.captures or count <= ops.tapes):
             body()

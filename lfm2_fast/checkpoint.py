@@ -141,30 +141,20 @@ def load_weights(
             shrinks = quantization is not None and config.quantization is None and is_matrix(parts)
             kind = torch.int8 if shrinks else _stored_dtype(config, parts) or dtype
             whole = _empty((rows, *parts[0].shape[1:]), kind, device)
-            if shrinks:
-                weights[f"{name}_scale"] = scales = torch.empty(
-                    rows, dtype=torch.float32, device=device
-                )
+            scales = torch.empty(rows if shrinks else 0, dtype=torch.float32, device=device)
             first = 0
             for part in parts:
+                here = slice(first, first + part.rows)
                 if shrinks:
-                    for start in range(0, part.rows, ROWS):
-                        block = found[part.name].rows(start, start + ROWS).to(device)
-                        here = slice(first + start, first + start + len(block))
-                        whole[here], scales[here] = quantize_int8(block)
-                    _give_back()
+                    _quantize(found[part.name], whole[here], scales[here])
                 else:
-                    whole[first : first + part.rows].copy_(found[part.name].read())
+                    whole[here].copy_(found[part.name].read())
                 first += part.rows
+            if shrinks:
+                weights[f"{name}_scale"] = scales
             # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
             weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
     return weights
-
-
-def _give_back() -> None:
-    """Let glibc return to the system what it keeps for later, or it would keep gigabytes."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -329,6 +319,17 @@ def _check_tensors(
                 f"{stored.path}: {name} is stored as {stored.dtype}, which the "
                 "config.json does not speak of; load the unquantized checkpoint"
             )
+
+
+def _quantize(stored: _Stored, whole: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fill ``whole`` and ``scales`` with a tensor's numbers in 8 bits, some rows at a time."""
+    for first in range(0, len(whole), ROWS):
+        here = slice(first, first + ROWS)
+        block = stored.rows(first, first + ROWS).to(whole.device)
+        whole[here], scales[here] = quantize_int8(block)
+    # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _listed(names: list[str]) -> str:

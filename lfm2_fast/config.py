@@ -72,6 +72,11 @@ class Config:
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
         return embeddings + operators + each * self.num_hidden_layers + hidden
 
+    def cache_bytes(self, item: int, tokens: int = 1) -> int:
+        """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number."""
+        layers = self.layer_types.count("full_attention")
+        return 2 * layers * self.num_key_value_heads * self.head_dim * item * tokens
+
     @classmethod
     def from_file(cls, path: Path) -> Config:
         """Read ``config.json``. Raises CheckpointError, which names the file, for what is wrong."""

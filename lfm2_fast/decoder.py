@@ -53,7 +53,7 @@ class Decoder:
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
-        if not (self.model.ops.captures or self.model.ops.tapes):
+        if not self.model.ops.by_tensors:
             return self._run([[token] for token in tokens], slots)
         model, cache, count = self.model, self.cache, len(tokens)
         batch = Batch.prepare([1] * count, slots, cache, model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class Quality:
     @property
     def perplexity(self) -> float:
         """How many tokens the model wavers between, so to speak: ``exp(loss)``."""
-        return float(torch.tensor(self.loss).exp())
+        return math.exp(self.loss)
 
 
 @torch.no_grad()

@@ -57,9 +57,7 @@ class Graphs:
             self._warm.add(key)
             return
         if graph is None:
-            begin = time.perf_counter()
             graph = self._graphs[key] = self.capture(self, body)
-            logger.info("captured %s in %.2f s", key, time.perf_counter() - begin)
         graph.replay()
 
 
@@ -75,6 +73,7 @@ def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
     must be captured on one stream, and torch's own default stream for that belongs to whichever
     device came first; so there is one for each ``graphs``.
     """
+    begin = time.perf_counter()
     with torch.cuda.device(graphs.device), _capturing:
         if graphs.stream is None:
             graphs.stream = torch.cuda.Stream()
@@ -87,4 +86,5 @@ def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
             capture_error_mode="thread_local",
         ):
             body()
+    logger.info("captured a step in %.2f s", time.perf_counter() - begin)
     return graph

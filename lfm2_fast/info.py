@@ -96,11 +96,7 @@ def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool
             "parameters": config.num_parameters,
             "dtype": dtype,
             "weight_bytes": config.num_parameters * size,
-            "cache_bytes_per_token": 2
-            * attention
-            * config.num_key_value_heads
-            * config.head_dim
-            * size,
+            "cache_bytes_per_token": config.cache_bytes(size),
             "conv_bytes_per_sequence": conv * config.conv_L_cache * config.hidden_size * size,
             "layers": config.num_hidden_layers,
             "conv_layers": conv,

@@ -131,10 +131,15 @@ class Ops:
     """
 
     name = "eager"
-    # Whether a step of one token per sequence goes by tensors alone, and so can be captured.
+    # Whether a step of one token per sequence is captured as a graph, a step ahead of the host.
     captures = False
     # Up to how many rows such a step is worth recording as a tape, on a CPU.
     tapes = 0
+
+    @property
+    def by_tensors(self) -> bool:
+        """Whether such a step goes by tensors alone, and not by the batch's numbers on the host."""
+        return self.captures or self.tapes > 0
 
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""

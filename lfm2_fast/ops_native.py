@@ -140,9 +140,9 @@ class NativeOps(StreamOps):
             products = torch._int_mm(numbers, linear.weight.T)
             _finish_products(products, scales, linear.weight_scale, linear.bias, out)
             return out
-        weight = ref.scaled_ref(linear.weight, linear.weight_scale, x.dtype)
         if multiplies(x.dtype):
-            return ref.linear_ref(x, weight, linear.bias)
+            return super().linear(x, linear)
+        weight = ref.scaled_ref(linear.weight, linear.weight_scale, x.dtype)
         bias = None if linear.bias is None else linear.bias.float()
         return ref.linear_ref(x.float(), weight.float(), bias).to(x.dtype)
 

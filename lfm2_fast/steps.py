@@ -82,8 +82,8 @@ class Steps:
         finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
         inputs = (tokens, slots, positions, lengths, finished)
         self.model.ops.advance(chosen, buffers.eos, self.cache.scrap, *inputs)
-        buffers.tokens[at], buffers.slots[at], buffers.positions[at] = tokens, slots, positions
-        buffers.lengths[at], buffers.finished[at] = lengths, finished
+        for ours, made in zip(buffers.inputs, inputs, strict=True):
+            ours[at] = made
         buffers.put(places, state)
         for place, row in zip(places, rows, strict=True):
             row.asked = 1
@@ -160,13 +160,7 @@ class Steps:
             return
         if kept:
             at = torch.tensor(kept, device=self.model.device)
-            for each in (
-                buffers.tokens,
-                buffers.slots,
-                buffers.positions,
-                buffers.lengths,
-                buffers.finished,
-            ):
+            for each in buffers.inputs:
                 each[: len(kept)] = each[at]
             buffers.put(range(len(kept)), buffers.state.pick(kept))
         buffers.vacate(len(kept), len(self.places), cache)

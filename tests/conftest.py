@@ -140,6 +140,25 @@ def within_budget() -> Callable[..., None]:
     return check
 
 
+@pytest.fixture(
+    scope="module",
+    params=[torch.float32, torch.bfloat16, torch.float16],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """What the C++ bodies compute in."""
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """More threads than tasks are often worth, so that work is really shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """Where Triton kernels run: on the GPU, or in the interpreter on the CPU."""

@@ -25,7 +25,7 @@ from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from bench.worker import EngineError, Remote
 from lfm2_fast import cli
-from lfm2_fast.bench import cache_bytes, weight_bytes
+from lfm2_fast.bench import weight_bytes
 from lfm2_fast.measure import Neighbours, doubts, quantile, spread
 from lfm2_fast.ops import why_not
 
@@ -88,7 +88,7 @@ def test_bench_writes_figures_that_fit_together(
         (2, 9),
     ]
     for row in found["rows"]:
-        cached = cache_bytes(model.config, 2, row["batch"] * (row["prompt"] + 1))
+        cached = model.config.cache_bytes(2, row["batch"] * (row["prompt"] + 1))
         assert row["step_bytes"] == found["model"]["weight_bytes"] + cached
         steps = row["step_seconds"]
         assert 0 < steps["p10"] <= steps["p50"] <= steps["p90"] <= steps["p99"]
@@ -152,7 +152,7 @@ def test_plot_draws(tiny: Path, tmp_path: Path) -> None:
 def test_floor_counts_the_tied_head_once(size: str) -> None:
     config = config_of(size)
     assert config.tie_word_embeddings
-    assert cache_bytes(config, 2, 1) == (16384 if size == "2.6B" else 12288)
+    assert config.cache_bytes(2) == (16384 if size == "2.6B" else 12288)
 
 
 def test_weight_bytes_leave_an_untied_embedding_out(random_checkpoint: Any) -> None:

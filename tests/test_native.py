@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,25 +27,10 @@ NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
 
 _lacking = native.why_not(CPU)
-pytestmark = pytest.mark.skipif(_lacking is not None, reason=str(_lacking))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[torch.float32, torch.bfloat16, torch.float16],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """More threads than tasks are often worth, so that work is really shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
+    pytest.mark.usefixtures("threads"),
+]
 
 
 def a_batch(data: st.DataObject, tokens: int, slots: int = 5) -> Batch:

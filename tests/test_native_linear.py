@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,25 +21,10 @@ TOKENS = [1, 2, 3, 5, 8, 15, 33]
 SHAPES = [(1, 1), (3, 5), (64, 64), (66, 100), (130, 1024), (7, 4608)]
 
 _lacking = native.why_not(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(_lacking is not None, reason=str(_lacking))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[torch.float32, torch.bfloat16, torch.float16],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """More threads than tasks are often worth, so that work is really shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
+    pytest.mark.usefixtures("threads"),
+]
 
 
 def factors(
