@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lfm2_fast
-from bench.gate import logits, wrong_logits
+from bench.gate import logits, rounding, wrong_logits
 from bench.results import git
 from bench.shapes import SIZES, checkpoint
 from lfm2_fast.info import hardware, versions
@@ -79,14 +79,19 @@ def model_of() -> Callable[[str, str], Any]:
 @lru_cache(maxsize=2)  # both bodies, which take turns
 def checked_model(size: str, backend: str) -> Any:
     model = lfm2_fast.load(checkpoint(size), device="cpu", dtype="bfloat16", backend=backend)
-    if wrong := wrong_logits(logits(model), exact_logits(size)):
+    if wrong := wrong_logits(logits(model), *judges(size)):
         pytest.fail(f"not timed: {wrong}")
     return model
 
 
 @lru_cache(maxsize=4)
-def exact_logits(size: str) -> np.ndarray:
-    return logits(lfm2_fast.load(checkpoint(size), device="cpu", dtype="float32", backend="eager"))
+def judges(size: str) -> tuple[np.ndarray, float]:
+    """The logits in float32, and how far those in bfloat16 may be off."""
+    exact, plain = (
+        logits(lfm2_fast.load(checkpoint(size), device="cpu", dtype=dtype, backend="eager"))
+        for dtype in ("float32", "bfloat16")
+    )
+    return exact, rounding(exact, plain)
 
 
 @pytest.fixture(autouse=True)

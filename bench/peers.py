@@ -16,18 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench import results
-from bench.gate import PROMPT, ROUNDED, STEPS, distance, wrong_logits
+from bench.gate import PROMPT, STEPS, distance, rounding, wrong_logits
 from bench.goals import verdicts
 from bench.report import figure_table, goal_table, memory_table
 from bench.results import Figure
 from bench.shapes import SIZES, checkpoint
-from bench.worker import ENGINES, ROOT, EngineError, Remote
+from bench.worker import ENGINES, REFERENCES, ROOT, EngineError, Remote
 from lfm2_fast.measure import Neighbours, memory, memory_speed
 
-# What 8 and 4 bits cost, by the last word of an engine's name; see ``gate.ROUNDED``.
+# What 8 and 4 bits cost, by the last word of an engine's name; others see ``gate.rounding``.
 # Random weights suffer more than trained ones; logits of another model are off by 1.4.
 ALLOWED = {"Q4_0": 0.9, "Q8_0": 0.2, "int8": 0.2}
 
@@ -94,14 +95,21 @@ def import_seconds(rounds: int) -> Figure:
     return Figure("import", "lfm2_fast", "s", times[1:])
 
 
+def reference_logits(name: str, folder: Path, threads: int) -> np.ndarray:
+    """The logits that engines are held against, of a process that is gone again."""
+    reference = Remote(name)
+    reference.ask("load", folder=str(folder), threads=threads)
+    found = reference.logits(PROMPT, STEPS)
+    reference.close()
+    return found
+
+
 def open_engines(
     names: Sequence[str], folder: Path, threads: int, llama_python: str | None
 ) -> tuple[list[Remote], list[Figure], dict[str, str]]:
     """The engines that run here and are right, their load times, and why others are left out."""
-    reference = Remote("reference")
-    reference.ask("load", folder=str(folder), threads=threads)
-    exact = reference.logits(PROMPT, STEPS)
-    reference.close()
+    exact, plain = (reference_logits(name, folder, threads) for name in REFERENCES)
+    rounded = rounding(exact, plain)
     engines, figures, skipped = [], [], {}
     for name in names:
         python = llama_python if name.startswith("llama.cpp") else None
@@ -110,7 +118,7 @@ def open_engines(
             engine.ask("prepare", folder=str(folder))
             empty = memory(pid=engine.process.pid).get("resident", 0)
             seconds = engine.ask("load", folder=str(folder), threads=threads)
-            allowed = ALLOWED.get(name.split()[-1], ROUNDED)
+            allowed = ALLOWED.get(name.split()[-1], rounded)
             logits = engine.logits(PROMPT, STEPS)
             wrong = wrong_logits(logits, exact, allowed)
         except EngineError as error:
@@ -140,7 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: bench/results/cpu-SIZE.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    names = given.engines.split(",") if given.engines else [n for n in ENGINES if n != "reference"]
+    names = given.engines.split(",") if given.engines else list(ENGINES)
     every = list(CASES)
     wanted = [every[int(n) - 1] for n in given.cases.split(",")] if given.cases else every
     folder = checkpoint(given.size)

@@ -27,7 +27,10 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama.cpp BF16": ("LlamaCpp", {"kind": "BF16"}),
     "llama.cpp Q8_0": ("LlamaCpp", {"kind": "Q8_0"}),
     "llama.cpp Q4_0": ("LlamaCpp", {"kind": "Q4_0"}),
+}
+REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "reference": ("Ours", {"dtype": "float32", "backend": "eager"}),
+    "plain": ("Ours", {"dtype": "bfloat16", "backend": "eager"}),
 }
 
 
@@ -85,7 +88,7 @@ class Service:
     """The requests, by name."""
 
     def __init__(self, name: str) -> None:
-        kind, options = ENGINES[name]
+        kind, options = (ENGINES | REFERENCES)[name]
         if kind == "LlamaCpp":
             from bench.llama import LlamaCpp as make
         else:

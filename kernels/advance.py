@@ -1,9 +1,9 @@
 """The next decode step's inputs, of this one's and of the tokens that were chosen.
 
 With S sequences: ``chosen, tokens, slots, positions [S]`` int64, ``lengths [S]`` int32, ``finished
-[S]`` bool, ``eos [E]`` int64. A sequence that chose one of ``eos``, or had before, is finished: it
-goes on at position 0 of slot ``scrap``, or stays where it is if ``scrap`` is negative. Others go
-one position on. Least bytes: a few per sequence; one launch instead of eight.
+[S]`` bool, ``eos [E]`` int64. A sequence goes one position on. If it chose one of ``eos`` it is
+finished and goes no further; it runs on there, or, unless ``scrap`` is negative, at position 0 of
+that slot. Least bytes: a few per sequence; one launch instead of eight.
 """
 
 import torch
@@ -29,11 +29,11 @@ def _advance_kernel(
     mask = offs_s < sequences
     chosen = tl.load(chosen_ptr + offs_s, mask=mask, other=0)
     finished = tl.load(finished_ptr + offs_s, mask=mask, other=0) != 0
+    position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
+    position += tl.where(finished, 0, 1)
     for end in range(0, ends):
         finished |= chosen == tl.load(eos_ptr + end)
-    position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
-    stays = tl.where(scrap < 0, position, 0)
-    position = tl.where(finished, stays, position + 1)
+    position = tl.where(finished & (scrap >= 0), 0, position)
     tl.store(tokens_ptr + offs_s, chosen, mask=mask)
     tl.store(finished_ptr + offs_s, finished.to(tl.uint8), mask=mask)
     tl.store(positions_ptr + offs_s, position, mask=mask)

@@ -4,7 +4,8 @@ With T tokens of S sequences packed end to end and head size D: ``qkv [T, (heads
 holds all q heads, all k, all v; ``q_weight, k_weight [D]``; ``cos, sin [T, D/2]`` float32;
 ``positions [T]`` int64, ``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64; ``q [T, heads, D]``;
 ``k_pages, v_pages [pages, kv_heads, page_size, D]``. Position p of a slot lies in row ``p %
-page_size`` of page ``table[slot, p // page_size]``, int32.
+page_size`` of page ``table[slot, p // page_size]``, int32. Tokens after the last sequence are
+padding, whose ``q`` is not written.
 
 A head is normed, and turned pairing element i with i + D/2, in float32 and rounded once; v is
 copied. Least bytes: 2T(heads + 2 kv_heads)D elements, 4TD of cos and sin.
@@ -60,6 +61,7 @@ def _qk_norm_rope_kernel(
     sequence = token
     if sequences < tokens:
         sequence = sequence_of_token(cu_seqlens_ptr, token, sequences)
+        mask_n &= token < tl.load(cu_seqlens_ptr + sequences)
     position = tl.load(positions_ptr + token, mask=mask_n, other=0).to(tl.int32)
     slot = tl.load(slots_ptr + sequence, mask=mask_n, other=0)
     page = tl.load(table_ptr + slot * stride_table_s + position // page_size, mask=mask_n, other=0)

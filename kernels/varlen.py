@@ -8,7 +8,8 @@ import triton.language as tl
 def sequence_of_token(cu_seqlens_ptr, token, sequences):
     """The sequence that holds the packed ``token``, a scalar or a vector of them.
 
-    Every sequence has a token; so there is nothing to search where there are as many of both.
+    Every sequence has a token; so there is nothing to search where there are as many of both. For
+    a token after the last sequence it is the last.
     """
     found = token * 0
     width = sequences

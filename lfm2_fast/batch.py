@@ -14,6 +14,8 @@ from lfm2_fast.cache import Cache
 class Batch:
     """The tokens of one forward pass, packed end to end without padding.
 
+    Tokens after the last sequence touch nothing; a captured prompt has such, up to its fixed size.
+
     With T tokens of B sequences: ``positions [T]`` int64 is each token's place in its sequence,
     ``cu_seqlens [B + 1]`` int32 where each sequence starts in the packed axis, ``slots [B]`` int64
     its slot in the cache, ``lengths [B]`` int32 its context after this step. All four lie on the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.sampling import SamplingParams, SamplingState
 
 ENDS = 16
+# Steps that are launched together, at most.
+TOGETHER = 4
 
 
 class Buffers:
@@ -21,7 +23,8 @@ class Buffers:
 
     ``tokens, slots, positions`` int64, ``lengths`` int32 and ``finished`` bool are ``[size]``, the
     inputs of the next step; ``state`` is how its tokens are chosen. Rows that nobody uses are
-    finished.
+    finished. ``written [TOGETHER, size]`` has the tokens that the last steps chose, the newest
+    last: that row is ``tokens``.
     """
 
     def __init__(
@@ -30,7 +33,8 @@ class Buffers:
         device = model.device
         self.size = size
         self.made_for = model.ops
-        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.written = torch.zeros(TOGETHER, size, dtype=torch.int64, device=device)
+        self.tokens = self.written[-1]
         self.slots = torch.zeros_like(self.tokens)
         self.positions = torch.zeros_like(self.tokens)
         self.lengths = torch.ones(size, dtype=torch.int32, device=device)
@@ -41,6 +45,7 @@ class Buffers:
         self.marks: torch.Tensor | None = None
         self.state = SamplingState([SamplingParams()] * size, device=device)
         self.views: dict[int, SamplingState] = {}
+        self.prompts: dict[int, Any] = {}
         if capture is None and device.type == "cuda" and model.ops.captures:
             capture = capture_cuda
         elif capture is None and model.ops.tapes:
@@ -49,12 +54,11 @@ class Buffers:
         self._grown = cache.grown
 
     @classmethod
-    def of(cls, model: Lfm2ForCausalLM, cache: Cache, rows: int) -> Buffers:
-        """The cache's buffers, made anew if there are none, too small ones, or another model's."""
-        kept = cache.kept
-        if kept is None or kept.size < bucket(rows, cache) or kept.made_for is not model.ops:
-            cache.kept = kept = cls(model, cache, bucket(rows, cache))
-        return kept
+    def of(cls, model: Lfm2ForCausalLM, cache: Cache) -> Buffers:
+        """The cache's buffers, made anew if there are none, or another model's."""
+        if cache.kept is None or cache.kept.made_for is not model.ops:
+            cache.kept = cls(model, cache, bucket(cache.slots, cache))
+        return cache.kept
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -65,7 +69,8 @@ class Buffers:
     def nbytes(self) -> int:
         """Bytes that the tensors take, without what the graphs' pool holds."""
         extra = [each for each in (self.logits, self.marks) if each is not None]
-        return sum(each.nbytes for each in (*self.inputs, *extra))
+        steps = sum(each.nbytes for each in (self.written, *self.inputs[1:], *extra))
+        return steps + sum(prompt.nbytes for prompt in self.prompts.values())
 
     def begin(self, cache: Cache, params: SamplingParams, eos: Sequence[int], vocab: int) -> None:
         """Make every row finished, for rows that end with one of ``eos``."""
@@ -126,11 +131,10 @@ class Buffers:
             self.views = {count: self.state.first(count)}
         return self.views[count]
 
-    def run(self, model: Lfm2ForCausalLM, cache: Cache, count: int, *, choose: bool) -> None:
-        """One step of the first ``count`` rows: their next inputs, or only their ``logits``."""
-        if self._grown != cache.grown:
-            self._grown = cache.grown
-            self.forget()
+    def run(
+        self, model: Lfm2ForCausalLM, cache: Cache, count: int, *, choose: bool, steps: int = 1
+    ) -> None:
+        """Steps of the first ``count`` rows: their next inputs, or of one step the ``logits``."""
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
             self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
@@ -139,25 +143,36 @@ class Buffers:
             # Tapes keep all that they make: those of other counts would pile up.
             self.forget()
         state = self.view(count)
+        # Nothing draws and nothing is penalised: where a row's draws stand does not matter.
+        best = choose and state.greedy
 
         def body() -> None:
-            batch = self.batch(count, on_host=not ops.by_tensors)
-            # Nothing draws and nothing is penalised: where a row's draws stand does not matter.
-            best = choose and state.greedy
-            made = model.compute(self.tokens[:count], batch, cache, best=best)
-            if not choose:
-                assert self.logits is not None
-                self.logits[:count] = made
-                return
-            chosen = made if best else ops.sample(made, state)
-            inputs = (each[:count] for each in self.inputs)
-            ops.advance(chosen, self.eos, cache.scrap, *inputs)
+            tokens, *inputs = (each[:count] for each in self.inputs)
+            for written in self.written[-steps:, :count]:
+                batch = self.batch(count, on_host=not ops.by_tensors)
+                made = model.compute(tokens, batch, cache, best=best)
+                if not choose:
+                    assert self.logits is not None
+                    self.logits[:count] = made
+                    return
+                chosen = made if best else ops.sample(made, state)
+                tokens = written
+                ops.advance(chosen, self.eos, cache.scrap, tokens, *inputs)
 
-        if self.graphs is None or not (ops.captures or count <= ops.tapes):
+        captured = ops.captures or count <= ops.tapes
+        seen = self.state.seen is not None
+        key = (choose, count, steps, state.wanted, state.all_drawn, seen)
+        self.do(cache, key if captured else None, body)
+
+    def do(self, cache: Cache, key: Hashable | None, body: Callable[[], None]) -> None:
+        """Run ``body``, captured under ``key`` where there are graphs and it has one."""
+        if self._grown != cache.grown:
+            self._grown = cache.grown
+            self.forget()
+        if self.graphs is None or key is None:
             body()
         else:
-            seen = self.state.seen is not None
-            self.graphs.run((choose, count, state.wanted, state.all_drawn, seen), body)
+            self.graphs.run(key, body)
 
 
 def bucket(rows: int, cache: Cache) -> int:

@@ -102,8 +102,10 @@ class Cache:
         self.past = config.conv_L_cache - 1
         self.ring = self.past + spare
         self.lengths = [0] * slots
-        # The first position whose conv row is still in the ring, counting steps that broke off.
+        # The first position whose conv row is still in the ring, counting steps that broke off,
+        # and the context to which steps that were launched may have gone.
         self._oldest = [0] * slots
+        self._expected = [0] * slots
         self.history: list[list[int]] = [[] for _ in range(slots)]
         self._marks: list[dict[int, Mark]] = [{} for _ in range(slots)]
         self._capacity = min(MIN_PAGE, max_length)
@@ -156,8 +158,8 @@ class Cache:
         ends = [s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)]
         self._grow(max(ends, default=0), self.get_seq_length())
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
-            kept = self._oldest[slot] if start else 0
-            self._oldest[slot] = max(kept, start + n - self.ring)
+            kept = self._first_kept(slot) if start else 0
+            self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0
 
     def advance(self, batch: Batch) -> None:
         """Count the tokens of ``batch`` as held. Called after a step has run."""
@@ -178,11 +180,11 @@ class Cache:
         self._grow(tokens, self._capacity)
 
     def expect(self, slot: int, length: int) -> None:
-        """Note that a step is launched which may take a slot's context to ``length`` tokens.
+        """Note that steps are launched which may take a slot's context to ``length`` tokens.
 
-        It overwrites a row of the window, even if it turns out that the text had ended before.
+        They overwrite rows of the window. What is noted later, when more is known, counts.
         """
-        self._oldest[slot] = max(self._oldest[slot], length - self.ring)
+        self._expected[slot] = length
 
     def note(self, slot: int, token: int) -> None:
         """Count one more token that an expected step has run in ``slot``."""
@@ -232,7 +234,7 @@ class Cache:
         marks = self._marks[slot]
         marks.pop(self.lengths[slot], None)
         rows = [layer.rows[slot].clone() for layer in self.layers if isinstance(layer, ConvWindow)]
-        marks[self.lengths[slot]] = Mark(rows, self._oldest[slot])
+        marks[self.lengths[slot]] = Mark(rows, self._first_kept(slot))
         if len(marks) > MARKS:
             del marks[min(marks)]
 
@@ -251,7 +253,7 @@ class Cache:
                 windows = (layer for layer in self.layers if isinstance(layer, ConvWindow))
                 for window, rows in zip(windows, marks[length].rows, strict=True):
                     window.rows[slot] = rows
-                self._oldest[slot] = marks[length].oldest
+                self._oldest[slot], self._expected[slot] = marks[length].oldest, 0
         self._cut(slot, length)
         return length
 
@@ -266,7 +268,7 @@ class Cache:
                 layer.k[target, :, :held] = layer.k[source, :, :held]
                 layer.v[target, :, :held] = layer.v[source, :, :held]
         self.lengths[target] = held
-        self._oldest[target] = self._oldest[source]
+        self._oldest[target], self._expected[target] = self._first_kept(source), 0
         self.history[target] = list(self.history[source])
         self._marks[target] = dict(self._marks[source])
 
@@ -274,7 +276,7 @@ class Cache:
         """A copy of everything held, as named tensors that ``load_state_dict`` takes back."""
         state = {
             "lengths": torch.tensor(self.lengths, dtype=torch.int64),
-            "oldest": torch.tensor(self._oldest, dtype=torch.int64),
+            "oldest": torch.tensor(list(map(self._first_kept, range(self.slots)))).long(),
             "recorded": torch.tensor([len(h) for h in self.history], dtype=torch.int64),
             "history": torch.tensor([t for h in self.history for t in h], dtype=torch.int64),
         }
@@ -315,7 +317,7 @@ class Cache:
                 layer.k[: self.slots, :, :held].copy_(state[f"layers.{i}.k"])
                 layer.v[: self.slots, :, :held].copy_(state[f"layers.{i}.v"])
         self.lengths = state["lengths"].tolist()
-        self._oldest = state["oldest"].tolist()
+        self._oldest, self._expected = state["oldest"].tolist(), [0] * self.slots
         parts = state["history"].split(state["recorded"].tolist())
         self.history = [part.tolist() for part in parts]
         self._marks = [{} for _ in range(self.slots)]
@@ -327,11 +329,15 @@ class Cache:
         marks = self._marks[slot]
         self._marks[slot] = {marked: mark for marked, mark in marks.items() if marked <= length}
         if length == 0:
-            self._oldest[slot] = 0
+            self._oldest[slot] = self._expected[slot] = 0
+
+    def _first_kept(self, slot: int) -> int:
+        """The first position whose conv row is surely still in the ring."""
+        return max(self._oldest[slot], self._expected[slot] - self.ring)
 
     def _has_window(self, slot: int, length: int) -> bool:
         """Whether the ring holds the conv rows that token ``length`` needs."""
-        return length == 0 or max(0, length - self.past) >= self._oldest[slot]
+        return length == 0 or max(0, length - self.past) >= self._first_kept(slot)
 
     def _check_window(self, slot: int, length: int) -> None:
         if not self._has_window(slot, length):

@@ -10,6 +10,7 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache
 from lfm2_fast.model import Lfm2ForCausalLM
+from lfm2_fast.prompts import Prompt
 
 # Tokens per forward pass of a prefill: enough to keep the matrices busy, few enough that the
 # feed-forward's intermediate values stay small beside the weights.
@@ -58,7 +59,7 @@ class Decoder:
         model, cache, count = self.model, self.cache, len(tokens)
         batch = Batch.prepare([1] * count, slots, cache, model.device)
         cache.reserve(batch)
-        buffers = Buffers.of(model, cache, count)
+        buffers = Buffers.of(model, cache)
         buffers.load(tokens, batch, cache)
         buffers.run(model, cache, bucket(count, cache), choose=False)
         cache.advance(batch)
@@ -69,9 +70,17 @@ class Decoder:
     def _run(self, chunks: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Run the chunks; the logits of each one's last token."""
         model, cache = self.model, self.cache
-        batch = Batch.prepare([len(chunk) for chunk in chunks], slots, cache, model.device)
-        packed = torch.tensor([token for chunk in chunks for token in chunk])
-        rows = None if batch.max_query == 1 else batch.last_rows
-        logits = model.run(packed.to(model.device), batch, cache, rows)
+        counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
+        prompt = Prompt.of(model, cache, total) if len(chunks) == 1 else None
+        batch = Batch.prepare(counts, slots, cache, model.device if prompt is None else "cpu")
+        if prompt is None:
+            packed = torch.tensor([token for chunk in chunks for token in chunk])
+            rows = None if batch.max_query == 1 else batch.last_rows
+            logits = model.run(packed.to(model.device), batch, cache, rows)
+        else:
+            cache.reserve(batch)
+            prompt.run(model, cache, list(chunks[0]), batch)
+            cache.advance(batch)
+            logits = prompt.logits.clone()
         cache.record(batch, chunks)
         return logits

@@ -240,16 +240,14 @@ def advance_ref(
     """Make the next decode step's inputs of this one's, and of the tokens ``chosen [B]``, in place.
 
     ``tokens, slots, positions [B]`` int64, ``lengths [B]`` int32, which is the position and one,
-    ``finished [B]`` bool. Who chooses one of ``eos [E]`` is finished. Who is runs on without
-    effect: at the first position of slot ``scrap``, or, if that is None, in place, where every
-    further step writes what nobody reads.
+    ``finished [B]`` bool. Who chooses one of ``eos [E]`` is finished, and runs on without effect:
+    at the first position of slot ``scrap``, or, if that is None, at the one after its text, where
+    every further step writes what nobody reads.
     """
+    positions += ~finished
     finished |= (chosen[:, None] == eos).any(-1)
     tokens.copy_(chosen)
-    if scrap is None:
-        positions += ~finished
-    else:
-        positions += 1
+    if scrap is not None:
         positions.masked_fill_(finished, 0)
         slots.masked_fill_(finished, scrap)
     lengths.copy_(positions + 1)

@@ -1,10 +1,11 @@
 """Steps: rows that are written together, a token each, on buffers that stay where they are.
 
 On a GPU a step is one captured graph per bucket of rows (1, 2, 4, ...): the forward pass, the
-choice of tokens, and the next step's inputs. The host launches a step before it has read the tokens
-of the one before, and so never waits for the newest. It therefore learns one step late that a row
-has ended; the device knows at once, and the row runs on without effect. On a CPU the same steps
-have as many rows as are live, and are read at once.
+choice of tokens, and the next step's inputs; of few rows, whose steps are short, a graph has
+several. The host launches the next before it has read the tokens of the one before, and so never
+waits for the newest. It therefore learns late that a row has ended; the device knows at once, and
+the row runs on without effect. On a CPU the same steps have as many rows as are live, and are read
+at once.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.buffers import Buffers, bucket
+from lfm2_fast.buffers import TOGETHER, Buffers, bucket
 from lfm2_fast.cache import Cache
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.sampling import SamplingParams, SamplingState
 
 # Room is made for so many tokens at once: when pages move, every graph is captured anew.
 AHEAD = 256
+# Rows whose steps are launched several at a time: those of more take the device longer than the
+# host, and what a row that has ended runs in vain would cost the others more.
+FEW = 4
 
 
 @dataclass
@@ -38,17 +42,35 @@ class Row:
     ended: bool = False
 
 
+@dataclass
+class Launch:
+    """Steps under way: a place of their ``tokens [steps, B]`` on the host for every row in them.
+
+    They are there when ``copied``, an event, has come; None if they are. ``read`` steps were read.
+    """
+
+    rows: list[tuple[Row, int]]
+    tokens: torch.Tensor
+    copied: Any
+    read: int = 0
+
+    def rest(self) -> list[list[int]]:
+        """The tokens of each step that was not read; waits for them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tokens[self.read :].tolist()
+
+
 class Steps:
     """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until none runs.
 
-    ``lag`` is how many steps are launched before the first of them is read.
+    ``lag`` is how many launches there are before the first of them is read.
     """
 
     def __init__(
         self,
         model: Lfm2ForCausalLM,
         cache: Cache,
-        rows: int,
         params: SamplingParams,
         eos: Sequence[int],
         *,
@@ -56,15 +78,15 @@ class Steps:
     ) -> None:
         self.model, self.cache = model, cache
         self.lag = int(model.ops.captures) if lag is None else lag
-        self.buffers = Buffers.of(model, cache, rows)
+        self.buffers = Buffers.of(model, cache)
         self.buffers.begin(cache, params, eos, model.config.vocab_size)
         self.eos = frozenset(eos)
         self.places: list[Row | None] = []
-        self._unread: deque[tuple[list[tuple[Row, int]], torch.Tensor, Any]] = deque()
+        self._unread: deque[Launch] = deque()
 
     @property
     def unread(self) -> int:
-        """How many steps were launched and not read."""
+        """How many launches were not read to the end."""
         return len(self._unread)
 
     def admit(self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState) -> None:
@@ -88,48 +110,58 @@ class Steps:
         for place, row in zip(places, rows, strict=True):
             row.asked = 1
             self.places[place : place + 1] = [row]
-        self._await(list(zip(rows, range(len(rows)), strict=True)), chosen)
+        self._await(list(zip(rows, range(len(rows)), strict=True)), chosen[None])
 
-    def launch(self) -> bool:
-        """Launch a step of the rows that go on; whether there are any."""
+    def launch(self) -> int:
+        """Launch steps of the rows that go on; how many, 0 if there are no such rows."""
         self._retire()
         self._shrink()
         going = [(row, place) for place, row in enumerate(self.places) if row is not None]
         if not going:
-            return False
+            return 0
         needed = max(row.start + row.asked for row, _ in going)
         most = max(row.start + row.limit - 1 for row, _ in going)
         self.cache.make_room(max(needed, min(needed + AHEAD, most, self.cache.max_length)))
+        steps = TOGETHER if self.lag and len(self.places) <= FEW else 1
+        # All that a launch writes is wanted, and has a place in the cache.
+        if steps > min(row.limit - row.asked for row, _ in going) or (
+            needed + steps - 1 > self.cache.max_length
+        ):
+            steps = 1
         for row, _ in going:
-            self.cache.expect(row.slot, row.start + row.asked)
+            self.cache.expect(row.slot, row.start + row.asked + steps - 1)
         count = bucket(len(self.places), self.cache)
-        self.buffers.run(self.model, self.cache, count, choose=True)
+        self.buffers.run(self.model, self.cache, count, choose=True, steps=steps)
         for row, _ in going:
-            row.asked += 1
-        self._await(going, self.buffers.tokens[: len(self.places)])
-        return True
+            row.asked += steps
+        self._await(going, self.buffers.written[-steps:])
+        return steps
 
     def read(self, keep: int) -> Iterator[tuple[list[Row], list[int]]]:
-        """Tokens of all steps but the last ``keep``: the rows that were running, and a token each.
+        """Tokens of all launches but the last ``keep``, step by step: rows, and a token for each.
 
-        A row that its token ends is marked as such.
+        They are the rows that were running; one that its token ends is marked as such.
         """
         while len(self._unread) > keep:
-            expected, host, copied = self._unread.popleft()
-            if copied is not None:
-                copied.synchronize()
-            tokens = host.tolist()
-            rows = []
-            for row, column in expected:
-                if row.ended:
-                    continue
-                # The step has run the token before; the first step was the prompt's.
-                if row.written:
-                    self.cache.note(row.slot, row.written[-1])
-                row.written.append(tokens[column])
-                row.ended = tokens[column] in self.eos or len(row.written) == row.limit
-                rows.append(row)
-            yield rows, [row.written[-1] for row in rows]
+            launch = self._unread[0]
+            for tokens in launch.rest():
+                rows = []
+                for row, column in launch.rows:
+                    if row.ended:
+                        continue
+                    # The step has run the token before; the first step was the prompt's.
+                    if row.written:
+                        self.cache.note(row.slot, row.written[-1])
+                    row.written.append(tokens[column])
+                    row.ended = tokens[column] in self.eos or len(row.written) == row.limit
+                    if row.ended:
+                        # Whatever is under way, the device has gone one token on at most.
+                        ran = min(row.asked - 1, len(row.written))
+                        self.cache.expect(row.slot, row.start + ran)
+                    rows.append(row)
+                launch.read += 1
+                yield rows, [row.written[-1] for row in rows]
+            self._unread.popleft()
 
     def settle(self) -> None:
         """Count what was launched and not read, so that the cache says what it holds.
@@ -166,13 +198,13 @@ class Steps:
         buffers.vacate(len(kept), len(self.places), cache)
         self.places = [self.places[place] for place in kept]
 
-    def _await(self, expected: list[tuple[Row, int]], tokens: torch.Tensor) -> None:
-        """Have ``tokens`` copied to where the host will read them, without waiting."""
+    def _await(self, rows: list[tuple[Row, int]], tokens: torch.Tensor) -> None:
+        """Have ``tokens [steps, B]`` copied to where the host will read them, without waiting."""
         if tokens.device.type != "cuda":
-            self._unread.append((expected, tokens.clone(), None))
+            self._unread.append(Launch(rows, tokens.clone(), None))
             return
-        host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
+        host = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(tokens.device))
-        self._unread.append((expected, host, copied))
+        self._unread.append(Launch(rows, host, copied))

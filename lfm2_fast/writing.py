@@ -122,7 +122,7 @@ class _Writing:
         waiting, free = deque(rows), list(range(self.at_a_time))
         # Without rows that wait, every step is a column of the answer.
         column = torch.full((self.rows,), asked.pad_token_id)
-        steps = Steps(self.model, self.cache, self.at_a_time, asked.sampling, asked.eos_token_id)
+        steps = Steps(self.model, self.cache, asked.sampling, asked.eos_token_id)
         progress = _progress(self.rows) if self.at_a_time < self.rows else None
 
         def read(keep: int) -> None:

@@ -18,9 +18,11 @@ import torch
 import lfm2_fast
 from lfm2_fast import buffers, writing
 from lfm2_fast.buffers import Buffers, bucket
-from lfm2_fast.cache import CacheError
+from lfm2_fast.cache import Cache, CacheError, ConvWindow, KVPages
+from lfm2_fast.decoder import Decoder
 from lfm2_fast.graphs import Graphs
 from lfm2_fast.ops import Ops
+from lfm2_fast.prompts import SIZES, Prompt
 from lfm2_fast.reference import advance_ref
 from lfm2_fast.sampling import SamplingParams, SamplingState
 from lfm2_fast.steps import Row, Steps
@@ -76,10 +78,11 @@ def ahead(tiny: Path, monkeypatch) -> Iterator[lfm2_fast.Lfm2ForCausalLM]:
     model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
     model.ops = Capturing()
     # The eager bodies go by the host's numbers, which a captured step does not have.
-    batch = Buffers.batch
+    steps, prompt = Buffers.batch, Prompt.batch
     monkeypatch.setattr(
-        Buffers, "batch", lambda self, count, on_host: batch(self, count, on_host=True)
+        Buffers, "batch", lambda self, count, on_host: steps(self, count, on_host=True)
     )
+    monkeypatch.setattr(Prompt, "batch", lambda self, on_host: prompt(self, on_host=True))
     yield model
 
 
@@ -111,10 +114,10 @@ def test_buckets_shrink_and_rows_beyond_write_to_scrap(plain, ahead, monkeypatch
     counts, slots = [], []
     run = Buffers.run
 
-    def noted(self: Buffers, model: Any, cache: Any, count: int, *, choose: bool) -> None:
+    def noted(self: Buffers, model: Any, cache: Any, count: int, **kwargs: Any) -> None:
         counts.append(count)
         slots.append(self.slots[:count].tolist())
-        run(self, model, cache, count, choose=choose)
+        run(self, model, cache, count, **kwargs)
 
     ends = ends_at(plain, 2, 5, 9, 14)
     monkeypatch.setattr(Buffers, "run", noted)
@@ -131,10 +134,10 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
     for tokens in (3, 40, 200):
         ahead.generate([PROMPTS[0]], max_new_tokens=tokens, eos_token_id=None)
     assert len(graphs) == 1, "the second call did not reuse the cache of the first"
-    (captured,) = graphs[0]._graphs.values()
-    # The first step of all, and the first after pages moved, run as they are.
-    assert captured.replays >= 100
     keys = set(graphs[0]._graphs)
+    assert {key[:3] for key in keys} == {(True, 1, 1), (True, 1, buffers.TOGETHER)}
+    # The first of all, and the first after pages moved, run as they are.
+    assert sum(key[2] * graph.replays for key, graph in graphs[0]._graphs.items()) >= 100
     ahead.generate([PROMPTS[1]], max_new_tokens=9, do_sample=True, eos_token_id=None)
     assert set(graphs[0]._graphs) > keys
 
@@ -142,9 +145,10 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
 def test_pages_that_move_drop_the_graphs(ahead, graphs) -> None:
     cache = ahead.new_cache(1)
     ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
-    (before,) = graphs[0]._graphs.values()
+    before = list(graphs[0]._graphs.values())
     ahead.generate([PROMPTS[0]], max_new_tokens=400, eos_token_id=None, past_key_values=cache)
-    assert cache.grown > 0 and before not in graphs[0]._graphs.values()
+    assert cache.grown > 0 and before
+    assert not set(map(id, before)) & set(map(id, graphs[0]._graphs.values()))
 
 
 def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
@@ -159,10 +163,10 @@ def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
 
 def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
     cache = ahead.new_cache(2)
-    first = Buffers.of(ahead, cache, 2)
-    assert Buffers.of(ahead, cache, 1) is first
+    first = Buffers.of(ahead, cache)
+    assert Buffers.of(ahead, cache) is first
     ahead.ops = Capturing()
-    assert Buffers.of(ahead, cache, 2) is not first
+    assert Buffers.of(ahead, cache) is not first
 
 
 def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, graphs) -> None:
@@ -173,7 +177,7 @@ def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, gra
 
     kwargs = {"max_new_tokens": 25, "eos_token_id": ends, "logits_processor": [dampen]}
     assert torch.equal(ahead.generate(PROMPTS, **kwargs), plain.generate(PROMPTS, **kwargs))
-    assert graphs[-1]._graphs and all(not choose for choose, *_ in graphs[-1]._graphs)
+    assert {key[0] for key in graphs[-1]._graphs} == {False}
 
 
 def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
@@ -207,6 +211,84 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
     kwargs = {"max_new_tokens": 12, "eos_token_id": None}
     continued = ahead.generate(turn, past_key_values=cache, **kwargs)
     assert torch.equal(continued, plain.generate(turn, **kwargs))
+
+
+@pytest.mark.parametrize("step", range(2, 2 + 2 * buffers.TOGETHER))
+def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: int) -> None:
+    """Wherever among the steps that are launched together a text ends: the next turn is right."""
+    cache, reference = ahead.new_cache(1), plain.new_cache(1)
+    for model, held in ((ahead, cache), (plain, reference)):
+        text = model.generate(
+            [PROMPTS[0]], max_new_tokens=40, eos_token_id=ends_at(plain, step), past_key_values=held
+        )
+    length = text.shape[1] - 1
+    assert cache.lengths == reference.lengths == [length] and length < 4 + 39
+    same_contents(cache, reference, 0)
+    assert cache.resume(0, length) == length, "the rows of the window are gone"
+    kwargs = {"max_new_tokens": 12, "eos_token_id": None}
+    turn = torch.cat([text, torch.tensor([[30, 31]])], 1)
+    assert torch.equal(
+        ahead.generate(turn, past_key_values=cache, **kwargs), plain.generate(turn, **kwargs)
+    )
+
+
+def test_a_streamer_that_stops_within_a_launch_loses_no_token(plain, ahead) -> None:
+    """Steps that were launched together are read one after another; the rest is counted later."""
+    for left in range(1, 2 * buffers.TOGETHER + 1):
+
+        class Streamer:
+            count = left
+
+            def put(self, value: torch.Tensor) -> None:
+                self.count -= 1
+                if self.count < 0:
+                    raise KeyboardInterrupt
+
+            def end(self) -> None:
+                pass
+
+        cache = ahead.new_cache(1)
+        kwargs = {"max_new_tokens": 30, "eos_token_id": None}
+        with pytest.raises(KeyboardInterrupt):
+            ahead.generate([PROMPTS[0]], streamer=Streamer(), past_key_values=cache, **kwargs)
+        expected = plain.generate([PROMPTS[0]], **kwargs)[0].tolist()
+        assert cache.lengths == [len(cache.history[0])]
+        assert cache.history[0] == expected[: cache.lengths[0]]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "length"),
+    [(0, 2), (0, 31), (0, 32), (0, 33), (0, 128), (0, 129), (0, 1), (5, 40), (70, 3)],
+)
+def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: int) -> None:
+    """As they are, captured, and replayed, after a prefix too: padding touches nothing."""
+    cache, expected = ahead.new_cache(2), plain.new_cache(2)
+    chunks = [[1 + i % 97 for i in range(n)] for n in (prefix, length) if n]
+    for chunk in chunks:
+        wanted = Decoder(plain, expected).prefill([chunk], [1])
+    for _ in range(3):
+        cache.reset()
+        for chunk in chunks:
+            found = Decoder(ahead, cache).prefill([chunk], [1])
+        torch.testing.assert_close(found, wanted)
+        assert cache.lengths == expected.lengths and cache.history == expected.history
+        same_contents(cache, expected, 1)
+    sizes = {key[1] for graph in graphs for key in graph._graphs if key[0] == "prompt"}
+    padded = {min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= 128}
+    assert sizes == padded
+
+
+def same_contents(ours: Cache, theirs: Cache, slot: int) -> None:
+    """What two caches hold of a slot, as far as it may be read."""
+    length = theirs.lengths[slot]
+    held = range(max(length - theirs.past, 0), length)
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        if isinstance(a, ConvWindow) and isinstance(b, ConvWindow):
+            a_rows, b_rows = ([x.rows[slot, i % len(x.rows[slot])] for i in held] for x in (a, b))
+            torch.testing.assert_close(a_rows, b_rows)
+        elif isinstance(a, KVPages) and isinstance(b, KVPages):
+            for x, y in ((a.k, b.k), (a.v, b.v)):
+                torch.testing.assert_close(x[slot, :, :length], y[slot, :, :length])
 
 
 def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
@@ -307,8 +389,8 @@ def test_contexts_grow_across_pages(plain, ahead) -> None:
 def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
     cache = ahead.new_cache(1, 12)
     row = Row(0, slot=0, start=4, limit=100)
-    steps = Steps(ahead, cache, 1, SamplingParams(), ())
-    logits = lfm2_fast.decoder.Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    steps = Steps(ahead, cache, SamplingParams(), ())
+    logits = Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
     steps.admit([row], logits, steps.buffers.state.pick([0]))
     with pytest.raises(CacheError, match="max_length of 12"):
         while steps.launch():
@@ -374,8 +456,9 @@ def test_advance(scrap: int | None, kernel_device) -> None:
         expected = before[4] | torch.isin(chosen, eos)
         assert torch.equal(ended, expected) and torch.equal(tokens, chosen)
         assert torch.equal(lengths, (positions + 1).int())
-        goes = torch.where(expected, before[2] if scrap is None else 0, before[2] + 1)
-        assert torch.equal(positions, goes)
+        # Who ends goes past its text once: its last token was run where it stood.
+        goes = before[2] + ~before[4]
+        assert torch.equal(positions, goes if scrap is None else goes.where(~expected, 0))
         assert torch.equal(slots, before[1] if scrap is None else before[1].where(~expected, scrap))
 
 

@@ -1,0 +1,77 @@
+"""Short prompts whose forward pass is captured: launching it would take longer than running it."""
+
+from __future__ import annotations
+
+import torch
+
+from lfm2_fast.batch import Batch
+from lfm2_fast.buffers import Buffers
+from lfm2_fast.cache import Cache
+from lfm2_fast.model import Lfm2ForCausalLM
+
+# Tokens that a captured prompt is padded to. Of more the device takes longer than the host.
+SIZES = (32, 128)
+
+
+class Prompt:
+    """The tensors of a prompt of up to ``size`` tokens in one slot, the rest padding.
+
+    ``inputs`` int64 has the ``size`` tokens, their positions, where the prompt begins and ends
+    among them, its slot, and its context after it: all that differs from prompt to prompt, so that
+    one copy brings it. ``logits [1, V]`` are those of the last token.
+    """
+
+    def __init__(self, model: Lfm2ForCausalLM, size: int) -> None:
+        self.size = size
+        self.inputs = torch.zeros(2 * size + 4, dtype=torch.int64, device=model.device)
+        shape = (1, model.config.vocab_size)
+        self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
+
+    @classmethod
+    def of(cls, model: Lfm2ForCausalLM, cache: Cache, tokens: int) -> Prompt | None:
+        """The cache's tensors for a prompt of so many tokens, or None if it is not captured."""
+        size = min((size for size in SIZES if size >= tokens), default=0)
+        # One token is a step's.
+        if not model.ops.captures or tokens < 2 or not size:
+            return None
+        kept = Buffers.of(model, cache).prompts
+        if size not in kept:
+            kept[size] = cls(model, size)
+        return kept[size]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return self.inputs.nbytes + self.logits.nbytes
+
+    def run(self, model: Lfm2ForCausalLM, cache: Cache, tokens: list[int], batch: Batch) -> None:
+        """Fill ``logits``, continuing the slot of ``batch``, whose tensors may lie on the host."""
+        rest = [0] * (self.size - len(tokens))
+        positions, bounds = batch.positions.tolist(), batch.cu_seqlens.tolist()
+        ends = [*bounds, *batch.host_slots, *batch.lengths.tolist()]
+        values = [*tokens, *rest, *positions, *rest, *ends]
+        pinned = self.inputs.device.type == "cuda"
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+        self.inputs.copy_(host, non_blocking=True)
+
+        def body() -> None:
+            made = self.batch(on_host=not model.ops.by_tensors)
+            tokens = self.inputs[: self.size]
+            self.logits.copy_(model.compute(tokens, made, cache, made.last_rows))
+
+        Buffers.of(model, cache).do(cache, ("prompt", self.size), body)
+
+    def batch(self, *, on_host: bool) -> Batch:
+        """The prompt; bodies that need its numbers on the host wait for them."""
+        positions, ends = self.inputs[self.size :].split((self.size, 4))
+        numbers = ends.tolist() if on_host else (0, self.size, 0, self.size)
+        _, count, slot, length = numbers
+        return Batch(
+            positions=positions,
+            cu_seqlens=ends[:2].int(),
+            slots=ends[2:3],
+            lengths=ends[3:].int(),
+            query_lengths=(count,),
+            starts=(length - count,),
+            host_slots=(slot,),
+        )
