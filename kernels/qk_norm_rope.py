@@ -55,13 +55,13 @@ def _qk_norm_rope_kernel(
     mask_n = token < tokens
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HALF
-    mask = mask_n[:, None] & mask_d[None, :]
 
     # All but the heads themselves does not depend on the projection that makes qkv: it comes first.
     sequence = token
     if sequences < tokens:
         sequence = sequence_of_token(cu_seqlens_ptr, token, sequences)
         mask_n &= token < tl.load(cu_seqlens_ptr + sequences)
+    mask = mask_n[:, None] & mask_d[None, :]
     position = tl.load(positions_ptr + token, mask=mask_n, other=0).to(tl.int32)
     slot = tl.load(slots_ptr + sequence, mask=mask_n, other=0)
     page = tl.load(table_ptr + slot * stride_table_s + position // page_size, mask=mask_n, other=0)

@@ -86,5 +86,5 @@ def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
             capture_error_mode="thread_local",
         ):
             body()
-    logger.info("captured a step in %.2f s", time.perf_counter() - begin)
+    logger.info("captured in %.2f s", time.perf_counter() - begin)
     return graph

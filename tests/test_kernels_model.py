@@ -16,6 +16,7 @@ import lfm2_fast
 from lfm2_fast import ops_triton, reference
 from lfm2_fast.batch import Batch
 from lfm2_fast.buffers import Buffers
+from lfm2_fast.decoder import Decoder
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.matrix import Matrix
 from lfm2_fast.ops import BackendError, Ops, choose
@@ -255,20 +256,28 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch) -> None:
         choose("cublas", torch.device("cpu"), torch.bfloat16)
 
 
-def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load, monkeypatch) -> None:
-    """Captured by a stand-in and done again, rows end at different times and write the same.
+class Recorded:
+    """Stands in for a CUDA graph: replaying it does again what was captured."""
 
-    The host's numbers of a step mean nothing then, so a body that went by them would be wrong.
-    """
+    def __init__(self, graphs: Any, body: Callable[[], None]) -> None:
+        self.replay = body
 
-    class Recorded:
-        def __init__(self, graphs: Any, body: Callable[[], None]) -> None:
-            self.replay = body
 
+@pytest.fixture
+def captured(monkeypatch) -> None:
+    """What would be captured on a GPU is recorded."""
     init = Buffers.__init__
     monkeypatch.setattr(
         Buffers, "__init__", lambda self, *args: init(self, *args, capture=Recorded)
     )
+
+
+@pytest.mark.usefixtures("captured")
+def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
+    """Captured by a stand-in and done again, rows end at different times and write the same.
+
+    The host's numbers of a step mean nothing then, so a body that went by them would be wrong.
+    """
     prompts, folder = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]], random_checkpoint()
     ours, eager = (load(folder, backend, torch.float32) for backend in ("triton", "eager"))
     kwargs = {"do_sample": True, "seed": 1, "top_k": 0, "min_p": 0.1, "repetition_penalty": 1.1}
@@ -276,3 +285,27 @@ def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load, monkeypatc
     written = eager.generate(prompts, eos_token_id=None, **kwargs)[:, 5:]
     kwargs["eos_token_id"] = [int(written[0, 1]), int(written[1, 2])]
     assert torch.equal(ours.generate(prompts, **kwargs), eager.generate(prompts, **kwargs))
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("length", [9, 40])
+def test_a_captured_prompt_is_padded_and_right(
+    random_checkpoint, load, within_budget, length: int
+) -> None:
+    """Over a prefix too, and as it is, captured and replayed; what padding makes reaches nobody."""
+    folder = random_checkpoint()
+    found = []
+    for backend, dtype in (
+        ("triton", torch.float32),
+        ("eager", torch.float64),
+        ("eager", torch.float32),
+    ):
+        model = load(folder, backend, dtype)
+        cache = model.new_cache(2)
+        decoder, logits = Decoder(model, cache), []
+        for start in (2, 3, 5):
+            tokens = [start + i % 97 for i in range(length)]
+            logits.append(decoder.prefill([tokens], [1]))
+            logits.append(decoder.step([7], [1]))
+        found.append(torch.cat(logits))
+    within_budget(*found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,24 @@ def test_across_page_ends(
         batch = Batch.prepare(counts, [2, 0, 1, 4, 3], cache, kernel_device)
         case = Case(batch, 4, 2, 64, page_size, kernel_dtype)
         compare(case, run, same_bits, within_budget, sliced=False)
+
+
+@pytest.mark.parametrize("counts", [[3], [1, 1], [30, 1, 7]])
+def test_tokens_after_the_last_sequence_touch_nothing(
+    counts, kernel_device, kernel_dtype, run, same_bits
+) -> None:
+    """A captured prompt is padded to a fixed size: whatever stands there, no page sees it."""
+    torch.manual_seed(0)
+    cache = SimpleNamespace(slots=SLOTS, lengths=[15, 16, 14, 0, 63])
+    batch = Batch.prepare(counts, [4, 0, 1][: len(counts)], cache, kernel_device)
+    case = Case(batch, 4, 2, 64, 16, kernel_dtype)
+    alone = run(case)
+    beyond = torch.tensor([0, 7, 15, 2**40, -1], device=kernel_device)
+    case.batch = replace(batch, positions=torch.cat([batch.positions, beyond]))
+    case.qkv = torch.cat([case.qkv, case.qkv.new_full((5, case.qkv.shape[1]), float("nan"))])
+    q, k, v = run(case)
+    assert same_bits(q[: len(alone[0])], alone[0]) and q[len(alone[0]) :].isnan().all()
+    assert same_bits(k, alone[1]) and same_bits(v, alone[2])
 
 
 def test_no_tokens(kernel_device, kernel_dtype, run) -> None:
