@@ -349,19 +349,21 @@ class Lfm2ForCausalLM(nn.Module):
         batch = Batch.prepare(counts, range(count), cache, self.device)
         tokens = input_ids[mask]
 
-        kept = torch.zeros_like(mask)
         if isinstance(logits_to_keep, int):
             columns = torch.arange(width, device=mask.device)[-logits_to_keep:]
         else:
             columns = logits_to_keep.to(mask.device)
-        kept[:, columns] = True
-        rows = kept[mask].nonzero()[:, 0]
-        logits = self.run(tokens, batch, cache, rows)
+        packed = mask.flatten().cumsum(0).view_as(mask) - 1
+        shown = mask[:, columns]
+        logits = self.run(tokens, batch, cache, packed[:, columns][shown])
         cache.record(batch, (c.tolist() for c in tokens.cpu().split([n for n in counts if n])))
 
-        full = logits.new_zeros(count, width, self.config.vocab_size)
-        full[kept & mask] = logits
-        answer = CausalLMOutput(full[:, columns], None if use_cache is False else cache)
+        if bool(shown.all()):
+            full = logits.view(*shown.shape, self.config.vocab_size)
+        else:
+            full = logits.new_zeros(*shown.shape, self.config.vocab_size)
+            full[shown] = logits
+        answer = CausalLMOutput(full, None if use_cache is False else cache)
         return answer if return_dict else answer.to_tuple()
 
     def check_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

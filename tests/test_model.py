@@ -145,7 +145,9 @@ def test_logits_to_keep(random_checkpoint, pair) -> None:
     _, ours = pair(random_checkpoint())
     tokens = ids(2, 6)
     full = ours(tokens).logits
-    assert_same_fp32(ours(tokens, logits_to_keep=1).logits, full[:, -1:])
+    last = ours(tokens, logits_to_keep=1).logits
+    assert_same_fp32(last, full[:, -1:])
+    assert last.untyped_storage().nbytes() == last.nbytes, "room was made for those left out"
     chosen = torch.tensor([0, 4])
     assert_same_fp32(ours(tokens, logits_to_keep=chosen).logits, full[:, chosen])
 
