@@ -12,7 +12,8 @@ import torch
 
 from lfm2_fast.arguments import Arguments, understand
 from lfm2_fast.cache import Cache
-from lfm2_fast.model import Lfm2ForCausalLM, unpadded
+from lfm2_fast.forward import check_ids, unpadded
+from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.writing import write
 
 
@@ -75,7 +76,7 @@ def generate(
         ids = torch.tensor([[asked.bos_token_id]])
     if mask is None:
         mask = _inferred_mask(ids, asked)
-    ids = model.check_ids(ids)
+    ids = check_ids(model, ids)
     mask = unpadded(ids, mask.to(ids.device))
     empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
     if empty:

@@ -7,11 +7,10 @@ decode, chunked prefill and mixed batches are the same call with other numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,23 +22,8 @@ from lfm2_fast.config import Config
 from lfm2_fast.matrix import Matrix
 from lfm2_fast.ops import Ops, Rope, choose
 
-
-@dataclass
-class CausalLMOutput:
-    """``logits [B, T, V]`` and the cache, by name, by key or by place, as Hugging Face's output."""
-
-    logits: torch.Tensor
-    past_key_values: Cache | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in order."""
-        return tuple(v for v in (self.logits, self.past_key_values) if v is not None)
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+if TYPE_CHECKING:
+    from lfm2_fast.forward import CausalLMOutput
 
 
 def matrix(config: Config, rows: int, columns: int, *, bias: bool = False) -> Matrix:
@@ -320,7 +304,6 @@ class Lfm2ForCausalLM(nn.Module):
         head = self.ops.head_argmax if best else self.ops.norm_linear
         return head(x, self.embedding_norm, self.lm_head)
 
-    @torch.no_grad()
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -330,57 +313,12 @@ class Lfm2ForCausalLM(nn.Module):
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool = True,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Logits of ``input_ids [B, T]``, continuing ``past_key_values`` where given.
+        """Logits of ``input_ids [B, T]``; see ``lfm2_fast.forward.forward``."""
+        from lfm2_fast.forward import forward
 
-        ``attention_mask``, ``[B, T]`` or the longer one of a whole conversation whose last T
-        columns count, marks padding on the left or the right with zeros; logits there are zeros.
-        ``logits_to_keep`` keeps the last so many positions, or those of an index tensor; 0 keeps
-        all. The answer is a CausalLMOutput, or its tuple. Raises ValueError for ids out of range,
-        a mask with holes, or a cache of another batch size.
-        """
-        input_ids = self.check_ids(input_ids)
-        count, width = input_ids.shape
-        mask = unpadded(input_ids, attention_mask)
-        cache = past_key_values
-        if cache is None:
-            cache = self.new_cache(count)
-        check_cache(cache, count)
-        counts = mask.sum(-1).tolist()
-        batch = Batch.prepare(counts, range(count), cache, self.device)
-        tokens = input_ids[mask]
-
-        if isinstance(logits_to_keep, int):
-            columns = torch.arange(width, device=mask.device)[-logits_to_keep:]
-        else:
-            columns = logits_to_keep.to(mask.device)
-        packed = mask.flatten().cumsum(0).view_as(mask) - 1
-        shown = mask[:, columns]
-        logits = self.run(tokens, batch, cache, packed[:, columns][shown])
-        cache.record(batch, (c.tolist() for c in tokens.cpu().split([n for n in counts if n])))
-
-        if bool(shown.all()):
-            full = logits.view(*shown.shape, self.config.vocab_size)
-        else:
-            full = logits.new_zeros(*shown.shape, self.config.vocab_size)
-            full[shown] = logits
-        answer = CausalLMOutput(full, None if use_cache is False else cache)
-        return answer if return_dict else answer.to_tuple()
-
-    def check_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``input_ids`` on the model's device. Raises ValueError unless ``[B, T]`` and in range."""
-        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
-            raise ValueError(
-                "input_ids must be integers of shape [batch, tokens], got "
-                f"{tuple(input_ids.shape)} of {input_ids.dtype}"
-            )
-        wrong = (input_ids < 0) | (input_ids >= self.config.vocab_size)
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, but this model's "
-                f"vocabulary has {self.config.vocab_size} tokens; is the tokenizer another model's?"
-            )
-        return input_ids.to(self.device, torch.int64)
+        return forward(
+            self, input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, return_dict
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Continue prompts; see ``lfm2_fast.generation.generate`` for the arguments."""
@@ -399,40 +337,3 @@ class Lfm2ForCausalLM(nn.Module):
             weights,
             generation_config=self.generation_defaults(),
         )
-
-
-def check_cache(cache: Cache, rows: int) -> None:
-    """Raise TypeError unless a caller's cache is ours, ValueError unless it has ``rows`` slots."""
-    if not isinstance(cache, Cache):
-        raise TypeError(
-            f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
-        )
-    if cache.slots != rows:
-        raise ValueError(
-            f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be run"
-        )
-
-
-def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """``[B, T]`` bool, true at tokens; ValueError for a mask that does not fit or has holes."""
-    count, width = input_ids.shape
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if (
-        attention_mask.dim() != 2
-        or attention_mask.shape[0] != count
-        or attention_mask.shape[1] < width
-    ):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(count, width)}; "
-            "it must have the same rows and at least as many columns"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - width :].to(input_ids.device) != 0
-    edges = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, :1].sum(-1)
-    if (edges > 1).any():
-        row = int((edges > 1).nonzero()[0])
-        raise ValueError(
-            f"attention_mask row {row} has zeros between tokens; padding may stand on the left or "
-            "on the right of a row, not inside it"
-        )
-    return mask

@@ -17,7 +17,8 @@ import torch
 from lfm2_fast.arguments import Arguments
 from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.model import Lfm2ForCausalLM, check_cache
+from lfm2_fast.forward import check_cache
+from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.sampling import SamplingState, draw, penalize, warp
 from lfm2_fast.steps import Row, Steps
 
