@@ -10,11 +10,12 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint bench bench-report bench-gpu aot sanitize test-gpu wheel clean
+.PHONY: help demo test lint bench bench-report bench-gpu bench-gpu-peers aot sanitize
+.PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 24
 
 demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
 	@$(BIN)/lfm2-fast demo
@@ -45,6 +46,9 @@ test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, mem
 
 bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu
+
+bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu_peers
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.

@@ -20,8 +20,8 @@ import torch
 
 from bench import results
 from bench.gate import PROMPT, ROUNDED, STEPS, distance, wrong_logits
-from bench.goals import verdicts
-from bench.report import figure_table, goal_table, memory_table
+from bench.goals import goal_table, verdicts
+from bench.report import figure_table, memory_table
 from bench.results import Figure
 from bench.shapes import SIZES, checkpoint
 from bench.worker import ENGINES, ROOT, EngineError, Remote
