@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint bench bench-report bench-gpu bench-gpu-peers aot sanitize
+.PHONY: help demo test lint bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
 .PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
@@ -49,6 +49,9 @@ bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decodin
 
 bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu_peers
+
+tune-gpu: ## On a GPU, offline, under nine minutes: measure plans, write kernels/tuned.py anew
+	PYTHONPATH=. TRITON_INTERPRET=0 timeout 530 $(PYTHON) -m bench.tune
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.

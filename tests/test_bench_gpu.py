@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lfm2_fast
-from bench import gpu, gpu_goals, gpu_peers, gpu_steps, report, report_gpu
+from bench import gpu, gpu_goals, gpu_peers, gpu_steps, report, report_gpu, tune
 from bench.gpu_steps import Decoding, prefill_flops
 from bench.results import Figure
 from bench.shapes import SIZES, config_of
@@ -165,7 +165,7 @@ def test_peers_beside_hugging_face(
     assert "Hugging Face, static cache, compiled" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", [gpu, gpu_peers])
+@pytest.mark.parametrize("program", [gpu, gpu_peers, tune])
 def test_without_a_gpu_it_says_so(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):
