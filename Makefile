@@ -30,10 +30,12 @@ lint: $(READY) ## Check style and types
 
 # llama.cpp is compiled for this processor, once, in some five minutes.
 bench: $(READY) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
+	@echo "takes about 12 minutes on two cores at 350M's shape, 5 of them to compile llama.cpp once;" \
+	"larger shapes as much longer as they are larger"
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
 	$(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python gguf llama-cpp-python \
 	|| echo "llama.cpp could not be built and is left out" >&2
-	$(BIN)/python -m bench.peers --size $(SIZE)
+	$(BIN)/python -m bench.peers --size $(SIZE) $(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH))
 
 bench-report: $(READY) ## Rewrite the tables of the documentation from bench/results
 	$(BIN)/python -m bench.report
