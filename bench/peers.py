@@ -217,6 +217,7 @@ def main() -> None:
     wanted = [every[int(n) - 1] for n in given.cases.split(",")] if given.cases else every
     folder = checkpoint(given.size)
     print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
+    print("engines load, and their logits are held against the reference's", flush=True)
     remotes, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
     engines: list[Engine] = list(remotes)
     ungated: dict[str, str] = {}

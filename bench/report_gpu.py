@@ -48,12 +48,12 @@ def decode_table(found: dict[str, Any]) -> str:
             number(1e6 / row["us"]["p50"]),
             f"{100 * row['share_of_copy']:.1f} %",
             str(row["kernels"]),
+            f"{row['peak_bytes'] / 1e9:.2f}",
         ]
         for size, case, row in measured(found, "decode")
     ]
-    return markdown(
-        ["", "context", "µs a token", "p10 to p90", "tokens/s", "of the copy", "kernels"], rows
-    )
+    head = ["", "context", "µs a token", "p10 to p90", "tokens/s", "of the copy", "kernels"]
+    return markdown([*head, "GB at most"], rows)
 
 
 def batch_table(found: dict[str, Any]) -> str:

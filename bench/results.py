@@ -81,8 +81,11 @@ def read(path: Path) -> list[Figure]:
 
 
 def git(*command: str) -> str:
-    """What git says, or nothing where there is no repository."""
-    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    """What git says, or nothing where there is no repository, or no git."""
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        return ""
     return done.stdout if command[0] == "status" else done.stdout.strip()
 
 

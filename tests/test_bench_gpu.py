@@ -185,7 +185,7 @@ def made_up() -> tuple[dict[str, Any], dict[str, Any]]:
         "machine": {"name": "a GPU"},
         "versions": {"torch": "0.0"},
     }
-    decoded = {"kernels": 74, "nbytes": 700e6, "share_of_copy": 0.5}
+    decoded = {"kernels": 74, "nbytes": 700e6, "share_of_copy": 0.5, "peak_bytes": 1e9}
     alone = {
         **head,
         "copy_gb_s": 3000.0,
@@ -251,7 +251,7 @@ def test_tables_come_from_the_files_that_are_there(
     (tmp_path / "gpu-peers.json").write_text(json.dumps(peers), encoding="utf-8")
     tables = {name: make() for name, make in report_gpu.tables(tmp_path).items()}
     assert "| 350M | 128     | 467        | 420 to 560   | 2,143" in tables["gpu-decode"]
-    assert gpu.LATE not in tables["gpu-decode"]
+    assert gpu.LATE not in tables["gpu-decode"] and "| 1.00 " in tables["gpu-decode"]
     assert tables["gpu-batch"].index("| 2 ") < tables["gpu-batch"].index("| 64 ")
     assert "25,000" in tables["gpu-batch"] and "2.50" in tables["gpu-first-token"]
     assert "1.020 [1.000, 1.050]" in tables["gpu-comparisons"]
