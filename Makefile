@@ -10,11 +10,12 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint bench bench-report bench-gpu aot sanitize test-gpu wheel clean
+.PHONY: help demo test lint bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
+.PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 24
 
 demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
 	@$(BIN)/lfm2-fast demo
@@ -29,10 +30,12 @@ lint: $(READY) ## Check style and types
 
 # llama.cpp is compiled for this processor, once, in some five minutes.
 bench: $(READY) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
+	@echo "takes about 12 minutes on two cores at 350M's shape, 5 of them to compile llama.cpp once;" \
+	"larger shapes as much longer as they are larger"
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
 	$(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python gguf llama-cpp-python \
 	|| echo "llama.cpp could not be built and is left out" >&2
-	$(BIN)/python -m bench.peers --size $(SIZE)
+	$(BIN)/python -m bench.peers --size $(SIZE) $(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH))
 
 bench-report: $(READY) ## Rewrite the tables of the documentation from bench/results
 	$(BIN)/python -m bench.report
@@ -45,6 +48,12 @@ test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, mem
 
 bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu
+
+bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu_peers
+
+tune-gpu: ## On a GPU, offline, under nine minutes: measure plans, write kernels/tuned.py anew
+	PYTHONPATH=. TRITON_INTERPRET=0 timeout 530 $(PYTHON) -m bench.tune
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.

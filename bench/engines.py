@@ -81,6 +81,8 @@ class Ours:
 class HuggingFace:
     """transformers' class in bfloat16, eager, with the cache that it makes itself."""
 
+    device = "cpu"
+
     def __init__(self) -> None:
         import torch
         import transformers
@@ -102,7 +104,8 @@ class HuggingFace:
         return self.package.DynamicCache(config=self.model.config)
 
     def start(self, batch: int, context: int, room: int) -> float:
-        text = self.torch.tensor([prompt(row, context) for row in range(batch)])
+        prompts = [prompt(row, context) for row in range(batch)]
+        text = self.torch.tensor(prompts, device=self.device)
         self.cache = self.new_cache(batch, context + room)
         begin = time.perf_counter()
         self.tokens = self._run(text, self.model.forward).argmax(-1, keepdim=True)
@@ -117,10 +120,10 @@ class HuggingFace:
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
         self.cache = self.new_cache(1, len(tokens) + steps)
-        rows = [self._run(self.torch.tensor([tokens]), self.model.forward)]
-        one = self.torch.tensor([[1]])
+        text, one = (self.torch.tensor([ids], device=self.device) for ids in (tokens, [1]))
+        rows = [self._run(text, self.model.forward)]
         rows += [self._run(one, self.step).clone() for _ in range(steps - 1)]
-        return np.stack([row[0].float().numpy() for row in rows])
+        return np.stack([row[0].float().cpu().numpy() for row in rows])
 
     def _run(self, ids: Any, forward: Any) -> Any:
         """Logits of the last position, ``[batch, vocabulary]``."""

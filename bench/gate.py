@@ -51,6 +51,6 @@ def logits(model: Any, tokens: list[int] = PROMPT, steps: int = STEPS) -> np.nda
     rows = []
     for _ in range(steps):
         out = model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1).logits
-        rows.append(out[0, -1].float().numpy())
+        rows.append(out[0, -1].float().cpu().numpy())
         tokens = [1]
     return np.stack(rows)

@@ -1,10 +1,11 @@
-"""What the CPU is meant to reach, as ratios between two engines' figures of one run."""
+"""What the CPU is meant to reach, as ratios between two engines' figures of one run; verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.markdown import markdown, number
 from bench.results import Figure
 from bench.stats import ratio
 
@@ -45,11 +46,29 @@ GOALS = (
 class Verdict:
     """A goal with what was measured for it."""
 
-    goal: Goal
+    what: str
+    must: float
+    aim: float
     value: float
     low: float
     high: float
     reached: str
+
+
+def judged(
+    what: str,
+    must: float,
+    aim: float,
+    measured: tuple[float, float, float],
+    *,
+    more_is_better: bool,
+) -> Verdict:
+    """The verdict on a value and its range."""
+    reached = "no"
+    for name, mark in (("must", must), ("aim", aim)):
+        if measured[0] >= mark if more_is_better else measured[0] <= mark:
+            reached = name
+    return Verdict(what, must, aim, *measured, reached)
 
 
 def verdicts(figures: Sequence[Figure]) -> list[Verdict]:
@@ -62,13 +81,25 @@ def verdicts(figures: Sequence[Figure]) -> list[Verdict]:
         if mine is None or (goal.peer and peer is None):
             continue
         if peer is None:
-            value, low, high = mine.median, min(mine.samples), max(mine.samples)
+            value = mine.median, min(mine.samples), max(mine.samples)
         else:
             paired = len(mine.samples) == len(peer.samples)
-            value, low, high = ratio(mine.samples, peer.samples, paired=paired)
-        reached = "no"
-        for name, mark in (("must", goal.must), ("aim", goal.aim)):
-            if value >= mark if mine.more_is_better else value <= mark:
-                reached = name
-        found.append(Verdict(goal, value, low, high, reached))
+            value = ratio(mine.samples, peer.samples, paired=paired)
+        more = mine.more_is_better
+        found.append(judged(goal.what, goal.must, goal.aim, value, more_is_better=more))
     return found
+
+
+def goal_table(found: Sequence[Verdict], what: str = "ratio of medians") -> str:
+    """What was meant to be reached, and what was."""
+    rows = [
+        [
+            v.what,
+            f"{number(v.value)} [{number(v.low)}, {number(v.high)}]",
+            f"{v.must:,g}",
+            f"{v.aim:,g}",
+            v.reached,
+        ]
+        for v in found
+    ]
+    return markdown([what, "measured", "must", "aim", "reached"], rows)

@@ -3,9 +3,10 @@
     python -m bench.gpu --seconds 500
 
 First a gate: on trained weights, captured steps give the tokens of uncaptured ones, and both those
-of plain PyTorch. Without it there are no figures. Then, most telling first, until the time is up:
-the bandwidth of a copy, graphs of empty kernels as lower bound of a step, microseconds a token by
-size and context, by batch, and the time to a first token. What was measured is written after each.
+of plain PyTorch. Without it there are no figures. Then what the GPU can do at the most
+(``gpu_limits.py``), and twice through the sizes, most telling first, until the time is up: once for
+what is meant to be reached (``gpu_goals.py``), once for the rest. What was measured is written
+after each.
 
 ``--device cpu --config FILE`` runs the same code on a small model, to see that it runs.
 """
@@ -13,10 +14,9 @@ size and context, by batch, and the time to a first token. What was measured is 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,48 +24,19 @@ from typing import Any
 import torch
 
 import lfm2_fast
+from bench import gpu_steps
+from bench.gpu_limits import copy_bandwidth, empty_kernels, matmul_rate, told_by_driver
+from bench.gpu_steps import STEPS, TURN_STEPS, TURNS
 from bench.results import header, write
 from bench.shapes import ROOT, SIZES, TINY, config_of, random_weights
-from lfm2_fast.bench import weight_bytes
-from lfm2_fast.decoder import Decoder
-from lfm2_fast.measure import quantile
-from lfm2_fast.sampling import SamplingParams, SamplingState
-from lfm2_fast.steps import Row, Steps
+from lfm2_fast.measure import memory
 
 CONTEXTS = (128, 2048, 8192, 32768)
-BATCHES = (2, 4, 8, 16, 32, 64)
+BATCHES = (64, 16, 2, 4, 8, 32)
 PROMPTS = (32, 128, 512, 2048, 8192)
-STEPS = 100
-# As many launches as a step of the 16-layer models has: 4 a conv layer, 5 an attention layer.
-EMPTY_KERNELS = 73
-
-
-class Clock:
-    """Moments on the device, in its own order of work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.moments: list[Any] = []
-
-    def mark(self) -> None:
-        if not self.cuda:
-            self.moments.append(time.perf_counter())
-            return
-        moment = torch.cuda.Event(enable_timing=True)
-        moment.record()
-        self.moments.append(moment)
-
-    def microseconds(self) -> list[float]:
-        """From each moment to the next; waits for the last."""
-        pairs = list(zip(self.moments, self.moments[1:], strict=False))
-        if not self.cuda:
-            return [1e6 * (end - begin) for begin, end in pairs]
-        torch.cuda.synchronize()
-        return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    return {f"p{q}": round(quantile(values, q / 100), 2) for q in (10, 50, 90)}
+# The sizes for which goals are set in the first token and the largest batch, and in int8.
+TELLING, INT8 = "1.2B", "2.6B"
+LATE = "not measured: the time was up"
 
 
 def gate(device: torch.device) -> dict[str, Any]:
@@ -88,161 +59,113 @@ def gate(device: torch.device) -> dict[str, Any]:
     return {"backend": fast.ops.name, "tokens_are_the_references": found}
 
 
-def copy_bandwidth(device: torch.device, nbytes: int) -> float:
-    """Gigabytes a second, read and written, of the device copying its memory."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    target, clock = torch.empty_like(source), Clock(device)
-    for _ in range(20):
-        clock.mark()
-        target.copy_(source)
-    clock.mark()
-    return round(2 * nbytes / quantiles(clock.microseconds())["p50"] / 1e3, 1)
-
-
-def empty_kernels(device: torch.device) -> dict[str, Any]:
-    """Microseconds of a graph of kernels that do nothing, with and without dependent launch."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def nothing(x_ptr, DEPENDENT: tl.constexpr):
-        if DEPENDENT:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-
-    x, found = torch.empty(1, device=device), {}
-    for dependent in (False, True):
-        options = {"launch_pdl": True} if dependent else {}
-        nothing[(1,)](x, DEPENDENT=dependent, **options)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(EMPTY_KERNELS):
-                nothing[(1,)](x, DEPENDENT=dependent, **options)
-        clock = Clock(device)
-        for _ in range(STEPS):
-            clock.mark()
-            graph.replay()
-        clock.mark()
-        found["dependent" if dependent else "plain"] = quantiles(clock.microseconds())
-    return {"kernels": EMPTY_KERNELS, "us": found}
-
-
-def decode(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[str, Any]:
-    """Microseconds of a step from a context on, one after another, as ``generate`` runs them."""
-    device, params = model.device, SamplingParams()
-    cache = model.new_cache(batch, context + 2 * STEPS)
-    steps = Steps(model, cache, batch, params, ())
-    rows = [Row(i, slot=i, start=context, limit=2 * STEPS) for i in range(batch)]
-    prompt = [1 + i % 97 for i in range(context)]
-    logits = Decoder(model, cache).prefill([prompt], [0]).expand(batch, -1)
-    for slot in range(1, batch):
-        cache.copy(0, slot)
-    positions = torch.full((batch,), context, device=device)
-    state = SamplingState([params] * batch, positions=positions, device=device)
-    steps.admit(rows, logits, state)
-    for _ in range(10):  # a step as it is, the capture, and some to warm up
-        steps.launch()
-        list(steps.read(steps.lag))
-    clock = Clock(device)
-    for _ in range(STEPS):
-        clock.mark()
-        steps.launch()
-        list(steps.read(steps.lag))
-    clock.mark()
-    times = clock.microseconds()
-    kernels = launches(steps) if device.type == "cuda" else None
-    steps.settle()
-    least = weight_bytes(model) + model.config.cache_bytes(model.dtype.itemsize, batch * context)
-    return {"us": quantiles(times), "kernels": kernels, "nbytes": least}
-
-
-def launches(steps: Steps) -> int:
-    """How many kernels one step has, as the profiler counts them in a replay."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        steps.launch()
-        torch.cuda.synchronize()
-    kinds = torch.autograd.DeviceType.CUDA
-    names = [event.name for event in profiled.events() if event.device_type == kinds]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
-
-
-def first_token(model: lfm2_fast.Lfm2ForCausalLM, length: int) -> dict[str, float]:
-    """Microseconds from a prompt on the host to its first token there."""
-    prompt = torch.tensor([[1 + i % 97 for i in range(length)]])
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        model.generate(prompt, max_new_tokens=1, eos_token_id=None)
-        times.append(1e6 * (time.perf_counter() - begin))
-    return quantiles(times[1:])
-
-
 def plan(
-    configs: dict[str, lfm2_fast.Config], device: torch.device, copied: float
+    configs: dict[str, lfm2_fast.Config], device: torch.device, limits: dict[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], Callable[[], Any]]]:
     """What to measure, by name, in order; one model is held at a time."""
+    copied, rate = limits["copy_gb_s"], limits["matmul_tflops"]
+    short, long, prompt = CONTEXTS[0], CONTEXTS[-1], PROMPTS[-1]
 
-    def measured(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[str, Any]:
-        found = decode(model, batch, context)
-        rate = found["nbytes"] / found["us"]["p50"] / 1e3
-        return {**found, "share_of_copy": round(rate / copied, 3)}
+    def model_of(config: lfm2_fast.Config) -> lfm2_fast.Lfm2ForCausalLM:
+        return lfm2_fast.Lfm2ForCausalLM(config, random_weights(config, torch.bfloat16, device))
 
+    def decoded(model: Any, size: str, context: int) -> tuple[tuple[str, ...], Callable[[], Any]]:
+        measure = partial(gpu_steps.decode, model, 1, context, copied)
+        return ("decode", size, f"context {context}"), measure
+
+    def batched(model: Any, size: str, batch: int) -> tuple[tuple[str, ...], Callable[[], Any]]:
+        measure = partial(gpu_steps.decode, model, batch, short, copied)
+        return ("batch", size, str(batch)), measure
+
+    def first(model: Any, size: str, length: int) -> tuple[tuple[str, ...], Callable[[], Any]]:
+        measure = partial(gpu_steps.first_token, model, length, copied)
+        return ("first token", size, f"{length} tokens"), measure
+
+    def fitting(lengths: tuple[int, ...], config: lfm2_fast.Config) -> list[int]:
+        return [n for n in lengths if n <= config.max_position_embeddings - 3 * STEPS]
+
+    alone = len(configs) == 1  # what only some sizes are asked for is then asked of this one
     for size, config in configs.items():
-        weights = random_weights(config, torch.bfloat16, device)
-        model = lfm2_fast.Lfm2ForCausalLM(config, weights)
-        del weights
-        limit = model.max_length - 2 * STEPS
-        for context in (c for c in CONTEXTS if c <= limit):
-            yield ("decode", size, f"context {context}"), partial(measured, model, 1, context)
-        for length in (n for n in PROMPTS if n <= limit):
-            yield ("first token", size, f"{length} tokens"), partial(first_token, model, length)
-        for batch in BATCHES:
-            context = min(CONTEXTS[0], limit)
-            yield ("batch", size, str(batch)), partial(measured, model, batch, context)
+        model, fits = model_of(config), fitting((prompt, long), config)
+        yield decoded(model, size, short)
+        yield ("sampled", size), partial(gpu_steps.sampled, model, short)
+        if size == TELLING or alone:
+            yield first(model, size, short)
+            yield batched(model, size, BATCHES[0])
+        if long in fits:
+            yield decoded(model, size, long)
+        if prompt in fits:
+            yield ("prefill", size), partial(gpu_steps.prefill, model, prompt, rate)
+        if device.type == "cuda" and getattr(model.ops, "pdl", None) is not None:
+            yield ("dependent", size), partial(gpu_steps.dependent, model, short)
+        yield ("host", size), partial(gpu_steps.as_host_sees, model, short)
+        del model
+        if size == INT8 or alone:
+            weights = random_weights(config, torch.bfloat16, device)
+            yield ("int8", size), partial(gpu_steps.int8, config, weights, short)
+            del weights
+    for size, config in configs.items():
+        model, known = model_of(config), size == TELLING or alone
+        for length in fitting(PROMPTS, config):
+            if not (known and length == short):
+                yield first(model, size, length)
+        for batch in BATCHES[1:] if known else BATCHES:
+            yield batched(model, size, batch)
+        for context in fitting(CONTEXTS[1:-1], config):
+            yield decoded(model, size, context)
+        del model
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="a config.json, instead of the four sizes")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here; there is nothing to measure")
 
     begin = time.monotonic()
-    protocol = {"dtype": "bfloat16", "steps": STEPS, "unit": "us, p10, p50 and p90"}
-    results: dict[str, Any] = {**header("decoding on a GPU", protocol), "gate": gate(device)}
+    protocol = {
+        "dtype": "bfloat16",
+        "steps": STEPS,
+        "unit": "us, p10, p50 and p90",
+        "comparisons": f"{TURNS} turns of {TURN_STEPS} steps, in an order that swaps; "
+        "ratios of medians of the turns' medians, with 95 percent intervals",
+    }
+    results = {**header("decoding on a GPU", protocol, device), "gate": gate(device)}
     if not all(results["gate"]["tokens_are_the_references"].values()):
         sys.exit(f"tokens are wrong, and no figure is worth anything: {results['gate']}")
     cuda = device.type == "cuda"
-    copied = copy_bandwidth(device, 2**30 if cuda else 2**24)
-    results["copy_gb_s"] = copied
+    results["copy_gb_s"] = copy_bandwidth(device, 2**30 if cuda else 2**24)
+    results["matmul_tflops"] = matmul_rate(device, 8192 if cuda else 256)
     if cuda:
-        results["gpu"] = clocks()
+        results["gpu"] = told_by_driver()
         results["empty_kernels"] = empty_kernels(device)
     configs = {size: config_of(size) for size in SIZES}
     if given.config:
         configs = {given.config.stem: lfm2_fast.Config.from_file(given.config)}
-    for i, (name, measure) in enumerate(plan(configs, device, copied)):
+    for i, (name, measure) in enumerate(plan(configs, device, results)):
         place = results
         for part in name[:-1]:
             place = place.setdefault(part, {})
         late = i > 0 and time.monotonic() - begin > given.seconds
-        place[name[-1]] = "not measured: the time was up" if late else measure()
+        place[name[-1]] = LATE if late else measured(measure, device)
         write(given.out, results)
         print(*name, place[name[-1]], flush=True)
 
 
-def clocks() -> str:
-    """The GPU's name, driver, clocks and power limit, as its driver tells them."""
-    query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def measured(measure: Callable[[], dict[str, Any]], device: torch.device) -> Any:
+    """What ``measure`` gives, with the most memory that the device held, or why it failed."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        found = measure()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        return f"not measured: {str(error).splitlines()[0]}"
+    return {**found, "peak_bytes": memory(device).get("peak")}
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def write_gguf(folder: Path, out: Path) -> None:
-    """Write a checkpoint's weights as a BF16 GGUF file without a vocabulary."""
+def write_gguf(folder: Path, out: Path, kind: str = "BF16") -> None:
+    """Write a checkpoint's weights as a GGUF file without a vocabulary, of kind BF16 or Q8_0.
+
+    In Q8_0 every matrix is, as llama.cpp's quantiser has it.
+    """
     import gguf
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -44,7 +47,7 @@ def write_gguf(folder: Path, out: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, len(kinds))
     writer = gguf.GGUFWriter(out, "lfm2")
     writer.add_name(folder.name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(getattr(gguf.LlamaFileType, KINDS[kind]))
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -62,12 +65,16 @@ def write_gguf(folder: Path, out: Path) -> None:
     for name, tensor in tensors.items():
         place = names.get_name(name, try_suffixes=(".weight",))
         assert place is not None, name
-        if tensor.ndim == 2:
+        if tensor.ndim == 2 and kind == "BF16":
             writer.add_tensor(
                 place, tensor.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16
             )
+            continue
+        wide = (tensor.astype(np.uint32) << 16).view(np.float32)
+        if tensor.ndim == 2:
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(place, gguf.quants.quantize(wide, q8), raw_dtype=q8)
         else:  # norms and convolutions, which llama.cpp keeps in float32
-            wide = (tensor.astype(np.uint32) << 16).view(np.float32)
             writer.add_tensor(place, wide.squeeze(1) if wide.ndim == 3 else wide)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,6 +1,6 @@
 """Time this package beside Hugging Face and llama.cpp on a CPU: what ``make bench`` runs.
 
-    python -m bench.peers [--size 350M]
+    python -m bench.peers [--size 350M] [--llama-bench PROGRAM]
 
 All engines run one checkpoint of random weights, in turns A B C ... C B A, each in a process of its
 own. Before anything is timed an engine's logits are held against the reference in float32: what
@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from bench import results
 from bench.gate import PROMPT, STEPS, distance, rounding, wrong_logits
-from bench.goals import verdicts
-from bench.report import figure_table, goal_table, memory_table
+from bench.goals import goal_table, verdicts
+from bench.llama_bench import KINDS, PREFIX, LlamaBench
+from bench.report import figure_table, memory_table
 from bench.results import Figure
 from bench.shapes import SIZES, checkpoint
 from bench.worker import ENGINES, REFERENCES, ROOT, EngineError, Remote
@@ -31,6 +34,8 @@ from lfm2_fast.measure import Neighbours, memory, memory_speed
 # What 8 and 4 bits cost, by the last word of an engine's name; others see ``gate.rounding``.
 # Random weights suffer more than trained ones; logits of another model are off by 1.4.
 ALLOWED = {"Q4_0": 0.9, "Q8_0": 0.2, "int8": 0.2}
+
+Engine = Remote | LlamaBench
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,19 @@ CASES = {
 COMPILED_CASES = ("decode",)
 
 
-def turn(engine: Remote, case: Case, room: int) -> float:
+def why_not(engine: Engine, name: str) -> str | None:
+    """Why an engine does not run the case of that name, or None."""
+    if engine.name == "transformers compiled" and name not in COMPILED_CASES:
+        return "compiling takes a minute for each case"
+    if isinstance(engine, LlamaBench) and CASES[name].batch > 1:
+        return "the program runs one sequence"
+    return None
+
+
+def turn(engine: Engine, case: Case, room: int) -> float:
     """Tokens a second in one turn."""
+    if isinstance(engine, LlamaBench):
+        return engine.rate(case.context, case.steps)
     if case.fresh:
         seconds = engine.ask("start", batch=case.batch, context=case.context, room=room)
         if not case.steps:
@@ -66,19 +82,50 @@ def turn(engine: Remote, case: Case, room: int) -> float:
     return case.batch * len(times) / sum(times)
 
 
-def interleave(engines: Sequence[Remote], name: str, rounds: int) -> list[Figure]:
-    """The case of that name on all engines, in turns, after one turn each that does not count."""
+def interleave(
+    engines: Sequence[Engine], name: str, rounds: int, told: Callable[[str], None]
+) -> list[Figure]:
+    """The case of that name on all engines, in turns, after one turn each that does not count.
+
+    ``told`` gets a line before every round, with an estimate of what is left. Raises EngineError.
+    """
     case = CASES[name]
     room = (1 if case.fresh else rounds + 2) * (case.steps + 1)
     samples: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    told(f"{name}: a turn each that does not count")
     for engine in engines:
-        if not case.fresh:
+        if not case.fresh and isinstance(engine, Remote):
             engine.ask("start", batch=case.batch, context=case.context, room=room)
+    begin = time.monotonic()
+    for engine in engines:
         turn(engine, case, room)
     for i in range(rounds):
+        left = (rounds - i) * (time.monotonic() - begin) / (i + 1)
+        told(f"{name}: round {i + 1} of {rounds}, about {left:.0f} s left of this case")
         for engine in engines if i % 2 else list(reversed(engines)):
             samples[engine.name].append(turn(engine, case, room))
     return [Figure(name, engine, "tokens/s", found) for engine, found in samples.items()]
+
+
+def measure(
+    engines: list[Engine], name: str, rounds: int, skipped: dict[str, str], told: Any
+) -> list[Figure]:
+    """``interleave`` of those that can; who fails is taken out, and the others begin anew."""
+    while True:
+        able = []
+        for engine in engines:
+            if why := why_not(engine, name):
+                skipped[f"{engine.name}, {name}"] = why
+            else:
+                able.append(engine)
+        try:
+            return interleave(able, name, rounds, told)
+        except EngineError as error:
+            skipped[f"{error.engine}, from {name} on"] = str(error)
+            told(f"left out from here on: {error.engine}: {error}")
+            (failed,) = (engine for engine in engines if engine.name == error.engine)
+            engines.remove(failed)
+            failed.close()
 
 
 def import_seconds(rounds: int) -> Figure:
@@ -137,6 +184,30 @@ def open_engines(
     return engines, figures, skipped
 
 
+def open_llama_bench(
+    program: Path, folder: Path, threads: int, right: Collection[str]
+) -> tuple[list[LlamaBench], dict[str, str], dict[str, str]]:
+    """``llama-bench`` on each file that can be had; why others are not; what is known of theirs.
+
+    ``right`` are the engines whose logits passed the gate.
+    """
+    found, skipped, ungated = [], {}, {}
+    for kind in KINDS:
+        name = PREFIX + kind
+        try:
+            engine = LlamaBench(program, kind, folder, threads)
+        except EngineError as error:
+            skipped[name] = str(error)
+            print(f"left out: {name}: {error}", flush=True)
+            continue
+        found.append(engine)
+        same = f"llama.cpp {kind}" in right
+        known = "were right in llama-cpp-python" if same else "were seen by nobody"
+        ungated[name] = f"it shows no logits; those of its file {known}"
+        print(f"{name}: runs; {ungated[name]}", flush=True)
+    return found, skipped, ungated
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="350M", choices=SIZES)
@@ -145,6 +216,7 @@ def main() -> None:
     parser.add_argument("--engines", help="names with commas; default: all", default="")
     parser.add_argument("--cases", help="numbers from 1, with commas; default: all", default="")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program of that name")
     parser.add_argument("--out", type=Path, help="default: bench/results/cpu-SIZE.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -153,7 +225,14 @@ def main() -> None:
     wanted = [every[int(n) - 1] for n in given.cases.split(",")] if given.cases else every
     folder = checkpoint(given.size)
     print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
-    engines, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
+    print("engines load, and their logits are held against the reference's", flush=True)
+    remotes, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
+    engines: list[Engine] = list(remotes)
+    ungated: dict[str, str] = {}
+    if given.llama_bench:
+        right = {engine.name for engine in remotes}
+        added = open_llama_bench(given.llama_bench, folder, given.threads, right)
+        engines, skipped, ungated = [*engines, *added[0]], skipped | added[1], added[2]
     figures.append(import_seconds(5))
     speed = memory_speed(torch.device("cpu"))
     figures += [Figure(name, "machine", "bytes/s", [value]) for name, value in speed.items()]
@@ -172,12 +251,17 @@ def main() -> None:
     )
     found["versions"] |= {key: value for e in engines for key, value in e.versions.items()}
     found["skipped"] = skipped
+    if ungated:
+        found["ungated"] = ungated
     out = given.out or results.RESULTS / f"cpu-{given.size}.json"
-    others = Neighbours(own=[engine.process.pid for engine in engines])
-    for name in wanted:
-        able = [e for e in engines if e.name != "transformers compiled" or name in COMPILED_CASES]
-        figures += interleave(able, name, given.rounds)
-        print(f"\n{figure_table(figures, [name])}", flush=True)
+    others = Neighbours(own=[engine.process.pid for engine in remotes])
+    for place, name in enumerate(wanted):
+
+        def told(text: str, place: int = place) -> None:
+            print(f"[{place + 1} of {len(wanted)}] {text}", flush=True)
+
+        figures += measure(engines, name, given.rounds, skipped, told)
+        print(f"\n{figure_table(figures, [name])}\n", flush=True)
         found |= {"others": others.seen(), "figures": results.as_json(figures)}
         results.write(out, found)
     for engine in engines:

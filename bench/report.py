@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.goals import OURS, Verdict, verdicts
+from bench import report_gpu
+from bench.goals import OURS, goal_table, verdicts
+from bench.markdown import markdown, number
 from bench.results import RESULTS, ROOT, Figure, read
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
@@ -31,25 +33,6 @@ NAMES = {
 }
 # Bytes of a weight; int8 has four more for each row, which is not shown.
 DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned in the source too."""
-    every = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in every
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def number(value: float) -> str:
-    """Three digits or more, no exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
@@ -73,21 +56,6 @@ def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
                 ]
             )
     return markdown(["", "engine", "tokens/s", "p10 to p90", "lfm2_fast bf16 over it"], rows)
-
-
-def goal_table(found: Sequence[Verdict]) -> str:
-    """What was meant to be reached, and what was."""
-    rows = [
-        [
-            v.goal.what,
-            f"{v.value:.2f} [{v.low:.2f}, {v.high:.2f}]",
-            f"{v.goal.must:g}",
-            f"{v.goal.aim:g}",
-            v.reached,
-        ]
-        for v in found
-    ]
-    return markdown(["ratio of medians", "measured", "must", "aim", "reached"], rows)
 
 
 def memory_table(figures: Sequence[Figure]) -> str:
@@ -175,7 +143,10 @@ def conditions(found: dict[str, Any]) -> str:
     if others is not None:
         text += f" Other programs used {others:.2f} processors meanwhile."
     if found.get("skipped"):
-        text += " Left out: " + "; ".join(f"{n} ({why})" for n, why in found["skipped"].items())
+        reasons = "; ".join(f"{name} ({why})" for name, why in found["skipped"].items())
+        text += f" Left out: {reasons}."
+    for name, known in found.get("ungated", {}).items():
+        text += f" {name} is timed unchecked: {known}."
     return text
 
 
@@ -201,7 +172,7 @@ def tables() -> dict[str, Callable[[], str]]:
     path = RESULTS / "quality.json"
     if path.is_file():
         made["quality"] = lambda: quality_table(json.loads(path.read_text(encoding="utf-8")))
-    return made
+    return made | report_gpu.tables(RESULTS)
 
 
 def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:

@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Figure:
-    """Samples of one quantity: tokens/s, of which more is better, or s or bytes, of which less."""
+    """Samples of one quantity: of tokens/s more is better, of s, us and bytes less."""
 
     name: str
     engine: str
@@ -40,14 +40,16 @@ class Figure:
         return self.unit.endswith("/s")
 
 
-def header(what: str, protocol: dict[str, Any]) -> dict[str, Any]:
-    """What every result file begins with."""
+def header(
+    what: str, protocol: dict[str, Any], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """What every result file begins with; ``device`` is what was measured."""
     return {
         "what": what,
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "changed_files": git("status", "--porcelain", "--untracked-files=no").count("\n"),
-        "machine": hardware(torch.device("cpu")),
+        "machine": hardware(torch.device(device)),
         "versions": versions(),
         "protocol": protocol,
     }
@@ -79,8 +81,11 @@ def read(path: Path) -> list[Figure]:
 
 
 def git(*command: str) -> str:
-    """What git says, or nothing where there is no repository."""
-    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    """What git says, or nothing where there is no repository, or no git."""
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        return ""
     return done.stdout if command[0] == "status" else done.stdout.strip()
 
 

@@ -6,45 +6,58 @@ Engines do not share a process, so that neither their threads nor their memory m
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name -> the class, and what it is made with.
-ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2_fast": ("Ours", {}),
-    "lfm2_fast int8": ("Ours", {"quantization": "int8"}),
-    "transformers": ("HuggingFace", {}),
-    "transformers compiled": ("HuggingFaceCompiled", {}),
-    "llama.cpp BF16": ("LlamaCpp", {"kind": "BF16"}),
-    "llama.cpp Q8_0": ("LlamaCpp", {"kind": "Q8_0"}),
-    "llama.cpp Q4_0": ("LlamaCpp", {"kind": "Q4_0"}),
+# Name -> the module, the class, and what it is made with.
+ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lfm2_fast": ("engines", "Ours", {}),
+    "lfm2_fast int8": ("engines", "Ours", {"quantization": "int8"}),
+    "transformers": ("engines", "HuggingFace", {}),
+    "transformers compiled": ("engines", "HuggingFaceCompiled", {}),
+    "llama.cpp BF16": ("llama", "LlamaCpp", {"kind": "BF16"}),
+    "llama.cpp Q8_0": ("llama", "LlamaCpp", {"kind": "Q8_0"}),
+    "llama.cpp Q4_0": ("llama", "LlamaCpp", {"kind": "Q4_0"}),
 }
-REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
-    "reference": ("Ours", {"dtype": "float32", "backend": "eager"}),
-    "plain": ("Ours", {"dtype": "bfloat16", "backend": "eager"}),
+# The same names on a GPU.
+GPU_ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lfm2_fast": ("gpu_engines", "Ours", {}),
+    "transformers": ("gpu_engines", "HuggingFace", {}),
+    "transformers compiled": ("gpu_engines", "HuggingFaceCompiled", {}),
+}
+# What their logits are held against.
+REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "reference": ("engines", "Ours", {"dtype": "float32", "backend": "eager"}),
+    "plain": ("engines", "Ours", {"dtype": "bfloat16", "backend": "eager"}),
 }
 
 
 class EngineError(RuntimeError):
-    """An engine cannot run here, or has failed: why."""
+    """An engine cannot run here, or has failed: why, and which."""
+
+    def __init__(self, why: str, engine: str) -> None:
+        super().__init__(why)
+        self.engine = engine
 
 
 class Remote:
     """An engine in another process, started by ``python``. Raises EngineError if it cannot be."""
 
-    def __init__(self, name: str, python: str | None = None) -> None:
+    def __init__(self, name: str, python: str | None = None, *, gpu: bool = False) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [python or sys.executable, "-m", "bench.worker", name],
+            [python or sys.executable, "-m", "bench.worker", name, *(["gpu"] if gpu else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
@@ -57,8 +70,9 @@ class Remote:
     def ask(self, request: str, **arguments: Any) -> Any:
         """The answer to a request of ``Service``. Raises EngineError where that failed."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, as the answer will say
+            self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
@@ -69,7 +83,8 @@ class Remote:
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
@@ -77,25 +92,19 @@ class Remote:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise EngineError(f"its process ended with code {self.process.wait()}")
+            raise EngineError(f"its process ended with code {self.process.wait()}", self.name)
         found = json.loads(line)
         if "error" in found:
-            raise EngineError(found["error"])
+            raise EngineError(found["error"], self.name)
         return found["answer"]
 
 
 class Service:
     """The requests, by name."""
 
-    def __init__(self, name: str) -> None:
-        kind, options = (ENGINES | REFERENCES)[name]
-        if kind == "LlamaCpp":
-            from bench.llama import LlamaCpp as make
-        else:
-            import bench.engines
-
-            make = getattr(bench.engines, kind)
-        self.engine = make(**options)
+    def __init__(self, name: str, *, gpu: bool = False) -> None:
+        module, kind, options = (GPU_ENGINES if gpu else ENGINES | REFERENCES)[name]
+        self.engine = getattr(importlib.import_module(f"bench.{module}"), kind)(**options)
 
     def prepare(self, folder: str) -> None:
         """Make the files that the engine needs beside the checkpoint."""
@@ -106,6 +115,16 @@ class Service:
         begin = time.perf_counter()
         self.engine.load(Path(folder), threads)
         return time.perf_counter() - begin
+
+    def make(self, config: str, device: str) -> float:
+        """Instead of loading: make the model of that config file, with random weights."""
+        begin = time.perf_counter()
+        self.engine.make(Path(config), device)
+        return time.perf_counter() - begin
+
+    def how(self) -> str:
+        """How the engine has come to run a step."""
+        return self.engine.how
 
     def start(self, batch: int, context: int, room: int) -> float:
         return self.engine.start(batch, context, room)
@@ -134,7 +153,7 @@ def main() -> None:
     made: list[Service] = []
 
     def begin() -> dict[str, str]:
-        made.append(Service(sys.argv[1]))
+        made.append(Service(sys.argv[1], gpu=sys.argv[2:] == ["gpu"]))
         return made[0].engine.versions()
 
     answer(begin)

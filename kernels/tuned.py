@@ -1,6 +1,7 @@
 """Plans measured on GPUs, by the name that torch gives a GPU; ``plan.py`` has the rule for others.
 
-A GPU's entry maps ``(operation, N, K)`` to ``(BLOCK_N, warps, programs)``.
+A GPU's entry maps ``(operation, N, K)`` to ``(BLOCK_N, warps, programs)``. The table is written by
+``bench/tune.py`` (``make tune-gpu``); what it lacks goes by the rule.
 """
 
 Tuned = dict[tuple[str, int, int], tuple[int, int, int]]

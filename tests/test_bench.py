@@ -282,7 +282,7 @@ def test_goals_are_judged_in_their_direction() -> None:
         Figure("decode", "llama.cpp BF16", "tokens/s", [100.0] * 4),
         Figure("import", "lfm2_fast", "s", [0.05] * 3),
     ]
-    told = {verdict.goal.what: verdict.reached for verdict in verdicts(figures)}
+    told = {verdict.what: verdict.reached for verdict in verdicts(figures)}
     assert told == {
         "decode against Hugging Face bf16": "must",
         "decode against llama.cpp BF16": "no",
