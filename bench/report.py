@@ -58,6 +58,17 @@ def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
     return markdown(["", "engine", "tokens/s", "p10 to p90", "lfm2_fast bf16 over it"], rows)
 
 
+def summary_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
+    """A row an engine, a column a case: the median tokens a second."""
+    known = {(f.engine, f.name): number(f.median) for f in figures}
+    engines = dict.fromkeys(f.engine for f in figures if f.name in names)
+    rows = [
+        [NAMES.get(engine, engine), *(known.get((engine, name), "") for name in names)]
+        for engine in engines
+    ]
+    return markdown(["tokens/s", *names], rows)
+
+
 def memory_table(figures: Sequence[Figure]) -> str:
     """Load times and memory, a row an engine."""
     known = {(f.engine, f.name): f.median for f in figures}
@@ -159,6 +170,7 @@ def tables() -> dict[str, Callable[[], str]]:
             figures, whole = read(path), json.loads(path.read_text(encoding="utf-8"))
             speed = {f.name: f.median for f in figures if f.engine == "machine"}
             made |= {
+                f"summary-{size}": lambda f=figures: summary_table(f, SPEEDS),
                 f"speed-{size}": lambda f=figures: figure_table(f, SPEEDS),
                 f"goals-{size}": lambda f=figures: goal_table(verdicts(f)),
                 f"memory-{size}": lambda f=figures: memory_table(f),
