@@ -163,8 +163,8 @@ def measured(measure: Callable[[], dict[str, Any]], device: torch.device) -> Any
         torch.cuda.reset_peak_memory_stats()
     try:
         found = measure()
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        return f"not measured: {str(error).splitlines()[0]}"
+    except Exception as error:  # of whatever kind: the others' figures are worth having
+        return f"not measured: {type(error).__name__}: {error}".splitlines()[0]
     return {**found, "peak_bytes": memory(device).get("peak")}
 
 

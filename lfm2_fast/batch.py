@@ -69,14 +69,11 @@ class Batch:
         for n in counts:
             bounds.append(bounds[-1] + n)
 
-        def on_device(values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
         return cls(
-            positions=on_device(positions, torch.int64),
-            cu_seqlens=on_device(bounds, torch.int32),
-            slots=on_device(host_slots, torch.int64),
-            lengths=on_device(ends, torch.int32),
+            positions=on_device(positions, torch.int64, device),
+            cu_seqlens=on_device(bounds, torch.int32, device),
+            slots=on_device(host_slots, torch.int64, device),
+            lengths=on_device(ends, torch.int32, device),
             query_lengths=counts,
             starts=starts,
             host_slots=host_slots,
@@ -86,3 +83,10 @@ class Batch:
     def last_rows(self) -> torch.Tensor:
         """``[B]``: the packed index of every sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
+
+
+def on_device(
+    values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """``values`` on the device, for which the host does not wait."""
+    return torch.tensor(list(values), dtype=dtype).to(device, non_blocking=True)

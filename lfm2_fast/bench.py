@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from lfm2_fast.cache import Cache
 from lfm2_fast.info import hardware, versions
 from lfm2_fast.loading import load
 from lfm2_fast.measure import Neighbours, doubts, memory, memory_speed, spread
@@ -38,6 +39,7 @@ class Sequences:
 
     def __init__(self, model: Lfm2ForCausalLM) -> None:
         self.model = model
+        self.cache: Cache | None = None
 
     def start(self, prompts: Sequence[Sequence[int]], room: int) -> float:
         """Forget all and run new prompts; seconds until each has its first new token.
@@ -45,7 +47,12 @@ class Sequences:
         ``room`` is how many tokens each may come to write besides.
         """
         self.text = torch.tensor(prompts)
-        self.cache = self.model.new_cache(len(prompts), self.text.shape[1] + 1 + room)
+        slots, length = len(prompts), self.text.shape[1] + 1 + room
+        cache = self.cache
+        if cache is None or (cache.slots, cache.max_length) != (slots, length):
+            self.cache = self.model.new_cache(slots, length)
+        else:
+            cache.reset()  # with what was captured on it
         begin = time.perf_counter()
         self._write(1)
         return time.perf_counter() - begin
@@ -167,11 +174,14 @@ def measure(
     steps: dict[Case, list[float]] = {case: [] for case in wanted}
     warm_up = 0.0
     others = Neighbours()
+    # A cache for each batch, with what was captured on it, as long as the longest case.
+    by_batch = {case.batch: Sequences(model) for case in wanted}
+    longest = max((case.prompt + case.output for case in wanted), default=0)
     for turn, case in progress([(turn, case) for turn in range(rounds + 1) for case in wanted]):
-        sequences = Sequences(model)
+        sequences = by_batch[case.batch]
         prompts = [prompt(i, case.prompt, model.config.vocab_size) for i in range(case.batch)]
         begin = time.perf_counter()
-        to_first = sequences.start(prompts, case.output + 1)
+        to_first = sequences.start(prompts, longest - case.prompt + 1)
         each = sequences.decode(case.output)
         if turn:
             first[case].append(to_first)

@@ -36,13 +36,14 @@ class Graphs:
     ) -> None:
         self.device = device
         self.capture = capture
+        # Kept for good: torch has few streams to give, and libraries keep memory for each.
+        self.stream: Any = None
         self.clear()
 
     def clear(self) -> None:
         """Free every graph."""
         self._graphs: dict[Hashable, Replayable] = {}
         self._warm: set[Hashable] = set()
-        self.stream: Any = None
         self.pool: Any = None
 
     def run(self, key: Hashable, body: Callable[[], None]) -> None:
@@ -75,9 +76,8 @@ def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
     """
     begin = time.perf_counter()
     with torch.cuda.device(graphs.device), _capturing:
-        if graphs.stream is None:
-            graphs.stream = torch.cuda.Stream()
-            graphs.pool = torch.cuda.graph_pool_handle()
+        graphs.stream = graphs.stream or torch.cuda.Stream()
+        graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
             graph,

@@ -112,6 +112,8 @@ def why_not_triton(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
     if device.type == "cuda":
+        if torch.version.hip:
+            return "the kernels are written for NVIDIA's GPUs; choose backend='eager'"
         if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
             return "Triton needs compute capability 8.0 or higher; choose backend='eager'"
         return None

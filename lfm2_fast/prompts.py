@@ -9,8 +9,9 @@ from lfm2_fast.buffers import Buffers
 from lfm2_fast.cache import Cache
 from lfm2_fast.model import Lfm2ForCausalLM
 
-# Tokens that a captured prompt is padded to. Of more the device takes longer than the host.
-SIZES = (32, 128)
+# Tokens that a captured prompt is padded to. Launched one by one, the kernels of some hundreds of
+# tokens take the host longer than the device; which prompts gain is for a GPU to say.
+SIZES = (32, 128, 512)
 
 
 class Prompt:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from lfm2_fast.batch import on_device
+
 MASK32 = 0xFFFFFFFF
 BLOCK = 128
 
@@ -61,7 +63,7 @@ class SamplingState:
         for field in fields(SamplingParams):
             values = [getattr(row, field.name) for row in params]
             kind = {"do_sample": torch.bool, "top_k": torch.int64}.get(field.name, torch.float64)
-            setattr(self, field.name, torch.tensor(values, dtype=kind, device=device))
+            setattr(self, field.name, on_device(values, kind, device))
         signed = seed - 2**64 if seed >= 2**63 else seed
         self.seeds = torch.full((count,), signed, dtype=torch.int64, device=device)
         self.rows = torch.arange(count, device=device) if rows is None else rows
@@ -102,7 +104,7 @@ class SamplingState:
         """The state of some rows, in that order, as a copy."""
         picked = object.__new__(SamplingState)
         picked.params = tuple(self.params[place] for place in places)
-        at = torch.tensor(list(places), dtype=torch.int64, device=self.seeds.device)
+        at = on_device(places, torch.int64, self.seeds.device)
         for name in TENSORS:
             setattr(picked, name, getattr(self, name)[at])
         picked.seen = None if self.seen is None else self.seen[at]
@@ -123,7 +125,7 @@ class SamplingState:
 
     def put(self, places: Sequence[int], other: SamplingState) -> None:
         """Let ``places`` go on as the rows of ``other`` do."""
-        at = torch.tensor(list(places), dtype=torch.int64, device=self.seeds.device)
+        at = on_device(places, torch.int64, self.seeds.device)
         params = list(self.params)
         for place, row in zip(places, other.params, strict=True):
             params[place] = row

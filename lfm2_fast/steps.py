@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
+from lfm2_fast.batch import on_device
 from lfm2_fast.buffers import TOGETHER, Buffers, bucket
 from lfm2_fast.cache import Cache
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.sampling import SamplingParams, SamplingState
 
-# Room is made for so many tokens at once: when pages move, every graph is captured anew.
-AHEAD = 256
+# Room is made for so many tokens at once, or for more that take so many bytes: when pages move,
+# every graph is captured anew.
+AHEAD, AHEAD_BYTES = 256, 2**26
 # Rows whose steps are launched several at a time: those of more take the device longer than the
 # host, and what a row that has ended runs in vain would cost the others more.
 FEW = 4
@@ -64,7 +66,8 @@ class Launch:
 class Steps:
     """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until none runs.
 
-    ``lag`` is how many launches there are before the first of them is read.
+    ``lag`` is how many launches there are before the first of them is read, ``together`` how many
+    steps of few rows a launch has at most, where there is a lag.
     """
 
     def __init__(
@@ -75,9 +78,13 @@ class Steps:
         eos: Sequence[int],
         *,
         lag: int | None = None,
+        together: int = TOGETHER,
     ) -> None:
         self.model, self.cache = model, cache
         self.lag = int(model.ops.captures) if lag is None else lag
+        self.together = together if self.lag else 1
+        token = model.config.cache_bytes(model.dtype.itemsize) * max(cache.slots, 1)
+        self.ahead = max(AHEAD, AHEAD_BYTES // max(token, 1))
         self.buffers = Buffers.of(model, cache)
         self.buffers.begin(cache, params, eos, model.config.vocab_size)
         self.eos = frozenset(eos)
@@ -95,11 +102,11 @@ class Steps:
         buffers, device = self.buffers, self.model.device
         free = [place for place, row in enumerate(self.places) if row is None]
         places = (free + list(range(len(self.places), len(self.places) + len(rows))))[: len(rows)]
-        at = torch.tensor(places, device=device)
+        at = on_device(places, torch.int64, device)
         chosen = self.model.ops.sample(logits, state)
-        slots = torch.tensor([row.slot for row in rows], device=device)
+        slots = on_device([row.slot for row in rows], torch.int64, device)
         # Each stands at the last token of its prompt.
-        positions = torch.tensor([row.start - 1 for row in rows], device=device)
+        positions = on_device([row.start - 1 for row in rows], torch.int64, device)
         lengths = (positions + 1).int()
         finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
         inputs = (tokens, slots, positions, lengths, finished)
@@ -121,8 +128,8 @@ class Steps:
             return 0
         needed = max(row.start + row.asked for row, _ in going)
         most = max(row.start + row.limit - 1 for row, _ in going)
-        self.cache.make_room(max(needed, min(needed + AHEAD, most, self.cache.max_length)))
-        steps = TOGETHER if self.lag and len(self.places) <= FEW else 1
+        self.cache.make_room(max(needed, min(needed + self.ahead, most, self.cache.max_length)))
+        steps = self.together if len(self.places) <= FEW else 1
         # All that a launch writes is wanted, and has a place in the cache.
         if steps > min(row.limit - row.asked for row, _ in going) or (
             needed + steps - 1 > self.cache.max_length
@@ -191,7 +198,7 @@ class Steps:
         if bucket(len(kept), cache) == bucket(len(self.places), cache):
             return
         if kept:
-            at = torch.tensor(kept, device=self.model.device)
+            at = on_device(kept, torch.int64, self.model.device)
             for each in buffers.inputs:
                 each[: len(kept)] = each[at]
             buffers.put(range(len(kept)), buffers.state.pick(kept))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from lfm2_fast.arguments import Arguments
+from lfm2_fast.batch import on_device
+from lfm2_fast.buffers import TOGETHER
 from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.forward import check_cache
@@ -123,7 +125,9 @@ class _Writing:
         waiting, free = deque(rows), list(range(self.at_a_time))
         # Without rows that wait, every step is a column of the answer.
         column = torch.full((self.rows,), asked.pad_token_id)
-        steps = Steps(self.model, self.cache, asked.sampling, asked.eos_token_id)
+        # Who watches the tokens come gets each when it is there.
+        together = TOGETHER if streamer is None else 1
+        steps = Steps(self.model, self.cache, asked.sampling, asked.eos_token_id, together=together)
         progress = _progress(self.rows) if self.at_a_time < self.rows else None
 
         def read(keep: int) -> None:
@@ -145,8 +149,8 @@ class _Writing:
                     admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                     for row in admitted:
                         row.slot = free.pop(0)
-                    logits = self._prefill(admitted)
-                    steps.admit(admitted, logits, self._state(admitted))
+                    state = self._state(admitted)
+                    steps.admit(admitted, self._prefill(admitted), state)
                     continue
                 if not steps.launch():
                     if not steps.unread:
@@ -255,13 +259,14 @@ class _Writing:
             shape = (len(rows), self.model.config.vocab_size)
             seen = torch.zeros(shape, dtype=torch.bool, device=device)
             for marks, row in zip(seen, rows, strict=True):
-                marks[torch.tensor(self.prompts[row.number // self.copies], device=device)] = True
+                prompt = self.prompts[row.number // self.copies]
+                marks.index_fill_(0, on_device(prompt, torch.int64, device), True)
         return SamplingState(
             [sampling] * len(rows),
             device=device,
             seed=self.seed,
-            rows=torch.tensor([row.number for row in rows], dtype=torch.int64, device=device),
-            positions=torch.tensor([row.start for row in rows], dtype=torch.int64, device=device),
+            rows=on_device([row.number for row in rows], torch.int64, device),
+            positions=on_device([row.start for row in rows], torch.int64, device),
             seen=seen,
         )
 

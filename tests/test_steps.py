@@ -142,7 +142,8 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
     assert set(graphs[0]._graphs) > keys
 
 
-def test_pages_that_move_drop_the_graphs(ahead, graphs) -> None:
+def test_pages_that_move_drop_the_graphs(ahead, graphs, monkeypatch) -> None:
+    monkeypatch.setattr("lfm2_fast.steps.AHEAD_BYTES", 0)
     cache = ahead.new_cache(1)
     ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
     before = list(graphs[0]._graphs.values())
@@ -232,33 +233,50 @@ def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: i
     )
 
 
-def test_a_streamer_that_stops_within_a_launch_loses_no_token(plain, ahead) -> None:
+@pytest.mark.parametrize("seen", range(1, 2 * buffers.TOGETHER + 1))
+def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
     """Steps that were launched together are read one after another; the rest is counted later."""
-    for left in range(1, 2 * buffers.TOGETHER + 1):
+    cache = ahead.new_cache(1)
+    row = Row(0, slot=0, start=4, limit=30)
+    steps = Steps(ahead, cache, SamplingParams(), ())
+    logits = Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    steps.admit([row], logits, steps.buffers.state.pick([0]))
+    assert steps.launch() == steps.launch() == buffers.TOGETHER
+    for _ in zip(range(seen), steps.read(0), strict=False):
+        pass
+    assert len(row.written) >= seen
+    steps.settle()
+    expected = plain.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None)[0].tolist()
+    assert row.written == expected[4 : 4 + 1 + 2 * buffers.TOGETHER]
+    assert cache.history[0] == expected[: cache.lengths[0]]
+    assert cache.lengths == [4 + 2 * buffers.TOGETHER]
 
-        class Streamer:
-            count = left
 
-            def put(self, value: torch.Tensor) -> None:
-                self.count -= 1
-                if self.count < 0:
-                    raise KeyboardInterrupt
+def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> None:
+    together = []
+    run = Buffers.run
 
-            def end(self) -> None:
-                pass
+    def noted(self: Buffers, *args: Any, steps: int, **kwargs: Any) -> None:
+        together.append(steps)
+        run(self, *args, steps=steps, **kwargs)
 
-        cache = ahead.new_cache(1)
-        kwargs = {"max_new_tokens": 30, "eos_token_id": None}
-        with pytest.raises(KeyboardInterrupt):
-            ahead.generate([PROMPTS[0]], streamer=Streamer(), past_key_values=cache, **kwargs)
-        expected = plain.generate([PROMPTS[0]], **kwargs)[0].tolist()
-        assert cache.lengths == [len(cache.history[0])]
-        assert cache.history[0] == expected[: cache.lengths[0]]
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(Buffers, "run", noted)
+    for streamer, steps in ((Streamer(), {1}), (None, {1, buffers.TOGETHER})):
+        together.clear()
+        ahead.generate([PROMPTS[0]], max_new_tokens=20, eos_token_id=None, streamer=streamer)
+        assert set(together) == steps
 
 
 @pytest.mark.parametrize(
     ("prefix", "length"),
-    [(0, 2), (0, 31), (0, 32), (0, 33), (0, 128), (0, 129), (0, 1), (5, 40), (70, 3)],
+    [(0, 2), (0, 31), (0, 32), (0, 33), (0, 512), (0, 513), (0, 1), (5, 40), (70, 3)],
 )
 def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: int) -> None:
     """As they are, captured, and replayed, after a prefix too: padding touches nothing."""
@@ -274,7 +292,9 @@ def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: i
         assert cache.lengths == expected.lengths and cache.history == expected.history
         same_contents(cache, expected, 1)
     sizes = {key[1] for graph in graphs for key in graph._graphs if key[0] == "prompt"}
-    padded = {min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= 128}
+    padded = {
+        min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= SIZES[-1]
+    }
     assert sizes == padded
 
 
@@ -381,7 +401,8 @@ def test_out_of_memory_says_what_to_lower(plain, monkeypatch) -> None:
         plain.generate(PROMPTS, max_new_tokens=20)
 
 
-def test_contexts_grow_across_pages(plain, ahead) -> None:
+def test_contexts_grow_across_pages(plain, ahead, monkeypatch) -> None:
+    monkeypatch.setattr("lfm2_fast.steps.AHEAD_BYTES", 0)
     kwargs = {"max_new_tokens": 300, "eos_token_id": None}
     assert torch.equal(ahead.generate(PROMPTS[:2], **kwargs), plain.generate(PROMPTS[:2], **kwargs))
 
