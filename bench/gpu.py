@@ -27,8 +27,8 @@ import lfm2_fast
 from bench import gpu_steps
 from bench.gpu_limits import copy_bandwidth, empty_kernels, matmul_rate, told_by_driver
 from bench.gpu_steps import STEPS, TURN_STEPS, TURNS
-from bench.results import header, write
-from bench.shapes import ROOT, SIZES, TINY, config_of, random_weights
+from bench.results import header, made_here, write
+from bench.shapes import SIZES, TINY, config_of, random_weights
 from lfm2_fast.measure import memory
 
 CONTEXTS = (128, 2048, 8192, 32768)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="a config.json, instead of the four sizes")
     parser.add_argument("--seconds", type=float, default=500)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
+    parser.add_argument("--out", type=Path, default=made_here() / "gpu.json")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engines", default=",".join(GPU_ENGINES), help="names with commas")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=500)
-    parser.add_argument("--out", type=Path, default=results.RESULTS / "gpu-peers.json")
+    parser.add_argument("--out", type=Path, default=results.made_here() / "gpu-peers.json")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here; there is nothing to measure")

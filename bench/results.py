@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass
@@ -20,6 +21,11 @@ from lfm2_fast.info import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+
+
+def made_here() -> Path:
+    """The folder that a run leaves its files in: ``$OUT``, where another machine is lent for it."""
+    return Path(os.environ.get("OUT") or RESULTS)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ Tables and timings are written after each shape. A plan whose result is wrong is
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.gpu_limits import Clock, quantiles, told_by_driver
-from bench.results import RESULTS, ROOT, header, write
+from bench.results import ROOT, header, made_here, write
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from bench.tune_words import Key, Word, keys
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pdl", action="store_true", help="launch before the predecessor's end")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--out", type=Path, help="default: bench/results/tune-GPU.json")
+    parser.add_argument("--out", type=Path, help="default: tune-GPU.json in bench/results or $OUT")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -159,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.config:
         configs = [Config.from_file(given.config)]
     name = chip(device)[0]
-    out = given.out or RESULTS / f"tune-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
+    out = given.out or made_here() / f"tune-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
     table: Table = {gpu: dict(entry) for gpu, entry in tuned.TUNED.items()}
     protocol = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -185,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep(table, name, found)
         text = given.table.read_text(encoding="utf-8")
         given.table.write_text(table_text(text, table), encoding="utf-8")
+        if os.environ.get("OUT"):
+            shutil.copy(given.table, out.parent)
         shown = f"{found['kept']}, {found['ratio']:.3f} of" if found["kept"] else "nothing beats"
         print(f"{key.operation} {key.rows} x {key.columns}: {shown} {found['rule']}", flush=True)
     print(f"written: {given.table} and {out}; not reached: {len(results['late'])}")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -25,6 +26,11 @@ CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if CUDA else "1") == "1"
 if not (CUDA or INTERPRETED):
     raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and torch sees none")
+
+if not INTERPRETED:
+    # Every new example may compile a kernel anew: the same ones each time, and none to shrink one.
+    settings.register_profile("gpu", derandomize=True, phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("gpu")
 
 import lfm2_fast  # noqa: E402
 from lfm2_fast.batch import Batch  # noqa: E402
