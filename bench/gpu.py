@@ -44,18 +44,22 @@ def gate(device: torch.device) -> dict[str, Any]:
     fast = lfm2_fast.load(TINY, device=device, dtype="float32")
     plain = lfm2_fast.load(TINY, device=device, dtype="float32", backend="eager")
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
+    penalty = {"repetition_penalty": 1.05}
+    drawn = {"do_sample": True, "seed": 3, "top_k": 50, "top_p": 0.9, "temperature": 0.7}
     found = {}
-    for name, arguments in (
-        ("greedy", {}),
-        ("sampled", {"do_sample": True, "seed": 3, "top_k": 50, "top_p": 0.9, "temperature": 0.7}),
+    for name, given, arguments in (
+        ("greedy", prompts, {}),
+        ("greedy, penalised", prompts, penalty),
+        ("sampled", prompts, penalty | drawn),
+        ("sampled, two rows at a time", prompts, penalty | drawn | {"max_batch_size": 2}),
+        ("one prompt", prompts[:1], {}),
+        ("a prompt of 100 tokens", [[1 + i % 97 for i in range(100)]], {}),
+        ("twenty rows", 4 * prompts, {}),
     ):
-        kwargs = {"max_new_tokens": 60, "repetition_penalty": 1.05, **arguments}
-        expected = plain.generate(prompts, **kwargs)
-        # The second call replays what the first has captured.
-        found[name] = all(torch.equal(fast.generate(prompts, **kwargs), expected) for _ in "12")
-        found[f"{name}, two rows at a time"] = torch.equal(
-            fast.generate(prompts, max_batch_size=2, **kwargs), expected
-        )
+        kwargs = {"max_new_tokens": 60, **arguments}
+        expected = plain.generate(given, **kwargs)
+        # As it is, captured, and replayed.
+        found[name] = all(torch.equal(fast.generate(given, **kwargs), expected) for _ in range(3))
     return {"backend": fast.ops.name, "tokens_are_the_references": found}
 
 
