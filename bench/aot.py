@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 
 from lfm2_fast.kernels import plan
 from lfm2_fast.kernels.advance import advance_triton
+from lfm2_fast.kernels.embed import embed_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -137,7 +138,13 @@ def compiling(
 
 
 def launch_all(
-    size: Size, dtype: torch.dtype, *, sequences: int = 2, tokens: int = 6, page_size: int = 64
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    sequences: int = 2,
+    tokens: int = 6,
+    page_size: int = 64,
+    pdl: bool = False,
 ) -> None:
     """Every kernel in each of its shapes, for ``tokens`` of all ``sequences``."""
     hidden = size.hidden
@@ -160,7 +167,7 @@ def launch_all(
 
     half, heads, kv_heads = size.head_dim // 2, size.heads, size.kv_heads
     cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
-    rope_triton(positions, some(half, dtype=torch.float32), cos, sin)
+    rope_triton(positions, some(half, dtype=torch.float32), cos, sin, pdl=pdl)
     norms, eps = (some(size.head_dim), some(size.head_dim)), 1e-5
     qkv = some(tokens, (heads + 2 * kv_heads) * size.head_dim)
     q, out = some(tokens, heads, size.head_dim), some(tokens, heads * size.head_dim)
@@ -192,6 +199,7 @@ def launch_all(
             means,
             means[..., 0].contiguous(),
             some(sequences, kv_heads, dtype=torch.int32),
+            pdl=pdl,
         )
 
 
@@ -233,6 +241,7 @@ def launch_few(
     conv = (some(hidden, size.width), rows_bias(hidden), window, *places)
     norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
     head = weight(size.vocabulary, hidden)
+    embed_triton(some(tokens, dtype=torch.int64), head[0], head[2], x, pdl=pdl)
     best = some(head_plan(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
     head_argmax_triton(x, *norm, *head, best, pdl=pdl)
     last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
@@ -240,24 +249,31 @@ def launch_few(
 
 def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
     """All kernels of a published size; few of them stand for those with biases and in int8."""
-    launch_all(size, dtype)
+    launch_all(size, dtype, pdl=pdl)
     for bias in (False, True) if size is SIZES[0] else (False,):
         launch_few(size, dtype, bias=bias, pdl=pdl)
     if size in SIZES[::2]:
         launch_few(size, dtype, int8=True, pdl=pdl)
 
 
-def launch_sample(vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False) -> None:
-    """The choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after."""
+def launch_sample(
+    vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False, most: bool = False
+) -> None:
+    """The choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after.
+
+    Or the choice alone that asks for ``most``, and so for every kernel.
+    """
     logits = torch.zeros(sequences, vocab, dtype=dtype)
     whole = torch.zeros(sequences, dtype=torch.int64)
-    advance_triton(*(whole, whole, 1, whole, whole, whole), whole.int(), whole.bool())
+    advance_triton(*(whole, whole, 1, whole, whole, whole), whole.int(), whole.bool(), pdl=pdl)
     filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
-    for seen in (None, logits.bool()):
-        for draws, cuts in ((False, False), (True, False), (True, True)):
-            scratch = Scratch.empty(logits, draws=draws, cuts=cuts)
-            places = (whole, whole, whole, whole)
-            sample_triton(logits, seen, *filters, *places, scratch, draws=draws, cuts=cuts)
+    choices = itertools.product(
+        (None, logits.bool()), ((False, False), (True, False), (True, True))
+    )
+    for seen, (draws, cuts) in list(choices)[-1 if most else 0 :]:
+        scratch = Scratch.empty(logits, draws=draws, cuts=cuts)
+        places = (whole, whole, whole, whole, scratch)
+        sample_triton(logits, seen, *filters, *places, draws=draws, cuts=cuts, pdl=pdl)
 
 
 def compile_all(

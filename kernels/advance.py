@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after, dependent
+
 
 @triton.jit(do_not_specialize=["sequences", "ends", "scrap"])
 def _advance_kernel(
@@ -24,9 +26,11 @@ def _advance_kernel(
     sequences,
     ends,
     BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = offs_s < sequences
+    after(PDL)
     chosen = tl.load(chosen_ptr + offs_s, mask=mask, other=0)
     finished = tl.load(finished_ptr + offs_s, mask=mask, other=0) != 0
     position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
@@ -51,8 +55,13 @@ def advance_triton(
     positions: torch.Tensor,
     lengths: torch.Tensor,
     finished: torch.Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """Write ``tokens``, ``slots``, ``positions``, ``lengths`` and ``finished``."""
+    """Write ``tokens``, ``slots``, ``positions``, ``lengths`` and ``finished``.
+
+    ``pdl``: as in norm_linear.py.
+    """
     (sequences,) = chosen.shape
     for each in (chosen, tokens, slots, positions, lengths, finished, eos):
         assert each.dim() == 1 and each.is_contiguous()
@@ -78,4 +87,5 @@ def advance_triton(
             len(eos),
             BLOCK_S=block_s,
             num_warps=4,
+            **dependent(pdl),
         )

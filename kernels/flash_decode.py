@@ -12,7 +12,7 @@ grid changes the bits of a row. A split leaves the mean of its values in ``parti
 splits, G, D]`` and the logarithm of its total weight in ``logsums [S, kv_heads, splits, G]``, both
 float32, of any content before; ``splits`` is ``most_splits`` of the context that the pages can
 hold. ``arrivals [slots, kv_heads]`` int32 counts the programs that are done. It must be zero, and
-the last one leaves it so; launches that may overlap must not share it.
+the last one leaves it so; launches that may overlap below their waits must not share it.
 
 Least bytes: 2 kv_heads D elements a token of context. FLOPs: 4 heads D a token of context.
 """
@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after, dependent
 from lfm2_fast.kernels.online_softmax import (
     attend_to_keys,
     check_pages,
@@ -70,9 +71,15 @@ def _flash_decode_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
     WHOLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
     sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q_norm = _norm_weight(q_weight_ptr, HEAD_DIM, BLOCK_D)
+    k_norm = _norm_weight(k_weight_ptr, HEAD_DIM, BLOCK_D)
+    # Above the loop over keys, which is pipelined, and above the early end: the step before writes
+    # the lengths, so who has nothing to do is known after the wait alone.
+    after(PDL)
     past = tl.load(lengths_ptr + sequence) - 1
     size = tl.maximum(tl.cdiv(tl.cdiv(past, MOST), BLOCK_N) * BLOCK_N, SHORTEST)
     splits = tl.maximum(tl.cdiv(past, size), 1)
@@ -91,12 +98,12 @@ def _flash_decode_kernel(
     cos = tl.load(cos_ptr + angles)
     sin = tl.where(offs_d < HEAD_DIM // 2, -1, 1) * tl.load(sin_ptr + angles)
     q_head = kv_head * GROUP + offs_m
-    q = _norm_and_turn(qkv_ptr, q_head, mask_m, q_weight_ptr, eps, cos, sin, HEAD_DIM, BLOCK_D)
+    q = _norm_and_turn(qkv_ptr, q_head, mask_m, q_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
     # Programs run in any order, so none may read what another writes: nobody takes the token's own
     # k and v from the pages. The first split starts from those in qkv, and its program writes them.
     first_split = tl.program_id(2) == 0
     k_head = HEADS + kv_head + tl.arange(0, 1)
-    k = _norm_and_turn(qkv_ptr, k_head, first_split, k_weight_ptr, eps, cos, sin, HEAD_DIM, BLOCK_D)
+    k = _norm_and_turn(qkv_ptr, k_head, first_split, k_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
     v_head = k_head + KV_HEADS
     v = tl.load(
         qkv_ptr + v_head[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_d & first_split, other=0
@@ -153,7 +160,7 @@ def _flash_decode_kernel(
         # one thread does, and its release makes all of them visible to who acquires the count after
         # it. The last to count acquires everybody's; the second barrier passes that on to all its
         # threads. Nobody counts after the last, so it may reset; the next launch of the stream
-        # starts after the end of this one, and finds the zero.
+        # counts after its wait for the end of this one, and finds the zero.
         tl.debug_barrier()
         arrivals_ptr += slot * KV_HEADS + kv_head
         earlier = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
@@ -174,11 +181,27 @@ def _flash_decode_kernel(
 
 
 @triton.jit
+def _other(offs_d, HEAD_DIM: tl.constexpr):
+    """Element i turns with i + D/2, and that with i."""
+    return tl.where(offs_d < HEAD_DIM // 2, offs_d + HEAD_DIM // 2, offs_d - HEAD_DIM // 2)
+
+
+@triton.jit
+def _norm_weight(weight_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A norm's weight ``[D]`` in float32, and that of the elements which they turn with."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0)
+    other = tl.load(weight_ptr + _other(offs_d, HEAD_DIM), mask=mask_d, other=0)
+    return weight.to(tl.float32), other.to(tl.float32)
+
+
+@triton.jit
 def _norm_and_turn(
     qkv_ptr,
     head,
     mask_head,
-    weight_ptr,
+    norm,
     eps,
     cos,
     sin,
@@ -187,18 +210,14 @@ def _norm_and_turn(
 ):
     """Heads ``[N, D]`` normed, turned, and rounded once; ``sin [D]`` is negative on its left."""
     offs_d = tl.arange(0, BLOCK_D)
-    # Element i turns with i + D/2, and that with i.
-    other_d = tl.where(offs_d < HEAD_DIM // 2, offs_d + HEAD_DIM // 2, offs_d - HEAD_DIM // 2)
-    mask_d = offs_d < HEAD_DIM
-    mask = mask_head & mask_d[None, :]
+    mask = mask_head & (offs_d < HEAD_DIM)[None, :]
     qkv_ptr += head[:, None] * HEAD_DIM
     x = tl.load(qkv_ptr + offs_d[None, :], mask=mask, other=0)
-    other = tl.load(qkv_ptr + other_d[None, :], mask=mask, other=0).to(tl.float32)
-    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0).to(tl.float32)
-    other_weight = tl.load(weight_ptr + other_d, mask=mask_d, other=0).to(tl.float32)
+    other = tl.load(qkv_ptr + _other(offs_d, HEAD_DIM)[None, :], mask=mask, other=0)
+    weight, other_weight = norm
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD_DIM + eps)[:, None]
-    turned = wide * scale * weight * cos + other * scale * other_weight * sin
+    turned = wide * scale * weight * cos + other.to(tl.float32) * scale * other_weight * sin
     return turned.to(x.dtype)
 
 
@@ -260,10 +279,13 @@ def flash_decode_triton(
     partials: torch.Tensor,
     logsums: torch.Tensor,
     arrivals: torch.Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
     """Fill ``out`` and the tokens' rows of the pages; rows of ``qkv`` and ``out`` may stand apart.
 
-    A slot stands in a launch once; one whose length is 1 may stand there more often.
+    A slot stands in a launch once; one whose length is 1 may stand there more often. ``pdl``: as in
+    norm_linear.py.
     """
     sequences, width = out.shape
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -328,6 +350,7 @@ def flash_decode_triton(
             WHOLE=table.shape[1] == 1,
             num_warps=4,
             num_stages=stages(table),
+            **dependent(pdl),
         )
 
 

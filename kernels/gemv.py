@@ -8,9 +8,8 @@ in use, the next is under way.
 A weight of the tokens' dtype has no ``scale``. One of int8 has ``scale [N]`` float32, by which the
 sum of a row is multiplied in float32, so its numbers are used as they are.
 
-The first tile, like everything that the previous kernel did not write, is loaded above ``after``,
-where a kernel that was launched before its predecessor's end waits for that end. (CUDA Programming
-Guide, "Programmatic Dependent Launch")
+The first tile, like the norms and the taps, is loaded above ``after`` (dependent.py), so it is
+under way while the previous kernel still runs: without that, launching early would gain nothing.
 """
 
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import dependent
 from lfm2_fast.kernels.plan import Plan
 
 MOST_TOKENS = 16
@@ -30,14 +30,6 @@ def rows_of(weight_ptr, rows, count, offs_k, K: tl.constexpr):
     mask = (rows < count)[:, None] & (offs_k < K)[None, :]
     at = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
     return tl.load(weight_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def after(PDL: tl.constexpr):
-    """Let the next kernel start, and wait until what the previous ones wrote can be read."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -78,9 +70,8 @@ def options(x: torch.Tensor, plan: Plan, block_k: int, pdl: bool) -> dict[str, A
         "MOST": MOST_TOKENS,
         "BLOCK_N": plan.block_n,
         "BLOCK_K": block_k,
-        "PDL": pdl,
         "num_warps": plan.warps,
-        "launch_pdl": pdl,
+        **dependent(pdl),
     }
 
 

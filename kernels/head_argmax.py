@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after, dependent
 from lfm2_fast.kernels.gemv import (
     MOST_TOKENS,
-    after,
     check_tokens,
     dots,
     inverse_rms,
@@ -157,9 +157,8 @@ def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = 
             BLOCK=triton.next_power_of_2(len(best)),
             BELOW_ALL=BELOW_ALL,
             LAST_ROW=LAST_ROW,
-            PDL=pdl,
             num_warps=4,
-            launch_pdl=pdl,
+            **dependent(pdl),
         )
 
 

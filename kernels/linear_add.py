@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import after, check_tokens, options, rows_of
+from lfm2_fast.kernels.dependent import after
+from lfm2_fast.kernels.gemv import check_tokens, options, rows_of
 from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
 
 

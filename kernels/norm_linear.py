@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after
 from lfm2_fast.kernels.gemv import (
-    after,
     check_tokens,
     dots,
     inverse_rms,

@@ -9,24 +9,40 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after, dependent
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_kernel(
-    positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, tokens, HALF: tl.constexpr, BLOCK: tl.constexpr
+    positions_ptr,
+    inv_freq_ptr,
+    cos_ptr,
+    sin_ptr,
+    tokens,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = offs // HALF
     mask = token < tokens
+    inv_freq = tl.load(inv_freq_ptr + offs % HALF)
+    after(PDL)
     position = tl.load(positions_ptr + token, mask=mask, other=0)
-    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + offs % HALF)
+    angle = position.to(tl.float32) * inv_freq
     tl.store(cos_ptr + offs, tl.cos(angle), mask=mask)
     tl.store(sin_ptr + offs, tl.sin(angle), mask=mask)
 
 
 def rope_triton(
-    positions: torch.Tensor, inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """Fill ``cos`` and ``sin``."""
+    """Fill ``cos`` and ``sin``; ``pdl`` as in norm_linear.py."""
     tokens, half = cos.shape
     assert positions.shape == (tokens,) and inv_freq.shape == (half,) and sin.shape == cos.shape
     assert cos.dtype == sin.dtype == inv_freq.dtype == torch.float32
@@ -45,4 +61,5 @@ def rope_triton(
             HALF=half,
             BLOCK=block,
             num_warps=4,
+            **dependent(pdl),
         )

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after, dependent
 from lfm2_fast.kernels.sample_cut import BLOCK, _sample_cut_kernel, place_of
 from lfm2_fast.kernels.sample_draw import _sample_draw_kernel, _sample_masses_kernel
 
@@ -80,11 +81,14 @@ def _sample_scores_kernel(
     stride_seen_s,
     DRAWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     offs_b = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     offs_v = offs_b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = offs_v < vocab
+    # A row's parameters may have been written just before the step, so they too are read below.
+    after(PDL)
     logits_ptr += row * stride_logits_s
     score = tl.load(logits_ptr + offs_v, mask=mask, other=0).to(tl.float32)
     if seen_ptr is not None:
@@ -120,11 +124,12 @@ def sample_triton(
     *,
     draws: bool,
     cuts: bool,
+    pdl: bool = False,
 ) -> None:
     """Fill ``tokens``, mark ``seen``, move ``positions`` on; rows of ``logits`` may stand apart.
 
     ``draws`` says that some row samples, ``cuts`` that some row has a top-k or top-p. Without them
-    these parameters are not looked at.
+    these parameters are not looked at. ``pdl``: as in norm_linear.py.
     """
     sequences, vocab = logits.shape
     blocks, tiles = triton.cdiv(vocab, BLOCK.value), triton.cdiv(vocab, TILE)
@@ -166,6 +171,7 @@ def sample_triton(
             stride_seen,
             DRAWS=draws,
             BLOCKS=TILE // BLOCK.value,
+            **dependent(pdl),
         )
         if draws and cuts:
             _sample_cut_kernel[(sequences,)](
@@ -185,6 +191,7 @@ def sample_triton(
                 BLOCK_B=block_b,
                 BLOCK_C=8,
                 num_warps=8,
+                **dependent(pdl),
             )
         if draws:
             _sample_masses_kernel[(tiles, sequences)](
@@ -201,6 +208,7 @@ def sample_triton(
                 CUT=cuts,
                 BLOCK_B=block_b,
                 BLOCK_V=TILE,
+                **dependent(pdl),
             )
         _sample_draw_kernel[(sequences,)](
             scratch.keys,
@@ -226,4 +234,5 @@ def sample_triton(
             BLOCK_T=triton.next_power_of_2(tiles),
             BLOCK_V=TILE,
             num_warps=8,
+            **dependent(pdl),
         )

@@ -10,6 +10,8 @@ mass, and go without being looked at again.
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.dependent import after
+
 BLOCK = tl.constexpr(128)
 LEAST = tl.constexpr(-(2**31))
 NAN = tl.constexpr(2**31 - 1)
@@ -68,8 +70,10 @@ def _sample_cut_kernel(
     log_vocab,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    after(PDL)
     scores_ptr += row * vocab
     few_ptr += row * vocab
     few_masses_ptr += row * vocab

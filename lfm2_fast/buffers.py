@@ -138,7 +138,7 @@ class Buffers:
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
             self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
-        ops = model.ops
+        ops = model.ops if self.graphs is None else model.ops.captured
         if not ops.captures and count not in self.views:
             # Tapes keep all that they make: those of other counts would pile up.
             self.forget()
@@ -150,7 +150,7 @@ class Buffers:
             tokens, *inputs = (each[:count] for each in self.inputs)
             for written in self.written[-steps:, :count]:
                 batch = self.batch(count, on_host=not ops.by_tensors)
-                made = model.compute(tokens, batch, cache, best=best)
+                made = model.compute(tokens, batch, cache, best=best, ops=ops)
                 if not choose:
                     assert self.logits is not None
                     self.logits[:count] = made

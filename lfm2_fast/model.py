@@ -288,20 +288,22 @@ class Lfm2ForCausalLM(nn.Module):
         rows: torch.Tensor | None = None,
         *,
         best: bool = False,
+        ops: Ops | None = None,
     ) -> torch.Tensor:
         """What ``run`` gives, without the cache's bookkeeping: the caller makes room and counts.
 
         ``best`` asks for the likeliest tokens ``[R]`` int64 in place of logits, which saves
-        writing those.
+        writing those. ``ops`` takes the place of the model's: those that are ``captured``.
         Where ``ops.captures`` only tensors of ``batch`` are read, and nothing waits for the device.
         """
-        rope = self.ops.rope(batch.positions, self.inv_freq, self.dtype)
-        x = self.ops.embed(tokens, self.embed_tokens, self.dtype)
+        ops = ops or self.ops
+        rope = ops.rope(batch.positions, self.inv_freq, self.dtype)
+        x = ops.embed(tokens, self.embed_tokens, self.dtype)
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, self.ops, rope, state, batch)
+            x = layer(x, ops, rope, state, batch)
         if rows is not None:
             x = x[rows]
-        head = self.ops.head_argmax if best else self.ops.norm_linear
+        head = ops.head_argmax if best else ops.norm_linear
         return head(x, self.embedding_norm, self.lm_head)
 
     def forward(

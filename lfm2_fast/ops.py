@@ -86,7 +86,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     if backend == "triton":
         from lfm2_fast.ops_triton import TritonOps
 
-        return TritonOps()
+        return TritonOps(dependent=has_dependent_launch(device))
     if backend == "native":
         from lfm2_fast.ops_native import NativeOps, NativeStepOps
 
@@ -125,6 +125,13 @@ def why_not_triton(device: torch.device) -> str | None:
     )
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether ``device`` can begin a kernel while the one before it runs: Hopper GPUs and later."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class Ops:
     """The words in plain PyTorch; with T tokens packed, H hidden, D head size.
 
@@ -142,6 +149,11 @@ class Ops:
     def by_tensors(self) -> bool:
         """Whether such a step goes by tensors alone, and not by the batch's numbers on the host."""
         return self.captures or self.tapes > 0
+
+    @property
+    def captured(self) -> Ops:
+        """The same operations as what is captured is to launch them, its first run included."""
+        return self
 
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""

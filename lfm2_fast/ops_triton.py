@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
 from lfm2_fast.kernels.advance import advance_triton
+from lfm2_fast.kernels.embed import embed_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
@@ -37,19 +39,29 @@ class TritonOps(StreamOps):
     A few tokens take one launch a word, their projection included. More take kernels between the
     projections, which remain the library's, and leave the residual addition pending.
 
-    ``pdl`` lets the launches of few-token words begin before their predecessors' end, on GPUs of
-    compute capability 9.0 or higher: a gain where they are captured in a graph.
+    With ``dependent``, which needs compute capability 9.0, ``captured`` launches every kernel of a
+    step of few tokens such that it begins before its predecessor's end (``kernels/dependent.py``).
+    Launched one by one that would cost the host more than it gains, so nothing else does.
     """
 
     name = "triton"
     captures = True
     pdl = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, dependent: bool = False) -> None:
         # The counters of flash_decode belong to a cache, found by its page table. Launches on one
         # cache follow one another, whatever stream or captured graph they are in; those on two may
         # overlap.
         self._arrivals = WeakTensorKeyDictionary()
+        self._dependent: TritonOps | None = None
+        if dependent:
+            # With the same counters: what is captured shares caches with what is not.
+            self._dependent = copy(self)
+            self._dependent.pdl = True
+
+    @property
+    def captured(self) -> TritonOps:
+        return self._dependent or self
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
         few = _few(x)
@@ -109,7 +121,7 @@ class TritonOps(StreamOps):
         return tokens
 
     def advance(self, *args: Any) -> None:
-        advance_triton(*args)
+        advance_triton(*args, pdl=self.pdl)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         draws = "do_sample" in state.wanted
@@ -131,6 +143,7 @@ class TritonOps(StreamOps):
             Scratch.empty(logits, draws=draws, cuts=cuts),
             draws=draws,
             cuts=cuts,
+            pdl=self.pdl,
         )
         state.moved()
         return tokens
@@ -139,8 +152,14 @@ class TritonOps(StreamOps):
         """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
         cos = torch.empty(len(positions), len(inv_freq), device=positions.device)
         sin = torch.empty_like(cos)
-        rope_triton(positions, inv_freq, cos, sin)
+        rope_triton(positions, inv_freq, cos, sin, pdl=self.pdl)
         return cos, sin
+
+    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+        weight, scale = embedding.weight, embedding.weight_scale
+        out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
+        embed_triton(tokens, weight, scale, out, pdl=self.pdl)
+        return out
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -232,6 +251,7 @@ class TritonOps(StreamOps):
             torch.empty(*shape, head_dim, dtype=torch.float32, device=qkv.device),
             torch.empty(shape, dtype=torch.float32, device=qkv.device),
             self._counters(pages.table, kv_heads),
+            pdl=self.pdl,
         )
         return out
 

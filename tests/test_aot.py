@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,54 +60,149 @@ with aot.compiling(90) as launches:
     assert len(set(launched)) == 4 and len(set(compiled)) == 1, done.stdout
 
 
-def test_weights_are_under_way_before_the_wait() -> None:
-    """As the assembler has left it: 16 bytes a thread, the whole first tile above the wait.
+# The kernels of a captured step of few tokens: those that load much before they wait, and how many
+# rows of the weight make a row of outputs; those that load a little; and the rest.
+TILES = {"norm_linear": 1, "linear_add": 1, "norm_swiglu": 2, "norm_conv": 3, "head_argmax": 1}
+LITTLE = {"flash_decode", "rope"}
+CHAIN = {
+    *TILES, *LITTLE, "embed", "last_argmax", "sample_scores", "sample_cut", "sample_masses",
+    "sample_draw", "advance",
+}  # fmt: skip
+# What these read that no step writes.
+CONSTANT = {
+    "weight_ptr", "norm_ptr", "taps_ptr", "q_weight_ptr", "k_weight_ptr", "inv_freq_ptr"
+}  # fmt: skip
 
-    The following tiles are as many loads again in the loop, and what the previous kernel wrote is
-    not read above the wait.
+
+@pytest.fixture(scope="module")
+def chain() -> list[dict[str, Any]]:
+    """Every kernel of such steps, of one size, two and int8, compiled for sm_90.
+
+    Each is a ``name``, whether it is a ``dependent`` launch, what it was launched with, and ``ptx``
+    and ``sass``, which is None where there is no disassembler.
     """
     code = """
-import json, re, shutil, sys
+import json, shutil, sys
 sys.path.insert(0, "bench")
 import aot, torch, triton
 tools = triton.knobs.nvidia
-if not all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm)):
-    sys.exit("no disassembler")
+disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
 found = []
-for size, int8 in ((aot.SIZES[0], False), (aot.SIZES[2], False), (aot.SIZES[2], True)):
-    with aot.compiling(90) as launches:
-        aot.launch_few(size, torch.bfloat16, int8=int8, pdl=True)
-    for name, kernel, _ in launches:
-        constants = {k[0]: v for k, v in kernel.src.constants.items()}
-        named = {kernel.src.fn.arg_names[k]: v for k, v in constants.items()}
-        lines = kernel.asm["sass"].splitlines()
-        marks = [re.search(r"LDG[.\\w]*|STG|ACQBULK|PREEXIT", line) for line in lines]
-        found.append((name, size.name, int8, named, [mark[0] for mark in marks if mark]))
+for pdl, sizes in ((True, ((0, False), (2, False), (2, True))), (False, ((0, False),))):
+    for place, int8 in sizes:
+        with aot.compiling(90, sys.argv[1:]) as launches:
+            aot.launch_few(aot.SIZES[place], torch.bfloat16, int8=int8, pdl=pdl)
+            if place == 0:
+                aot.launch_all(aot.SIZES[place], torch.bfloat16, pdl=pdl)
+                aot.launch_sample(aot.VOCABULARIES[0], torch.bfloat16, pdl=pdl, most=True)
+        for name, kernel, _ in launches:
+            source = kernel.src
+            names = source.fn.arg_names
+            found.append({
+                "name": name,
+                "case": f"{name} {aot.SIZES[place].name} int8={int8}",
+                "int8": int8,
+                "dependent": kernel.metadata.launch_pdl,
+                "constants": {names[at[0]]: value for at, value in source.constants.items()},
+                "parameters": [arg for arg in names if source.signature[arg] != "constexpr"],
+                "ptx": kernel.asm["ptx"],
+                "sass": kernel.asm["sass"] if pdl and disassembles else None,
+            })
 print(json.dumps(found))
 """
-    done = run("-c", code)
-    if done.returncode and "no disassembler" in done.stderr:
-        pytest.skip("the disassembler that triton brings is not there")
+    done = run("-c", code, *sorted(CHAIN))
     assert done.returncode == 0, done.stderr
-    together = {"norm_linear": 1, "linear_add": 1, "norm_swiglu": 2, "norm_conv": 3}
-    together["head_argmax"] = 1
-    judged = set()
-    for name, size, int8, named, marks in json.loads(done.stdout):
-        assert marks.count("ACQBULK") == marks.count("PREEXIT") == 1, (name, size)
+    return json.loads(done.stdout)
+
+
+def above_wait(ptx: str) -> list[str]:
+    """The instructions of a kernel's PTX up to its one wait."""
+    body = re.sub(r"//.*", "", ptx[ptx.index(".entry") :])
+    lines = [line.strip().rstrip(";") for line in body.splitlines() if line.strip()]
+    assert (
+        lines.count("griddepcontrol.wait") == lines.count("griddepcontrol.launch_dependents") == 1
+    )
+    return lines[lines.index("{") + 1 : lines.index("griddepcontrol.wait")]
+
+
+def loaded_from(instructions: list[str], parameters: list[str]) -> set[str]:
+    """The pointers among a kernel's parameters that the addresses of loads are made of.
+
+    Of instructions that follow one another, without a branch.
+    """
+    origins: dict[str, set[str]] = {}
+    loaded: set[str] = set()
+    for line in instructions:
+        operation, _, operands = re.sub(r"^@!?%p\d+\s+", "", line).partition(" ")
+        made, _, of = operands.strip().partition("}" if operands.strip().startswith("{") else ",")
+        places = [int(place) for place in re.findall(r"_param_(\d+)", of)]
+        source = {parameters[place] for place in places if place < len(parameters)}
+        source = source.union(*(origins.get(each, set()) for each in re.findall(r"%\w+", of)))
+        pointers = {name for name in source if name.endswith("_ptr")}
+        if operation.startswith("ld.global"):
+            assert pointers, line
+            loaded |= pointers
+        for register in re.findall(r"%\w+", made):
+            origins[register] = origins.get(register, set()) | source
+    return loaded
+
+
+def test_links_of_a_captured_step_wait_before_they_touch_the_chain(chain) -> None:
+    """Each once, before it branches, ends or stores, and above that only loads what no step writes.
+
+    Not launched as dependents, they do not wait.
+    """
+    assert {kernel["name"] for kernel in chain if kernel["dependent"]} == CHAIN
+    assert {kernel["name"] for kernel in chain if not kernel["dependent"]} == CHAIN
+    early: dict[str, set[str]] = {}
+    for kernel in chain:
+        name, case = kernel["name"], kernel["case"]
+        if not kernel["dependent"]:
+            assert "griddepcontrol" not in kernel["ptx"], case
+            continue
+        above = above_wait(kernel["ptx"])
+        assert "griddepcontrol.launch_dependents" in above, case
+        for line in above:
+            operation = re.sub(r"^@!?%p\d+\s+", "", line).split()[0]
+            assert not re.match(r"(st|atom|red|bra|ret|exit|call|cp|bar)\b", operation), line
+            assert not line.startswith("$L__BB"), line
+        loaded = loaded_from(above, kernel["parameters"])
+        assert loaded <= CONSTANT, (case, loaded)
+        early.setdefault(name, set()).update(loaded)
+    # And what can be early is.
+    assert {name for name, loaded in early.items() if loaded} == {*TILES, *LITTLE}
+    assert set().union(*early.values()) == CONSTANT
+
+
+def test_weights_are_under_way_before_the_wait(chain) -> None:
+    """As the assembler has left it: 16 bytes a thread, the whole first tile above the wait.
+
+    The following tiles are as many loads again in the loop, and nothing was taken up from below.
+    """
+    for kernel in chain:
+        if not kernel["dependent"]:
+            continue
+        if kernel["sass"] is None:
+            pytest.skip("the disassembler that triton brings is not there")
+        name, case, named = kernel["name"], kernel["case"], kernel["constants"]
+        lines = kernel["sass"].splitlines()
+        found = [re.search(r"(LDG|STG|ATOMG|REDG|ACQBULK|PREEXIT)[.\w]*", line) for line in lines]
+        marks = [mark[0] for mark in found if mark]
+        assert marks.count("ACQBULK") == marks.count("PREEXIT") == 1, case
         wait = marks.index("ACQBULK")
         above, below = marks[:wait], marks[wait:]
-        assert "STG" not in above and any(mark.startswith("LDG") for mark in below)
-        if name == "last_argmax":
-            assert above == ["PREEXIT"]
+        assert any(mark.startswith("LDG") for mark in below), case
+        above.remove("PREEXIT")
+        if name not in TILES:
+            loads = sum("ld.global" in line for line in above_wait(kernel["ptx"]))
+            assert len(above) == loads and all(mark.startswith("LDG") for mark in above), case
             continue
-        tile = together[name] * named["BLOCK_N"] * named["BLOCK_K"] * (1 if int8 else 2)
+        tile = TILES[name] * named["BLOCK_N"] * named["BLOCK_K"] * (1 if kernel["int8"] else 2)
         wanted = [tile // (16 * 128)] * 2
         streamed = "LDG.E.EF.128"
-        assert [above.count(streamed), below.count(streamed)] == wanted, (name, size, above)
+        assert [above.count(streamed), below.count(streamed)] == wanted, (case, above)
         # The rest is the norm's weight and, three to a channel and odd of address, the taps.
-        rest = [mark for mark in above if mark not in (streamed, "PREEXIT")]
+        rest = [mark for mark in above if mark != streamed]
         taps = [mark for mark in rest if ".U16" in mark]
         assert len(taps) <= named["BLOCK_N"] * (name == "norm_conv") * 4
-        assert all(mark == "LDG.E.128" for mark in rest if mark not in taps), (name, size, rest)
-        judged.add((name, size, int8))
-    assert len(judged) == len(together) * 3
+        assert all(mark == "LDG.E.128" for mark in rest if mark not in taps), (case, rest)

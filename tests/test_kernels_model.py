@@ -109,7 +109,7 @@ def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None
         raise AssertionError("the reference ran")
 
     for name in dir(reference):
-        if name.endswith("_ref") and name not in ("linear_ref", "scaled_ref", "embed_ref"):
+        if name.endswith("_ref") and name not in ("linear_ref", "scaled_ref"):
             monkeypatch.setattr(reference, name, refuse)
     assert all(step.isfinite().all() for step in logits(model))
 
@@ -254,6 +254,18 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch) -> None:
         choose("triton", torch.device("mps"), torch.bfloat16)
     with pytest.raises(BackendError, match="'eager', 'triton'"):
         choose("cublas", torch.device("cpu"), torch.bfloat16)
+
+
+def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> None:
+    """By operations of its own, which share the counters: a thread that captures disturbs none."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for capability, early in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
+        ops = choose("triton", torch.device("cuda"), torch.bfloat16)
+        assert isinstance(ops, ops_triton.TritonOps) and not ops.pdl
+        assert ops.captured.pdl == early and (ops.captured is ops) == (not early)
+        assert ops.captured is ops.captured.captured and ops.captured._arrivals is ops._arrivals
+    assert Ops().captured.name == "eager"
 
 
 class Recorded:

@@ -1,21 +1,32 @@
-"""How many kernels a decode step launches, counted where they are launched."""
+"""How many kernels a decode step launches, counted where they are launched, and which of them may
+begin before the one before them has ended."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import lfm2_fast
 from lfm2_fast.batch import Batch
+from lfm2_fast.buffers import Buffers
 from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.ops import has_dependent_launch
+from lfm2_fast.ops_triton import TritonOps
+from lfm2_fast.sampling import SamplingParams
 
 # The angles of rotary embedding, and the embedding's rows.
-START = ["rope", "aten::index_select"]
+START = ["rope", "embed"]
 CONV = ["norm_conv", "linear_add", "norm_swiglu", "linear_add"]
 ATTENTION = ["norm_linear", "flash_decode", "linear_add", "norm_swiglu", "linear_add"]
 END = ["head_argmax", "last_argmax"]
@@ -28,6 +39,7 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.dependent: list[str] = []
         self._patch = pytest.MonkeyPatch()
         self._inside = False
 
@@ -44,6 +56,8 @@ class Launches(TorchDispatchMode):
     def _noting(self, launch: Any) -> Any:
         def noted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
             self.names.append(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
+            assert kwargs.get("PDL", False) == kwargs.get("launch_pdl", False)
+            self.dependent += self.names[-1:] * kwargs.get("PDL", False)
             self._inside = True  # the interpreter is written in PyTorch, too
             try:
                 return launch(kernel, *args, **kwargs)
@@ -107,3 +121,104 @@ def test_more_rows_than_few(step) -> None:
     names, tokens = step(MOST_TOKENS + 1, greedy=True)
     assert "norm_linear" not in names and names.count("aten::mm") == 3 * 4 + 1
     assert tokens.tolist() == step(MOST_TOKENS + 1, greedy=False)[1].argmax(-1).tolist()
+
+
+@pytest.fixture
+def waits(model, monkeypatch) -> Iterator[None]:
+    """Follows, in the interpreter, what programs of dependent launches do before they wait.
+
+    Each waits once. Before, it stores nothing, and loads nothing but the model's weights and
+    frequencies: a step writes all else, or the host before it.
+    """
+    if model.device.type != "cpu":
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    constants = [*model.state_dict().values(), model.inv_freq]
+    begins = np.array([each.data_ptr() for each in constants])
+    ends = begins + [each.nbytes for each in constants]
+    waiting, waited = False, Counter()
+    launch, load = interpreter.GridExecutor.__call__, builder.create_masked_load
+
+    def launched(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal waiting
+        waiting = kwargs.get("PDL", False)
+        waited.clear()
+        launch(kernel, *args, **kwargs)
+        programs = math.prod(builder.grid_dim) if waiting else 0
+        assert len(waited) == programs and set(waited.values()) <= {1}, kernel.fn
+        waiting = False
+
+    def early() -> bool:
+        return waiting and not waited[tuple(builder.grid_idx)]
+
+    def loads(ptrs: Any, mask: Any, *args: Any) -> Any:
+        if early():
+            at = ptrs.data[mask.data.astype(bool)].astype(np.int64)[:, None]
+            assert ((begins <= at) & (at < ends)).any(1).all(), "loads of the chain before the wait"
+        return load(ptrs, mask, *args)
+
+    def late(write: Any) -> Any:
+        def written(*args: Any) -> Any:
+            assert not early(), "writes before the wait"
+            return write(*args)
+
+        return written
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(builder, "create_masked_load", loads)
+    for name in ("create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
+        monkeypatch.setattr(builder, name, late(getattr(builder, name)))
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: waited.update([tuple(builder.grid_idx)]))
+    yield
+
+
+CHOICES = {
+    "greedy": (SamplingParams(), END),
+    "drawn": (
+        SamplingParams(do_sample=True, top_k=5, repetition_penalty=1.1),
+        ["norm_linear", "sample_scores", "sample_cut", "sample_masses", "sample_draw"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkeypatch) -> None:
+    """All of a step, and of two, as they run to warm up and then; over several splits, too.
+
+    The model's own operations, which run everything else, launch nothing so.
+    """
+    if model.device.type == "cuda" and not has_dependent_launch(model.device):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(model, "ops", TritonOps(dependent=True))
+    params, last = CHOICES[choice]
+    kernels = START + CONV + ATTENTION + CONV + last + ["advance"]
+    tokens: dict[bool, list[list[int]]] = {False: [], True: []}
+    for captured, found in tokens.items():
+        cache = model.new_cache(2)
+        cache.make_room(300)
+        torch.manual_seed(0)
+        for layer in cache.layers:
+            for each in layer.tensors().values():
+                each.normal_()
+        buffers = Buffers(model, cache, 2, lambda graphs, body: SimpleNamespace(replay=body))
+        if not captured:
+            buffers.graphs = None
+        buffers.begin(cache, params, (), model.config.vocab_size)
+        batch = Batch.prepare([1, 1], [1, 0], cache, model.device)
+        buffers.load([9, 10], batch, cache)
+        buffers.finished[:] = False
+        for step, together in enumerate((2, 1, 1)):
+            if step == 2:
+                buffers.positions[0] = 280
+                buffers.lengths[0] = 281
+            with Launches() as launches:
+                buffers.run(model, cache, 2, choose=True, steps=together)
+            names = [name for name in launches.names if step or "::" not in name]
+            assert names == kernels * together
+            assert launches.dependent == (names if captured else [])
+            found.append(buffers.tokens.tolist())
+    assert tokens[True] == tokens[False]

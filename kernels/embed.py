@@ -1,0 +1,68 @@
+"""The tokens' rows of the embedding, widened and scaled where they are int8.
+
+With T tokens, V rows and K columns: ``tokens [T]`` int64, from 0 to V - 1, which is not checked;
+``weight [V, K]``; ``scale [V]`` float32 of an int8 weight, or None; ``out [T, K]``. One product in
+float32, rounded once. Least bytes: 2TK elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lfm2_fast.kernels.dependent import after, dependent
+
+
+@triton.jit
+def _embed_kernel(
+    tokens_ptr,
+    weight_ptr,
+    scale_ptr,
+    out_ptr,
+    stride_out_t,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    # The weight was there before, but the step before this one writes which of its rows to read.
+    after(PDL)
+    token = tl.load(tokens_ptr + place)
+    row = tl.load(weight_ptr + token * K + offs_k, mask=mask, other=0)
+    if scale_ptr is not None:
+        row = row.to(tl.float32) * tl.load(scale_ptr + token)
+    tl.store(out_ptr + place * stride_out_t + offs_k, row.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def embed_triton(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Fill ``out``, whose rows may stand apart; ``pdl`` as in norm_linear.py."""
+    count, width = out.shape
+    assert tokens.shape == (count,) and tokens.dtype == torch.int64 and tokens.is_contiguous()
+    assert weight.shape[1:] == (width,) and weight.is_contiguous() and out.stride(1) == 1
+    assert weight.dtype == (out.dtype if scale is None else torch.int8)
+    if scale is not None:
+        assert scale.shape == weight.shape[:1] and scale.is_contiguous()
+        assert scale.dtype == torch.float32
+    if count == 0:
+        return
+    block_k = min(triton.next_power_of_2(width), 1024)
+    with torch.cuda.device_of(out):
+        _embed_kernel[(count, triton.cdiv(width, block_k))](
+            tokens,
+            weight,
+            scale,
+            out,
+            out.stride(0),
+            K=width,
+            BLOCK_K=block_k,
+            num_warps=4,
+            **dependent(pdl),
+        )
