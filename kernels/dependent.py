@@ -28,6 +28,8 @@ import triton.language as tl
 @triton.jit
 def after(PDL: tl.constexpr):
     """Let the next kernel start, and wait until what the previous ones wrote can be read."""
+    # Triton's, not assembler of ours: these count as reading and writing memory, so no access is
+    # moved across them.
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -85,6 +85,8 @@ def _norm_conv_kernel(
         wide_b, wide_c = b_tile.to(tl.float32), c_tile.to(tl.float32)
         wide_x, mask = x_tile.to(tl.float32), rows < size
         for token in range(tokens):
+            # The window is the chain's like all else that is not a weight: read and written below
+            # the wait, it needs no second copy, however many steps are under way.
             position = tl.load(positions_ptr + token).to(tl.int32)
             slot_ptr = window_ptr + tl.load(slots_ptr + token) * stride_window_s
             source = position - (WIDTH - 1) + offs_w

@@ -293,7 +293,7 @@ class Lfm2ForCausalLM(nn.Module):
         """What ``run`` gives, without the cache's bookkeeping: the caller makes room and counts.
 
         ``best`` asks for the likeliest tokens ``[R]`` int64 in place of logits, which saves
-        writing those. ``ops`` takes the place of the model's: those that are ``captured``.
+        writing those. What is captured gives the operations of ``ops.captured``.
         Where ``ops.captures`` only tensors of ``batch`` are read, and nothing waits for the device.
         """
         ops = ops or self.ops
