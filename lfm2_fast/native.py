@@ -37,6 +37,10 @@ SCHEMAS = (
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",
+    # q [T, heads, D], out [T, heads * D], bfloat16 alone; where has_flash_prefill_native() is true
+    "flash_prefill_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, "
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(a!) out) -> ()",
+    "has_flash_prefill_native() -> bool",
     # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]. With scales [N] float32, the weight
     # is int8 and every token is rounded to int8 too, here and below.
     "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
