@@ -61,13 +61,13 @@ void flash_prefill_native(const Tensor& q, const Tensor& k_pages, const Tensor& 
   const auto tiles = tiles_of(runs, kv_heads, op.group);
   const int64_t count = static_cast<int64_t>(tiles.size());
   if (count == 0) return;
-  int64_t each = 0;
+  int64_t work = 0;  // what a tile reads, as often as it has vectors of rows
   for (const Tile& tile : tiles) {
-    each += tile.keys(tile.rows - 1, op.group) * 2 * width * (tile.rows + 15) / 16 / count;
+    work += 2 * width * tile.keys(tile.rows - 1, op.group) * ((tile.rows + 15) / 16);
   }
   // Who is done takes the next one: tiles of a prompt's beginning see few keys, others many.
   std::atomic<int64_t> next{0};
-  parallel_for(0, count, grain(each), [&](int64_t, int64_t) {
+  parallel_for(0, count, grain(work / count), [&](int64_t, int64_t) {
     std::vector<Line> scratch(op.scratch());
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
       flash_prefill_avx512bf16(op, tiles[i], scratch.data());

@@ -10,6 +10,8 @@
 
 #ifdef LFM2_GCC_X86
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
+// GCC 12's own header has values that are "used uninitialized".
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include "flash_prefill.h"
@@ -157,7 +159,7 @@ struct Rows16 {
   }
 
   // Scores of `count` keys from `position` on, and the largest ones. What a row does not see is
-  // -infinity, keys beyond `count` among it.
+  // -infinity, the keys beyond the last row's among it.
   LFM2_INLINE void score(const bf16* const* keys, int64_t position, int64_t count) {
     const bool crosses = position + count > tile.keys(0, op.group);
     for (int64_t j = 0; j < count; j += kResults) {
@@ -302,7 +304,7 @@ struct Rows16 {
       __m512 before[Vectors];
       for (int c = 0; c < Vectors; ++c) before[c] = best[c];
       find(op.k, position, count, rows);
-      score(rows, position, count);
+      score(rows, position, rounded);
       soften(before, rounded);
       find(op.v, position, count, rows);
       interleave(rows, count, rounded);
