@@ -122,7 +122,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def prefills(dtype: torch.dtype) -> bool:
-    """Whether ``flash_prefill_native`` takes ``dtype`` on this CPU; else PyTorch's attention serves."""
+    """Whether ``flash_prefill_native`` takes ``dtype`` here; what it does not is PyTorch's."""
     if _why_not is not None or dtype != torch.bfloat16:
         return False
     return bool(torch.ops.lfm2_fast.has_flash_prefill_native())

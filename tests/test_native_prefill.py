@@ -1,4 +1,4 @@
-"""The C++ body of attention for many tokens, which is for bfloat16 on processors with AVX512_BF16."""
+"""The C++ body of attention for many tokens: bfloat16, on processors with AVX512_BF16."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def attend(
 
 
 def test_any_batch(framed, intact, paged, same_bits, within_budget) -> None:
-    """Sequences of any lengths together; the bits are those of each alone, on any threads and pages.
+    """Sequences of any lengths; the bits are those of each alone, on any threads and pages.
 
     The largest of a few errors is a matter of luck, so the budget is that of all examples together.
     """
@@ -206,6 +206,33 @@ def test_other_heads_are_refused() -> None:
     places = pages.table, batch.cu_seqlens, batch.slots, batch.lengths
     with pytest.raises(RuntimeError, match="side by side"):
         BODIES.flash_prefill_native(apart, pages.k, pages.v, *places, case.q.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("table", [[0], [1], [5]], "page 5 is none of 3"),
+        ("table", [[0], [1], [-1]], "page -1"),
+        ("slots", [3], "slot 3 is none of 3"),
+        ("slots", [-1], "slot -1"),
+        ("lengths", [13], "too few for 13 tokens"),
+        ("lengths", [4], "context of 4 cannot end in 5 tokens"),
+        ("cu_seqlens", [0, 4], "from 0 to 5"),
+        ("cu_seqlens", [1, 5], "from 0 to 5"),
+    ],
+)
+def test_places_that_are_not_there_are_refused(name: str, values: list, message: str) -> None:
+    k, v = torch.randn(2, 3, 1, 12, 8).bfloat16()
+    given = {
+        "q": torch.randn(5, 2, 8).bfloat16(), "k_pages": k, "v_pages": v,
+        "table": torch.tensor([[0], [1], [2]], dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32), "slots": torch.tensor([2]),
+        "lengths": torch.tensor([12], dtype=torch.int32), "out": torch.zeros(5, 16).bfloat16(),
+    }  # fmt: skip
+    BODIES.flash_prefill_native(**given)
+    given[name] = torch.tensor(values, dtype=given[name].dtype)
+    with pytest.raises(RuntimeError, match=message):
+        BODIES.flash_prefill_native(**given)
 
 
 def test_prompts_in_bfloat16_are_its(random_checkpoint, monkeypatch) -> None:
