@@ -8,8 +8,8 @@
 #include <atomic>
 #include <vector>
 
-#include "dots.h"
 #include "places.h"
+#include "target.h"
 #include "threads.h"
 
 namespace {
@@ -70,7 +70,8 @@ void flash_prefill_native(const Tensor& q, const Tensor& k_pages, const Tensor& 
   parallel_for(0, count, grain(work / count), [&](int64_t, int64_t) {
     std::vector<Line> scratch(op.scratch());
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
-      flash_prefill_avx512bf16(op, tiles[i], scratch.data());
+      // Asked again, so that nothing refers to it where it was not compiled.
+      if (LFM2_HAS_AVX512BF16) flash_prefill_avx512bf16(op, tiles[i], scratch.data());
     }
   });
 }
