@@ -1,11 +1,11 @@
-// Causal attention of many tokens per sequence over its pages, all query heads of a KV head together.
+// Causal attention of many tokens per sequence over its pages, a KV head's query heads together.
 //
 // The queries of a KV head are rows: token after token, the group's heads of each. A tile is up to
 // kTileRows of them; it goes once through the keys that its last row sees, kTileKeys at a time from
 // position 0 on, and keeps for each row the weighted sum of the values, the sum of the weights and
-// the largest score yet, which the weights are relative to. (Dao, 2023) What a row sees and in which
-// order it is summed follow from its position, so its bits depend neither on the other rows nor on
-// how a prompt was cut into steps.
+// the largest score yet, which the weights are relative to. (Dao, 2023) What a row sees, and in
+// what order it is summed, follow from its position, so its bits depend neither on the other rows
+// nor on how a prompt was cut into steps.
 #pragma once
 
 #include "number.h"
@@ -26,12 +26,13 @@ struct FlashPrefill {
   Rows<const bf16> q;  // [tokens, heads * head_dim]
   Pages<const bf16> k;
   Pages<const bf16> v;
-  int64_t group;  // query heads per KV head
+  int64_t group;   // query heads per KV head
   Rows<bf16> out;  // [tokens, heads * head_dim]
 
-  // Lines that hold a vector's worth of each pair of a head's numbers.
   int64_t pairs() const { return k.head_dim / 2; }
   int64_t padded() const { return (k.head_dim + 15) / 16 * 16; }
+
+  // Lines that a tile needs while it is computed.
   int64_t scratch() const {
     constexpr int64_t kVectors = kTileRows / 16;
     const int64_t queries = pairs() * kVectors;

@@ -1,8 +1,8 @@
 // The tiles of flash_prefill.h by AVX512_BF16, which multiplies pairs and sums them in float.
 //
 // Rows lie side by side in the lanes of vectors, so that a row's largest score and its sums need no
-// exchange between lanes. A key's pairs are taken from where it lies, each for all rows at once; only
-// values are interleaved first, two keys at a time, to be pairs too.
+// exchange between lanes. A key's pairs are taken from where it lies, each for all rows at once;
+// only values are interleaved first, two keys at a time, to be pairs too.
 //
 // The whole file is compiled for it, headers included, so it must hold nothing that the linker
 // could take for older machines: no function that is not inlined, but the one that bears its name.
@@ -78,10 +78,10 @@ LFM2_INLINE __mmask32 numbers_before(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// A tile of up to Vectors * 16 rows. Results are made kResults of a vector at a time, which is as
-// many sums as stay in registers.
+// A tile of up to Vectors * 16 rows. For each vector of rows kResults scores or numbers are made at
+// once: as many sums as stay in registers, and a divisor of 16.
 template <int Vectors>
-struct Rows16 {
+struct TileOf {
   static constexpr int kResults = Vectors == 3 ? 4 : 16 / Vectors;
 
   const FlashPrefill& op;
@@ -98,7 +98,7 @@ struct Rows16 {
   __m512 shrink[Vectors];  // what a block's scores have made of the sums before it
   __m512i seen[Vectors];   // how many keys a row sees
 
-  LFM2_INLINE Rows16(const FlashPrefill& op, const Tile& tile, Line* scratch)
+  LFM2_INLINE TileOf(const FlashPrefill& op, const Tile& tile, Line* scratch)
       : op(op), tile(tile), pairs(op.pairs()), padded(op.padded()) {
     queries = scratch;
     scores = queries + pairs * Vectors;
@@ -319,13 +319,13 @@ struct Rows16 {
 void flash_prefill_avx512bf16(const FlashPrefill& op, const Tile& tile, Line* scratch) {
   switch ((tile.rows + 15) / 16) {
     case 1:
-      return Rows16<1>(op, tile, scratch).run();
+      return TileOf<1>(op, tile, scratch).run();
     case 2:
-      return Rows16<2>(op, tile, scratch).run();
+      return TileOf<2>(op, tile, scratch).run();
     case 3:
-      return Rows16<3>(op, tile, scratch).run();
+      return TileOf<3>(op, tile, scratch).run();
     default:
-      return Rows16<4>(op, tile, scratch).run();
+      return TileOf<4>(op, tile, scratch).run();
   }
 }
 

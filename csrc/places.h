@@ -13,8 +13,8 @@
 namespace lfm2 {
 
 // What each sequence runs in this step; `slots` is how many the cache has.
-inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots, const Tensor& lengths,
-                                int64_t tokens, int64_t cache_slots) {
+inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots,
+                                const Tensor& lengths, int64_t tokens, int64_t cache_slots) {
   const int64_t count = slots.numel();
   expect_packed(slots, "slots", ScalarType::Long, {count});
   expect_packed(lengths, "lengths", ScalarType::Int, {count});
@@ -22,7 +22,8 @@ inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots, c
   const int64_t* slot = read<int64_t>(slots);
   const int32_t* length = read<int32_t>(lengths);
   const int32_t* bounds = read<int32_t>(cu_seqlens);
-  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == tokens, "cu_seqlens must go from 0 to ", tokens);
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == tokens, "cu_seqlens must go from 0 to ",
+                  tokens);
   std::vector<Run> runs;
   runs.reserve(count);
   for (int64_t i = 0; i < count; ++i) {

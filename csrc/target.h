@@ -1,5 +1,5 @@
-// Which compilers can make code for newer x86-64 machines than the one that they build for, and what
-// the machine has of the instructions that have files of their own, *_avx512*.cpp.
+// Which compilers can make code for newer x86-64 machines than the one that they build for, and
+// which instructions with files of their own, *_avx512*.cpp, the machine at hand has.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
