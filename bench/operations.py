@@ -14,7 +14,7 @@ import torch
 from bench.shapes import config_of, random_weights
 from lfm2_fast import Lfm2ForCausalLM
 from lfm2_fast.batch import Batch
-from lfm2_fast.cache import Cache, KVPages
+from lfm2_fast.cache import KVPages
 from lfm2_fast.model import AttentionBlock, ConvBlock
 from lfm2_fast.stream import settled
 
@@ -57,9 +57,10 @@ class Setup:
         self.inner = self.draw(total, inner)
         self.q = self.draw(total, config.num_attention_heads, config.head_dim)
         self.cache = self.model.new_cache(sequences, context + tokens)
-        self.fill(self.cache, sequences, context)
-        self.batch = Batch.prepare([tokens] * sequences, range(sequences), self.cache, "cpu")
-        self.cache.reserve(self.batch)
+        self.prepare(sequences, context)
+        self.cache.advance(self.batch)
+        self.prepare(sequences, tokens)
+        self.fill(context + tokens)
         self.positions = self.batch.positions
         self.rope = self.ops.rope(self.positions, self.model.inv_freq, dtype)
         pairs = list(zip(self.model.layers, self.cache.layers, strict=True))
@@ -70,19 +71,17 @@ class Setup:
         made = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=self.generator)
         return made.to(self.dtype)
 
-    def fill(self, cache: Cache, sequences: int, context: int) -> None:
-        """Let the cache hold ``context`` tokens a sequence, of random numbers."""
-        if context:
-            batch = Batch.prepare([context] * sequences, range(sequences), cache, "cpu")
-            cache.reserve(batch)
-            cache.advance(batch)
-        for state in cache.layers:
+    def prepare(self, sequences: int, tokens: int) -> None:
+        """Let the step be so many tokens a sequence, and the cache have room for them."""
+        self.batch = Batch.prepare([tokens] * sequences, range(sequences), self.cache, "cpu")
+        self.cache.reserve(self.batch)
+
+    def fill(self, length: int) -> None:
+        """Let the cache hold random numbers, of contexts of ``length`` tokens."""
+        for state in self.cache.layers:
             for tensor in state.tensors().values():
-                if not isinstance(state, KVPages):
-                    tensor.copy_(self.draw(*tensor.shape))
-                elif context:
-                    here = tensor[:, :, :context]
-                    here.copy_(self.draw(*here.shape))
+                here = tensor[:, :, :length] if isinstance(state, KVPages) else tensor
+                here.copy_(self.draw(*here.shape))
 
 
 def norm_conv(s: Setup) -> Tensors:

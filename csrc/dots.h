@@ -124,17 +124,7 @@ LFM2_INLINE void dots_with(Rows<const X> x, int64_t tokens, Rows<const W> weight
   }
 }
 
-// The files dots_*.cpp, each for machines that have what it is named after. LFM2_NO_CLONES leaves
-// them aside, so that the plain loop is tested on any machine.
-#if defined(LFM2_GCC_X86) && !defined(LFM2_NO_CLONES)
-#define LFM2_HAS_AVX512BF16 __builtin_cpu_supports("avx512bf16")
-#define LFM2_HAS_AVX512VNNI \
-  (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4"))
-#else
-#define LFM2_HAS_AVX512BF16 false
-#define LFM2_HAS_AVX512VNNI false
-#endif
-
+// The files dots_*.cpp, each for machines that have what it is named after.
 void dots_avx512bf16(Rows<const bf16> x, int64_t tokens, Rows<const bf16> weight, int64_t size,
                      int64_t first, int64_t last, float* sums, int64_t stride);
 

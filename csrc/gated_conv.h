@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "number.h"
+#include "run.h"
 
 namespace lfm2 {
 
@@ -23,14 +24,6 @@ struct GatedConv {
   int64_t hidden;
   int64_t width;
   Rows<T> out;  // [tokens, hidden]
-};
-
-// The tokens of one sequence in this step.
-struct Run {
-  int64_t slot;
-  int64_t position;  // of its first token
-  int64_t token;     // its first row
-  int64_t count;
 };
 
 template <class T>

@@ -1,7 +1,7 @@
 // Where the keys or values of a sequence lie: [pages, kv_heads, page_size, head_dim].
 #pragma once
 
-#include <cstdint>
+#include "number.h"
 
 namespace lfm2 {
 
@@ -16,7 +16,7 @@ struct Pages {
   const int32_t* table;  // [slots, pages per slot]: which pages hold a slot's sequence, in order
   int64_t table_stride;
 
-  T* row(int64_t slot, int64_t head, int64_t position) const {
+  LFM2_INLINE T* row(int64_t slot, int64_t head, int64_t position) const {
     const int64_t page = table[slot * table_stride + position / page_size];
     return data + page * page_stride + head * head_stride + position % page_size * row_stride;
   }

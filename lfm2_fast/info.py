@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 import lfm2_fast
-from lfm2_fast import hub, ops
+from lfm2_fast import hub, native, ops
 from lfm2_fast.checkpoint import GENERATION_CONFIG
 from lfm2_fast.config import Config, read_json
 from lfm2_fast.loading import find_device
+from lfm2_fast.ops_native import NativeOps
 from lfm2_fast.presets import sampling
 from lfm2_fast.session import millions
 
@@ -68,6 +69,9 @@ def bodies(chosen: ops.Ops) -> dict[str, str]:
             owner = next(cls for cls in lines if name in vars(cls))
             if owner is not ops.Ops or name not in WORDS:
                 found[name] = owner.name
+    if isinstance(chosen, NativeOps):
+        prompts = "in bfloat16 alone" if native.prefills(torch.bfloat16) else "eager"
+        found["attention"] += f", of prompts {prompts}"
     return found
 
 

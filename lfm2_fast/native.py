@@ -37,6 +37,9 @@ SCHEMAS = (
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",
+    # q [T, heads, D], D even, out [T, heads * D]; for bfloat16 where `has_flash_prefill_native`
+    "flash_prefill_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, "
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(a!) out) -> ()",
     # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]. With scales [N] float32, the weight
     # is int8 and every token is rounded to int8 too, here and below.
     "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
@@ -65,6 +68,9 @@ SCHEMAS = (
     "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
 )
 
+# Whether the processor has what flash_prefill_native is made of: AVX512_BF16.
+HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
+
 REBUILD = "pip install --no-build-isolation ."
 
 _library = torch.library.Library("lfm2_fast", "FRAGMENT")
@@ -77,6 +83,7 @@ def _nothing(*args: object) -> None:
 for _schema in SCHEMAS:
     _library.define(_schema)
     torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
+_library.define(HAS_FLASH_PREFILL)
 
 
 def _load() -> str | None:
@@ -112,3 +119,10 @@ def why_not(device: torch.device) -> str | None:
             f"({torch.version.cuda}) installed, `{REBUILD}` builds it with"
         )
     return None
+
+
+def prefills(dtype: torch.dtype) -> bool:
+    """Whether ``flash_prefill_native`` takes ``dtype`` here; what it does not is PyTorch's."""
+    if _why_not is not None or dtype != torch.bfloat16:
+        return False
+    return bool(torch.ops.lfm2_fast.has_flash_prefill_native())

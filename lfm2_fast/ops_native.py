@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfm2_fast import native  # noqa: F401  (defines the operations)
+from lfm2_fast import native
 from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import ConvWindow, KVPages
@@ -26,6 +26,7 @@ _gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
 _rope = torch.ops.lfm2_fast.rope_native.default
 _qk_norm_rope = torch.ops.lfm2_fast.qk_norm_rope_native.default
 _flash_decode = torch.ops.lfm2_fast.flash_decode_native.default
+_flash_prefill = torch.ops.lfm2_fast.flash_prefill_native.default
 _norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
 _linear_add = torch.ops.lfm2_fast.linear_add_native.default
 _norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
@@ -206,11 +207,15 @@ class NativeOps(StreamOps):
         return q
 
     def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
-        if batch.max_query != 1:
+        if batch.max_query != 1 and not native.prefills(q.dtype):
             return super().attention(q, pages, batch)
         tokens, heads, head_dim = q.shape
         out = q.new_empty(tokens, heads * head_dim)
-        _flash_decode(q, pages.k, pages.v, pages.table, batch.slots, batch.lengths, out)
+        cached = pages.k, pages.v, pages.table
+        if batch.max_query == 1:
+            _flash_decode(q, *cached, batch.slots, batch.lengths, out)
+        else:
+            _flash_prefill(q, *cached, batch.cu_seqlens, batch.slots, batch.lengths, out)
         return out
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:

@@ -121,6 +121,32 @@ def test_the_extension_holds_every_instruction_set() -> None:
     )
 
 
+@compiles
+@x86
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*_avx512*.cpp")), ids=lambda path: path.stem)
+def test_newer_instructions_stay_in_their_file(source: Path, tmp_path: Path) -> None:
+    """It has one function; another could be taken by the linker for every machine."""
+    options = ("-std=c++17", "-O1", "-fopenmp-simd", "-fPIC")
+    done = run(*COMPILER, *options, "-c", source, "-o", tmp_path / "a.o", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    listed = run("nm", "-C", "--defined-only", "--extern-only", tmp_path / "a.o", cwd=ROOT).stdout
+    found = [line.split(maxsplit=2)[1:] for line in listed.splitlines()]
+    assert [kind for kind, _ in found] == ["T"] * len(found)
+    assert all(name.startswith(f"lfm2::{source.stem}(") for _, name in found)
+
+
+@compiles
+def test_what_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
+    """Where the compiler is another, files of newer instructions are empty."""
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    places = (f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include")
+    options = ("-std=c++20", "-O0", "-DLFM2_NO_CLONES", "-fPIC", target, *places)
+    for name in ("flash_prefill.cpp", "linear.cpp"):
+        done = run(*COMPILER, *options, "-c", CSRC / name, "-o", tmp_path / "a.o", cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert "avx512" not in run("nm", "-C", tmp_path / "a.o", cwd=ROOT).stdout
+
+
 @compiles_cuda
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_cuda_sources_compile(arch: str, tmp_path: Path) -> None:

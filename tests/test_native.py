@@ -420,6 +420,11 @@ def arguments() -> dict[str, dict[str, Any]]:
         "bias": torch.randn(8),
         "window": torch.zeros(3, 4, 8),
     }
+    bf16 = {name: tensor.bfloat16() for name, tensor in paged.items() if name != "table"}
+    prefill = {
+        "q": torch.randn(3, 2, 8).bfloat16(), **bf16, "table": paged["table"], **runs,
+        "out": torch.zeros(3, 16).bfloat16(),
+    }  # fmt: skip
     floats = torch.full((3,), 0.5, dtype=torch.float64)
     numbers = torch.randint(-127, 128, (6, 8), dtype=torch.int8)
     matrix = {"weight": numbers, "scales": torch.rand(6)}
@@ -445,6 +450,7 @@ def arguments() -> dict[str, dict[str, Any]]:
             "q": torch.randn(3, 2, 8), **paged, "slots": ints, "lengths": runs["lengths"],
             "out": torch.zeros(3, 16),
         },
+        **({"flash_prefill": prefill} if native.prefills(torch.bfloat16) else {}),
         "norm_linear": {
             "x": x, "norm": torch.randn(8), "eps": EPS, **matrix, "bias": torch.randn(6),
             "out": torch.zeros(3, 6),
@@ -666,6 +672,17 @@ def test_what_cannot_run_is_said() -> None:
         choose("native", CPU, torch.float64)
     with pytest.raises(BackendError, match="mps"):
         choose("native", torch.device("mps"), torch.float32)
+
+
+@pytest.mark.skipif(native.prefills(torch.bfloat16), reason="test_native_prefill.py's part")
+def test_prompts_need_avx512_bf16() -> None:
+    """The body says so, and PyTorch's attention serves; the models above show that."""
+    q = torch.randn(3, 2, 8).bfloat16()
+    pages = torch.randn(1, 1, 4, 8).bfloat16()
+    bounds, one = torch.tensor([0, 3], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    places = one, bounds, torch.zeros(1, dtype=torch.int64), bounds[1:]
+    with pytest.raises(RuntimeError, match="no AVX512_BF16"):
+        BODIES.flash_prefill_native(q, pages, pages, *places, q.flatten(1))
 
 
 def test_pages_of_one_slot_are_enough() -> None:

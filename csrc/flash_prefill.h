@@ -1,0 +1,66 @@
+// Causal attention of many tokens per sequence over its pages, a KV head's query heads together.
+//
+// The queries of a KV head are rows: token after token, the group's heads of each. A tile is up to
+// kTileRows of them; it goes once through the keys that its last row sees, kTileKeys at a time from
+// position 0 on, and keeps for each row the weighted sum of the values, the sum of the weights and
+// the largest score yet, which the weights are relative to. (Dao, 2023) What a row sees, and in
+// what order it is summed, follow from its position, so its bits depend neither on the other rows
+// nor on how a prompt was cut into steps.
+#pragma once
+
+#include "number.h"
+#include "pages.h"
+#include "target.h"
+
+namespace lfm2 {
+
+constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileKeys = 64;
+
+// As much as a cache line and a vector hold.
+struct alignas(64) Line {
+  uint32_t words[16];
+};
+
+struct FlashPrefill {
+  Rows<const bf16> q;  // [tokens, heads * head_dim]
+  Pages<const bf16> k;
+  Pages<const bf16> v;
+  int64_t group;   // query heads per KV head
+  Rows<bf16> out;  // [tokens, heads * head_dim]
+
+  int64_t pairs() const { return k.head_dim / 2; }
+  int64_t padded() const { return (k.head_dim + 15) / 16 * 16; }
+
+  // Lines that a tile needs while it is computed.
+  int64_t scratch() const {
+    constexpr int64_t kVectors = kTileRows / 16;
+    const int64_t queries = pairs() * kVectors;
+    const int64_t scores = kTileKeys * kVectors;
+    const int64_t weights = kTileKeys / 2 * kVectors;
+    const int64_t values = kTileKeys / 2 * padded() / 16;
+    const int64_t sums = padded() * kVectors;
+    return queries + scores + weights + values + sums;
+  }
+};
+
+// Some rows of one sequence and one KV head.
+struct Tile {
+  int64_t slot;
+  int64_t kv_head;
+  int64_t position;  // of the sequence's first token in this step
+  int64_t token;     // that token's row in q and out
+  int64_t first;     // the first row of the tile, counted from that token's first head
+  int64_t rows;
+
+  // How many keys row `row` of the tile sees.
+  LFM2_INLINE int64_t keys(int64_t row, int64_t group) const {
+    return position + (first + row) / group + 1;
+  }
+};
+
+// flash_prefill_avx512bf16.cpp, for machines that have what it is named after; nobody else has it.
+// Fills `out` of the tile's rows; `scratch` has scratch() lines.
+void flash_prefill_avx512bf16(const FlashPrefill& op, const Tile& tile, Line* scratch);
+
+}  // namespace lfm2

@@ -1,0 +1,62 @@
+// Where sequences lie in the cache, and what is made sure of before anything goes there.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "checks.h"
+#include "pages.h"
+#include "run.h"
+
+namespace lfm2 {
+
+// What each sequence runs in this step; `slots` is how many the cache has.
+inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots,
+                                const Tensor& lengths, int64_t tokens, int64_t cache_slots) {
+  const int64_t count = slots.numel();
+  expect_packed(slots, "slots", ScalarType::Long, {count});
+  expect_packed(lengths, "lengths", ScalarType::Int, {count});
+  expect_packed(cu_seqlens, "cu_seqlens", ScalarType::Int, {count + 1});
+  const int64_t* slot = read<int64_t>(slots);
+  const int32_t* length = read<int32_t>(lengths);
+  const int32_t* bounds = read<int32_t>(cu_seqlens);
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == tokens, "cu_seqlens must go from 0 to ",
+                  tokens);
+  std::vector<Run> runs;
+  runs.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t number = bounds[i + 1] - bounds[i];
+    STD_TORCH_CHECK(number >= 0, "cu_seqlens must not fall");
+    STD_TORCH_CHECK(0 <= slot[i] && slot[i] < cache_slots, "slot ", slot[i], " is none of ",
+                    cache_slots);
+    STD_TORCH_CHECK(length[i] >= number, "a context of ", length[i], " cannot end in ", number,
+                    " tokens");
+    runs.push_back({slot[i], length[i] - number, bounds[i], number});
+  }
+  return runs;
+}
+
+template <class T>
+Pages<T> pages_of(const Tensor& pages, const char* name, const Tensor& table) {
+  expect(pages, name, kType<std::remove_const_t<T>>, {-1, -1, -1, -1});
+  expect(table, "table", ScalarType::Int, {-1, -1});
+  return {data_of<T>(pages), pages.stride(0), pages.stride(1),      pages.stride(2),
+          pages.size(2),     pages.size(3),   read<int32_t>(table), table.stride(0)};
+}
+
+// Positions from `first` to before `last` of `slot` must lie in pages that exist.
+template <class T>
+void expect_pages(const Pages<T>& pages, int64_t count, int64_t per_slot, int64_t slot,
+                  int64_t first, int64_t last) {
+  if (first == last) return;
+  STD_TORCH_CHECK((last - 1) / pages.page_size < per_slot, "slot ", slot, " has ", per_slot,
+                  " pages of ", pages.page_size, ", too few for ", last, " tokens");
+  for (int64_t i = first / pages.page_size; i <= (last - 1) / pages.page_size; ++i) {
+    const int32_t page = pages.table[slot * pages.table_stride + i];
+    STD_TORCH_CHECK(0 <= page && page < count, "page ", page, " is none of ", count);
+  }
+}
+
+}  // namespace lfm2

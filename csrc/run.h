@@ -1,0 +1,16 @@
+// Which tokens of a step are a sequence's, and where they stand in it.
+#pragma once
+
+#include <cstdint>
+
+namespace lfm2 {
+
+// The tokens of one sequence in this step.
+struct Run {
+  int64_t slot;
+  int64_t position;  // of its first token
+  int64_t token;     // its first row
+  int64_t count;
+};
+
+}  // namespace lfm2
