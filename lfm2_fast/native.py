@@ -65,7 +65,8 @@ SCHEMAS = (
     "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
 )
 
-REBUILD = "pip install --no-build-isolation ."
+# Insists on the extension, so that a build which fails shows why.
+REBUILD = "LFM2_FAST_BUILD_EXT=1 pip install --no-build-isolation ."
 
 _library = torch.library.Library("lfm2_fast", "FRAGMENT")
 
