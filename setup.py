@@ -1,9 +1,10 @@
 """Builds the optional extension lfm2_fast/_C.abi3.so from csrc/; the metadata is in pyproject.toml.
 
 LFM2_FAST_BUILD_EXT=auto, the default, builds where sources, torch and a C++ compiler are at hand;
-elsewhere it says on stderr what is missing, and the package installs without. 1 fails instead, 0
-never builds. torch is no build requirement, since of use is only the one that will run the
-extension: ``pip install --no-build-isolation .`` builds against the torch that is installed.
+elsewhere, and where the compiler fails, it says so on stderr, and the package installs without. 1
+fails instead, 0 never builds. torch is no build requirement, since of use is only the one that will
+run the extension: ``pip install --no-build-isolation .`` builds against the torch that is
+installed.
 """
 
 from __future__ import annotations
@@ -54,9 +55,20 @@ def extension() -> dict[str, Any]:
         extra_compile_args={"cxx": [*LOOPS, "-g0", TARGET], "nvcc": ["-O3", TARGET, "-DUSE_CUDA"]},
         py_limited_api=True,
     )
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if WANTED == "1":
+                    raise
+                self.extensions = []
+                without(f"{compiler} failed ({error}); LFM2_FAST_BUILD_EXT=1 makes that an error")
+
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -73,6 +85,10 @@ def toolkit_fits(home: str | None, wanted: str | None) -> bool:
     return fits
 
 
+def without(why: str) -> None:
+    print(f"lfm2_fast: installing without the C++ extension: {why}", file=sys.stderr)
+
+
 def found(pattern: str) -> list[str]:
     return sorted(map(str, Path().glob(pattern)))
 
@@ -86,7 +102,7 @@ if WANTED != "0":
     except Missing as missing:
         if WANTED == "1":
             sys.exit(f"LFM2_FAST_BUILD_EXT=1, but the extension cannot be built: {missing}")
-        print(f"lfm2_fast: installing without the C++ extension: {missing}", file=sys.stderr)
+        without(str(missing))
 # Git holds no empty folder: kernels/ is a package from its first file on.
 packages = ["lfm2_fast", *(["lfm2_fast.kernels"] if Path("kernels").is_dir() else [])]
 setup(packages=packages, **arguments)

@@ -5,6 +5,14 @@
 
 #include "number.h"
 
+// Lanes of two vectors, by number, those of the second after those of the first. GCC 11 knows its
+// own word alone, clang the other alone.
+#if defined(__clang__) || __GNUC__ >= 12
+#define LFM2_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LFM2_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, lfm2::Places{__VA_ARGS__})
+#endif
+
 namespace lfm2 {
 
 typedef float Lanes __attribute__((vector_size(32)));
@@ -70,16 +78,16 @@ LFM2_INLINE void sum_lanes(const V (&v)[kLanes], S (&sums)[kLanes]) {
   V quads[2];
   for (int i = 0; i < 4; ++i) {
     const V &a = v[2 * i], &b = v[2 * i + 1];
-    pairs[i] = __builtin_shuffle(a, b, Places{0, 8, 2, 10, 4, 12, 6, 14}) +
-               __builtin_shuffle(a, b, Places{1, 9, 3, 11, 5, 13, 7, 15});
+    pairs[i] = LFM2_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+               LFM2_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
   }
   for (int i = 0; i < 2; ++i) {
     const V &a = pairs[2 * i], &b = pairs[2 * i + 1];
-    quads[i] = __builtin_shuffle(a, b, Places{0, 1, 8, 9, 4, 5, 12, 13}) +
-               __builtin_shuffle(a, b, Places{2, 3, 10, 11, 6, 7, 14, 15});
+    quads[i] = LFM2_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+               LFM2_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
   }
-  const V all = __builtin_shuffle(quads[0], quads[1], Places{0, 1, 2, 3, 8, 9, 10, 11}) +
-                __builtin_shuffle(quads[0], quads[1], Places{4, 5, 6, 7, 12, 13, 14, 15});
+  const V all = LFM2_SHUFFLE(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                LFM2_SHUFFLE(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
   for (int i = 0; i < kLanes; ++i) sums[i] = all[i];
 }
 

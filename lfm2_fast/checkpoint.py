@@ -228,25 +228,36 @@ def _complete(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in an open safetensors file."""
+    """A tensor in a safetensors file.
 
-    file: Any
+    The file is mapped anew for every tensor: what was read through a map counts as this process's
+    memory until the map is gone, and would come to as much as the file.
+    """
+
     path: Path
     name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    @property
-    def dtype(self) -> str:
-        return self.file.get_slice(self.name).get_dtype()
+    shape: tuple[int, ...]
+    dtype: str
 
     def read(self) -> torch.Tensor:
-        return self.file.get_tensor(self.name)
+        return _open(self.path).get_tensor(self.name)
 
-    def rows(self, first: int, last: int) -> torch.Tensor:
-        return self.file.get_slice(self.name)[first:last]
+    def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """So many rows at a time, each with its place."""
+        stored = _open(self.path).get_slice(self.name)
+        for first in range(0, self.shape[0], rows):
+            here = slice(first, first + rows)
+            yield here, stored[here]
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file, mapped. Raises CheckpointError for what is none."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or corrupt ({error}); download it again"
+        ) from error
 
 
 def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
@@ -271,14 +282,10 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
     tensors = {}
     for name in names:
         path = folder / name
-        try:
-            file = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or corrupt ({error}); download it again"
-            ) from error
+        file = _open(path)
         for key in file.keys():
-            tensors[key] = _Stored(file, path, key)
+            header = file.get_slice(key)
+            tensors[key] = _Stored(path, key, tuple(header.get_shape()), header.get_dtype())
     return tensors
 
 
@@ -323,10 +330,8 @@ def _check_tensors(
 
 def _quantize(stored: _Stored, whole: torch.Tensor, scales: torch.Tensor) -> None:
     """Fill ``whole`` and ``scales`` with a tensor's numbers in 8 bits, some rows at a time."""
-    for first in range(0, len(whole), ROWS):
-        here = slice(first, first + ROWS)
-        block = stored.rows(first, first + ROWS).to(whole.device)
-        whole[here], scales[here] = quantize_int8(block)
+    for here, block in stored.blocks(ROWS):
+        whole[here], scales[here] = quantize_int8(block.to(whole.device))
     # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

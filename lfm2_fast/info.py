@@ -17,7 +17,7 @@ from lfm2_fast import hub, native, ops
 from lfm2_fast.checkpoint import GENERATION_CONFIG
 from lfm2_fast.config import Config, read_json
 from lfm2_fast.loading import find_device
-from lfm2_fast.ops_native import NativeOps
+from lfm2_fast.ops_native import NativeOps, int8_products_are_exact, multiplies
 from lfm2_fast.presets import sampling
 from lfm2_fast.session import millions
 
@@ -161,9 +161,11 @@ def _cpu() -> dict[str, Any]:
         facts["name"] = first.get("model name", facts["name"])
         flags = (first.get("flags") or first.get("Features") or "").split()
         facts["features"] = " ".join(name for name in FEATURES if name in flags)
+    products = ["float32"] + ["bfloat16"] * multiplies(torch.bfloat16)
     return {
         **facts,
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
+        "products": " ".join(products + ["int8"] * int8_products_are_exact()),
         "threads": torch.get_num_threads(),
     }
 

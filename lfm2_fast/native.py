@@ -71,7 +71,8 @@ SCHEMAS = (
 # Whether the processor has what flash_prefill_native is made of: AVX512_BF16.
 HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
 
-REBUILD = "pip install --no-build-isolation ."
+# Insists on the extension, so that a build which fails shows why.
+REBUILD = "LFM2_FAST_BUILD_EXT=1 pip install --no-build-isolation ."
 
 _library = torch.library.Library("lfm2_fast", "FRAGMENT")
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -239,34 +239,40 @@ except OSError as error:
     load(tmp_path)
 
 
-def test_loading_takes_little_more_memory_than_the_checkpoint(true_350m: Path) -> None:
-    """At 350M's real shape in bf16; anonymous memory only, mapped pages are the file's own."""
-    program = f"""
-import threading, time
-from lfm2_fast import load
+@pytest.fixture(scope="module")
+def sharded_350m(true_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("sharded")
+    for file in true_350m.iterdir():
+        (folder / file.name).symlink_to(file)
+    shard(folder)
+    yield folder
+    shutil.rmtree(folder)
 
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
-before, peak, done = anonymous(), 0, False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load({str(true_350m)!r}, device="cpu")
-done = True
-watcher.join()
-assert model.dtype.itemsize == 2
-print(max(peak, anonymous()) - before)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize(
+    ("folder", "quantization", "most", "left"),
+    [
+        ("true_350m", None, 1.25, 1.05),
+        ("true_350m", "int8", 0.8, 0.6),
+        ("sharded_350m", "int8", 0.8, 0.6),
+    ],
+)
+def test_loading_takes_little_more_memory_than_the_model(
+    folder, quantization, most, left, request: pytest.FixtureRequest
+) -> None:
+    """At the most and afterwards, against the file in bf16, with what is mapped of it counted."""
+    program = (
+        "import sys, json, torch, lfm2_fast; from lfm2_fast.measure import memory\n"
+        "before = memory()['resident']\n"
+        "options = json.loads(sys.argv[2])\n"
+        "model = lfm2_fast.load(sys.argv[1], device='cpu', **options)\n"
+        "after = memory()\n"
+        "print(json.dumps([after[name] - before for name in ('peak', 'resident')]))"
+    )
+    arguments = (request.getfixturevalue(folder), json.dumps({"quantization": quantization}))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
     size = 2 * 354_483_968
-    taken = int(result.stdout)
-    assert 0.9 * size < taken < 1.25 * size, f"{taken / size:.3f} times the checkpoint"
+    peak, resident = (taken / size for taken in json.loads(done.stdout))
+    assert resident <= peak < most and resident < left, (peak, resident)

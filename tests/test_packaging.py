@@ -148,3 +148,29 @@ def test_setup_says_why_it_does_not_build(
     assert done.returncode == code
     assert done.stdout.strip() == (lfm2_fast.__version__ if code == 0 else "")
     assert said in done.stderr if said else not done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_setup_goes_on_where_the_compiler_fails(
+    checkout: Path, tmp_path: Path, wanted: str
+) -> None:
+    """Unless the extension was insisted on; in both cases it says so, once."""
+    compiler = tmp_path / "broken-c++"
+    script = (
+        'case "$1" in -*version) exec c++ "$1";; esac\necho this compiler is broken >&2\nexit 1\n'
+    )
+    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
+    compiler.chmod(0o755)
+    env = {**os.environ, "LFM2_FAST_BUILD_EXT": wanted, "CXX": str(compiler)}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    places = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    command = [sys.executable, "setup.py", "-q", "build", *places]
+    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    assert "this compiler is broken" in done.stdout + done.stderr
+    assert (done.returncode == 0) == (wanted == "auto")
+    warned = f"installing without the C++ extension: {compiler} failed"
+    assert done.stderr.count(warned) == (wanted == "auto")
+    if wanted == "auto":
+        assert "LFM2_FAST_BUILD_EXT=1" in done.stderr
+        assert (tmp_path / "lib" / "lfm2_fast" / "ops.py").is_file()
+    assert not list((tmp_path / "lib").rglob("_C*.so"))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -112,3 +116,56 @@ def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
     longer = torch.cat([first.clone(), torch.tensor([[50, 51]])], 1)
     turn = model.generate(longer, max_new_tokens=6, past_key_values=cache)
     assert torch.equal(turn, model.generate(longer, max_new_tokens=6))
+
+
+LONG = """
+import json, sys, weakref
+import lfm2_fast
+from lfm2_fast import graphs
+from lfm2_fast.measure import memory
+
+class Tape(graphs.Tape):
+    def __init__(self, body):
+        super().__init__(body)
+        made.append(weakref.ref(self))
+
+class Watch:
+    tokens = -1  # the first that is put is the prompt
+
+    def put(self, tokens):
+        self.tokens += 1
+        if self.tokens in (2_000, 10_000):
+            alive.append(sum(tape() is not None for tape in made))
+            resident.append(memory()["resident"])
+
+    def end(self):
+        pass
+
+made, alive, resident = [], [], []
+graphs.Tape = Tape
+model = lfm2_fast.load(sys.argv[1], device="cpu", dtype="bfloat16")
+options = dict(max_new_tokens=10_000, do_sample=True, seed=0, repetition_penalty=1.1)
+model.generate([[1, 40, 41]], eos_token_id=None, streamer=Watch(), **options)
+cached = model.config.cache_bytes(model.dtype.itemsize) * 8_000
+print(json.dumps([resident[1] - resident[0] - cached, len(made), alive]))
+"""
+
+
+@needs_native
+@pytest.mark.slow
+def test_ten_thousand_tokens_take_the_caches_memory_alone(tiny, tmp_path) -> None:
+    """From the 2,000th on, the process grows by the keys and values that were written.
+
+    Besides, Python keeps the tokens themselves: each a number in two lists, some 50 bytes. The
+    smallest tensor that could be forgotten takes 480, so 128 are allowed.
+    """
+    longer = shutil.copytree(tiny, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    config["max_position_embeddings"] = 10_100
+    (longer / "config.json").write_text(json.dumps(config))
+    done = subprocess.run([sys.executable, "-c", LONG, longer], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, made, alive = json.loads(done.stdout)
+    assert grown < 128 * 8_000
+    # The cache's pages move a few times, and what was recorded on the old ones goes with them.
+    assert 1 < made < 12 and alive == [1, 1]
