@@ -100,7 +100,7 @@ def plan(
             yield decoded(model, size, long)
         if prompt in fits:
             yield ("prefill", size), partial(gpu_steps.prefill, model, prompt, rate)
-        if device.type == "cuda" and getattr(model.ops, "pdl", None) is not None:
+        if model.ops.captured is not model.ops:
             yield ("dependent", size), partial(gpu_steps.dependent, model, short)
         yield ("host", size), partial(gpu_steps.as_host_sees, model, short)
         del model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from lfm2_fast.bench import Sequences, weight_bytes
 from lfm2_fast.checkpoint import is_matrix, layout
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.matrix import quantize_int8
+from lfm2_fast.ops_triton import TritonOps
 from lfm2_fast.sampling import SamplingParams, SamplingState
 from lfm2_fast.steps import Row, Steps
 
@@ -155,15 +157,9 @@ def sampled(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
 
 def dependent(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
     """Steps whose few-token kernels are launched before their predecessors' end, over plain."""
-    room, ops = WARM + TURN_STEPS + 2, model.ops
-    before = ops.pdl
-    try:
-        ops.pdl = True
-        early = Decoding(model, 1, context, room)  # captured with it
-        ops.pdl = False
-        return compare(early, Decoding(model, 1, context, room))
-    finally:
-        ops.pdl = before
+    room, plain = WARM + TURN_STEPS + 2, copy.copy(model)
+    plain.ops = TritonOps()
+    return compare(Decoding(model, 1, context, room), Decoding(plain, 1, context, room))
 
 
 def int8(

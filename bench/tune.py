@@ -32,6 +32,7 @@ from bench.tune_words import Key, Word, keys
 from lfm2_fast import Config
 from lfm2_fast.kernels import tuned
 from lfm2_fast.kernels.plan import Plan, chip
+from lfm2_fast.ops import has_dependent_launch
 
 TABLE = ROOT / "kernels" / "tuned.py"
 # Several times the cache of any GPU.
@@ -143,7 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="a config.json, instead of the four sizes")
-    parser.add_argument("--pdl", action="store_true", help="launch before the predecessor's end")
+    parser.add_argument(
+        "--pdl",
+        action=argparse.BooleanOptionalAction,
+        help="launch before the predecessor's end; default: as captured steps do there",
+    )
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--out", type=Path, help="default: tune-GPU.json in bench/results or $OUT")
@@ -155,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu" and given.table == TABLE:
         sys.exit("a CPU's timings say nothing: name another --table")
 
+    pdl = given.pdl
+    if pdl is None:
+        pdl = has_dependent_launch(device)
     begin = time.monotonic()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = [config_of(size) for size in SIZES]
@@ -165,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table: Table = {gpu: dict(entry) for gpu, entry in tuned.TUNED.items()}
     protocol = {
         "dtype": str(dtype).removeprefix("torch."),
-        "pdl": given.pdl,
+        "pdl": pdl,
         "sample": "microseconds a launch of one turn, of a graph of launches over other weights",
         "kept": f"where the interval of {CONFIRMED} more turns is below {1 - MARGIN}",
     }
@@ -180,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results["late"].append([key.operation, key.rows, key.columns])
             write(out, results)
             continue
-        found = tune(key, dtype, device, given.pdl)
+        found = tune(key, dtype, device, pdl)
         longest = max(longest, time.monotonic() - now)
         results["rows"].append(found)
         write(out, results)

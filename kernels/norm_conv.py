@@ -60,8 +60,8 @@ def _norm_conv_kernel(
     offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
-    c_ptr = weight_ptr + size.to(tl.int64) * K
-    x_ptr = weight_ptr + 2 * size.to(tl.int64) * K
+    c_ptr = weight_ptr + tl.cast(size, tl.int64) * K
+    x_ptr = weight_ptr + 2 * tl.cast(size, tl.int64) * K
     c_bias_ptr, x_bias_ptr = in_bias_ptr, in_bias_ptr
     if in_bias_ptr is not None:
         c_bias_ptr += size

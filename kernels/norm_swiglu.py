@@ -45,7 +45,7 @@ def _norm_swiglu_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
-    up_ptr = weight_ptr + size.to(tl.int64) * K
+    up_ptr = weight_ptr + tl.cast(size, tl.int64) * K
     up_bias_ptr, up_scale_ptr = bias_ptr, scale_ptr
     if bias_ptr is not None:
         up_bias_ptr += size
