@@ -63,8 +63,12 @@ def extension() -> dict[str, Any]:
             except Exception as error:
                 if WANTED == "1":
                     raise
+                # What an earlier build has left would be installed, or loaded, in its place.
+                for folder in (self.build_lib, "."):
+                    for left in Path(folder, "lfm2_fast").glob("_C*.so"):
+                        left.unlink()
                 self.extensions = []
-                without(f"{compiler} failed ({error}); LFM2_FAST_BUILD_EXT=1 makes that an error")
+                without(f"the build failed ({error}); LFM2_FAST_BUILD_EXT=1 makes that an error")
 
     return {
         "ext_modules": [module],

@@ -4,8 +4,8 @@
 // kTileRows of them; it goes once through the keys that its last row sees, kTileKeys at a time from
 // position 0 on, and keeps for each row the weighted sum of the values, the sum of the weights and
 // the largest score yet, which the weights are relative to. (Dao, 2023) What a row sees, and in
-// what order it is summed, follow from its position, so its bits depend neither on the other rows
-// nor on how a prompt was cut into steps.
+// what order it is summed, follow from its position, so of finite values its bits depend neither on
+// the other rows nor on how a prompt was cut into steps. (A weight of 0 times an infinity is NaN.)
 #pragma once
 
 #include "number.h"

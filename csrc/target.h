@@ -8,7 +8,8 @@
 
 // LFM2_NO_CLONES leaves those files aside, so that the plain bodies are tested on any machine.
 #if defined(LFM2_GCC_X86) && !defined(LFM2_NO_CLONES)
-#define LFM2_HAS_AVX512BF16 __builtin_cpu_supports("avx512bf16")
+#define LFM2_HAS_AVX512BF16 \
+  (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4"))
 #define LFM2_HAS_AVX512VNNI \
   (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4"))
 #else

@@ -156,7 +156,8 @@ class Cache:
                 )
             self._check_window(slot, start)
         ends = [s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)]
-        self._grow(max(ends, default=0), self.get_seq_length())
+        # Steps of other slots that the host has not counted yet have written rows as well.
+        self._grow(max(ends, default=0), max((*self.lengths, *self._expected), default=0))
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
             kept = self._first_kept(slot) if start else 0
             self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0

@@ -240,11 +240,13 @@ class _Stored:
     dtype: str
 
     def read(self) -> torch.Tensor:
-        return _open(self.path).get_tensor(self.name)
+        with _readable(self.path):
+            return _open(self.path).get_tensor(self.name)
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """So many rows at a time, each with its place."""
-        stored = _open(self.path).get_slice(self.name)
+        with _readable(self.path):
+            stored = _open(self.path).get_slice(self.name)
         for first in range(0, self.shape[0], rows):
             here = slice(first, first + rows)
             yield here, stored[here]
@@ -252,8 +254,15 @@ class _Stored:
 
 def _open(path: Path) -> Any:
     """A safetensors file, mapped. Raises CheckpointError for what is none."""
-    try:
+    with _readable(path):
         return safe_open(path, framework="pt", device="cpu")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What reads a safetensors file; raises CheckpointError where that cannot be read."""
+    try:
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is truncated or corrupt ({error}); download it again"

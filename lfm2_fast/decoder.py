@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lfm2_fast.batch import Batch
+from lfm2_fast.batch import Batch, on_device
 from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache
 from lfm2_fast.model import Lfm2ForCausalLM
@@ -74,9 +74,11 @@ class Decoder:
         prompt = Prompt.of(model, cache, total) if len(chunks) == 1 else None
         batch = Batch.prepare(counts, slots, cache, model.device if prompt is None else "cpu")
         if prompt is None:
-            packed = torch.tensor([token for chunk in chunks for token in chunk])
+            packed = on_device(
+                [token for chunk in chunks for token in chunk], torch.int64, model.device
+            )
             rows = None if batch.max_query == 1 else batch.last_rows
-            logits = model.run(packed.to(model.device), batch, cache, rows)
+            logits = model.run(packed, batch, cache, rows)
         else:
             cache.reserve(batch)
             prompt.run(model, cache, list(chunks[0]), batch)

@@ -101,6 +101,11 @@ def _load() -> str | None:
         reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it anew"
         logging.getLogger(__name__).warning("%s", reason)
         return reason
+    names = [f"lfm2_fast::{schema.split('(')[0]}" for schema in SCHEMAS]
+    if not all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in names):
+        reason = f"{found[0].name} is of an older version; `{REBUILD}` builds it anew"
+        logging.getLogger(__name__).warning("%s", reason)
+        return reason
     return None
 
 

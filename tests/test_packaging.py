@@ -163,14 +163,18 @@ def test_setup_goes_on_where_the_compiler_fails(
     compiler.chmod(0o755)
     env = {**os.environ, "LFM2_FAST_BUILD_EXT": wanted, "CXX": str(compiler)}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    earlier = [folder / "lfm2_fast" / "_C.abi3.so" for folder in (tmp_path / "lib", checkout)]
+    for left in earlier:
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
     places = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
     command = [sys.executable, "setup.py", "-q", "build", *places]
     done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
     assert "this compiler is broken" in done.stdout + done.stderr
     assert (done.returncode == 0) == (wanted == "auto")
-    warned = f"installing without the C++ extension: {compiler} failed"
+    warned = "installing without the C++ extension: the build failed"
     assert done.stderr.count(warned) == (wanted == "auto")
     if wanted == "auto":
         assert "LFM2_FAST_BUILD_EXT=1" in done.stderr
         assert (tmp_path / "lib" / "lfm2_fast" / "ops.py").is_file()
-    assert not list((tmp_path / "lib").rglob("_C*.so"))
+        assert not any(left.exists() for left in earlier), "an earlier build would be taken for it"

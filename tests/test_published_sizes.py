@@ -13,7 +13,7 @@ from lfm2_fast import Config
 
 DATA = Path(__file__).parent / "data"
 SIZES = ["LFM2-350M", "LFM2-700M", "LFM2-1.2B", "LFM2-2.6B"]
-VOCAB, TOKENS = 2048, 384
+VOCAB, PROMPTS, TOKENS = 2048, 4, 384
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -46,7 +46,8 @@ def test_fp32_equals_hugging_face(folder: Path, pair: Callable[..., Any]) -> Non
 def test_bf16_is_no_further_from_fp32_than_hugging_faces(
     folder: Path, pair: Callable[..., Any], fp32_distance: Callable[..., tuple[float, float]]
 ) -> None:
-    ids = torch.randint(VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+    """Of so many tokens that a few near ties, which any rounding may turn, decide nothing."""
+    ids = torch.randint(VOCAB, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(2))
     exact, _ = pair(folder)
     theirs, ours = pair(folder, torch.bfloat16)
     with torch.no_grad():
@@ -54,4 +55,4 @@ def test_bf16_is_no_further_from_fp32_than_hugging_faces(
         their_kl, their_misses = fp32_distance(theirs(ids).logits, logits)
     our_kl, our_misses = fp32_distance(ours(ids).logits, logits)
     assert our_kl <= 1.1 * their_kl
-    assert our_misses <= 1.1 * their_misses + 1 / TOKENS
+    assert our_misses <= 1.1 * their_misses + 1 / ids.numel()

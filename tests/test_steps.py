@@ -348,6 +348,15 @@ def test_more_prompts_than_rows(
     assert torch.equal(model.generate(prompts[:3], **copies, max_batch_size=at_a_time), expected)
 
 
+def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahead) -> None:
+    """What those have written, though the host has not read it, is there on the new pages."""
+    prompts = [PROMPTS[0], PROMPTS[1], [1 + i % 97 for i in range(300)]]
+    ends = ends_at(plain, 5)
+    kwargs = {"max_new_tokens": 40, "eos_token_id": ends}
+    found = ahead.generate(prompts, max_batch_size=2, **kwargs)
+    assert torch.equal(found, plain.generate(prompts, **kwargs))
+
+
 def test_rows_stay_busy(plain, monkeypatch) -> None:
     sizes = []
     compute = lfm2_fast.Lfm2ForCausalLM.compute

@@ -121,8 +121,10 @@ def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
 LONG = """
 import json, sys, weakref
 import lfm2_fast
-from lfm2_fast import graphs
+from lfm2_fast import graphs, steps
 from lfm2_fast.measure import memory
+
+steps.AHEAD_BYTES = 0  # pages move as often as they can
 
 class Tape(graphs.Tape):
     def __init__(self, body):
