@@ -40,6 +40,8 @@ class Terminal:
         self.process, self._terminal = pty.fork()
         if self.process == 0:
             os.chdir(ROOT)
+            # What was started in the background ignores Ctrl-C, and hands that on.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execvpe(command[0], command, {**os.environ, "TERM": "xterm", **env})
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
 

@@ -305,12 +305,13 @@ def test_a_conversation_on_a_terminal(endless: Path) -> None:
     def interrupt(typed: str, seen: Callable[[str], bool]) -> None:
         terminal.type(typed)
         terminal.wait_for(lambda text: text.endswith(typed[-4:]))
-        while True:
+        for _ in range(10):
             # Between what it shows and its wait for more, input() does not see a signal.
             terminal.type("\x03")
             with suppress(TimeoutError):
                 terminal.wait_for(seen, seconds=3)
                 return
+        raise TimeoutError(f"Ctrl-C did nothing; the terminal shows {terminal.text!r}")
 
     interrupt("never min\x7f\x7f\x7f\x7fsent", lambda text: "Ctrl-C again" in text and prompt(text))
     terminal.type("/help\n")
