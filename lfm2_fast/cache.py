@@ -156,8 +156,7 @@ class Cache:
                 )
             self._check_window(slot, start)
         ends = [s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)]
-        # Steps of other slots that the host has not counted yet have written rows as well.
-        self._grow(max(ends, default=0), max((*self.lengths, *self._expected), default=0))
+        self._grow(max(ends, default=0))
         for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
             kept = self._first_kept(slot) if start else 0
             self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0
@@ -177,8 +176,7 @@ class Cache:
                 f"{tokens} tokens do not fit into the cache's max_length of {self.max_length}; "
                 "start a cache with a larger max_length"
             )
-        # Steps that the host has not counted yet may have written to any row.
-        self._grow(tokens, self._capacity)
+        self._grow(tokens)
 
     def expect(self, slot: int, length: int) -> None:
         """Note that steps are launched which may take a slot's context to ``length`` tokens.
@@ -310,7 +308,7 @@ class Cache:
                 f"this state is not of a cache with {self.slots} slots, ring {self.ring} and "
                 f"max_length {self.max_length}; it differs in {wrong or ['lengths']}"
             )
-        self._grow(held, 0)
+        self._grow(held)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, ConvWindow):
                 layer.rows[: self.slots].copy_(state[f"layers.{i}.rows"])
@@ -348,10 +346,12 @@ class Cache:
                 "off counts too); reset the slot and run its tokens again"
             )
 
-    def _grow(self, tokens: int, held: int) -> None:
-        """Make pages of at least ``tokens``, whose first ``held`` rows are those there were."""
+    def _grow(self, tokens: int) -> None:
+        """Make pages of at least ``tokens``, with all that those before hold."""
         if tokens <= self._capacity:
             return
+        # Steps that the host has not counted yet may have written rows as well.
+        held = max((*self.lengths, *self._expected), default=0)
         capacity = min(self.max_length, max(tokens, 2 * self._capacity))
         with torch.inference_mode(False):
             for layer in self.layers:
