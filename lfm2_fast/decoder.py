@@ -81,7 +81,7 @@ class Decoder:
             logits = model.run(packed, batch, cache, rows)
         else:
             cache.reserve(batch)
-            prompt.run(model, cache, list(chunks[0]), batch)
+            prompt.run(model, cache, chunks[0], slots[0], batch.starts[0])
             cache.advance(batch)
             logits = prompt.logits.clone()
         cache.record(batch, chunks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lfm2_fast.batch import Batch
@@ -45,34 +47,34 @@ class Prompt:
         """Bytes that the tensors take."""
         return self.inputs.nbytes + self.logits.nbytes
 
-    def run(self, model: Lfm2ForCausalLM, cache: Cache, tokens: list[int], batch: Batch) -> None:
-        """Fill ``logits``, continuing the slot of ``batch``, whose tensors may lie on the host."""
-        rest = [0] * (self.size - len(tokens))
-        positions, bounds = batch.positions.tolist(), batch.cu_seqlens.tolist()
-        ends = [*bounds, *batch.host_slots, *batch.lengths.tolist()]
-        values = [*tokens, *rest, *positions, *rest, *ends]
+    def run(
+        self, model: Lfm2ForCausalLM, cache: Cache, tokens: Sequence[int], slot: int, start: int
+    ) -> None:
+        """Fill ``logits``, going on from ``start`` in ``slot``."""
+        count = len(tokens)
+        rest = [0] * (self.size - count)
+        ends = (0, count, slot, start + count)
+        values = [*tokens, *rest, *range(start, start + count), *rest, *ends]
         pinned = self.inputs.device.type == "cuda"
         host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
         self.inputs.copy_(host, non_blocking=True)
 
         def body() -> None:
-            made = self.batch(on_host=not model.ops.by_tensors)
-            tokens = self.inputs[: self.size]
-            self.logits.copy_(model.compute(tokens, made, cache, made.last_rows))
+            batch = self.batch()
+            padded = self.inputs[: self.size]
+            self.logits.copy_(model.compute(padded, batch, cache, batch.last_rows))
 
         Buffers.of(model, cache).do(cache, ("prompt", self.size), body)
 
-    def batch(self, *, on_host: bool) -> Batch:
-        """The prompt; bodies that need its numbers on the host wait for them."""
+    def batch(self) -> Batch:
+        """The prompt, for bodies that go by tensors: of the host's numbers only ``size`` holds."""
         positions, ends = self.inputs[self.size :].split((self.size, 4))
-        numbers = ends.tolist() if on_host else (0, self.size, 0, self.size)
-        _, count, slot, length = numbers
         return Batch(
             positions=positions,
             cu_seqlens=ends[:2].int(),
             slots=ends[2:3],
             lengths=ends[3:].int(),
-            query_lengths=(count,),
-            starts=(length - count,),
-            host_slots=(slot,),
+            query_lengths=(self.size,),
+            starts=(0,),
+            host_slots=(0,),
         )

@@ -9,6 +9,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 import lfm2_fast
 from lfm2_fast import buffers, writing
+from lfm2_fast.batch import Batch
 from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache, CacheError, ConvWindow, KVPages
 from lfm2_fast.decoder import Decoder
@@ -82,7 +84,14 @@ def ahead(tiny: Path, monkeypatch) -> Iterator[lfm2_fast.Lfm2ForCausalLM]:
     monkeypatch.setattr(
         Buffers, "batch", lambda self, count, on_host: steps(self, count, on_host=True)
     )
-    monkeypatch.setattr(Prompt, "batch", lambda self, on_host: prompt(self, on_host=True))
+
+    def on_host(self: Prompt) -> Batch:
+        made = prompt(self)
+        _, count = made.cu_seqlens.tolist()
+        starts, slots = (made.lengths - count).tolist(), made.slots.tolist()
+        return replace(made, query_lengths=(count,), starts=tuple(starts), host_slots=tuple(slots))
+
+    monkeypatch.setattr(Prompt, "batch", on_host)
     yield model
 
 
