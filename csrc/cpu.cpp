@@ -222,14 +222,9 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
     const int64_t heads = q.size(1);
     const int64_t width = q.size(2);
     const int64_t kv_heads = k_pages.size(1);
-    expect(q, "q", kType<T>, {count, heads, width});
-    expect(k_pages, "k_pages", kType<T>, {-1, kv_heads, -1, width});
-    expect(v_pages, "v_pages", kType<T>, {k_pages.size(0), kv_heads, k_pages.size(2), width});
+    expect_attention<T>(q, k_pages, v_pages, out);
     expect_packed(slots, "slots", ScalarType::Long, {count});
     expect_packed(lengths, "lengths", ScalarType::Int, {count});
-    expect(out, "out", kType<T>, {count, heads * width});
-    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " heads cannot share ", kv_heads);
-    STD_TORCH_CHECK(width < 2 || q.stride(1) == width, "q must hold a token's heads side by side");
     const int64_t group = heads / kv_heads;
     const FlashDecode<T> op{rows_of<const T>(q), pages_of<const T>(k_pages, "k_pages", table),
                             pages_of<const T>(v_pages, "v_pages", table), group};

@@ -43,13 +43,8 @@ void flash_prefill_native(const Tensor& q, const Tensor& k_pages, const Tensor& 
   const int64_t heads = q.size(1);
   const int64_t width = q.size(2);
   const int64_t kv_heads = k_pages.size(1);
-  expect(q, "q", kType<bf16>, {tokens, heads, width});
-  expect(k_pages, "k_pages", kType<bf16>, {-1, kv_heads, -1, width});
-  expect(v_pages, "v_pages", kType<bf16>, {k_pages.size(0), kv_heads, k_pages.size(2), width});
-  expect(out, "out", kType<bf16>, {tokens, heads * width});
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " heads cannot share ", kv_heads);
+  expect_attention<bf16>(q, k_pages, v_pages, out);
   STD_TORCH_CHECK(width > 0 && width % 2 == 0, "a head of size ", width, " has no pairs");
-  STD_TORCH_CHECK(q.stride(1) == width, "q must hold a token's heads side by side");
   const FlashPrefill op{rows_of<const bf16>(q), pages_of<const bf16>(k_pages, "k_pages", table),
                         pages_of<const bf16>(v_pages, "v_pages", table), heads / kv_heads,
                         rows_of<bf16>(out)};

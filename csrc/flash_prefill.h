@@ -29,11 +29,11 @@ struct FlashPrefill {
   int64_t group;   // query heads per KV head
   Rows<bf16> out;  // [tokens, heads * head_dim]
 
-  int64_t pairs() const { return k.head_dim / 2; }
-  int64_t padded() const { return (k.head_dim + 15) / 16 * 16; }
+  LFM2_INLINE int64_t pairs() const { return k.head_dim / 2; }
+  LFM2_INLINE int64_t padded() const { return (k.head_dim + 15) / 16 * 16; }
 
   // Lines that a tile needs while it is computed.
-  int64_t scratch() const {
+  LFM2_INLINE int64_t scratch() const {
     constexpr int64_t kVectors = kTileRows / 16;
     const int64_t queries = pairs() * kVectors;
     const int64_t scores = kTileKeys * kVectors;

@@ -46,6 +46,21 @@ Pages<T> pages_of(const Tensor& pages, const char* name, const Tensor& table) {
           pages.size(2),     pages.size(3),   read<int32_t>(table), table.stride(0)};
 }
 
+// Queries [tokens, heads, width], a token's heads side by side, pages of as wide heads which they
+// share, and out [tokens, heads * width].
+template <class T>
+void expect_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                      const Tensor& out) {
+  const int64_t tokens = q.size(0), heads = q.size(1), width = q.size(2);
+  const int64_t kv_heads = k_pages.size(1);
+  expect(q, "q", kType<T>, {tokens, heads, width});
+  expect(k_pages, "k_pages", kType<T>, {-1, kv_heads, -1, width});
+  expect(v_pages, "v_pages", kType<T>, {k_pages.size(0), kv_heads, k_pages.size(2), width});
+  expect(out, "out", kType<T>, {tokens, heads * width});
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " heads cannot share ", kv_heads);
+  STD_TORCH_CHECK(width < 2 || q.stride(1) == width, "q must hold a token's heads side by side");
+}
+
 // Positions from `first` to before `last` of `slot` must lie in pages that exist.
 template <class T>
 void expect_pages(const Pages<T>& pages, int64_t count, int64_t per_slot, int64_t slot,
