@@ -103,7 +103,8 @@ def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
     build = (sys.executable, "setup.py", "-q", "build", *places)
     done = run(*build, cwd=ROOT, CFLAGS=flags, LFM2_FAST_BUILD_EXT="1")
     assert done.returncode == 0, done.stderr
-    files = [ROOT / "tests" / name for name in ("test_native.py", "test_native_linear.py")]
+    parts = ("", "_arguments", "_linear", "_model", "_sampling")
+    files = [ROOT / "tests" / f"test_native{part}.py" for part in parts]
     tests = (*files, "-k", "not threads and not schemas and not processor")
     # The package is the one that was built, not the checkout's.
     options = ("-q", "-c", ROOT / "pyproject.toml", "-o", "pythonpath=", "-p", "no:cacheprovider")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache, CacheError, ConvWindow, KVPages
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.graphs import Graphs
 from lfm2_fast.ops import Ops
 from lfm2_fast.prompts import SIZES, Prompt
 from lfm2_fast.reference import advance_ref
@@ -41,37 +40,11 @@ class Capturing(Ops):
         return super().sample(logits, state)
 
 
-class Recorded:
-    """Stands in for a CUDA graph: replaying it does again what was captured."""
-
-    def __init__(self, graphs: Graphs, body: Callable[[], None]) -> None:
-        self.body = body
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.body()
-
-
 # In float64: a bucket's products are summed in another order than those of as many rows as there
 # are, and a draw must not hang on that.
 @pytest.fixture
 def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
     return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[Graphs]:
-    """Every Graphs that is made, with captures that stand in for CUDA's."""
-    made: list[Graphs] = []
-    init = Buffers.__init__
-
-    def with_graphs(self: Buffers, model: Any, cache: Any, size: int) -> None:
-        init(self, model, cache, size, Recorded)
-        made.append(self.graphs)
-
-    monkeypatch.setattr(Buffers, "__init__", with_graphs)
-    return made
 
 
 @pytest.fixture
