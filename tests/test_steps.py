@@ -37,6 +37,9 @@ class Capturing(Ops):
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         # Numbers made ahead are the host's, and no part of what is captured.
         state._ahead = state._ahead[:, :0]
+        # Nor are the parameters, of which the tensors alone follow the caller's.
+        kept = zip(state.params, state.top_k.tolist(), strict=True)
+        state.params = [replace(params, top_k=top_k) for params, top_k in kept]
         return super().sample(logits, state)
 
 
@@ -254,6 +257,43 @@ def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> Non
         together.clear()
         ahead.generate([PROMPTS[0]], max_new_tokens=20, eos_token_id=None, streamer=streamer)
         assert set(together) == steps
+
+
+class Puts:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.got: list[list[Any]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert value.dtype == torch.int64
+        self.got.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_who_watches_sees_no_more_than_the_text(plain, ahead, rows: int) -> None:
+    """A step is under way when the last row ends: it has no rows, and is none of the text."""
+    ends = ends_at(plain, 4, 7)[:rows]
+    seen = {}
+    for name, model in (("plain", plain), ("ahead", ahead)):
+        streamer = Puts()
+        written = model.generate(
+            PROMPTS[:rows], max_new_tokens=12, eos_token_id=ends, streamer=streamer
+        )
+        seen[name] = (written.tolist(), streamer.got, streamer.ended)
+    assert seen["ahead"] == seen["plain"]
+    assert len(seen["plain"][1]) < 13, "the text did not end before its limit"
+
+
+def test_parameters_may_change_on_a_kept_graph(plain, ahead, graphs) -> None:
+    kwargs = {"max_new_tokens": 12, "do_sample": True, "seed": 2, "eos_token_id": None}
+    for top_k in (3, 50, 7, 3):
+        expected = plain.generate(PROMPTS[:2], top_k=top_k, **kwargs)
+        assert torch.equal(ahead.generate(PROMPTS[:2], top_k=top_k, **kwargs), expected)
 
 
 @pytest.mark.parametrize(
