@@ -81,9 +81,9 @@ def _download(
                 )
             )
         except LocalEntryNotFoundError as error:
-            optional = name in (GENERATION_CONFIG, *also)
-            if optional or name != "config.json" and _is_offline(local_files_only):
+            if name != "config.json" and _is_offline(local_files_only):
                 return None
+            # The hub gave no answer, or refused one: that says nothing of what it has.
             raise _explained(repo, revision, name, error) from error
         except EntryNotFoundError:
             return None
@@ -141,6 +141,8 @@ def _explained(repo: str, revision: str | None, name: str, error: Exception) -> 
         return CheckpointError(
             f"{repo!r} is neither a folder here nor a hub id like 'LiquidAI/LFM2-1.2B'"
         )
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # an answer that the client took for no connection
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return CheckpointError(
             f"{name} of {at} is not in the local cache and the hub cannot be reached (or offline "

@@ -26,12 +26,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves ``files`` as org/model; cuts the connection midway for names in ``cut``."""
+    """Serves ``files`` as org/model; cuts the connection midway for names in ``cut``, and answers
+    those in ``busy`` with 429."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = files
         self.cut: set[str] = set()
+        self.busy: set[str] = set()
         self.status: int | None = None
         self.error_code = ""
         self.asked: list[str] = []
@@ -59,6 +61,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.fail(self.server.status, self.server.error_code)
         if not known:
             return self.fail(404, "RevisionNotFound" if parts[1] == "model" else "RepoNotFound")
+        if name in self.server.busy:
+            return self.fail(429, "")
         if name not in self.server.files:
             return self.fail(404, "EntryNotFound")
         content = self.server.files[name]
@@ -207,6 +211,16 @@ def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -
     hub.cut.clear()
     result = load(tmp_path, hub.url)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_file_that_the_hub_would_not_give_is_not_missing(hub: Hub, tmp_path: Path) -> None:
+    """Without its generation config a model would not know its end tokens."""
+    hub.busy.add("generation_config.json")
+    message = refused(load(tmp_path, hub.url))
+    assert "could not download generation_config.json of org/model" in message
+    assert "429" in message and "try again" in message
+    hub.busy.clear()
+    assert load(tmp_path, hub.url).returncode == 0
 
 
 @pytest.mark.parametrize(
