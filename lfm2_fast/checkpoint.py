@@ -37,6 +37,9 @@ ROWS = 1024
 # Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
 LARGE = 1 << 18
 
+# What the class with a head puts before the names of the class that it wraps.
+BASE = "model."
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -48,6 +51,11 @@ class Part:
     shape: tuple[int, ...]
 
     @property
+    def base_name(self) -> str:
+        """Its name in a checkpoint of ``Lfm2Model``, Hugging Face's class without a head."""
+        return self.name.removeprefix(BASE)
+
+    @property
     def rows(self) -> int:
         """Rows of the fused tensor that this part is."""
         return self.shape[0]
@@ -57,10 +65,12 @@ def layout(config: Config) -> dict[str, list[Part]]:
     """Our tensors' names, each with the parts that it is made of, stacked along the first axis."""
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
-    made = {"embed_tokens.weight": [Part("model.embed_tokens.weight", (config.vocab_size, hidden))]}
+    made = {
+        "embed_tokens.weight": [Part(f"{BASE}embed_tokens.weight", (config.vocab_size, hidden))]
+    }
 
     def put(name: str, *parts: tuple[str, tuple[int, ...]]) -> None:
-        made[name] = [Part(f"model.{part}", shape) for part, shape in parts]
+        made[name] = [Part(f"{BASE}{part}", shape) for part, shape in parts]
 
     for i, kind in enumerate(config.layer_types):
         at = f"layers.{i}."
@@ -130,7 +140,7 @@ def load_weights(
     file and the tensor, for whatever does not fit.
     """
     plan = layout(config)
-    found = _open_tensors(folder, weights_file(config))
+    found = _with_a_head(plan, _open_tensors(folder, weights_file(config)))
     _check_tensors(folder, config, plan, found)
     weights = {}
     with tqdm(
@@ -298,6 +308,18 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
     return tensors
 
 
+def _with_a_head(plan: dict[str, list[Part]], found: dict[str, _Stored]) -> dict[str, _Stored]:
+    """``found`` by the names of the class with a head, where it was saved without one.
+
+    Hugging Face's ``from_pretrained`` takes either, tensor by tensor.
+    """
+    full = {part.base_name: part.name for parts in plan.values() for part in parts}
+    return {
+        name if (named := full.get(name, name)) in found else named: stored
+        for name, stored in found.items()
+    }
+
+
 def _check_tensors(
     folder: Path, config: Config, plan: dict[str, list[Part]], found: dict[str, _Stored]
 ) -> None:
@@ -327,12 +349,12 @@ def _check_tensors(
         stored = found[name]
         if stored.shape != part.shape:
             raise CheckpointError(
-                f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for "
+                f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json asks for "
                 f"{list(part.shape)}"
             )
         if stored.dtype not in (("I8",) if name in eight_bit else FLOATS):
             raise CheckpointError(
-                f"{stored.path}: {name} is stored as {stored.dtype}, which the "
+                f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
                 "config.json does not speak of; load the unquantized checkpoint"
             )
 

@@ -14,6 +14,8 @@ NOT_YET = {
     "lfm2-vl": "LFM2-VL",
     "lfm2_audio": "LFM2-Audio",
 }
+# Classes whose weights these are, without regard to case; the second has no head of its own.
+CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # What save_pretrained says of 8-bit matrices.
 OWN_FORMAT = {"quant_method": "lfm2_fast", "format": "int8"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -231,6 +233,19 @@ def _check_kind(raw: Mapping[str, Any], source: str) -> None:
             f"{source}: this is not an LFM2 checkpoint, its config has {what}; "
             "load it with transformers instead"
         )
+    names = raw.get("architectures") or []
+    code = raw.get("auto_map") or {}
+    if not isinstance(names, list) or not isinstance(code, dict):
+        raise CheckpointError(f"{source}: architectures must be a list, and auto_map an object")
+    # A class of the checkpoint's own code: "file.Class".
+    names = names + [at for auto, at in code.items() if auto.startswith("AutoModel")]
+    known = {name.lower() for name in CLASSES}
+    for name in names:
+        if str(name).rpartition(".")[2].lower() not in known:
+            raise CheckpointError(
+                f"{source}: this is a checkpoint of {name}, which computes something else than "
+                f"{CLASSES[0]}, the model that lfm2_fast runs; load it with transformers instead"
+            )
 
 
 def _intermediate_size(read: _Reader) -> int:

@@ -78,6 +78,25 @@ def test_a_stored_tied_head_is_no_error(random_checkpoint, broken: Path) -> None
     assert torch.equal(model.lm_head.weight, load(random_checkpoint()).lm_head.weight)
 
 
+def test_what_the_class_without_a_head_saved_is_the_same_model(
+    random_checkpoint, tmp_path: Path
+) -> None:
+    from transformers import Lfm2Model
+
+    folder = random_checkpoint()
+    Lfm2Model.from_pretrained(folder).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert not any(name.startswith("model.") for name in names), "they are without a prefix"
+    whole, base = load(folder).state_dict(), load(tmp_path).state_dict()
+    assert all(torch.equal(whole[name], base[name]) for name in whole)
+
+
+def test_a_tensor_under_both_names_is_refused(broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({W1.removeprefix("model."): torch.zeros(150, 96)}))
+    with pytest.raises(CheckpointError, match=f"holds {W1.removeprefix('model.')}, which"):
+        load(broken)
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", torch.float16, "torch.float64"])
 def test_dtypes(broken: Path, dtype: str | torch.dtype) -> None:
     rewrite(broken, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))

@@ -97,6 +97,19 @@ def test_spellings(changed: dict[str, Any], field: str, expected: Any) -> None:
     assert {key: tuple(p.shape) for key, p in theirs.named_parameters()} == shapes
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"architectures": None},
+        {"architectures": ["Lfm2Model"]},
+        {"architectures": ["LFM2ForCausalLM"]},
+        {"auto_map": {"AutoConfig": "code.Other", "AutoModelForCausalLM": "code.Lfm2ForCausalLM"}},
+    ],
+)
+def test_classes_of_the_same_weights_are_taken(changed: dict[str, Any]) -> None:
+    assert Config.from_dict(published(**changed)) == Config.from_dict(published())
+
+
 def test_a_null_multiplier_skips_the_rounding() -> None:
     raw = {**published(), "block_ffn_dim_multiplier": None, "block_ff_dim": 6655}
     assert Config.from_dict(raw).intermediate_size == int(2 * 6655 / 3)
@@ -109,6 +122,10 @@ def test_a_null_multiplier_skips_the_rounding() -> None:
         ({"model_type": None}, "not an LFM2 checkpoint, its config has no model_type"),
         ({"model_type": "lfm2_moe"}, "LFM2-MoE checkpoint, which lfm2_fast does not support yet"),
         ({"model_type": "lfm2_vl"}, "LFM2-VL checkpoint, which lfm2_fast does not support yet"),
+        ({"architectures": ["Lfm2BidirectionalModel"]}, "a checkpoint of Lfm2BidirectionalModel"),
+        ({"architectures": ["Lfm2ForSequenceClassification"]}, "which computes something else"),
+        ({"auto_map": {"AutoModel": "code.Lfm2Encoder"}}, "a checkpoint of code.Lfm2Encoder"),
+        ({"architectures": "Lfm2ForCausalLM"}, "architectures must be a list"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": -3}, "vocab_size must be a positive whole number, not -3"),
