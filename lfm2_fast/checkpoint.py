@@ -11,19 +11,20 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.matrix import quantize_int8
+
+T = TypeVar("T")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,10 +144,8 @@ def load_weights(
     found = _with_a_head(plan, _open_tensors(folder, weights_file(config)))
     _check_tensors(folder, config, plan, found)
     weights = {}
-    with tqdm(
-        plan.items(), desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
-    ) as progress:
-        for name, parts in progress:
+    with _progress(plan.items()) as tensors:
+        for name, parts in tensors:
             rows = sum(part.rows for part in parts)
             shrinks = quantization is not None and config.quantization is None and is_matrix(parts)
             kind = torch.int8 if shrinks else _stored_dtype(config, parts) or dtype
@@ -165,6 +164,17 @@ def load_weights(
             # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
             weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
     return weights
+
+
+def _progress(tensors: Collection[T]) -> AbstractContextManager[Iterable[T]]:
+    """``tensors`` with a bar on a terminal where they take long, if tqdm is there."""
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(
+            tensors, desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
+        )
+    return nullcontext(tensors)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -349,8 +359,8 @@ def _check_tensors(
         stored = found[name]
         if stored.shape != part.shape:
             raise CheckpointError(
-                f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json asks for "
-                f"{list(part.shape)}"
+                f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json "
+                f"asks for {list(part.shape)}"
             )
         if stored.dtype not in (("I8",) if name in eight_bit else FLOATS):
             raise CheckpointError(

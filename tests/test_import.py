@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import lfm2_fast
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, *args: str | Path) -> str:
@@ -20,10 +24,11 @@ def python(code: str, *args: str | Path) -> str:
     return done.stdout
 
 
-def test_runs_without_triton_and_transformers(tiny: Path) -> None:
+def test_runs_where_torch_and_safetensors_are_all_there_is(tiny: Path) -> None:
     code = """
 import sys
-sys.modules.update(dict.fromkeys(["triton", "transformers", "tokenizers", "rich", "typer"]))
+absent = "triton transformers tokenizers huggingface_hub jinja2 rich tqdm typer"
+sys.modules.update(dict.fromkeys(absent.split()))
 import torch, lfm2_fast
 model = lfm2_fast.load(sys.argv[1], device="cpu")
 ids = torch.tensor([[1, 2, 3]])
@@ -56,6 +61,22 @@ import lfm2_fast.cli
 print(lfm2_fast.__version__, sorted({"torch", "transformers", "rich"} & set(sys.modules)))
 """
     assert python(code) == f"{lfm2_fast.__version__} []\n"
+
+
+def test_what_is_imported_is_declared() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))
+    optional = {"matplotlib"}  # of the extra "plot"; who asks for a picture is told
+    imported = set()
+    for file in (*(ROOT / "lfm2_fast").glob("*.py"), *(ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                imported.add(node.module.partition(".")[0])
+    ours = {"lfm2_fast", *sys.stdlib_module_names}
+    assert imported - ours - optional == declared
 
 
 def test_public_names() -> None:
