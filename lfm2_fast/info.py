@@ -141,9 +141,8 @@ def show(facts: Facts, *, as_json: bool = False) -> None:
 def readable(key: str, value: Any) -> str:
     """A fact for people: bytes in units, large counts in words."""
     if key.endswith(("bytes", "bytes_per_token", "bytes_per_sequence")):
-        unit, name = next(
-            (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if value >= u
-        )
+        units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+        unit, name = next((unit for unit in units if value >= unit[0]), (1, "bytes"))
         return f"{value / unit:.4g} {name}"
     if isinstance(value, float):
         return f"{value:.6g}"

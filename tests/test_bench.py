@@ -24,7 +24,7 @@ from bench.results import Figure
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from bench.worker import EngineError, Remote
-from lfm2_fast import cli
+from lfm2_fast import bench_show, cli
 from lfm2_fast.bench import weight_bytes
 from lfm2_fast.measure import Neighbours, doubts, quantile, spread
 from lfm2_fast.ops import why_not
@@ -106,6 +106,30 @@ def test_bench_shows_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "tokens/s" in out and "warm-up" in out
     assert "meanwhile" in out
     assert "loading" in err and "loading" not in out
+
+
+def figures() -> dict[str, Any]:
+    """What a run of one case found, where neither memory nor other programs could be looked at."""
+    steps = dict.fromkeys(("p50", "p10", "p90", "p99"), 1.23456)
+    row = {"prompt": 131072, "output": 1024, "batch": 256, "tokens_per_second": 12345.67}
+    more = {"bandwidth_share": 0.5, "floor_tokens_per_second": 24691.34, "doubts": ["it is noisy"]}
+    model = {"name": "x", "quantization": None, "dtype": "bfloat16", "backend": "eager"}
+    return {
+        "load_seconds": 1.0,
+        "warm_up_seconds": 1.0,
+        "model": {**model, "weight_bytes": 5000},
+        "device": {"name": "a CPU", "threads": 2},
+        "memory_bytes_per_second": {"copy": 1e10, "read": 2e10},
+        "memory": {},
+        "others": {},
+        "rows": [{**row, "first_token_seconds": steps, "step_seconds": steps, **more}],
+    }
+
+
+def test_bench_shows_figures_where_memory_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_show.show(figures())
+    out = capsys.readouterr().out
+    assert "weights 5 kB; a copy moves 10 GB/s" in out
 
 
 @pytest.mark.parametrize(
