@@ -35,7 +35,12 @@ ROWS = 1024
 # Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
 LARGE = 1 << 18
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def weights_file(config: Config) -> str:
@@ -48,20 +53,24 @@ def load_weights(
     config: Config,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     quantization: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Our fused tensors, by name, in ``dtype`` on ``device``.
+    """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
 
-    The files are mapped, and every tensor is copied from the map straight into its place. With
-    ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales; those
-    of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
+    Where tensors are stored in several, None is the embedding's, or, if that is in 8 bits, the last
+    norm's. The files are mapped, and every tensor is copied from the map straight into its place.
+    With ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales;
+    those of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
     shapes and dtypes are checked before the first copy. Raises CheckpointError, which names the
     file and the tensor, for whatever does not fit.
     """
     plan = layout(config)
     found = _with_a_head(plan, _open_tensors(folder, weights_file(config)))
     _check_tensors(folder, config, plan, found)
+    if dtype is None:
+        telling = "embed_tokens.weight" if config.quantization is None else "embedding_norm.weight"
+        dtype = FLOATS[found[plan[telling][0].name].dtype]
     weights = {}
     with _progress(plan.items()) as tensors:
         for name, parts in tensors:

@@ -61,11 +61,12 @@ def load(
         local_files_only=local_files_only,
     )
     config = Config.from_file(folder / "config.json")
-    what = named or _dtype(config.dtype or "float32")
+    if named is None and config.dtype is not None:
+        named = _dtype(config.dtype)
     return Lfm2ForCausalLM(
         replace(config, quantization=quantization or config.quantization),
         checkpoint.load_weights(
-            folder, config, device=where, dtype=what, quantization=quantization
+            folder, config, device=where, dtype=named, quantization=quantization
         ),
         backend=backend,
         max_length=max_length,

@@ -106,6 +106,28 @@ def test_dtypes(broken: Path, dtype: str | torch.dtype) -> None:
     assert load(broken, dtype=dtype).dtype == getattr(torch, name)
 
 
+def untold(folder: Path) -> Path:
+    """``folder`` with a config that tells no dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    told = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_without_a_dtype_in_the_config_the_weights_tell(broken: Path, pair) -> None:
+    norms = "model.embedding_norm.weight"
+    rewrite(broken, lambda t: t.update({k: v.bfloat16() for k, v in t.items() if k != norms}))
+    theirs, _ = pair(untold(broken), dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    model = load(broken)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_without_a_dtype_in_the_config_8_bits_go_with_their_norms(broken: Path) -> None:
+    load(broken, dtype="float16", quantization="int8").save_pretrained(broken)
+    assert load(untold(broken)).dtype == torch.float16
+
+
 W1 = "model.layers.0.feed_forward.w1.weight"
 
 
