@@ -213,15 +213,12 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
     if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
         names = [whole]
     elif index.is_file():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(f"{index} has no weight_map; download it again")
-        missing = sorted({name for name in places.values() if not (folder / name).is_file()})
+        names = shards(index)
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {_listed(missing)}, which {INDEX} names; download it again"
             )
-        names = sorted(set(places.values()))
     else:
         raise CheckpointError(
             f"{folder} holds neither {whole} nor {INDEX}; lfm2_fast reads safetensors only"
@@ -234,6 +231,14 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
             header = file.get_slice(key)
             tensors[key] = _Stored(path, key, tuple(header.get_shape()), header.get_dtype())
     return tensors
+
+
+def shards(index: Path) -> list[str]:
+    """The files that ``index`` names. Raises CheckpointError where it names none."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    return sorted({str(name) for name in places.values()})
 
 
 def _with_a_head(plan: dict[str, list[Part]], found: dict[str, _Stored]) -> dict[str, _Stored]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ class _Reader:
 
     def number(self, *names: str, default: float) -> float:
         found = self.value(*names, default=default)
-        if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
+        if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < inf:
             raise self.error(f"{names[0]} must be a positive number, not {found!r}")
         return float(found)
 
@@ -211,6 +212,12 @@ class _Reader:
         found = self.value(*names, default=default)
         if not isinstance(found, bool):
             raise self.error(f"{names[0]} must be true or false, not {found!r}")
+        return found
+
+    def items(self, name: str) -> list[Any] | None:
+        found = self.value(name)
+        if found is not None and not isinstance(found, list):
+            raise self.error(f"{name} must be a list, not {found!r}")
         return found
 
     def token(self, name: str) -> int | None:
@@ -222,7 +229,7 @@ class _Reader:
 
 def _check_kind(raw: Mapping[str, Any], source: str) -> None:
     kind = raw.get("model_type")
-    if kind in NOT_YET:
+    if isinstance(kind, str) and kind in NOT_YET:
         raise CheckpointError(
             f"{source}: this is an {NOT_YET[kind]} checkpoint, which lfm2_fast does not support "
             "yet; it runs the dense text models (LFM2 and LFM2.5: 350M, 700M, 1.2B, 2.6B)"
@@ -263,9 +270,10 @@ def _intermediate_size(read: _Reader) -> int:
 
 def _layer_types(read: _Reader) -> tuple[str, ...]:
     layers = read.count("num_hidden_layers")
-    types = read.value("layer_types")
+    types = read.items("layer_types")
     if types is None:
-        chosen = read.value("full_attn_idxs", default=list(range(layers)))
+        chosen = read.items("full_attn_idxs")
+        chosen = list(range(layers)) if chosen is None else chosen
         wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < layers]
         if wrong:
             raise read.error(f"full_attn_idxs names layer {wrong[0]!r} of {layers} layers")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, weights_file
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, shards, weights_file
+from lfm2_fast.config import CheckpointError, Config
 
 
 def resolve(
@@ -27,7 +28,9 @@ def resolve(
     commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold. Raises
     CheckpointError.
     """
-    folder = Path(model).expanduser()
+    folder = Path(model)
+    with suppress(RuntimeError):  # "~" of nobody
+        folder = folder.expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -104,8 +107,7 @@ def _download(
     index = fetch(INDEX)
     missing: str | None = whole
     if index is not None:
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = next((name for name in shards if fetch(name) is None), None)
+        missing = next((name for name in shards(index) if fetch(name) is None), None)
     if missing is None:
         return path.parent
     if _is_offline(local_files_only):

@@ -198,6 +198,8 @@ def test_spoiled_checkpoints_are_named(
         ({"device": "tpu9"}, ValueError, "device='tpu9' is not a device"),
         ({"device": "mps"}, ValueError, "device='mps' is not available"),
         ({"device_map": "auto", "device": "cpu"}, ValueError, "device or device_map, not both"),
+        ({"device": ["cpu"]}, ValueError, r"device=\"\['cpu'\]\" is not a device"),
+        ({"dtype": "float16", "torch_dtype": "float32"}, ValueError, "dtype or torch_dtype, not"),
         ({"dtype": "int8"}, ValueError, "dtype='int8' is not supported"),
         ({"dtype": 16}, ValueError, "dtype=16 is not supported"),
         ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
@@ -217,12 +219,17 @@ def test_a_missing_device_is_named(random_checkpoint) -> None:
         load(random_checkpoint(), device="cuda")
 
 
-def test_device_map_is_another_name(random_checkpoint) -> None:
-    model = lfm2_fast.load(random_checkpoint(), device_map="cpu")
-    assert model.device == torch.device("cpu")
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_hugging_faces_other_names_are_taken(random_checkpoint, device_map) -> None:
+    model = lfm2_fast.load(random_checkpoint(), device_map=device_map, torch_dtype=torch.float16)
+    assert model.device == torch.device("cpu") and model.dtype == torch.float16
+    with pytest.raises(ValueError, match="names parts of the model"):
+        lfm2_fast.load(random_checkpoint(), device_map={"model": device_map, "lm_head": "cpu"})
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "~/nowhere", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "./nowhere", "/nowhere", "~/nowhere", "~nosuchuser/x", "gpt2"]
+)
 def test_a_path_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"there is no folder '{re.escape(name)}'"):
         lfm2_fast.load(name)

@@ -203,6 +203,12 @@ def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
     assert "org/model has no model-1-of-2.safetensors in the hub" in message
 
 
+def test_a_broken_index_is_named(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["model.safetensors"]
+    hub.files["model.safetensors.index.json"] = b'{"weight_map": ["model-1-of-2.safetensors"]}'
+    assert "index.json has no weight_map; download it again" in refused(load(tmp_path, hub.url))
+
+
 def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     message = refused(load(tmp_path, hub.url))
