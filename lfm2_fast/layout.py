@@ -6,6 +6,7 @@ the one place that knows the names.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -99,3 +100,11 @@ def stored_dtype(config: Config, parts: list[Part]) -> torch.dtype | None:
         if parts[0].name.endswith("_scale"):
             return torch.float32
     return None
+
+
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of all tensors of a checkpoint, what is not in 8 bits being in ``dtype``."""
+    return sum(
+        (stored_dtype(config, parts) or dtype).itemsize * sum(math.prod(p.shape) for p in parts)
+        for parts in layout(config).values()
+    )

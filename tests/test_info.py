@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lfm2_fast
 from lfm2_fast import info
 
 
@@ -20,6 +21,31 @@ def test_layers_of_one_kind_alone_are_told(
     info.show(info.checkpoint(str(tmp_path)))
     name = "cache_bytes_per_token" if kind == "conv" else "conv_bytes_per_sequence"
     assert f"model.{name}: 0 bytes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("changed", [{}, {"tie_word_embeddings": False, "conv_bias": True}])
+def test_weight_bytes_are_those_that_loading_takes(
+    random_checkpoint, tmp_path: Path, changed: dict, quantization: str | None
+) -> None:
+    folder = random_checkpoint(**changed)
+    model = lfm2_fast.load(folder, device="cpu", dtype="bfloat16", quantization=quantization)
+    model.save_pretrained(tmp_path)
+    told = info.checkpoint(str(tmp_path))["model"]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert told["weight_bytes"] == sum(held.values())
+    assert (told["dtype"], told["quantization"]) == ("bfloat16", quantization)
+    stored = next(tmp_path.glob("*.safetensors")).stat().st_size
+    assert 0 < stored - told["weight_bytes"] < 20_000, "but for the file's header"
+
+
+def test_without_a_dtype_no_bytes_are_told(tiny: Path, tmp_path: Path) -> None:
+    raw = json.loads((tiny / "config.json").read_text())
+    told = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    facts = info.checkpoint(str(tmp_path))["model"]
+    assert facts["dtype"] is None and "weight_bytes" not in facts
+    assert info.readable("dtype", facts["dtype"]) == "-"
 
 
 @pytest.mark.parametrize(
