@@ -132,11 +132,23 @@ def test_bench_shows_figures_where_memory_is_not_known(capsys: pytest.CaptureFix
     assert "weights 5 kB; a copy moves 10 GB/s" in out
 
 
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_bench_cuts_no_figure_off(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = figures()
+    bench_show.show(found)
+    words = capsys.readouterr().out.split()
+    assert {*bench_show.cells(found["rows"][0]), "unsafe"} <= set(words)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
         ("--batch", "0", "--batch must be counts"),
         ("--prompt", "1,x", "--prompt must be counts"),
+        ("--plot", "no/folder/x.png", "--plot no/folder/x.png: there is no folder no/folder"),
         ("--prompt", "4000", "do not fit into the context of 2048"),
     ],
 )
@@ -170,6 +182,18 @@ def test_plot_draws(tiny: Path, tmp_path: Path) -> None:
         cli.main([*call, "--rounds", "1", "--plot", str(path)])
     assert not ended.value.code
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_shown_where_the_plot_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("lfm2_fast.bench.load_and_measure", lambda *_, **__: figures())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "x", "--plot", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and "Is a directory" in err
+    assert "12345.7" in out
 
 
 @pytest.mark.parametrize("size", SIZES)
