@@ -24,8 +24,9 @@ from bench.results import Figure
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from bench.worker import EngineError, Remote
-from lfm2_fast import bench_show, cli
+from lfm2_fast import cli
 from lfm2_fast.bench import weight_bytes
+from lfm2_fast.bench_show import cells, show
 from lfm2_fast.measure import Neighbours, doubts, quantile, spread
 from lfm2_fast.ops import why_not
 
@@ -127,7 +128,7 @@ def figures() -> dict[str, Any]:
 
 
 def test_bench_shows_figures_where_memory_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_show.show(figures())
+    show(figures())
     out = capsys.readouterr().out
     assert "weights 5 kB; a copy moves 10 GB/s" in out
 
@@ -138,9 +139,9 @@ def test_bench_cuts_no_figure_off(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     found = figures()
-    bench_show.show(found)
+    show(found)
     words = capsys.readouterr().out.split()
-    assert {*bench_show.cells(found["rows"][0]), "unsafe"} <= set(words)
+    assert {*cells(found["rows"][0]), "unsafe"} <= set(words)
 
 
 @pytest.mark.parametrize(
