@@ -146,9 +146,10 @@ def _explained(repo: str, revision: str | None, name: str, error: Exception) -> 
     if isinstance(error.__cause__, errors.HfHubHTTPError):
         error = error.__cause__  # an answer that the client took for no connection
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        lacking = ", or use local_files_only if it never had one" if name != "config.json" else ""
         return CheckpointError(
             f"{name} of {at} is not in the local cache and the hub cannot be reached (or offline "
-            "mode is on); connect once to download it, or give a folder"
+            f"mode is on); connect once to download it, or give a folder{lacking}"
         )
     if isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http"):
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -260,6 +260,19 @@ def test_no_network_and_not_cached(tmp_path: Path) -> None:
         assert "connect once to download it, or give a folder" in message
 
 
+def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """Another client made the cache, and noted nowhere which files the repository does not have."""
+    assert load(tmp_path, hub.url).returncode == 0
+    (file,) = tmp_path.glob("hub/models--org--model/snapshots/*/generation_config.json")
+    file.unlink()
+    nobody = "http://127.0.0.1:9"
+    message = refused(load(tmp_path, nobody))
+    assert "generation_config.json of org/model" in message and "local_files_only" in message
+    assert load(tmp_path, nobody, extra="local_files_only=True").returncode == 0
+
+
 def test_weights_missing_in_the_cache_are_named_offline(hub: Hub, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     refused(load(tmp_path, hub.url))
