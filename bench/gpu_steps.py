@@ -13,8 +13,8 @@ import lfm2_fast
 from bench.gpu_limits import Clock, quantiles
 from bench.stats import ratio
 from lfm2_fast.bench import Sequences, weight_bytes
-from lfm2_fast.checkpoint import is_matrix, layout
 from lfm2_fast.decoder import Decoder
+from lfm2_fast.layout import is_matrix, layout
 from lfm2_fast.matrix import quantize_int8
 from lfm2_fast.ops_triton import TritonOps
 from lfm2_fast.sampling import SamplingParams, SamplingState

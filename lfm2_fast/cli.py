@@ -272,7 +272,7 @@ def bench(
     from lfm2_fast.terminal import Terminal
 
     if plot is not None:
-        check_plot()
+        check_plot(plot)
     wanted = cases(prompt, output, batch)
     found = load_and_measure(
         Terminal(),
@@ -287,9 +287,9 @@ def bench(
         revision=revision,
         local_files_only=local_files_only,
     )
+    show(found, as_json=json)
     if plot is not None:
         draw(found, plot)
-    show(found, as_json=json)
 
 
 @app.command()

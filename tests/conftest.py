@@ -36,8 +36,8 @@ import lfm2_fast  # noqa: E402
 from lfm2_fast.batch import Batch  # noqa: E402
 from lfm2_fast.buffers import Buffers  # noqa: E402
 from lfm2_fast.cache import KVPages  # noqa: E402
-from lfm2_fast.checkpoint import layout  # noqa: E402
 from lfm2_fast.graphs import Graphs  # noqa: E402
+from lfm2_fast.layout import layout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
