@@ -164,7 +164,9 @@ class Conversation:
             self.messages.pop()
             answer.end = "stopped; the message is taken back"
         else:
-            content = (inside or "") + answer.text + splitter.closer
+            # Templates find thinking by its end; a tool call that was cut off is none.
+            closer = splitter.closer if splitter.kind == "thinking" else ""
+            content = (inside or "") + answer.text + closer
             self.messages.append({"role": "assistant", "content": content})
         return answer
 

@@ -25,11 +25,15 @@ MARKERS = frozenset(PASSAGES) | {closer for closer, _ in PASSAGES.values()}
 
 
 class Segment(NamedTuple):
-    """A piece of text, what it is, and whether it begins a new passage of its kind."""
+    """A piece of text, what it is, and whether it begins a new passage of its kind.
+
+    ``last`` says that the passage was closed by its marker; there is no text with it.
+    """
 
     kind: Kind
     text: str
     first: bool
+    last: bool = False
 
 
 class Splitter:
@@ -59,6 +63,8 @@ class Splitter:
         while found := [(at, m) for m in self._markers() if (at := self._held.find(m)) >= 0]:
             at, marker = min(found)
             segments += self._passed(self._held[:at])
+            if self._begun and marker == self.closer:
+                segments.append(Segment(self.kind, "", False, last=True))
             self._turn(marker if marker in PASSAGES else None, self._held[at + len(marker) :])
         whole = len(self._held) - max(map(self._overlap, self._markers()))
         segments += self._passed(self._held[:whole])

@@ -169,6 +169,16 @@ def test_a_template_that_opens_the_thinking(
     assert len(conversation.messages) == 2 * len(QUESTIONS)
 
 
+def test_a_tool_call_that_was_cut_off_stays_open_in_the_history(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = THINKING.replace("<think>", "<|tool_call_start|>")
+    conversation = Conversation(model, tokenizer, max_new_tokens=5)
+    answer = conversation.ask(QUESTIONS[0], ignore)
+    assert answer.end == "cut at 5 tokens"
+    assert conversation.messages[-1]["content"] == f"<|tool_call_start|>{answer.text}"
+
+
 def test_what_has_no_template_is_named(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
     with pytest.raises(ValueError, match="the chat template refuses .*: system first"):

@@ -208,12 +208,14 @@ def test_chat_in_a_pipe(run: Run, tiny: Path) -> None:
     assert code == 2 and "tokens fill the context of 30" in err
 
 
-def show(segments: list[tuple[str, str]]) -> None:
+def show(segments: list[tuple[str, str]], *, cut: bool = False) -> None:
     terminal = Terminal()
-    for kind, text in segments:
+    for at, (kind, text) in enumerate(segments, 1):
         half = len(text) // 2
         terminal.show(Segment(kind, text[:half], True))  # type: ignore[arg-type]
         terminal.show(Segment(kind, text[half:], False))  # type: ignore[arg-type]
+        if kind != "answer" and not (cut and at == len(segments)):
+            terminal.show(Segment(kind, "", False, last=True))  # type: ignore[arg-type]
     terminal.finish()
 
 
@@ -231,6 +233,12 @@ def test_thinking_and_tool_calls_in_a_pipe(capsys: pytest.CaptureFixture[str]) -
     call = "<|tool_call_start|>[f(x=1)]<|tool_call_end|>"
     assert out == f"Let me look.\x1b[2J\n{call}\nFour.\n"
     assert err == "thinking: Two\nand two.\n"
+
+
+def test_a_tool_call_that_was_cut_off_is_not_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    show([("tool call", "[f()]"), ("tool call", '[f(y="a')], cut=True)
+    start, end = "<|tool_call_start|>", "<|tool_call_end|>"
+    assert capsys.readouterr().out == f'{start}[f()]{end}\n{start}[f(y="a\n'
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb", "no colour"])
