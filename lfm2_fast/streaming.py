@@ -12,8 +12,8 @@ import torch
 Kind = Literal["answer", "thinking", "tool call"]
 ANSWER: Kind = "answer"
 
-# Opening marker -> what closes it, and what stands between. Thinking can only begin a text: an
-# answer that mentions its marker is still an answer.
+# Opening marker -> what closes it, and what stands between. Thinking can only begin a text, and
+# tool calls stand in the answer: where another passage mentions a marker, it is text.
 PASSAGES: dict[str, tuple[str, Kind]] = {
     "<think>": ("</think>", "thinking"),
     "<|cot_start|>": ("<|cot_end|>", "thinking"),
@@ -60,13 +60,12 @@ class Splitter:
                 return []
             self._may_think = False
         segments: list[Segment] = []
-        while found := [(at, m) for m in self._markers() if (at := self._held.find(m)) >= 0]:
-            at, marker = min(found)
+        while (at := self._held.find(marker := self.closer or TOOL_CALL)) >= 0:
             segments += self._passed(self._held[:at])
             if self._begun and marker == self.closer:
                 segments.append(Segment(self.kind, "", False, last=True))
             self._turn(marker if marker in PASSAGES else None, self._held[at + len(marker) :])
-        whole = len(self._held) - max(map(self._overlap, self._markers()))
+        whole = len(self._held) - self._overlap(marker)
         segments += self._passed(self._held[:whole])
         self._held = self._held[whole:]
         return segments
@@ -80,11 +79,6 @@ class Splitter:
         """Go on with ``rest`` in what ``opener`` opens, or in the answer."""
         self.closer, self.kind = PASSAGES[opener] if opener else ("", ANSWER)
         self._held, self._space, self._begun = rest, "", False
-
-    def _markers(self) -> list[str]:
-        """What can end the present passage."""
-        closing = [self.closer] if self.closer else []
-        return closing if self.kind == "tool call" else [*closing, TOOL_CALL]
 
     def _passed(self, text: str) -> list[Segment]:
         text = self._space + text

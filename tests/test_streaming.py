@@ -98,9 +98,17 @@ def test_any_cut_of_a_text_gives_the_same_passages(data: st.DataObject) -> None:
             id="marker-in-a-tool-call",
         ),
         pytest.param(
-            "<think>f will do.<|tool_call_start|>[f()]",
-            [("thinking", "f will do."), ("tool call", "[f()]")],
+            "<think>a<|tool_call_start|>[f()]<|tool_call_end|> b</think>Four.",
+            [
+                ("thinking", "a<|tool_call_start|>[f()]<|tool_call_end|> b"),
+                ("answer", "Four."),
+            ],
             id="tool-call-while-thinking",
+        ),
+        pytest.param(
+            "<think>No <|tool_call_start|> here.</think><|tool_call_start|>[f()]<|tool_call_end|>",
+            [("thinking", "No <|tool_call_start|> here."), ("tool call", "[f()]")],
+            id="marker-while-thinking",
         ),
         pytest.param("1 <|tool_call", [("answer", "1 <|tool_call")], id="half-a-marker"),
         pytest.param(" \n ", [], id="nothing"),
