@@ -215,20 +215,26 @@ def converse(conversation: Conversation, terminal: Terminal, messages: Iterable[
 
 
 def _answer(conversation: Conversation, terminal: Terminal, message: str) -> None:
+    """Answer a message. Where nobody types, Ctrl-C and errors end the conversation: they raise."""
+    typing = sys.stdin.isatty()
     try:
         with interruptible() as stopped:
             answer = conversation.ask(message, terminal.show, stopped)
     except KeyboardInterrupt:
         terminal.finish()
         terminal.note("stopped; the message is taken back")
+        if not typing:
+            raise
     except (ValueError, RuntimeError) as error:
         terminal.finish()
-        if not sys.stdin.isatty():
+        if not typing:
             raise
         terminal.note(f"{error}; /reset starts a new conversation")
     else:
         terminal.finish()
         terminal.note(str(answer))
+        if answer.stopped and not typing:
+            raise KeyboardInterrupt
 
 
 def typed(terminal: Terminal) -> Iterator[str]:

@@ -213,6 +213,27 @@ def test_commands(conversation: Conversation, capsys: pytest.CaptureFixture[str]
     assert conversation.messages == []
 
 
+@pytest.mark.parametrize("moment", ["answer", "prompt"])
+def test_interrupt_ends_a_conversation_that_nobody_types(
+    conversation: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+) -> None:
+    def interrupted(message: str, show: Callable[[Segment], None], stopped: Any) -> Answer:
+        if moment == "answer":
+            assert not stopped()  # the answer has begun
+        signal.raise_signal(signal.SIGINT)
+        return real(message, show, stopped)
+
+    real = conversation.ask
+    monkeypatch.setattr(conversation, "ask", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        converse(conversation, Terminal(), QUESTIONS)
+    assert capsys.readouterr().err.count("stopped") == 1
+
+
 def test_messages_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n  \n two \nlast"))
     assert list(piped()) == ["one", " two ", "last"]

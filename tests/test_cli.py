@@ -377,6 +377,20 @@ def test_interrupt_ends_generate(endless: Path) -> None:
     assert err.endswith("; stopped\n") and "Traceback" not in err
 
 
+def test_interrupt_ends_chat_in_a_pipe(endless: Path) -> None:
+    with start("chat", endless, *LONG, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("What is a list?\n" * 3)
+        process.stdin.close()
+        process.stdin = None
+        first = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len((first + rest).splitlines()) == 1 and rest.endswith("\n")
+    assert err.endswith("; stopped\n") and "Traceback" not in err
+
+
 def test_a_reader_that_leaves_ends_generate(endless: Path) -> None:
     with start("generate", endless, "What is a list?", *LONG) as process:
         assert process.stdout is not None and process.stderr is not None
