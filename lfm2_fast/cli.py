@@ -104,8 +104,8 @@ def generate(
         local_files_only=local_files_only,
     )
     if chat is None:
-        base = preset_of(model) == "base" and system is None
-        chat = bool(session.tokenizer.chat_template) and not base
+        has_template = bool(session.tokenizer.chat_template)
+        chat = system is not None or has_template and preset_of(model) != "base"
     with interruptible() as stopped:
         if chat:
             conversation = session.conversation(system, max_new_tokens)

@@ -66,6 +66,16 @@ def endless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def bare(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint without its chat template."""
+    folder = tmp_path_factory.mktemp("bare")
+    for file in tiny.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            shutil.copy(file, folder)
+    return folder
+
+
 def screen(*arguments: str | Path, **env: str) -> Any:
     """A command in a terminal, as the documentation is recorded."""
     terminal = runpy.run_path(str(ROOT / "docs" / "record.py"))["Terminal"]
@@ -142,6 +152,9 @@ def test_presets_are_shown_and_overridable(run: Run, tiny: Path) -> None:
 ERRORS: dict[str, tuple[str, str]] = {
     "no-folder": ("generate nope hi", "there is no folder 'nope'; give a checkpoint folder or"),
     "no-checkpoint": ("generate tests hi", "tests/config.json does not exist;"),
+    "no-template": ("generate BARE hi --chat", "has no chat template; it can continue text"),
+    "system": ("generate BARE hi --system x", "has no chat template; it can continue text"),
+    "no-template-to-chat": ("chat BARE", "has no chat template; it can continue text"),
     "no-tokenizer": ("generate RANDOM hi", "has no tokenizer.json;"),
     "temperature": ("generate TINY hi --temperature -1", "temperature must be above 0, got -1.0"),
     "top-p": ("generate TINY hi --top-p 1.5", "top_p must be from 0 to 1, got 1.5"),
@@ -170,6 +183,7 @@ ERRORS: dict[str, tuple[str, str]] = {
 def test_errors_are_one_line_and_code_2(
     run: Run,
     tiny: Path,
+    bare: Path,
     random_checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -180,7 +194,8 @@ def test_errors_are_one_line_and_code_2(
     if "RANDOM" in command:
         command = command.replace("RANDOM", str(random_checkpoint()))
         capsys.readouterr()  # what writing it has shown
-    code, out, err = run(*command.replace("TINY", str(tiny)).split())
+    command = command.replace("TINY", str(tiny)).replace("BARE", str(bare))
+    code, out, err = run(*command.split())
     *notes, error = err.splitlines()
     assert (code, out) == (2, "")
     assert error.startswith("lfm2-fast: ") and message in error
