@@ -50,7 +50,8 @@ def _commands(
 def generate(
     model: opt.Model,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Else --file, else stdin.")
+        str | None,
+        typer.Argument(metavar="[PROMPT]", callback=opt.text, help="Else --file, else stdin."),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 512,
@@ -295,7 +296,7 @@ def bench(
 @app.command()
 def demo(
     prompt: Annotated[
-        str, typer.Argument(metavar="[PROMPT]", help="The text to continue.")
+        str, typer.Argument(metavar="[PROMPT]", callback=opt.text, help="The text to continue.")
     ] = "The database server",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws another text.")] = 0,
@@ -392,11 +393,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _complete_streams() -> None:
-    """Stand in for streams that the caller closed, and write what they cannot encode as "?"."""
+    """Stand in for streams that the caller closed; replace what cannot be read or written."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 

@@ -42,8 +42,9 @@ Run = Callable[..., Result]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process, with stdin a pipe."""
 
-    def command(*arguments: str | Path, stdin: str = "") -> Result:
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    def command(*arguments: str | Path, stdin: str | io.TextIOWrapper = "") -> Result:
+        stream = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+        monkeypatch.setattr("sys.stdin", stream)
         with pytest.raises(SystemExit) as ended:
             cli.main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -426,6 +427,41 @@ def test_odd_streams(redirection: str, code: int) -> None:
     assert done.returncode == code
     assert "Exception" not in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == (code == 2)
+
+
+BAD = b"caf\xe9"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_in_a_pipe_that_are_not_utf_8(
+    run: Run, tiny: Path, command: str, errors: str
+) -> None:
+    call = (command, tiny, "--max-new-tokens", "8")
+    stream = io.TextIOWrapper(io.BytesIO(BAD), "utf-8", errors)
+    code, out, err = run(*call, stdin=stream)
+    assert code == 0, err
+    assert out == run(*call, stdin="caf\ufffd").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["generate", "TINY", BAD], "'[PROMPT]'"),
+        (["generate", "TINY", "x", "--system", BAD], "'--system'"),
+        (["generate", "TINY", "x", "--stop", "a", "--stop", BAD], "'--stop'"),
+        (["chat", "TINY", "--system", BAD], "'--system'"),
+        (["demo", BAD], "'[PROMPT]'"),
+    ],
+)
+def test_bytes_in_an_argument_that_are_not_utf_8(
+    run: Run, tiny: Path, arguments: list[str | bytes], where: str
+) -> None:
+    given = [os.fsdecode(argument).replace("TINY", str(tiny)) for argument in arguments]
+    code, out, err = run(*given)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"lfm2-fast: Invalid value for {where}: it is not UTF-8 text (see lfm2-")
+    assert err.count("\n") == 1, "nothing was loaded"
 
 
 def test_an_ascii_terminal() -> None:
