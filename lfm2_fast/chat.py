@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lfm2_fast.arguments import understand
 from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.model import Lfm2ForCausalLM
@@ -84,7 +85,9 @@ def write(
     except Stopped:
         end = "stopped"
     else:
-        if stream.cut_at(budget):
+        defaults, vocab = model.generation_defaults(), model.config.vocab_size
+        ends = understand(arguments, None, defaults, vocab).eos_token_id
+        if len(stream.ids) == budget and stream.ids[-1] not in ends:
             end = "the context is full" if budget == room else f"cut at {budget} tokens"
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
 

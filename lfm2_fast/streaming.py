@@ -171,10 +171,6 @@ class TokenStream:
         whole = self._backend.decode(shown, skip_special_tokens=False)
         self._pass(whole[len(self.text) :])
 
-    def cut_at(self, budget: int) -> bool:
-        """Whether the text was cut off after ``budget`` tokens: no special token ended it."""
-        return len(self.ids) == budget and self.ids[-1] not in self._dropped
-
     def _pass(self, text: str) -> None:
         if text:
             self.text += text

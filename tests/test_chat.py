@@ -122,6 +122,25 @@ def test_the_cut_is_told(conversation: Conversation) -> None:
     assert not ask(conversation, QUESTIONS[0]).end
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_only_an_end_token_is_no_cut(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any, ends: bool
+) -> None:
+    """The text ends with a special token, where the budget ends too."""
+    ids = tokenizer("What is a list?").input_ids
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        likeliest = model(torch.tensor([ids])).logits[0, -1].argmax()
+    changed = lfm2_fast.load(model.name_or_path, device="cpu", dtype="float32")
+    rows = changed.embed_tokens.weight
+    rows[special] = 2 * rows[likeliest]
+    arguments = {"eos_token_id": [special if ends else 5]}
+    texts: list[str] = []
+    answer = write(changed, tokenizer, ids, texts.append, max_new_tokens=1, arguments=arguments)
+    assert (answer.text, answer.timing.tokens) == ("", 1)
+    assert answer.end == ("" if ends else "cut at 1 tokens")
+
+
 def test_a_full_context(tiny: Path, tokenizer: Any) -> None:
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32", max_length=40)
     conversation = Conversation(model, tokenizer)
