@@ -92,6 +92,12 @@ def write(
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
 
 
+def check_template(tokenizer: Any, name: str) -> None:
+    """Raise ValueError where the tokenizer of checkpoint ``name`` has no chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name} has no chat template; it can continue text")
+
+
 class Conversation:
     """Messages in a checkpoint's chat template, answered one after another.
 
@@ -109,8 +115,7 @@ class Conversation:
         max_new_tokens: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError(f"{model.name_or_path} has no chat template; it can continue text")
+        check_template(tokenizer, model.name_or_path)
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens

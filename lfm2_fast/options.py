@@ -43,3 +43,14 @@ Quantization = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
+
+# The parameters of a command that are arguments of ``load``.
+LOADING = (
+    "device",
+    "dtype",
+    "backend",
+    "quantization",
+    "revision",
+    "max_length",
+    "local_files_only",
+)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import pytest
 
 import lfm2_fast
-from lfm2_fast import cli
+from lfm2_fast.__main__ import main
 from lfm2_fast.streaming import Segment
 from lfm2_fast.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = (sys.executable, "-m", "lfm2_fast.cli")
+COMMAND = (sys.executable, "-m", "lfm2_fast")
 LONG = ("--max-new-tokens", "2000")
 
 
@@ -46,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         stream = io.StringIO(stdin) if isinstance(stdin, str) else stdin
         monkeypatch.setattr("sys.stdin", stream)
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert isinstance(ended.value.code, int | None)
         return Result(ended.value.code or 0, out, err)
@@ -203,6 +203,36 @@ def test_errors_are_one_line_and_code_2(
     assert len(notes) in (0, 1, 3), "an error is one line after those that tell what is loaded"
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate BARE hi --chat", "has no chat template"),
+        ("generate BARE hi --system x", "has no chat template"),
+        ("chat BARE", "has no chat template"),
+        ("chat RANDOM", "has no tokenizer.json"),
+        ("eval RANDOM --text README.md", "has no tokenizer.json"),
+    ],
+)
+def test_what_the_tokenizer_lacks_is_told_before_the_weights_are_loaded(
+    run: Run,
+    bare: Path,
+    random_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    message: str,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("lfm2_fast.checkpoint.load_weights", fail)
+    command = command.replace("BARE", str(bare)).replace("RANDOM", str(random_checkpoint()))
+    capsys.readouterr()  # what writing it has shown
+    code, _, err = run(*command.split())
+    assert code == 2 and message in err
+
+
 def test_unexpected_errors_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise KeyError("lost")
@@ -211,7 +241,7 @@ def test_unexpected_errors_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) 
     error = "lfm2-fast: KeyError: 'lost' (lfm2-fast --traceback ... shows where)\n"
     assert run("info") == Result(2, "", error)
     with pytest.raises(KeyError):
-        cli.main(["--traceback", "info"])
+        main(["--traceback", "info"])
 
 
 def test_chat_in_a_pipe(run: Run, tiny: Path) -> None:
@@ -422,7 +452,7 @@ def test_a_reader_that_leaves_ends_generate(endless: Path) -> None:
     [("> /dev/full", 2), (">&-", 0), ("2>&-", 0), ("< /dev/null", 0), ("<&-", 0), ("| true", 0)],
 )
 def test_odd_streams(redirection: str, code: int) -> None:
-    command = f'"{sys.executable}" -m lfm2_fast.cli --version {redirection}'
+    command = f'"{sys.executable}" -m lfm2_fast --version {redirection}'
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert "Exception" not in done.stderr and "Traceback" not in done.stderr
