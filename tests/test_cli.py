@@ -287,6 +287,11 @@ def test_a_tool_call_that_was_cut_off_is_not_closed(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f'{start}[f()]{end}\n{start}[f(y="a\n'
 
 
+def test_notes_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().note("system prompt: :warning: [bold]")
+    assert capsys.readouterr().err == "system prompt: :warning: [bold]\n"
+
+
 @pytest.mark.parametrize("term", ["xterm", "dumb", "no colour"])
 def test_thinking_and_tool_calls_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str
