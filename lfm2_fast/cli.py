@@ -195,12 +195,13 @@ def eval_(
 
     With --reference: KL divergence from it, and how often both find the same token likeliest.
     """
+    words = _read(text)
     from lfm2_fast.evaluation import load_and_evaluate
     from lfm2_fast.info import show
     from lfm2_fast.terminal import Terminal
 
     found = load_and_evaluate(
-        Terminal(), model, _read(text), window=window, reference=reference, **_loading(context)
+        Terminal(), model, words, window=window, reference=reference, **_loading(context)
     )
     show({"quality": found}, as_json=json)
 
