@@ -1,6 +1,7 @@
 """The command line: ``lfm2-fast generate | chat | info | eval | bench | demo``.
 
-Nothing here imports torch before a command runs, so that ``--help`` comes at once.
+Nothing here imports torch before a command runs, so that ``--help`` comes at once. The options of
+sampling and loading are handed on whole, from a command's context.
 """
 
 from __future__ import annotations
