@@ -24,7 +24,7 @@ from bench.results import Figure
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from bench.worker import EngineError, Remote
-from lfm2_fast import cli
+from lfm2_fast import __main__ as cli
 from lfm2_fast.bench import weight_bytes
 from lfm2_fast.bench_show import cells, show
 from lfm2_fast.measure import Neighbours, doubts, quantile, spread

@@ -288,7 +288,7 @@ def test_the_command_line_loads_from_the_hub(hub: Hub, tiny: Path, tmp_path: Pat
         env.pop(name, None)
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "lfm2_fast.cli", *arguments]
+        line = [sys.executable, "-m", "lfm2_fast", *arguments]
         return subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
 
     told = command("info", "org/model")

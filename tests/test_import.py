@@ -58,7 +58,7 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before), torch.cuda.is_init
 def test_the_command_line_imports_no_torch() -> None:
     code = """
 import sys
-import lfm2_fast.cli
+import lfm2_fast.__main__
 print(lfm2_fast.__version__, sorted({"torch", "transformers", "rich"} & set(sys.modules)))
 """
     assert python(code) == f"{lfm2_fast.__version__} []\n"

@@ -49,9 +49,7 @@ def test_an_older_processor_multiplies_rightly(most: str) -> None:
 
 def test_info_says_what_is_multiplied() -> None:
     told = [
-        json.loads(python(most, "-m", "lfm2_fast.cli", "info", "--json").stdout)["device"][
-            "products"
-        ]
+        json.loads(python(most, "-m", "lfm2_fast", "info", "--json").stdout)["device"]["products"]
         for most in ("AVX2", "AVX512_CORE")
     ]
     assert "bfloat16" not in told[0]
