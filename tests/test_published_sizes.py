@@ -46,7 +46,7 @@ def test_fp32_equals_hugging_face(folder: Path, pair: Callable[..., Any]) -> Non
 def test_bf16_is_no_further_from_fp32_than_hugging_faces(
     folder: Path, pair: Callable[..., Any], fp32_distance: Callable[..., tuple[float, float]]
 ) -> None:
-    """Any rounding turns near ties, as many as luck has it: more tokens are looked at if need be."""
+    """Any rounding turns near ties, as many as luck has it: if need be, more tokens are read."""
     exact, _ = pair(folder)
     theirs, ours = pair(folder, torch.bfloat16)
     found = []
