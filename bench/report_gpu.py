@@ -11,7 +11,7 @@ from bench import gpu_goals
 from bench.goals import OURS, goal_table
 from bench.gpu_goals import cell
 from bench.markdown import markdown, number
-from bench.results import Figure, read
+from bench.results import Figure, commit_of, read
 from bench.stats import ratio
 
 ENGINES = {
@@ -112,9 +112,8 @@ def limits(found: dict[str, Any]) -> str:
     """Where and how a result file came about, and what the GPU can do at the most."""
     text = (
         f"Measured on {found['when'][:10]} on {found.get('gpu') or found['machine']['name']}, "
-        f"commit {found['commit']}"
+        f"{commit_of(found)}"
     )
-    text += f" with {found['changed_files']} files changed" if found["changed_files"] else ""
     versions = found["versions"]
     text += "; " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     text += (
@@ -153,7 +152,7 @@ def peers_conditions(found: dict[str, Any]) -> str:
     protocol = found["protocol"]
     text = (
         f"Measured on {found['when'][:10]} on {found.get('gpu') or found['machine']['name']}, "
-        f"commit {found['commit']}; {versions}. {protocol['order']}."
+        f"{commit_of(found)}; {versions}. {protocol['order']}."
     )
     for size, how in found["how"].items():
         if way := how.get(gpu_goals.COMPILED):

@@ -51,11 +51,13 @@ part "far pages" 60 $(tests) -k beyond_32 "${kernels[@]}"
 if command -v compute-sanitizer >/dev/null; then
 	# Without torch's caching allocator, whose segments hide what goes beyond a tensor.
 	export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-	part memcheck $((end - 80 - SECONDS)) compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
+	part memcheck $((end - 80 - SECONDS)) \
+		compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
 		$(tests) -k "not any_batch and not beyond_32" \
 		tests/test_flash_decode.py tests/test_few_tokens.py tests/test_norm_conv.py tests/test_qk_norm_rope.py
 	# It looks at shared memory alone, which Triton lays out: the kernel with barriers of its own.
-	part racecheck $((end - SECONDS)) compute-sanitizer --tool racecheck --error-exitcode 9 --report-api-errors no \
+	part racecheck $((end - SECONDS)) \
+		compute-sanitizer --tool racecheck --error-exitcode 9 --report-api-errors no \
 		$(tests) -k "not any_batch and not beyond_32" tests/test_flash_decode.py
 else
 	echo "compute-sanitizer was not found: memcheck and racecheck were not run"
