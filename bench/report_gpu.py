@@ -38,6 +38,12 @@ def measured(found: dict[str, Any], kind: str) -> list[tuple[str, str, dict[str,
     ]
 
 
+def kernels(found: dict[str, Any], size: str, case: str) -> str:
+    """How many kernels a step has, for a table; nothing where they were not counted."""
+    row = cell(found, "kernels", size, case)
+    return str(row["kernels"]) if row else ""
+
+
 def decode_table(found: dict[str, Any]) -> str:
     """A row a size and context."""
     rows = [
@@ -47,7 +53,7 @@ def decode_table(found: dict[str, Any]) -> str:
             *us(row),
             number(1e6 / row["us"]["p50"]),
             f"{100 * row['share_of_copy']:.1f} %",
-            str(row["kernels"]),
+            kernels(found, size, case),
             f"{row['peak_bytes'] / 1e9:.2f}",
         ]
         for size, case, row in measured(found, "decode")
@@ -59,7 +65,13 @@ def decode_table(found: dict[str, Any]) -> str:
 def batch_table(found: dict[str, Any]) -> str:
     """A row a size and batch, smallest first."""
     rows = [
-        [size, case, *us(row), number(1e6 * int(case) / row["us"]["p50"]), str(row["kernels"])]
+        [
+            size,
+            case,
+            *us(row),
+            number(1e6 * int(case) / row["us"]["p50"]),
+            kernels(found, size, case),
+        ]
         for size, case, row in sorted(
             measured(found, "batch"), key=lambda at: (list(found["batch"]).index(at[0]), int(at[1]))
         )
@@ -120,7 +132,7 @@ def limits(found: dict[str, Any]) -> str:
         f". A copy moves {number(found['copy_gb_s'])} GB/s, a large bfloat16 product runs at "
         f"{number(found['matmul_tflops'])} TFLOP/s."
     )
-    if empty := found.get("empty_kernels"):
+    if empty := cell(found, "empty_kernels"):
         plain, early = (empty["us"][name]["p50"] for name in ("plain", "dependent"))
         text += (
             f" A graph of {empty['kernels']} kernels that do nothing takes {number(plain)} µs, "
@@ -170,6 +182,7 @@ def tables(folder: Path) -> dict[str, Callable[[], str]]:
     figures: list[Figure] = []
     if alone.is_file():
         gpu = json.loads(alone.read_text(encoding="utf-8"))
+    if "copy_gb_s" in gpu:  # tokens were right
         made |= {
             "gpu-limits": lambda: limits(gpu),
             "gpu-decode": lambda: decode_table(gpu),
