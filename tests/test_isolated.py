@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -13,10 +15,21 @@ import torch
 import lfm2_fast
 from bench import isolated
 from bench.isolated import LATE, Case
-from bench.shapes import TINY
+from bench.shapes import ROOT, TINY
 
 CONFIG = lfm2_fast.Config.from_file(TINY / "config.json")
 CPU = torch.device("cpu")
+HANGS = """
+import time, torch
+from bench import isolated
+
+def measure(*given):
+    time.sleep(60)
+    yield
+
+isolated.PATIENCE, isolated.measure = 0.5, measure
+isolated.send(None, None, torch.device("cuda"), [], 0)
+"""
 
 
 def well(model: Any) -> dict[str, Any]:
@@ -63,3 +76,10 @@ def test_nothing_is_begun_when_the_time_is_up() -> None:
     assert found == ["not measured: RuntimeError: an illegal memory access", LATE]
     found = [value for _, value in isolated.measure(CONFIG, CPU, cases(well, well), 0)]
     assert "process" in found[0] and found[1] == LATE
+
+
+def test_what_never_ends_on_a_gpu_is_ended_and_its_place_told() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HANGS]
+    done = subprocess.run(command, env=env, cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=50)
+    assert done.returncode == 1 and "in measure" in done.stderr
