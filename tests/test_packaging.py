@@ -150,6 +150,36 @@ def test_setup_says_why_it_does_not_build(
     assert said in done.stderr if said else not done.stderr
 
 
+@pytest.mark.parametrize(
+    ("place", "flags", "native", "said"),
+    [
+        pytest.param("--inplace", "", True, "for this machine alone", id="here"),
+        pytest.param("--force", "", False, "for the oldest x86-64", id="elsewhere"),
+        pytest.param("--inplace", "-march=haswell", False, "", id="told"),
+    ],
+)
+def test_setup_says_what_an_old_compiler_builds_for(
+    checkout: Path, tmp_path: Path, place: str, flags: str, native: bool, said: str
+) -> None:
+    """GCC 11 makes no clones: what stays here is for this machine, what may leave for any."""
+    compiler, asked = tmp_path / "old-c++", tmp_path / "asked"
+    defines = "#define __GNUC__ 11\\n#define __x86_64__ 1\\n"
+    script = (
+        f'case "$1" in -*version) exec c++ "$1";; -dM) printf \'{defines}\'; exit;; esac\n'
+        f'echo "$@" >>{asked}\nexit 1\n'
+    )
+    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "CFLAGS": flags}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    command = [sys.executable, "setup.py", "-q", "build_ext", place, "--build-temp", tmp_path]
+    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    assert done.returncode == 0
+    given = asked.read_text(encoding="utf-8")
+    assert ("-march=native" in given) == native and flags in given
+    assert said in done.stderr and ("not GCC 12" in done.stderr) == bool(said)
+
+
 @pytest.mark.parametrize("wanted", ["auto", "1"])
 def test_setup_goes_on_where_the_compiler_fails(
     checkout: Path, tmp_path: Path, wanted: str
