@@ -3,10 +3,11 @@
 LFM2_FAST_BUILD_EXT=auto, the default, builds where sources, torch and a C++ compiler are at hand;
 elsewhere, and where the compiler fails, it says so on stderr, and the package installs without. 1
 fails instead, 0 never builds. Of compilers for x86-64, GCC from 12 on makes code for every
-instruction set; of another, what is built in place is for the machine at hand, and a wheel for any,
-which is slow; CFLAGS=-march=... chooses. torch is no build requirement, since of use is only the one that will
-run the extension: ``pip install --no-build-isolation .`` builds against the torch that is
-installed.
+instruction set. With another, what is built in place is for the machine at hand, and a wheel for
+any, which is slow; CFLAGS=-march=... chooses.
+
+torch is no build requirement, since of use is only the one that will run the extension: ``pip
+install --no-build-isolation .`` builds against the torch that is installed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def extension() -> dict[str, Any]:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the second where torch's libraries do not load
         raise Missing(f"no torch in the build ({error}); pass --no-build-isolation") from error
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
@@ -104,12 +105,12 @@ def told_instructions() -> bool:
 
 def say_of_one_machine(compiler: str, here: bool) -> None:
     advice = "CXX=g++-12, or newer, makes it fast on every machine"
-    what = (
-        f"is built for this machine alone (-march=native); {advice}"
-        if here
-        else f"is built for the oldest x86-64 and is slow; {advice}, CFLAGS=-march=native on this one"
+    what = "this machine alone (-march=native)" if here else "the oldest x86-64, and is slow"
+    print(
+        f"lfm2_fast: {compiler} is not GCC 12 or newer: the extension is built for {what}; "
+        f"{advice}{'' if here else ', CFLAGS=-march=native on this one'}",
+        file=sys.stderr,
     )
-    print(f"lfm2_fast: {compiler} is not GCC 12 or newer: the extension {what}", file=sys.stderr)
 
 
 def toolkit_fits(home: str | None, wanted: str | None) -> bool:
@@ -117,6 +118,8 @@ def toolkit_fits(home: str | None, wanted: str | None) -> bool:
     if home is None or wanted is None:
         return False
     nvcc = Path(home, "bin", "nvcc")
+    if shutil.which(nvcc) is None:  # the libraries alone
+        return False
     told = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
     fits = f"release {wanted.split('.')[0]}." in told
     if not fits:
