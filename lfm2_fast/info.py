@@ -77,12 +77,15 @@ def bodies(chosen: ops.Ops) -> dict[str, str]:
 
 
 def backends(device: torch.device) -> dict[str, str]:
-    """For every backend "yes", or what it lacks to run on ``device``."""
+    """For every backend "yes", or what it lacks to run, or to run fast, on ``device``."""
     names = [name for name in ops.BACKENDS if name != "auto"]
-    return {
+    found = {
         name: f"no: {lacking}" if (lacking := ops.why_not(name, device, torch.float32)) else "yes"
         for name in names
     }
+    if slow := native.why_slow(device):
+        found["native"] = f"yes, but slowly: {slow}"
+    return found
 
 
 def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Facts:

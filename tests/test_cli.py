@@ -281,6 +281,14 @@ def test_info_says_why_no_faster_body_runs(run: Run, monkeypatch: pytest.MonkeyP
     assert set(facts["operations"].values()) == {"eager"}
 
 
+def test_info_says_that_the_extension_was_built_slow(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2_fast.native.why_slow", lambda device: "for the oldest; rebuild")
+    facts = json.loads(run("info", "--json", "--device", "cpu").out)
+    assert facts["backends"]["native"] == "yes, but slowly: for the oldest; rebuild"
+
+
 def test_demo(run: Run) -> None:
     code, out, err = run("demo", "The with statement", "--max-new-tokens", "10")
     assert code == 0

@@ -137,6 +137,23 @@ def test_newer_instructions_stay_in_their_file(source: Path, tmp_path: Path) -> 
 
 
 @compiles
+@x86
+def test_eight_bit_numbers_are_widened_as_vectors(tmp_path: Path) -> None:
+    """Not one by one, which takes ten times as long."""
+    (tmp_path / "a.cpp").write_text(
+        '#include "lanes.h"\nusing namespace lfm2;\n'
+        "void widen(const int8_t* from, Lanes& a, Lanes& b) { load(from, a, b); }\n",
+        encoding="utf-8",
+    )
+    options = ("-std=c++17", "-O3", "-march=x86-64-v3", f"-I{CSRC}", "-S")
+    done = run(*COMPILER, *options, "a.cpp", "-o", "a.s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "a.s").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\tv?cvtdq2ps\s.*ymm", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\t[a-z]", text, re.MULTILINE)) < 20
+
+
+@compiles
 def test_what_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
     """Where the compiler is another, files of newer instructions are empty."""
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"

@@ -172,6 +172,20 @@ def test_places_that_are_not_there_are_refused(name: str, changed: dict, message
             body(**given)
 
 
+def test_pages_of_no_tokens_are_refused() -> None:
+    for name in ("qk_norm_rope", "flash_decode"):
+        given = arguments()[name]
+        given.update(k_pages=torch.zeros(6, 1, 0, 8), v_pages=torch.zeros(6, 1, 0, 8))
+        with pytest.raises(RuntimeError, match="pages of no tokens"):
+            getattr(BODIES, f"{name}_native")(**given)
+
+
+def test_no_columns() -> None:
+    given = arguments()["norm_swiglu"]
+    given.update(weight=given["weight"][:0], scales=given["scales"][:0], out=torch.zeros(3, 0))
+    BODIES.norm_swiglu_native(**given)
+
+
 def test_no_tokens() -> None:
     kept = ("table", "window", "inv_freq", "weight", "q_weight", "k_weight", "bias")
     kept += ("k_pages", "v_pages", "norm", "scales", "row_scales")
