@@ -30,8 +30,8 @@ GENERATION_CONFIG = "generation_config.json"
 # Under a name of its own: programs that do not know the format would take integers for weights.
 QUANTIZED_WEIGHTS = "model.int8.safetensors"
 
-# Rows that are quantized at once, so that what is made in between stays small.
-ROWS = 1024
+# Numbers that are quantized at once: few enough to stay in the caches on the way.
+BLOCK = 1 << 18
 # Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
 LARGE = 1 << 18
 
@@ -294,7 +294,7 @@ def _check_tensors(
 
 def _quantize(stored: _Stored, whole: torch.Tensor, scales: torch.Tensor) -> None:
     """Fill ``whole`` and ``scales`` with a tensor's numbers in 8 bits, some rows at a time."""
-    for here, block in stored.blocks(ROWS):
+    for here, block in stored.blocks(max(1, BLOCK // whole.shape[1])):
         whole[here], scales[here] = quantize_int8(block.to(whole.device))
     # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
     with suppress(OSError, AttributeError):
