@@ -63,7 +63,7 @@ sanitize: $(READY) ## Run the tests of the C++ bodies under AddressSanitizer and
 	$(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../tests/, test_native.py test_native_linear.py test_native_prefill.py)
+	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../, $(wildcard tests/test_native*.py))
 
 wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	rm -rf dist

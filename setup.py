@@ -2,14 +2,18 @@
 
 LFM2_FAST_BUILD_EXT=auto, the default, builds where sources, torch and a C++ compiler are at hand;
 elsewhere, and where the compiler fails, it says so on stderr, and the package installs without. 1
-fails instead, 0 never builds. torch is no build requirement, since of use is only the one that will
-run the extension: ``pip install --no-build-isolation .`` builds against the torch that is
-installed.
+fails instead, 0 never builds. Of compilers for x86-64, GCC from 12 on makes code for every
+instruction set. With another, what is built in place is for the machine at hand, and a wheel for
+any, which is slow; CFLAGS=-march=... chooses.
+
+torch is no build requirement, since of use is only the one that will run the extension: ``pip
+install --no-build-isolation .`` builds against the torch that is installed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,11 +42,11 @@ def extension() -> dict[str, Any]:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the second where torch's libraries do not load
         raise Missing(f"no torch in the build ({error}); pass --no-build-isolation") from error
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        raise Missing(f"no C++ compiler ({compiler} is not on PATH)")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise Missing(f"no C++ compiler ({compiler[0]} is not on PATH)")
     # A toolkit decides, not a GPU: wheels are built on machines without one. No -gencode is passed,
     # or torch would ignore TORCH_CUDA_ARCH_LIST.
     fits = toolkit_fits(cpp_extension.CUDA_HOME, torch.version.cuda)
@@ -57,6 +61,14 @@ def extension() -> dict[str, Any]:
     )
 
     class Build(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            # As develop and editable installs do: what is built in place stays on this machine.
+            if lacks_clones(compiler) and not told_instructions():
+                if self.inplace:
+                    module.extra_compile_args["cxx"].append("-march=native")
+                say_of_one_machine(compiler[0], bool(self.inplace))
+            super().run()
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
@@ -77,11 +89,37 @@ def extension() -> dict[str, Any]:
     }
 
 
+def lacks_clones(compiler: list[str]) -> bool:
+    """Whether ``compiler`` makes code for one kind of x86-64 alone, as csrc/target.h has it."""
+    ask = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    told = subprocess.run(ask, text=True, capture_output=True).stdout
+    known = dict(re.findall(r"^#define (\w+) (\d+)$", told, re.MULTILINE))
+    old = "__clang__" in known or int(known.get("__GNUC__", 0)) < 12
+    return "__x86_64__" in known and old
+
+
+def told_instructions() -> bool:
+    flags = " ".join(os.environ.get(name, "") for name in ("CFLAGS", "CPPFLAGS", "CXXFLAGS"))
+    return any(flag.startswith("-march=") for flag in shlex.split(flags))
+
+
+def say_of_one_machine(compiler: str, here: bool) -> None:
+    advice = "CXX=g++-12, or newer, makes it fast on every machine"
+    what = "this machine alone (-march=native)" if here else "the oldest x86-64, and is slow"
+    print(
+        f"lfm2_fast: {compiler} is not GCC 12 or newer: the extension is built for {what}; "
+        f"{advice}{'' if here else ', CFLAGS=-march=native on this one'}",
+        file=sys.stderr,
+    )
+
+
 def toolkit_fits(home: str | None, wanted: str | None) -> bool:
     """Whether a CUDA toolkit is at ``home``, of the major version that torch is ``wanted`` for."""
     if home is None or wanted is None:
         return False
     nvcc = Path(home, "bin", "nvcc")
+    if shutil.which(nvcc) is None:  # the libraries alone
+        return False
     told = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
     fits = f"release {wanted.split('.')[0]}." in told
     if not fits:

@@ -13,9 +13,9 @@ from bench.results import ROOT
 from bench.shapes import checkpoint
 
 COMMANDS = {
-    "--version": ["-m", "lfm2_fast.cli", "--version"],
-    "--help": ["-m", "lfm2_fast.cli", "--help"],
-    "info": ["-m", "lfm2_fast.cli", "info"],
+    "--version": ["-m", "lfm2_fast", "--version"],
+    "--help": ["-m", "lfm2_fast", "--help"],
+    "info": ["-m", "lfm2_fast", "info"],
     "import torch": ["-c", "import torch"],
     "import torch, lfm2_fast": ["-c", "import torch; from lfm2_fast import *"],
 }

@@ -16,7 +16,7 @@ import torch
 
 import lfm2_fast
 from bench.gate import logits, rounding, wrong_logits
-from bench.results import git
+from bench.results import commit
 from bench.shapes import SIZES, checkpoint
 from lfm2_fast.info import hardware, versions
 from lfm2_fast.measure import memory_speed
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     machine_info["device"] = hardware(torch.device("cpu"))
     machine_info["packages"] = versions()
-    machine_info["changed_files"] = git("status", "--porcelain", "-uno").count("\n")
+    machine_info.update(commit())
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ class HuggingFace(bench.engines.HuggingFace):
         from bench.gpu_limits import Clock
         from bench.shapes import random_weights
         from lfm2_fast import Config
-        from lfm2_fast.checkpoint import layout
+        from lfm2_fast.layout import layout
 
         torch, self.device = self.torch, device
         torch.set_grad_enabled(False)

@@ -63,7 +63,7 @@ def matmul_rate(device: torch.device, size: int) -> float:
         torch.mm(a, b)
     clock.mark()
     # The first ones choose the library's kernel and raise the clocks.
-    return round(2 * size**3 / quantiles(clock.microseconds()[5:])["p50"] / 1e6, 1)
+    return round(2 * size**3 / quantiles(clock.microseconds()[5:])["p50"] / 1e6, 3)
 
 
 def empty_kernels(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from bench import report_gpu
 from bench.goals import OURS, goal_table, verdicts
 from bench.markdown import markdown, number
-from bench.results import RESULTS, ROOT, Figure, read
+from bench.results import RESULTS, ROOT, Figure, commit_of, read
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from lfm2_fast.measure import quantile
@@ -147,9 +147,8 @@ def conditions(found: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     text = (
         f"Measured on {found['when'][:10]} on {machine['name']} ({machine['features']}), "
-        f"{protocol['threads']} threads, commit {found['commit']}"
+        f"{protocol['threads']} threads, {commit_of(found)}"
     )
-    text += f" with {found['changed_files']} files changed" if found["changed_files"] else ""
     text += f"; {named}. {protocol['rounds']} rounds, {protocol['order']}."
     if others is not None:
         text += f" Other programs used {others:.2f} processors meanwhile."

@@ -11,7 +11,7 @@ from bench import gpu_goals
 from bench.goals import OURS, goal_table
 from bench.gpu_goals import cell
 from bench.markdown import markdown, number
-from bench.results import Figure, read
+from bench.results import Figure, commit_of, read
 from bench.stats import ratio
 
 ENGINES = {
@@ -38,6 +38,12 @@ def measured(found: dict[str, Any], kind: str) -> list[tuple[str, str, dict[str,
     ]
 
 
+def kernels(found: dict[str, Any], size: str, case: str) -> str:
+    """How many kernels a step has, for a table; nothing where they were not counted."""
+    row = cell(found, "kernels", size, case)
+    return str(row["kernels"]) if row else ""
+
+
 def decode_table(found: dict[str, Any]) -> str:
     """A row a size and context."""
     rows = [
@@ -47,7 +53,7 @@ def decode_table(found: dict[str, Any]) -> str:
             *us(row),
             number(1e6 / row["us"]["p50"]),
             f"{100 * row['share_of_copy']:.1f} %",
-            str(row["kernels"]),
+            kernels(found, size, case),
             f"{row['peak_bytes'] / 1e9:.2f}",
         ]
         for size, case, row in measured(found, "decode")
@@ -59,7 +65,13 @@ def decode_table(found: dict[str, Any]) -> str:
 def batch_table(found: dict[str, Any]) -> str:
     """A row a size and batch, smallest first."""
     rows = [
-        [size, case, *us(row), number(1e6 * int(case) / row["us"]["p50"]), str(row["kernels"])]
+        [
+            size,
+            case,
+            *us(row),
+            number(1e6 * int(case) / row["us"]["p50"]),
+            kernels(found, size, case),
+        ]
         for size, case, row in sorted(
             measured(found, "batch"), key=lambda at: (list(found["batch"]).index(at[0]), int(at[1]))
         )
@@ -112,16 +124,15 @@ def limits(found: dict[str, Any]) -> str:
     """Where and how a result file came about, and what the GPU can do at the most."""
     text = (
         f"Measured on {found['when'][:10]} on {found.get('gpu') or found['machine']['name']}, "
-        f"commit {found['commit']}"
+        f"{commit_of(found)}"
     )
-    text += f" with {found['changed_files']} files changed" if found["changed_files"] else ""
     versions = found["versions"]
     text += "; " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     text += (
         f". A copy moves {number(found['copy_gb_s'])} GB/s, a large bfloat16 product runs at "
         f"{number(found['matmul_tflops'])} TFLOP/s."
     )
-    if empty := found.get("empty_kernels"):
+    if empty := cell(found, "empty_kernels"):
         plain, early = (empty["us"][name]["p50"] for name in ("plain", "dependent"))
         text += (
             f" A graph of {empty['kernels']} kernels that do nothing takes {number(plain)} µs, "
@@ -153,7 +164,7 @@ def peers_conditions(found: dict[str, Any]) -> str:
     protocol = found["protocol"]
     text = (
         f"Measured on {found['when'][:10]} on {found.get('gpu') or found['machine']['name']}, "
-        f"commit {found['commit']}; {versions}. {protocol['order']}."
+        f"{commit_of(found)}; {versions}. {protocol['order']}."
     )
     for size, how in found["how"].items():
         if way := how.get(gpu_goals.COMPILED):
@@ -171,6 +182,7 @@ def tables(folder: Path) -> dict[str, Callable[[], str]]:
     figures: list[Figure] = []
     if alone.is_file():
         gpu = json.loads(alone.read_text(encoding="utf-8"))
+    if "copy_gb_s" in gpu:  # tokens were right
         made |= {
             "gpu-limits": lambda: limits(gpu),
             "gpu-decode": lambda: decode_table(gpu),

@@ -49,16 +49,36 @@ class Figure:
 def header(
     what: str, protocol: dict[str, Any], device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """What every result file begins with; ``device`` is what was measured."""
+    """What every result file begins with; ``device`` is what was measured, ``commit()`` by what."""
     return {
         "what": what,
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short=12", "HEAD"),
-        "changed_files": git("status", "--porcelain", "--untracked-files=no").count("\n"),
+        **commit(),
         "machine": hardware(torch.device(device)),
         "versions": versions(),
         "protocol": protocol,
     }
+
+
+def commit() -> dict[str, Any]:
+    """The commit that is run, and how many of its files were changed, None where git is not asked.
+
+    A copy without ``.git`` is told by ``$LFM2_FAST_COMMIT``, which is what ``git describe --always
+    --dirty`` says where the copy is from; else its commit is "unknown".
+    """
+    if told := os.environ.get("LFM2_FAST_COMMIT"):
+        return {"commit": told, "changed_files": None}
+    found = git("rev-parse", "--short=12", "HEAD")
+    if not found:
+        return {"commit": "unknown", "changed_files": None}
+    changed = git("status", "--porcelain", "--untracked-files=no").count("\n")
+    return {"commit": found, "changed_files": changed}
+
+
+def commit_of(found: dict[str, Any]) -> str:
+    """The commit that a result file is of, for a sentence."""
+    changed = found["changed_files"]
+    return f"commit {found['commit']}" + (f" with {changed} files changed" if changed else "")
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

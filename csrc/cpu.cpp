@@ -22,6 +22,14 @@ namespace {
 
 using namespace lfm2;
 
+bool lacks_avx2_native() {
+#ifdef LFM2_LACKS_AVX2
+  return true;
+#else
+  return false;
+#endif
+}
+
 void rms_norm_native(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
   with_type(x, [&](auto number) {
     using T = decltype(number);
@@ -282,4 +290,8 @@ STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   library.impl("rope_native", TORCH_BOX(&rope_native));
   library.impl("qk_norm_rope_native", TORCH_BOX(&qk_norm_rope_native));
   library.impl("flash_decode_native", TORCH_BOX(&flash_decode_native));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CompositeExplicitAutograd, library) {
+  library.impl("lacks_avx2_native", TORCH_BOX(&lacks_avx2_native));
 }

@@ -60,6 +60,9 @@ void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
       STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == device,
                       "all tensors must be on one GPU");
     }
+    STD_TORCH_CHECK(!bias || (bias->is_cuda() && bias->get_device_index() == device),
+                    "all tensors must be on one GPU");
+    STD_TORCH_CHECK(count <= 65535, "a launch holds 65,535 sequences, not ", count);
     STD_TORCH_CHECK(ring >= width, "a window of ", ring, " rows is too short for a convolution over ",
                     width);
     if (count == 0 || hidden == 0) return;

@@ -43,6 +43,22 @@ struct WideStep {
 
 constexpr int64_t kBytesAhead = 16384;
 
+// Adds to the sums of M tokens and R rows what one step's numbers from `k` on give.
+template <class Step, int M, int R, class X, class W>
+LFM2_INLINE void add_step(Rows<const X> x, Rows<const W> rows, int64_t k, const W* ahead,
+                          typename Step::Sum* sums) {
+  typename Step::Row weights[R];
+  for (int r = 0; r < R; ++r) {
+    if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * Step::kNumbers, 0, 2);
+    Step::take(rows[r] + k, weights[r]);
+  }
+  for (int m = 0; m < M; ++m) {
+    typename Step::Token token;
+    Step::take(x[m] + k, token);
+    for (int r = 0; r < R; ++r) Step::add(weights[r], token, sums[m * R + r]);
+  }
+}
+
 // sums[m * stride + r] = x[m] . rows[r], for M tokens and R rows of `size` numbers. Asks for R rows
 // from `ahead` on.
 template <class Step, int M, int R, class X, class W>
@@ -51,18 +67,15 @@ LFM2_INLINE void dots_of_block(Rows<const X> x, Rows<const W> rows, int64_t size
   constexpr int64_t kStep = Step::kNumbers;
   const int64_t whole = size / kStep * kStep;
   typename Step::Sum found[M * R];
-  for (int64_t k = 0; k < whole; k += kStep) {
-    typename Step::Row weights[R];
-    for (int r = 0; r < R; ++r) {
-      if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * kStep, 0, 2);
-      Step::take(rows[r] + k, weights[r]);
-    }
-    for (int m = 0; m < M; ++m) {
-      typename Step::Token token;
-      Step::take(x[m] + k, token);
-      for (int r = 0; r < R; ++r) Step::add(weights[r], token, found[m * R + r]);
+  // A loop of one or two sums is so short that its speed would hang on where the linker puts it.
+  constexpr int64_t kUnrolled = M * R <= 2 ? 2 : 1;
+  int64_t k = 0;
+  for (; k + kUnrolled * kStep <= whole; k += kUnrolled * kStep) {
+    for (int64_t i = 0; i < kUnrolled; ++i) {
+      add_step<Step, M, R>(x, rows, k + i * kStep, ahead, found);
     }
   }
+  for (; k < whole; k += kStep) add_step<Step, M, R>(x, rows, k, ahead, found);
   for (int first = 0; first < M * R; first += kLanes) {
     typename Step::Folded folded[kLanes] = {};
     typename Step::Total totals[kLanes];

@@ -21,7 +21,7 @@ typedef int32_t Places __attribute__((vector_size(32)));
 // The same in memory, anywhere.
 typedef float LooseLanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t LooseWords __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t LooseBytes __attribute__((vector_size(8), aligned(1), may_alias));
+typedef int32_t LooseQuads __attribute__((vector_size(16), aligned(1), may_alias));
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPair = 2 * kLanes;  // numbers that one load takes
@@ -55,9 +55,14 @@ LFM2_INLINE void load(const fp16* from, Lanes& even, Lanes& odd) {
   widen(words & 0xFFFF0000u, odd);
 }
 
+// Four come in a word, so a vector holds the first of every word and then the second, or the third
+// and then the fourth. GCC 12 makes some thirty instructions of converting eight bytes themselves.
 LFM2_INLINE void load(const int8_t* from, Lanes& first, Lanes& second) {
-  first = __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from), Lanes);
-  second = __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from + kLanes), Lanes);
+  // A copy: through a reference it would be taken to be aligned.
+  const LooseQuads q = *reinterpret_cast<const LooseQuads*>(from);
+  const Places words = {q[0], q[1], q[2], q[3], q[0], q[1], q[2], q[3]};
+  first = __builtin_convertvector((words << Places{24, 24, 24, 24, 16, 16, 16, 16}) >> 24, Lanes);
+  second = __builtin_convertvector((words << Places{8, 8, 8, 8, 0, 0, 0, 0}) >> 24, Lanes);
 }
 
 LFM2_INLINE void store(const Lanes& first, const Lanes& second, float* to) {

@@ -58,6 +58,7 @@ void fetch(const W* rows) {
 template <class T, class Work>
 void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
               const MaybeTensor& scales, int64_t rows, int64_t split, const Work& work) {
+  if (split == 0) return;
   const int64_t size = source.size;
   const auto share = [&](const auto& with_tokens) {
     for (int64_t m = 0; m < tokens; m += kTokens) {

@@ -16,6 +16,9 @@
 #define LFM2_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LFM2_CLONES __attribute__((noinline))
+#if defined(__x86_64__) && !defined(__AVX2__)
+#define LFM2_LACKS_AVX2
+#endif
 #endif
 
 // A call out of a clone would land in code for the oldest machine, so its helpers are inlined.

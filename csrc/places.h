@@ -42,6 +42,7 @@ template <class T>
 Pages<T> pages_of(const Tensor& pages, const char* name, const Tensor& table) {
   expect(pages, name, kType<std::remove_const_t<T>>, {-1, -1, -1, -1});
   expect(table, "table", ScalarType::Int, {-1, -1});
+  STD_TORCH_CHECK(pages.size(2) > 0, name, " has pages of no tokens");
   return {data_of<T>(pages), pages.stride(0), pages.stride(1),      pages.stride(2),
           pages.size(2),     pages.size(3),   read<int32_t>(table), table.stride(0)};
 }

@@ -134,7 +134,7 @@ def main() -> None:
     pages = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "docs" / "usage").glob("*.md"))
     with tempfile.TemporaryDirectory() as folder:
         command = Path(folder) / "lfm2-fast"
-        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lfm2_fast.cli "$@"\n')
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lfm2_fast "$@"\n')
         command.chmod(0o755)
         for page in pages:
             record(page, f"{folder}{os.pathsep}{os.environ['PATH']}")

@@ -3,8 +3,10 @@
 Memory is kept busy by bytes under way: on an H100 about 23 kB on each of its processors to cover
 the latency (the bandwidth times it), more to cover the gap between two kernels. So a tile has up to
 16 kB, the next one is loaded meanwhile, and the programs of a processor, two to four, have up to
-32 kB of tiles: a grid is at most one resident wave, and leaves room for the next kernel's. A tile
-is widened to float32 in registers: of int8 it has 4 kB, since from 8 kB on registers spill.
+32 kB of tiles: a grid is at most one resident wave. Of 16-bit weights two programs mostly do, which
+leave room for the next kernel's. A tile is widened to float32 in registers: of int8 it has 4 kB,
+since from 8 kB on registers spill, so there are three or four, and a next kernel must wait for some
+to end.
 """
 
 import itertools

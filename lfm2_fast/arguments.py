@@ -9,6 +9,7 @@ never ignored.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (),
     "remove_invalid_values": (False,),
     "exponential_decay_length_penalty": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
     "sequence_bias": (),
     "token_healing": (False,),
     "guidance_scale": (1, 1.0),
@@ -112,7 +113,8 @@ class Arguments:
     num_return_sequences: int
     stop_strings: tuple[str, ...]
     eos_token_id: tuple[int, ...]
-    pad_token_id: int
+    pad_token_id: int  # what fills up rows, named or not
+    pad_is_named: bool
     bos_token_id: int | None
     output_scores: bool
     output_logits: bool
@@ -176,16 +178,13 @@ def understand(
     if not sampling.do_sample:
         unused = [name for name in SAMPLING_ONLY if name in given]
         if unused:
-            warnings.warn(
-                f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy",
-                stacklevel=5,
-            )
+            warn(f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy")
     eos = check.tokens("eos_token_id", vocab_size)
-    pad = check.tokens("pad_token_id", vocab_size) or eos or (0,)
+    pad = check.tokens("pad_token_id", vocab_size) or eos
     max_new_tokens = check.count("max_new_tokens", least=1)
     max_length = check.count("max_length", least=1)
     if max_new_tokens is not None and "max_length" in given:
-        warnings.warn("max_new_tokens takes precedence over max_length", stacklevel=5)
+        warn("max_new_tokens takes precedence over max_length")
     min_new_tokens = check.count("min_new_tokens", least=0) or 0
     if max_new_tokens is not None and min_new_tokens > max_new_tokens:
         raise ValueError(
@@ -205,12 +204,18 @@ def understand(
         num_return_sequences=count,
         stop_strings=check.strings("stop_strings"),
         eos_token_id=eos,
-        pad_token_id=pad[0],
+        pad_token_id=next(iter(pad), 0),
+        pad_is_named=bool(pad),
         bos_token_id=next(iter(check.tokens("bos_token_id", vocab_size)), None),
         output_scores=check.flag("output_scores"),
         output_logits=check.flag("output_logits"),
         return_dict_in_generate=check.flag("return_dict_in_generate"),
     )
+
+
+def warn(message: str) -> None:
+    """Warn whoever called ``model.generate``, when what that calls itself calls this."""
+    warnings.warn(message, stacklevel=8)
 
 
 def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
@@ -233,6 +238,14 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None and (name in SUPPORTED or name in UNSUPPORTED)
     }
+
+
+def whole_number(value: Any) -> int | None:
+    """``value`` as an int, whoever's integer it is; None if it is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 class _Check:
@@ -273,22 +286,26 @@ class _Check:
 
     def count(self, name: str, *, least: int) -> int | None:
         value = self.values.get(name)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < least
-        ):
+        if value is None:
+            return None
+        found = whole_number(value)
+        if found is None or found < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        return value
+        return found
 
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
         value = self.values.get(name)
         if value is None:
             return ()
         found = value.tolist() if hasattr(value, "tolist") else value
-        found = tuple(found) if isinstance(found, Sequence) else (found,)
-        for token in found:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise ValueError(f"{name} must be token ids below {vocab_size}, got {value!r}")
-        return found
+        tokens = list(map(whole_number, found if isinstance(found, Sequence) else [found]))
+        for token in tokens:
+            if token is None or not 0 <= token < vocab_size:
+                hint = "; None is for no such token" if token == -1 else ""
+                raise ValueError(
+                    f"{name} must be token ids from 0 to {vocab_size - 1}, got {value!r}{hint}"
+                )
+        return tuple(token for token in tokens if token is not None)
 
     def strings(self, name: str) -> tuple[str, ...]:
         value = self.values.get(name)

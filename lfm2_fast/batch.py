@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -90,3 +91,14 @@ def on_device(
 ) -> torch.Tensor:
     """``values`` on the device, for which the host does not wait."""
     return torch.tensor(list(values), dtype=dtype).to(device, non_blocking=True)
+
+
+@contextmanager
+def host_by_default() -> Iterator[None]:
+    """Let tensors lie on the host unless a device is named, whatever ``set_default_device`` says.
+
+    torch does this with a mode that every operation goes through, so only where it is needed.
+    """
+    host = torch.get_default_device().type == "cpu"
+    with nullcontext() if host else torch.device("cpu"):
+        yield

@@ -13,6 +13,9 @@ from lfm2_fast.info import readable
 
 COLUMNS = ("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "of")
 
+# Columns for a table of the largest figures.
+WIDE = 160
+
 
 def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     """The figures of a run as JSON, or as a table with what is to be said above and below it."""
@@ -24,12 +27,12 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     numbers = " and ".join(filter(None, (model["quantization"], model["dtype"])))
     threads = f", {device['threads']} threads" if "threads" in device else ""
     speed = {k: readable("bytes", v) for k, v in found["memory_bytes_per_second"].items()}
+    held = {k: readable("bytes", v) for k, v in found["memory"].items()}  # none where not known
+    memory = f", memory {held['resident']}, at most {held['peak']}" if held else ""
     lines = [
         f"{model['name']}, {numbers}, {model['backend']} bodies, {device.get('name')}{threads}",
-        f"weights {readable('weight_bytes', model['weight_bytes'])}, memory "
-        f"{readable('bytes', found['memory'].get('resident', 0))}, at most "
-        f"{readable('bytes', found['memory'].get('peak', 0))}; a copy moves {speed['copy']}/s, "
-        f"a sum reads {speed['read']}/s",
+        f"weights {readable('weight_bytes', model['weight_bytes'])}{memory}; a copy moves "
+        f"{speed['copy']}/s, a sum reads {speed['read']}/s",
         f"load {found['load_seconds']:.2f} s, warm-up {found['warm_up_seconds']:.2f} s",
     ]
     for line in lines:
@@ -40,7 +43,8 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     table.add_column("")
     for row in found["rows"]:
         table.add_row(*cells(row), "unsafe" if row["doubts"] else "")
-    console.print(table)
+    # A narrow terminal breaks the lines itself: figures that are cut off tell nothing.
+    Console(highlight=False, width=WIDE).print(table)
     console.print(
         "first: from the call to the first token; p50, p90, p99: of the steps after it; of: the "
         "share of the faster of both at which weights and cache were read",
@@ -89,9 +93,9 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
 def plot(found: dict[str, Any], path: Path) -> None:
     """A PNG: tokens a second over context and over batch, each with the floor's.
 
-    Raises ValueError where matplotlib is missing.
+    Raises ValueError where matplotlib is missing, OSError as the file system does.
     """
-    check_plot()
+    check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,8 +114,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def check_plot() -> None:
-    """Raise ValueError, naming the extra, where matplotlib is missing."""
+def check_plot(path: Path) -> None:
+    """Raise ValueError where matplotlib is missing, naming the extra, or the folder of ``path``."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

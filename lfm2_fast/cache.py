@@ -95,6 +95,7 @@ class Cache:
                 "a cache needs slots >= 0, max_length >= 1 and spare >= 1, got "
                 f"slots={slots}, max_length={max_length}, spare={spare}"
             )
+        self.form = form(config, dtype, device)
         self.slots = slots
         self.scrap = slots if scrap else None
         self.grown = 0
@@ -360,6 +361,13 @@ class Cache:
                     layer.k, layer.v = k, v
         self._capacity = capacity
         self.grown += 1
+
+
+def form(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
+    """What a cache must have in common with the model that runs on it."""
+    heads = (config.num_key_value_heads, config.head_dim)
+    sizes = (*heads, config.hidden_size, config.conv_L_cache)
+    return (tuple(config.layer_types), *sizes, dtype, torch.empty(0, device=device).device)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lfm2_fast.arguments import understand
 from lfm2_fast.cache import Cache, common_prefix
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.model import Lfm2ForCausalLM
@@ -84,9 +85,17 @@ def write(
     except Stopped:
         end = "stopped"
     else:
-        if stream.cut_at(budget):
+        defaults, vocab = model.generation_defaults(), model.config.vocab_size
+        ends = understand(arguments, None, defaults, vocab).eos_token_id
+        if len(stream.ids) == budget and stream.ids[-1] not in ends:
             end = "the context is full" if budget == room else f"cut at {budget} tokens"
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Raise ValueError where the tokenizer of checkpoint ``name`` has no chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name} has no chat template; it can continue text")
 
 
 class Conversation:
@@ -106,8 +115,7 @@ class Conversation:
         max_new_tokens: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError(f"{model.name_or_path} has no chat template; it can continue text")
+        check_template(tokenizer, model.name_or_path)
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -164,7 +172,9 @@ class Conversation:
             self.messages.pop()
             answer.end = "stopped; the message is taken back"
         else:
-            content = (inside or "") + answer.text + splitter.closer
+            # Templates find thinking by its end; a tool call that was cut off is none.
+            closer = splitter.closer if splitter.kind == "thinking" else ""
+            content = (inside or "") + answer.text + closer
             self.messages.append({"role": "assistant", "content": content})
         return answer
 
@@ -213,20 +223,26 @@ def converse(conversation: Conversation, terminal: Terminal, messages: Iterable[
 
 
 def _answer(conversation: Conversation, terminal: Terminal, message: str) -> None:
+    """Answer a message. Where nobody types, Ctrl-C and errors end the conversation: they raise."""
+    typing = sys.stdin.isatty()
     try:
         with interruptible() as stopped:
             answer = conversation.ask(message, terminal.show, stopped)
     except KeyboardInterrupt:
         terminal.finish()
         terminal.note("stopped; the message is taken back")
+        if not typing:
+            raise
     except (ValueError, RuntimeError) as error:
         terminal.finish()
-        if not sys.stdin.isatty():
+        if not typing:
             raise
         terminal.note(f"{error}; /reset starts a new conversation")
     else:
         terminal.finish()
         terminal.note(str(answer))
+        if answer.stopped and not typing:
+            raise KeyboardInterrupt
 
 
 def typed(terminal: Terminal) -> Iterator[str]:

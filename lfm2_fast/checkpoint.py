@@ -1,8 +1,4 @@
-"""Checkpoints: a hub id or folder -> checked, fused tensors on their device; and back.
-
-Fused on load: q, k and v into ``qkv_proj``; gate (``w1``) and up (``w3``) into ``gate_up_proj``.
-``layout`` is the one place that knows which of our tensors is made of which of Hugging Face's.
-"""
+"""Checkpoints: a folder -> checked, fused tensors on their device; and back."""
 
 from __future__ import annotations
 
@@ -11,19 +7,21 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.layout import Part, is_matrix, layout, stored_dtype
 from lfm2_fast.matrix import quantize_int8
+
+T = TypeVar("T")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,75 +30,17 @@ GENERATION_CONFIG = "generation_config.json"
 # Under a name of its own: programs that do not know the format would take integers for weights.
 QUANTIZED_WEIGHTS = "model.int8.safetensors"
 
-# Rows that are quantized at once, so that what is made in between stays small.
-ROWS = 1024
+# Numbers that are quantized at once: few enough to stay in the caches on the way.
+BLOCK = 1 << 18
 # Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
 LARGE = 1 << 18
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of Hugging Face's tensors, its shape there, and how many rows of ours it fills."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the fused tensor that this part is."""
-        return self.shape[0]
-
-
-def layout(config: Config) -> dict[str, list[Part]]:
-    """Our tensors' names, each with the parts that it is made of, stacked along the first axis."""
-    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
-    made = {"embed_tokens.weight": [Part("model.embed_tokens.weight", (config.vocab_size, hidden))]}
-
-    def put(name: str, *parts: tuple[str, tuple[int, ...]]) -> None:
-        made[name] = [Part(f"model.{part}", shape) for part, shape in parts]
-
-    for i, kind in enumerate(config.layer_types):
-        at = f"layers.{i}."
-        for norm in ("operator_norm.weight", "ffn_norm.weight"):
-            put(at + norm, (at + norm, (hidden,)))
-        if kind == "conv":
-            at += "conv."
-            put(at + "in_proj.weight", (at + "in_proj.weight", (3 * hidden, hidden)))
-            put(at + "conv.weight", (at + "conv.weight", (hidden, 1, config.conv_L_cache)))
-            put(at + "out_proj.weight", (at + "out_proj.weight", (hidden, hidden)))
-            if config.conv_bias:
-                put(at + "in_proj.bias", (at + "in_proj.bias", (3 * hidden,)))
-                put(at + "conv.bias", (at + "conv.bias", (hidden,)))
-                put(at + "out_proj.bias", (at + "out_proj.bias", (hidden,)))
-        else:
-            at += "self_attn."
-            put(
-                at + "qkv_proj.weight",
-                (at + "q_proj.weight", (heads, hidden)),
-                (at + "k_proj.weight", (kv_heads, hidden)),
-                (at + "v_proj.weight", (kv_heads, hidden)),
-            )
-            put(at + "out_proj.weight", (at + "out_proj.weight", (hidden, heads)))
-            for norm in ("q_layernorm.weight", "k_layernorm.weight"):
-                put(at + norm, (at + norm, (size,)))
-        at = f"layers.{i}.feed_forward."
-        put(
-            at + "gate_up_proj.weight",
-            (at + "w1.weight", (inner, hidden)),
-            (at + "w3.weight", (inner, hidden)),
-        )
-        put(at + "down_proj.weight", (at + "w2.weight", (hidden, inner)))
-    put("embedding_norm.weight", ("embedding_norm.weight", (hidden,)))
-    if not config.tie_word_embeddings:
-        made["lm_head.weight"] = [Part("lm_head.weight", (config.vocab_size, hidden))]
-    if config.quantization is not None:
-        for name in [name for name, parts in made.items() if is_matrix(parts)]:
-            scales = [Part(f"{part.name}_scale", part.shape[:1]) for part in made[name]]
-            made[f"{name}_scale"] = scales
-    return made
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def weights_file(config: Config) -> str:
@@ -108,38 +48,35 @@ def weights_file(config: Config) -> str:
     return WEIGHTS if config.quantization is None else QUANTIZED_WEIGHTS
 
 
-def is_matrix(parts: list[Part]) -> bool:
-    """Whether a tensor of these parts is one of those that quantization is about."""
-    return len(parts[0].shape) == 2
-
-
 def load_weights(
     folder: Path,
     config: Config,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     quantization: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Our fused tensors, by name, in ``dtype`` on ``device``.
+    """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
 
-    The files are mapped, and every tensor is copied from the map straight into its place. With
-    ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales; those
-    of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
+    Where tensors are stored in several, None is the embedding's, or, if that is in 8 bits, the last
+    norm's. The files are mapped, and every tensor is copied from the map straight into its place.
+    With ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales;
+    those of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
     shapes and dtypes are checked before the first copy. Raises CheckpointError, which names the
     file and the tensor, for whatever does not fit.
     """
     plan = layout(config)
-    found = _open_tensors(folder, weights_file(config))
+    found = _with_a_head(plan, _open_tensors(folder, weights_file(config)))
     _check_tensors(folder, config, plan, found)
+    if dtype is None:
+        telling = "embed_tokens.weight" if config.quantization is None else "embedding_norm.weight"
+        dtype = FLOATS[found[plan[telling][0].name].dtype]
     weights = {}
-    with tqdm(
-        plan.items(), desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
-    ) as progress:
-        for name, parts in progress:
+    with _progress(plan.items()) as tensors:
+        for name, parts in tensors:
             rows = sum(part.rows for part in parts)
             shrinks = quantization is not None and config.quantization is None and is_matrix(parts)
-            kind = torch.int8 if shrinks else _stored_dtype(config, parts) or dtype
+            kind = torch.int8 if shrinks else stored_dtype(config, parts) or dtype
             whole = _empty((rows, *parts[0].shape[1:]), kind, device)
             scales = torch.empty(rows if shrinks else 0, dtype=torch.float32, device=device)
             first = 0
@@ -157,6 +94,17 @@ def load_weights(
     return weights
 
 
+def _progress(tensors: Collection[T]) -> AbstractContextManager[Iterable[T]]:
+    """``tensors`` with a bar on a terminal where they take long, if tqdm is there."""
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(
+            tensors, desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
+        )
+    return nullcontext(tensors)
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory for a weight; on a CPU in large pages, where the system has them to give.
 
@@ -170,16 +118,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     with suppress(OSError):  # a kernel without them; the memory is good all the same
         area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype).view(shape)
-
-
-def _stored_dtype(config: Config, parts: list[Part]) -> torch.dtype | None:
-    """What a quantized checkpoint's tensor is stored as whatever the model's dtype, else None."""
-    if config.quantization is not None:
-        if is_matrix(parts):
-            return torch.int8
-        if parts[0].name.endswith("_scale"):
-            return torch.float32
-    return None
 
 
 def save(
@@ -275,15 +213,12 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
     if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
         names = [whole]
     elif index.is_file():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(f"{index} has no weight_map; download it again")
-        missing = sorted({name for name in places.values() if not (folder / name).is_file()})
+        names = shards(index)
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {_listed(missing)}, which {INDEX} names; download it again"
             )
-        names = sorted(set(places.values()))
     else:
         raise CheckpointError(
             f"{folder} holds neither {whole} nor {INDEX}; lfm2_fast reads safetensors only"
@@ -298,6 +233,26 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
     return tensors
 
 
+def shards(index: Path) -> list[str]:
+    """The files that ``index`` names. Raises CheckpointError where it names none."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    return sorted({str(name) for name in places.values()})
+
+
+def _with_a_head(plan: dict[str, list[Part]], found: dict[str, _Stored]) -> dict[str, _Stored]:
+    """``found`` by the names of the class with a head, where it was saved without one.
+
+    Hugging Face's ``from_pretrained`` takes either, tensor by tensor.
+    """
+    full = {part.base_name: part.name for parts in plan.values() for part in parts}
+    return {
+        name if (named := full.get(name, name)) in found else named: stored
+        for name, stored in found.items()
+    }
+
+
 def _check_tensors(
     folder: Path, config: Config, plan: dict[str, list[Part]], found: dict[str, _Stored]
 ) -> None:
@@ -306,7 +261,7 @@ def _check_tensors(
         part.name
         for parts in plan.values()
         for part in parts
-        if _stored_dtype(config, parts) == torch.int8
+        if stored_dtype(config, parts) == torch.int8
     }
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -327,19 +282,19 @@ def _check_tensors(
         stored = found[name]
         if stored.shape != part.shape:
             raise CheckpointError(
-                f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for "
-                f"{list(part.shape)}"
+                f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json "
+                f"asks for {list(part.shape)}"
             )
         if stored.dtype not in (("I8",) if name in eight_bit else FLOATS):
             raise CheckpointError(
-                f"{stored.path}: {name} is stored as {stored.dtype}, which the "
+                f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
                 "config.json does not speak of; load the unquantized checkpoint"
             )
 
 
 def _quantize(stored: _Stored, whole: torch.Tensor, scales: torch.Tensor) -> None:
     """Fill ``whole`` and ``scales`` with a tensor's numbers in 8 bits, some rows at a time."""
-    for here, block in stored.blocks(ROWS):
+    for here, block in stored.blocks(max(1, BLOCK // whole.shape[1])):
         whole[here], scales[here] = quantize_int8(block.to(whole.device))
     # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
     with suppress(OSError, AttributeError):

@@ -1,21 +1,24 @@
 """The command line: ``lfm2-fast generate | chat | info | eval | bench | demo``.
 
-Nothing here imports torch before a command runs, so that ``--help`` comes at once.
+Nothing here imports torch before a command runs, so that ``--help`` comes at once. The options of
+sampling and loading are handed on whole, from a command's context.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import lfm2_fast
 from lfm2_fast import options as opt
+
+if TYPE_CHECKING:
+    from lfm2_fast.session import Session
+    from lfm2_fast.terminal import Terminal
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -48,9 +51,11 @@ def _commands(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: opt.Model,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Else --file, else stdin.")
+        str | None,
+        typer.Argument(metavar="[PROMPT]", callback=opt.text, help="Else --file, else stdin."),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 512,
@@ -81,31 +86,17 @@ def generate(
     as it stands, and shows every marker.
     """
     text = _prompt(prompt, file)
-    if chat is False and system is not None:
-        raise ValueError("--system needs the chat template; leave --raw out")
+    if system is not None:
+        if chat is False:
+            raise ValueError("--system needs the chat template; leave --raw out")
+        chat = True
     from lfm2_fast.presets import preset_of
-    from lfm2_fast.session import open_session
     from lfm2_fast.terminal import Terminal, interruptible
 
     terminal = Terminal()
-    session = open_session(
-        terminal,
-        model,
-        preset=preset,
-        given=_given(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-        stop=stop,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantization=quantization,
-        revision=revision,
-        max_length=max_length,
-        local_files_only=local_files_only,
-    )
+    session = _session(terminal, context, chat=bool(chat))
     if chat is None:
-        base = preset_of(model) == "base" and system is None
-        chat = bool(session.tokenizer.chat_template) and not base
+        chat = bool(session.tokenizer.chat_template) and preset_of(model) != "base"
     with interruptible() as stopped:
         if chat:
             conversation = session.conversation(system, max_new_tokens)
@@ -121,6 +112,7 @@ def generate(
 
 @app.command("chat")
 def chat_(
+    context: typer.Context,
     model: opt.Model,
     system: opt.System = None,
     max_new_tokens: Annotated[
@@ -148,25 +140,10 @@ def chat_(
     Without a terminal, every line of stdin is a message.
     """
     from lfm2_fast.chat import converse, piped, typed
-    from lfm2_fast.session import open_session
     from lfm2_fast.terminal import Terminal
 
     terminal = Terminal()
-    session = open_session(
-        terminal,
-        model,
-        preset=preset,
-        given=_given(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-        stop=stop,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantization=quantization,
-        revision=revision,
-        max_length=max_length,
-        local_files_only=local_files_only,
-    )
+    session = _session(terminal, context, chat=True)
     conversation = session.conversation(system, max_new_tokens)
     if sys.stdin.isatty():
         terminal.note("/help lists commands, /exit leaves")
@@ -200,6 +177,7 @@ def info(
 
 @app.command("eval")
 def eval_(
+    context: typer.Context,
     model: opt.Model,
     text: Annotated[Path, typer.Option(help="The text to predict, a UTF-8 file.")],
     quantization: opt.Quantization = None,
@@ -218,35 +196,20 @@ def eval_(
 
     With --reference: KL divergence from it, and how often both find the same token likeliest.
     """
-    prompt = _prompt(None, text)
-    from lfm2_fast.evaluation import evaluate
+    words = _read(text)
+    from lfm2_fast.evaluation import load_and_evaluate
     from lfm2_fast.info import show
-    from lfm2_fast.session import load_tokenizer, summary
     from lfm2_fast.terminal import Terminal
 
-    terminal = Terminal()
-    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    options = {"device": device, "backend": backend, **where}
-    loaded = lfm2_fast.load(model, dtype=dtype, quantization=quantization, **options)
-    terminal.note(summary(loaded))
-    other = None if reference is None else lfm2_fast.load(model, dtype=reference, **options)
-    if other is not None and other.config.quantization is not None:
-        raise ValueError(
-            f"{model} is stored in 8 bits itself: there is nothing wider to compare with"
-        )
-    tokenizer = load_tokenizer(model, **where)
-    # Pieces are short; that the whole text is longer than the context does not matter.
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[
-        0
-    ]
-    found = evaluate(loaded, ids, window=window, reference=other)
-    facts = {**asdict(found), "perplexity": found.perplexity}
-    known = {name: value for name, value in facts.items() if value is not None}
-    show({"quality": known}, as_json=json)
+    found = load_and_evaluate(
+        Terminal(), model, words, window=window, reference=reference, **_loading(context)
+    )
+    show({"quality": found}, as_json=json)
 
 
 @app.command()
 def bench(
+    context: typer.Context,
     model: opt.Model,
     prompt: Annotated[str, typer.Option(help="Lengths of prompts in tokens.")] = "128,1024",
     output: Annotated[str, typer.Option(help="Tokens to write.")] = "64",
@@ -272,7 +235,7 @@ def bench(
     from lfm2_fast.terminal import Terminal
 
     if plot is not None:
-        check_plot()
+        check_plot(plot)
     wanted = cases(prompt, output, batch)
     found = load_and_measure(
         Terminal(),
@@ -280,22 +243,17 @@ def bench(
         wanted,
         rounds=rounds,
         threads=threads,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantization=quantization,
-        revision=revision,
-        local_files_only=local_files_only,
+        **_loading(context),
     )
+    show(found, as_json=json)
     if plot is not None:
         draw(found, plot)
-    show(found, as_json=json)
 
 
 @app.command()
 def demo(
     prompt: Annotated[
-        str, typer.Argument(metavar="[PROMPT]", help="The text to continue.")
+        str, typer.Argument(metavar="[PROMPT]", callback=opt.text, help="The text to continue.")
     ] = "The database server",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws another text.")] = 0,
@@ -334,10 +292,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("give the prompt as an argument or with --file, not both")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        text = _read(file)
     elif prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin.isatty() and prompt is None:
@@ -349,70 +304,32 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _given(
-    do_sample: bool | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-) -> dict[str, Any]:
-    return {
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit; what goes wrong is one line on stderr and exit code 2."""
-    given = sys.argv[1:] if arguments is None else arguments
-    _complete_streams()
+def _read(file: Path) -> str:
+    """A file's text, without the line feed that ends it."""
     try:
-        code = app(given, prog_name="lfm2-fast", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 1  # whoever read has left; Typer does the same while a command runs
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except Exception as error:
-        if "--traceback" in given[:1]:
-            raise
-        print(f"lfm2-fast: {_explained(error)}", file=sys.stderr)
-        code = 2
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Python would try once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+        return file.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
-def _complete_streams() -> None:
-    """Stand in for streams that the caller closed, and write what they cannot encode as "?"."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def _session(terminal: Terminal, context: typer.Context, *, chat: bool) -> Session:
+    """The session that a command's options ask for."""
+    from lfm2_fast.presets import SAMPLING
+    from lfm2_fast.session import open_session
+
+    asked = context.params
+    return open_session(
+        terminal,
+        asked["model"],
+        chat=chat,
+        preset=asked["preset"],
+        given={name: asked[name] for name in SAMPLING},
+        stop=asked["stop"],
+        seed=asked["seed"],
+        **_loading(context),
+    )
 
 
-def _explained(error: Exception) -> str:
-    """What went wrong, in one line."""
-    message = " ".join(str(error).split())
-    if hasattr(error, "format_message"):
-        where = getattr(getattr(error, "ctx", None), "command_path", "lfm2-fast")
-        return f"{' '.join(error.format_message().split())} (see {where} --help)"
-    if isinstance(error, ValueError | OSError):
-        return message
-    if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError):
-        return message
-    return f"{type(error).__name__}: {message} (lfm2-fast --traceback ... shows where)"
-
-
-if __name__ == "__main__":
-    main()
+def _loading(context: typer.Context) -> dict[str, Any]:
+    """Those of a command's options that go to ``load``."""
+    return {name: value for name, value in context.params.items() if name in opt.LOADING}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ NOT_YET = {
     "lfm2-vl": "LFM2-VL",
     "lfm2_audio": "LFM2-Audio",
 }
+# Classes whose weights these are, without regard to case; the second has no head of its own.
+CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # What save_pretrained says of 8-bit matrices.
 OWN_FORMAT = {"quant_method": "lfm2_fast", "format": "int8"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -201,7 +204,7 @@ class _Reader:
 
     def number(self, *names: str, default: float) -> float:
         found = self.value(*names, default=default)
-        if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
+        if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < inf:
             raise self.error(f"{names[0]} must be a positive number, not {found!r}")
         return float(found)
 
@@ -209,6 +212,12 @@ class _Reader:
         found = self.value(*names, default=default)
         if not isinstance(found, bool):
             raise self.error(f"{names[0]} must be true or false, not {found!r}")
+        return found
+
+    def items(self, name: str) -> list[Any] | None:
+        found = self.value(name)
+        if found is not None and not isinstance(found, list):
+            raise self.error(f"{name} must be a list, not {found!r}")
         return found
 
     def token(self, name: str) -> int | None:
@@ -220,7 +229,7 @@ class _Reader:
 
 def _check_kind(raw: Mapping[str, Any], source: str) -> None:
     kind = raw.get("model_type")
-    if kind in NOT_YET:
+    if isinstance(kind, str) and kind in NOT_YET:
         raise CheckpointError(
             f"{source}: this is an {NOT_YET[kind]} checkpoint, which lfm2_fast does not support "
             "yet; it runs the dense text models (LFM2 and LFM2.5: 350M, 700M, 1.2B, 2.6B)"
@@ -231,6 +240,19 @@ def _check_kind(raw: Mapping[str, Any], source: str) -> None:
             f"{source}: this is not an LFM2 checkpoint, its config has {what}; "
             "load it with transformers instead"
         )
+    names = raw.get("architectures") or []
+    code = raw.get("auto_map") or {}
+    if not isinstance(names, list) or not isinstance(code, dict):
+        raise CheckpointError(f"{source}: architectures must be a list, and auto_map an object")
+    # A class of the checkpoint's own code: "file.Class".
+    names = names + [at for auto, at in code.items() if auto.startswith("AutoModel")]
+    known = {name.lower() for name in CLASSES}
+    for name in names:
+        if str(name).rpartition(".")[2].lower() not in known:
+            raise CheckpointError(
+                f"{source}: this is a checkpoint of {name}, which computes something else than "
+                f"{CLASSES[0]}, the model that lfm2_fast runs; load it with transformers instead"
+            )
 
 
 def _intermediate_size(read: _Reader) -> int:
@@ -248,9 +270,10 @@ def _intermediate_size(read: _Reader) -> int:
 
 def _layer_types(read: _Reader) -> tuple[str, ...]:
     layers = read.count("num_hidden_layers")
-    types = read.value("layer_types")
+    types = read.items("layer_types")
     if types is None:
-        chosen = read.value("full_attn_idxs", default=list(range(layers)))
+        chosen = read.items("full_attn_idxs")
+        chosen = list(range(layers)) if chosen is None else chosen
         wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < layers]
         if wrong:
             raise read.error(f"full_attn_idxs names layer {wrong[0]!r} of {layers} layers")

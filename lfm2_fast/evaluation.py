@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from lfm2_fast.loading import load
 from lfm2_fast.model import Lfm2ForCausalLM
+from lfm2_fast.session import load_tokenizer, summary
+from lfm2_fast.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,43 @@ class Quality:
     def perplexity(self) -> float:
         """How many tokens the model wavers between, so to speak: ``exp(loss)``."""
         return math.exp(self.loss)
+
+
+def load_and_evaluate(
+    terminal: Terminal,
+    name: str,
+    text: str,
+    *,
+    window: int,
+    reference: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """``evaluate`` of a checkpoint on a text; what it found, JSON-ready.
+
+    ``reference`` is the dtype of the same weights to compare with. All other options go to
+    ``load``. Raises what that and ``evaluate`` raise, and ValueError for an empty text and for a
+    reference that would be no wider.
+    """
+    if not text:
+        raise ValueError("the text is empty")
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    tokenizer = load_tokenizer(name, **where)
+    # Pieces are short; that the whole text is longer than the context does not matter.
+    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+    model = load(name, dtype=dtype, quantization=quantization, **where, **options)
+    terminal.note(summary(model))
+    other = None if reference is None else load(name, dtype=reference, **where, **options)
+    if other is not None and other.config.quantization is not None:
+        raise ValueError(
+            f"{name} is stored in 8 bits itself: there is nothing wider to compare with"
+        )
+    found = evaluate(model, encoded.input_ids[0], window=window, reference=other)
+    facts = {**asdict(found), "perplexity": found.perplexity}
+    return {fact: value for fact, value in facts.items() if value is not None}
 
 
 @torch.no_grad()

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from lfm2_fast.batch import Batch
-from lfm2_fast.cache import Cache
+from lfm2_fast.batch import Batch, host_by_default
+from lfm2_fast.cache import Cache, form
 from lfm2_fast.model import Lfm2ForCausalLM
 
 
-@dataclass
-class CausalLMOutput:
-    """``logits [B, T, V]`` and the cache, by name, by key or by place, as Hugging Face's output."""
+@dataclass(eq=False)
+class CausalLMOutput(Mapping[Any, Any]):
+    """``logits [B, T, V]`` and the cache, by name, by key or by place, as Hugging Face's output.
 
-    logits: torch.Tensor
+    Its keys, like its tuple, are the fields that are not None; there is never a ``loss``.
+    """
+
+    loss: None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
-        return tuple(v for v in (self.logits, self.past_key_values) if v is not None)
+        return tuple(self[name] for name in self)
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in list(self):
+            raise KeyError(key)
+        return getattr(self, key)
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+    def __iter__(self) -> Iterator[str]:
+        return (each.name for each in fields(self) if getattr(self, each.name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @torch.no_grad()
+@host_by_default()
 def forward(
     model: Lfm2ForCausalLM,
     input_ids: torch.Tensor,
@@ -55,7 +67,7 @@ def forward(
     cache = past_key_values
     if cache is None:
         cache = model.new_cache(count)
-    check_cache(cache, count)
+    check_cache(model, cache, count)
     counts = mask.sum(-1).tolist()
     batch = Batch.prepare(counts, range(count), cache, model.device)
     tokens = input_ids[mask]
@@ -74,7 +86,8 @@ def forward(
     else:
         full = logits.new_zeros(*shown.shape, model.config.vocab_size)
         full[shown] = logits
-    answer = CausalLMOutput(full, None if use_cache is False else cache)
+    kept = None if use_cache is False else cache
+    answer = CausalLMOutput(logits=full, past_key_values=kept)
     return answer if return_dict else answer.to_tuple()
 
 
@@ -95,8 +108,11 @@ def check_ids(model: Lfm2ForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids.to(model.device, torch.int64)
 
 
-def check_cache(cache: Cache, rows: int) -> None:
-    """Raise TypeError unless a caller's cache is ours, ValueError unless it has ``rows`` slots."""
+def check_cache(model: Lfm2ForCausalLM, cache: Cache, rows: int) -> None:
+    """Raise TypeError unless a caller's cache is ours, ValueError unless it fits the model.
+
+    It must have ``rows`` slots.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(
             f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
@@ -104,6 +120,11 @@ def check_cache(cache: Cache, rows: int) -> None:
     if cache.slots != rows:
         raise ValueError(
             f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be run"
+        )
+    if cache.form != form(model.config, model.dtype, model.device):
+        raise ValueError(
+            "past_key_values is of another model, dtype or device; make one with new_cache() of "
+            "the model that is called, and anew when that was moved"
         )
 
 

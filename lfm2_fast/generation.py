@@ -6,11 +6,13 @@ Rows run at their own lengths and leave when they stop; padding exists only in w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lfm2_fast.arguments import Arguments, understand
+from lfm2_fast.arguments import Arguments, understand, warn, whole_number
+from lfm2_fast.batch import host_by_default
 from lfm2_fast.cache import Cache
 from lfm2_fast.forward import check_ids, unpadded
 from lfm2_fast.model import Lfm2ForCausalLM
@@ -20,6 +22,7 @@ from lfm2_fast.writing import write
 # Not in a caller's inference mode either: what a cache keeps must be writable outside of it.
 @torch.inference_mode(False)
 @torch.no_grad()
+@host_by_default()
 def generate(
     model: Lfm2ForCausalLM,
     inputs: Any = None,
@@ -74,13 +77,12 @@ def generate(
         if asked.bos_token_id is None:
             raise ValueError("generate() needs input_ids: the checkpoint names no bos_token_id")
         ids = torch.tensor([[asked.bos_token_id]])
-    if mask is None:
-        mask = _inferred_mask(ids, asked)
     ids = check_ids(model, ids)
-    mask = unpadded(ids, mask.to(ids.device))
+    mask = _inferred_mask(ids, asked) if mask is None else unpadded(ids, mask.to(ids.device))
     empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"input_ids row {empty[0]} has no tokens; every row needs one at least")
+    asked, processors = _stood_in(asked, list(logits_processor or ()))
     output = write(
         model,
         asked,
@@ -88,7 +90,7 @@ def generate(
         mask,
         past_key_values,
         _seed(seed, generator),
-        processors=list(logits_processor or ()),
+        processors=processors,
         criteria=_criteria(asked, stopping_criteria, tokenizer),
         streamer=streamer,
         most_rows=max_batch_size,
@@ -152,13 +154,39 @@ def _left_padded(
 
 
 def _inferred_mask(ids: torch.Tensor, asked: Arguments) -> torch.Tensor:
-    """Hugging Face's guess: the pad token is padding, unless it also ends texts."""
-    if asked.pad_token_id in asked.eos_token_id:
-        return torch.ones_like(ids)
-    return ids != asked.pad_token_id
+    """Hugging Face's guess: the pad token, if there is one, is padding unless it ends texts."""
+    if not asked.pad_is_named or asked.pad_token_id in asked.eos_token_id:
+        return unpadded(ids, None)
+    try:
+        return unpadded(ids, ids != asked.pad_token_id)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; it was taken for a mask that pad_token_id={asked.pad_token_id} is padding "
+            "wherever it stands: pass attention_mask"
+        ) from None
+
+
+def _stood_in(asked: Arguments, processors: list[Any]) -> tuple[Arguments, list[Any]]:
+    """Let callers' processors take the place of those that arguments make, as Hugging Face does."""
+    passed = {type(processor).__name__ for processor in processors}
+    ours = {
+        "RepetitionPenaltyLogitsProcessor": asked.sampling.repetition_penalty != 1.0,
+        "MinNewTokensLengthLogitsProcessor": asked.min_new_tokens > 0,
+    }
+    replaced = [name for name, made in ours.items() if made and name in passed]
+    if not replaced:
+        return asked, processors
+    warn(f"the {' and the '.join(replaced)} that was passed replaces the one of the arguments")
+    if "RepetitionPenaltyLogitsProcessor" in replaced:
+        asked = replace(asked, sampling=replace(asked.sampling, repetition_penalty=1.0))
+    if "MinNewTokensLengthLogitsProcessor" in replaced:
+        asked = replace(asked, min_new_tokens=0)
+    return asked, sorted(processors, key=lambda each: type(each).__name__ not in replaced)
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:
+    if seed is not None and whole_number(seed) is None:
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
     if seed is None:
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(2**63 - 1, (), generator=generator, device=device))

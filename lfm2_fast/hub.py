@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, weights_file
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.checkpoint import GENERATION_CONFIG, INDEX, shards, weights_file
+from lfm2_fast.config import CheckpointError, Config
 
 
 def resolve(
@@ -27,7 +28,9 @@ def resolve(
     commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold. Raises
     CheckpointError.
     """
-    folder = Path(model).expanduser()
+    folder = Path(model)
+    with suppress(RuntimeError):  # "~" of nobody
+        folder = folder.expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -81,9 +84,9 @@ def _download(
                 )
             )
         except LocalEntryNotFoundError as error:
-            optional = name in (GENERATION_CONFIG, *also)
-            if optional or name != "config.json" and _is_offline(local_files_only):
+            if name != "config.json" and _is_offline(local_files_only):
                 return None
+            # The hub gave no answer, or refused one: that says nothing of what it has.
             raise _explained(repo, revision, name, error) from error
         except EntryNotFoundError:
             return None
@@ -104,8 +107,7 @@ def _download(
     index = fetch(INDEX)
     missing: str | None = whole
     if index is not None:
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = next((name for name in shards if fetch(name) is None), None)
+        missing = next((name for name in shards(index) if fetch(name) is None), None)
     if missing is None:
         return path.parent
     if _is_offline(local_files_only):
@@ -141,10 +143,13 @@ def _explained(repo: str, revision: str | None, name: str, error: Exception) -> 
         return CheckpointError(
             f"{repo!r} is neither a folder here nor a hub id like 'LiquidAI/LFM2-1.2B'"
         )
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # an answer that the client took for no connection
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        lacking = ", or use local_files_only if it never had one" if name != "config.json" else ""
         return CheckpointError(
             f"{name} of {at} is not in the local cache and the hub cannot be reached (or offline "
-            "mode is on); connect once to download it, or give a folder"
+            f"mode is on); connect once to download it, or give a folder{lacking}"
         )
     if isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http"):
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

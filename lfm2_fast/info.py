@@ -16,6 +16,7 @@ import lfm2_fast
 from lfm2_fast import hub, native, ops
 from lfm2_fast.checkpoint import GENERATION_CONFIG
 from lfm2_fast.config import Config, read_json
+from lfm2_fast.layout import weight_bytes
 from lfm2_fast.loading import find_device
 from lfm2_fast.ops_native import NativeOps, int8_products_are_exact, multiplies
 from lfm2_fast.presets import sampling
@@ -76,32 +77,35 @@ def bodies(chosen: ops.Ops) -> dict[str, str]:
 
 
 def backends(device: torch.device) -> dict[str, str]:
-    """For every backend "yes", or what it lacks to run on ``device``."""
+    """For every backend "yes", or what it lacks to run, or to run fast, on ``device``."""
     names = [name for name in ops.BACKENDS if name != "auto"]
-    return {
+    found = {
         name: f"no: {lacking}" if (lacking := ops.why_not(name, device, torch.float32)) else "yes"
         for name in names
     }
+    if slow := native.why_slow(device):
+        found["native"] = f"yes, but slowly: {slow}"
+    return found
 
 
 def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Facts:
-    """What a checkpoint's config says, and what that means in bytes. Raises CheckpointError."""
+    """What a checkpoint's config says, and what that means in bytes, if it tells the dtype.
+
+    Raises CheckpointError.
+    """
     folder = hub.resolve(name, revision=revision, local_files_only=local_files_only, weights=False)
     config = Config.from_file(folder / "config.json")
     stored = folder / GENERATION_CONFIG
-    dtype = config.dtype or "float32"
-    size = getattr(torch, dtype).itemsize
     attention = config.layer_types.count("full_attention")
-    conv = config.num_hidden_layers - attention
+    conv = config.layer_types.count("conv")
     _, words = sampling(name, file=read_json(stored) if stored.is_file() else None)
     return {
         "model": {
             "name": name,
             "parameters": config.num_parameters,
-            "dtype": dtype,
-            "weight_bytes": config.num_parameters * size,
-            "cache_bytes_per_token": config.cache_bytes(size),
-            "conv_bytes_per_sequence": conv * config.conv_L_cache * config.hidden_size * size,
+            "dtype": config.dtype,
+            "quantization": config.quantization,
+            **(_bytes(config, getattr(torch, config.dtype)) if config.dtype else {}),
             "layers": config.num_hidden_layers,
             "conv_layers": conv,
             "attention_layers": attention,
@@ -115,6 +119,15 @@ def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool
             "context": config.max_position_embeddings,
             "sampling": words,
         }
+    }
+
+
+def _bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
+    window = config.conv_L_cache * config.hidden_size * dtype.itemsize
+    return {
+        "weight_bytes": weight_bytes(config, dtype),
+        "cache_bytes_per_token": config.cache_bytes(dtype.itemsize),
+        "conv_bytes_per_sequence": config.layer_types.count("conv") * window,
     }
 
 
@@ -139,11 +152,12 @@ def show(facts: Facts, *, as_json: bool = False) -> None:
 
 
 def readable(key: str, value: Any) -> str:
-    """A fact for people: bytes in units, large counts in words."""
+    """A fact for people: bytes in units, large counts in words, and "-" for what is not there."""
+    if value is None:
+        return "-"
     if key.endswith(("bytes", "bytes_per_token", "bytes_per_sequence")):
-        unit, name = next(
-            (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if value >= u
-        )
+        units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+        unit, name = next((unit for unit in units if value >= unit[0]), (1, "bytes"))
         return f"{value / unit:.4g} {name}"
     if isinstance(value, float):
         return f"{value:.6g}"

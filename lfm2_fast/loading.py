@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from lfm2_fast.config import Config, read_json
 from lfm2_fast.matrix import QUANTIZATIONS
 from lfm2_fast.model import Lfm2ForCausalLM
 
+Device = str | int | torch.device
+
 
 def load(
     model: str | os.PathLike[str],
     *,
-    device: str | torch.device = "auto",
+    device: Device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -27,14 +30,16 @@ def load(
     max_length: int | None = None,
     backend: str = "auto",
     quantization: str | None = None,
-    device_map: str | torch.device | None = None,
+    device_map: Device | Mapping[str, Device] | None = None,
+    torch_dtype: str | torch.dtype | None = None,
 ) -> Lfm2ForCausalLM:
     """Load an LFM2 checkpoint, ready to run.
 
     ``model`` is a hub id ("LiquidAI/LFM2-1.2B") or a folder. ``device`` "auto" means the
     CUDA device if there is one, else the CPU; ``device_map`` is another name for it, as Hugging
-    Face's callers write. ``dtype`` "auto" means the checkpoint's own; names like "bfloat16" or
-    "float32" are taken too. ``revision``, ``cache_dir``, ``token`` and ``local_files_only`` go to
+    Face's callers write, and may be ``{"": device}`` too. ``dtype`` "auto" means the checkpoint's
+    own; names like "bfloat16" or "float32" are taken too, and ``torch_dtype`` is its older name.
+    ``revision``, ``cache_dir``, ``token`` and ``local_files_only`` go to
     the hub. ``max_length`` bounds the context in tokens (default: the model's limit). ``backend``
     chooses the bodies of the operations, see ``lfm2_fast.ops``. ``quantization`` "int8" makes the
     matrices 8-bit integers while they are loaded, about half of bfloat16's memory; None takes them
@@ -46,7 +51,11 @@ def load(
     if device_map is not None:
         if device != "auto":
             raise ValueError("give device or device_map, not both")
-        device = device_map
+        device = _whole(device_map)
+    if torch_dtype is not None:
+        if dtype != "auto":
+            raise ValueError("give dtype or torch_dtype, not both")
+        dtype = torch_dtype
     where = find_device(device)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
@@ -61,11 +70,12 @@ def load(
         local_files_only=local_files_only,
     )
     config = Config.from_file(folder / "config.json")
-    what = named or _dtype(config.dtype or "float32")
+    if named is None and config.dtype is not None:
+        named = _dtype(config.dtype)
     return Lfm2ForCausalLM(
         replace(config, quantization=quantization or config.quantization),
         checkpoint.load_weights(
-            folder, config, device=where, dtype=what, quantization=quantization
+            folder, config, device=where, dtype=named, quantization=quantization
         ),
         backend=backend,
         max_length=max_length,
@@ -74,7 +84,7 @@ def load(
     )
 
 
-def find_device(device: str | torch.device) -> torch.device:
+def find_device(device: Device) -> torch.device:
     """The device that is meant, "auto" included. Raises ValueError for one that is not there."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
@@ -83,7 +93,7 @@ def find_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if is_cuda else "cpu")
     try:
         where = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"device={str(device)!r} is not a device; use 'auto', 'cpu' or 'cuda'"
         ) from error
@@ -99,6 +109,18 @@ def find_device(device: str | torch.device) -> torch.device:
                 f"{torch.accelerator.device_count()} devices, counted from 0"
             )
     return where
+
+
+def _whole(device_map: Device | Mapping[str, Device]) -> Device:
+    """The device that Hugging Face's ``device_map`` gives to the whole model."""
+    if not isinstance(device_map, Mapping):
+        return device_map
+    if set(device_map) != {""}:
+        raise ValueError(
+            f"device_map={dict(device_map)!r} names parts of the model, which lfm2_fast runs on "
+            "one device; use {'': device}"
+        )
+    return device_map[""]
 
 
 def _generation_config(folder: Path, config: Config) -> dict[str, Any]:

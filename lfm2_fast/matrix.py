@@ -42,7 +42,9 @@ class Matrix(nn.Module):
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``weight [N, K]`` as int8 and a float32 scale ``[N]``: symmetric, a row's largest is 127."""
-    wide = weight.float()
-    scale = wide.abs().amax(-1) / 127
-    # A row of zeros keeps its scale of 0.
-    return (wide / scale.clamp_min(1e-35)[:, None]).round().to(torch.int8), scale
+    wide = weight.to(torch.float32, copy=True)
+    largest = wide.abs().amax(-1)
+    # A scale below the smallest normal number would be too coarse to divide by.
+    scale = (largest / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+    wide /= scale[:, None]
+    return wide.round_().to(torch.int8), scale.masked_fill_(largest == 0, 0)

@@ -207,7 +207,7 @@ class Lfm2ForCausalLM(nn.Module):
 
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
-        self._generation = value
+        self._generation = {} if value is None else value
 
     def generation_defaults(self) -> dict[str, Any]:
         """The generation parameters as a mapping, without a need for transformers."""
@@ -327,6 +327,27 @@ class Lfm2ForCausalLM(nn.Module):
         from lfm2_fast.generation import generate
 
         return generate(self, *args, **kwargs)
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """The ``scores`` of the tokens that ``generate`` wrote, ``[B, steps]``, as Hugging Face's.
+
+        ``sequences`` and ``scores`` (or ``logits``) are of its answer; ``normalize_logits`` makes
+        logarithms of probabilities of them.
+        Raises ValueError for ``beam_indices``: no beams are searched here.
+        """
+        if beam_indices is not None:
+            raise ValueError("beam_indices is not supported by lfm2_fast: leave it out")
+        each = torch.stack(scores, 1)
+        if normalize_logits:
+            each = each.log_softmax(-1)
+        written = sequences[:, -len(scores) :].to(each.device)
+        return each.gather(-1, written[..., None])[..., 0]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write a checkpoint that Hugging Face loads, equal tensor for tensor."""

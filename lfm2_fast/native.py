@@ -70,6 +70,8 @@ SCHEMAS = (
 
 # Whether the processor has what flash_prefill_native is made of: AVX512_BF16.
 HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
+# Whether the bodies were compiled for x86-64 processors without AVX2 alone.
+LACKS_AVX2 = "lacks_avx2_native() -> bool"
 
 # Insists on the extension, so that a build which fails shows why.
 REBUILD = "LFM2_FAST_BUILD_EXT=1 pip install --no-build-isolation ."
@@ -85,6 +87,7 @@ for _schema in SCHEMAS:
     _library.define(_schema)
     torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
 _library.define(HAS_FLASH_PREFILL)
+_library.define(LACKS_AVX2)
 
 
 def _load() -> str | None:
@@ -101,8 +104,12 @@ def _load() -> str | None:
         reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it anew"
         logging.getLogger(__name__).warning("%s", reason)
         return reason
-    names = [f"lfm2_fast::{schema.split('(')[0]}" for schema in SCHEMAS]
-    if not all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in names):
+    keys = dict.fromkeys(SCHEMAS, "CPU")
+    keys |= dict.fromkeys((HAS_FLASH_PREFILL, LACKS_AVX2), "CompositeExplicitAutograd")
+    if not all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"lfm2_fast::{schema.split('(')[0]}", key)
+        for schema, key in keys.items()
+    ):
         reason = f"{found[0].name} is of an older version; `{REBUILD}` builds it anew"
         logging.getLogger(__name__).warning("%s", reason)
         return reason
@@ -125,6 +132,17 @@ def why_not(device: torch.device) -> str | None:
             f"({torch.version.cuda}) installed, `{REBUILD}` builds it with"
         )
     return None
+
+
+def why_slow(device: torch.device) -> str | None:
+    """Why the bodies that ``device`` has are slow here, and what to do; None if they are not."""
+    if device.type != "cpu" or _why_not is not None or not torch.ops.lfm2_fast.lacks_avx2_native():
+        return None
+    return (
+        "the C++ extension was built for the oldest x86-64 processors, by another compiler than "
+        f"GCC 12 or newer; `CXX=g++-12 {REBUILD}` or, for this machine alone, "
+        f"`CFLAGS=-march=native {REBUILD}` builds it anew"
+    )
 
 
 def prefills(dtype: torch.dtype) -> bool:

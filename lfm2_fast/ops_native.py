@@ -68,7 +68,7 @@ def int8_products_are_exact() -> bool:
 
     Where the CPU has no VNNI, pairs of products are added up in 16 bits, and overflow silently.
     """
-    a, b = (torch.full((64, 64), most, dtype=torch.int8) for most in (127, -127))
+    a, b = (torch.full((64, 64), n, dtype=torch.int8, device="cpu") for n in (127, -127))
     return bool((torch._int_mm(a, a) == 64 * 127 * 127).all()) and bool(
         (torch._int_mm(a, b) == -64 * 127 * 127).all()
     )
@@ -136,8 +136,8 @@ class NativeOps(StreamOps):
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """A projection of many tokens, by PyTorch's products."""
         if linear.weight_scale is not None and int8_products_are_exact():
-            numbers = torch.empty(x.shape, dtype=torch.int8)
-            scales = torch.empty(len(x), dtype=torch.float32)
+            numbers = x.new_empty(x.shape, dtype=torch.int8)
+            scales = x.new_empty(len(x), dtype=torch.float32)
             _quantize(x, numbers, scales)
             out = x.new_empty(len(x), len(linear.weight))
             products = torch._int_mm(numbers, linear.weight.T)

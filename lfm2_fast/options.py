@@ -1,13 +1,26 @@
 """The options that several commands have in common."""
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+T = TypeVar("T", str | None, list[str] | None)
+
+
+def text(value: T) -> T:
+    """What was given, unless bytes of it are not UTF-8: Python makes lone surrogates of them."""
+    for each in value if isinstance(value, list) else [value or ""]:
+        try:
+            each.encode()
+        except UnicodeEncodeError:
+            raise typer.BadParameter("it is not UTF-8 text") from None
+    return value
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, or a folder.")
 ]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
+System = Annotated[str | None, typer.Option(callback=text, help="System prompt.")]
 Preset = Annotated[
     str | None, typer.Option(help="Recommended sampling; else the one that fits MODEL's name.")
 ]
@@ -18,7 +31,9 @@ TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that m
 MinP = Annotated[float | None, typer.Option(help="Draw from those above p times the likeliest.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids repetition.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="The same seed draws the same text.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End after this string; repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(callback=text, help="End after this string; repeatable.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
 Backend = Annotated[str, typer.Option(help="Which bodies run; lfm2-fast info lists them.")]
@@ -28,3 +43,14 @@ Quantization = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
+
+# The parameters of a command that are arguments of ``load``.
+LOADING = (
+    "device",
+    "dtype",
+    "backend",
+    "quantization",
+    "revision",
+    "max_length",
+    "local_files_only",
+)

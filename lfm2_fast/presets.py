@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lfm2_fast.arguments import understand
+from lfm2_fast.sampling import NEUTRAL, SamplingParams
+
 PRESETS: dict[str, dict[str, Any]] = {
     "lfm2": {"temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05},
     "lfm2-math": {"temperature": 0.6, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.05},
@@ -66,8 +69,9 @@ def sampling(
     ``given`` holds the options that were set; a temperature of 0 means greedy, any other of FILTERS
     means sampling. Under them lies the preset that was asked for; else what ``file``, the
     checkpoint's generation config, says of sampling; else the preset for the checkpoint's ``name``;
-    else greedy decoding. Raises ValueError for a preset that does not exist and for options that
-    contradict each other.
+    else greedy decoding. The phrase tells what ``generate`` makes of the arguments and the file,
+    Hugging Face's defaults included. Raises ValueError for a preset that does not exist, for
+    options that contradict each other and for values out of range.
     """
     asked = {key: value for key, value in (given or {}).items() if value is not None}
     if asked.get("temperature") == 0:
@@ -91,13 +95,17 @@ def sampling(
         arguments.update(dict.fromkeys(FILTERS))
     if asked:
         why = f"{why}; changed by options" if found or stored else "as the options say"
-    return arguments, f"{described(arguments)} ({why})"
+    holds = understand(arguments, None, stored, vocab_size=1).sampling
+    return arguments, f"{described(holds)} ({why})"
 
 
-def described(arguments: Mapping[str, Any]) -> str:
-    """Sampling arguments in words: "temperature 0.3, min_p 0.15"."""
-    words = [] if arguments.get("do_sample") else ["greedy"]
-    words += [f"{k} {arguments[k]:g}" for k in SAMPLING[1:] if arguments.get(k) is not None]
+def described(params: SamplingParams) -> str:
+    """Sampling parameters in words: "temperature 0.3, min_p 0.15"."""
+    words = [] if params.do_sample else ["greedy"]
+    for name in SAMPLING[1:]:
+        value = getattr(params, name)
+        if value != getattr(NEUTRAL, name):
+            words.append(f"{name} {value:g}")
     return ", ".join(words) or "temperature 1"
 
 

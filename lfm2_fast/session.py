@@ -10,8 +10,8 @@ import torch
 
 from lfm2_fast import hub
 from lfm2_fast.arguments import understand
-from lfm2_fast.chat import Answer, Conversation, write
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.chat import Answer, Conversation, check_template, write
+from lfm2_fast.config import CheckpointError, Config
 from lfm2_fast.loading import load
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.presets import sampling
@@ -66,6 +66,7 @@ def open_session(
     terminal: Terminal,
     name: str,
     *,
+    chat: bool = False,
     preset: str | None = None,
     given: Mapping[str, Any] | None = None,
     stop: list[str] | None = None,
@@ -75,19 +76,22 @@ def open_session(
     """Load a checkpoint, telling what is loaded and how it will draw.
 
     ``preset`` and ``given`` are as in ``presets.sampling``, ``options`` go to ``load``; ``seed`` is
-    torch's. What is wrong with the options is raised before the checkpoint is looked for.
+    torch's. What is wrong with the options is raised before the checkpoint is looked for, and what
+    the tokenizer lacks, which for ``chat`` is a template too, before the weights are loaded.
     """
     arguments, _ = sampling(name, preset=preset, given=given)
     if stop:
         arguments["stop_strings"] = stop
     understand(arguments, None, {}, vocab_size=1)
     terminal.note(f"loading {name}")
-    model = load(name, **options)
     tokenizer = load_tokenizer(
         name,
         revision=options.get("revision"),
         local_files_only=options.get("local_files_only", False),
     )
+    if chat:
+        check_template(tokenizer, name)
+    model = load(name, **options)
     terminal.note(summary(model))
     file = model.generation_defaults()
     arguments, words = sampling(name, preset=preset, file=file, given=given)
@@ -102,7 +106,10 @@ def open_session(
 def load_tokenizer(
     name: str, *, revision: str | None = None, local_files_only: bool = False
 ) -> Any:
-    """The checkpoint's tokenizer. Raises CheckpointError when there is none that can be loaded."""
+    """The checkpoint's tokenizer. Raises CheckpointError when there is none that can be loaded.
+
+    Of a folder that is no checkpoint it says that instead.
+    """
     from transformers import AutoTokenizer
 
     folder = hub.resolve(
@@ -112,6 +119,7 @@ def load_tokenizer(
         weights=False,
         also=TOKENIZER_FILES,
     )
+    Config.from_file(folder / "config.json")
     if not (folder / TOKENIZER_FILES[0]).is_file():
         raise CheckpointError(
             f"{folder} has no {TOKENIZER_FILES[0]}; if it is on the hub, connect once to download "

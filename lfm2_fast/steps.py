@@ -167,7 +167,8 @@ class Steps:
                         self.cache.expect(row.slot, row.start + ran)
                     rows.append(row)
                 launch.read += 1
-                yield rows, [row.written[-1] for row in rows]
+                if rows:  # steps that were under way when the last row ended have none
+                    yield rows, [row.written[-1] for row in rows]
             self._unread.popleft()
 
     def settle(self) -> None:

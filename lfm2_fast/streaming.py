@@ -12,8 +12,8 @@ import torch
 Kind = Literal["answer", "thinking", "tool call"]
 ANSWER: Kind = "answer"
 
-# Opening marker -> what closes it, and what stands between. Thinking can only begin a text: an
-# answer that mentions its marker is still an answer.
+# Opening marker -> what closes it, and what stands between. Thinking can only begin a text, and
+# tool calls stand in the answer: where another passage mentions a marker, it is text.
 PASSAGES: dict[str, tuple[str, Kind]] = {
     "<think>": ("</think>", "thinking"),
     "<|cot_start|>": ("<|cot_end|>", "thinking"),
@@ -25,11 +25,15 @@ MARKERS = frozenset(PASSAGES) | {closer for closer, _ in PASSAGES.values()}
 
 
 class Segment(NamedTuple):
-    """A piece of text, what it is, and whether it begins a new passage of its kind."""
+    """A piece of text, what it is, and whether it begins a new passage of its kind.
+
+    ``last`` says that the passage was closed by its marker; there is no text with it.
+    """
 
     kind: Kind
     text: str
     first: bool
+    last: bool = False
 
 
 class Splitter:
@@ -56,11 +60,12 @@ class Splitter:
                 return []
             self._may_think = False
         segments: list[Segment] = []
-        while found := [(at, m) for m in self._markers() if (at := self._held.find(m)) >= 0]:
-            at, marker = min(found)
+        while (at := self._held.find(marker := self.closer or TOOL_CALL)) >= 0:
             segments += self._passed(self._held[:at])
+            if self._begun and marker == self.closer:
+                segments.append(Segment(self.kind, "", False, last=True))
             self._turn(marker if marker in PASSAGES else None, self._held[at + len(marker) :])
-        whole = len(self._held) - max(map(self._overlap, self._markers()))
+        whole = len(self._held) - self._overlap(marker)
         segments += self._passed(self._held[:whole])
         self._held = self._held[whole:]
         return segments
@@ -74,11 +79,6 @@ class Splitter:
         """Go on with ``rest`` in what ``opener`` opens, or in the answer."""
         self.closer, self.kind = PASSAGES[opener] if opener else ("", ANSWER)
         self._held, self._space, self._begun = rest, "", False
-
-    def _markers(self) -> list[str]:
-        """What can end the present passage."""
-        closing = [self.closer] if self.closer else []
-        return closing if self.kind == "tool call" else [*closing, TOOL_CALL]
 
     def _passed(self, text: str) -> list[Segment]:
         text = self._space + text
@@ -170,10 +170,6 @@ class TokenStream:
         shown = [token for token in self.ids if token not in self._dropped]
         whole = self._backend.decode(shown, skip_special_tokens=False)
         self._pass(whole[len(self.text) :])
-
-    def cut_at(self, budget: int) -> bool:
-        """Whether the text was cut off after ``budget`` tokens: no special token ended it."""
-        return len(self.ids) == budget and self.ids[-1] not in self._dropped
 
     def _pass(self, text: str) -> None:
         if text:

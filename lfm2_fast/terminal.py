@@ -19,12 +19,12 @@ class Terminal:
     """Writes notes and streamed segments; plain text wherever no terminal is.
 
     Thinking goes to stderr, so that stdout has the answer alone. A tool call in a pipe keeps the
-    model's markers, by which programs find it.
+    model's markers, by which programs find it; one that was cut off has no closing marker.
     """
 
     def __init__(self) -> None:
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._kind: Kind | None = None
 
     def note(self, text: str) -> None:
@@ -40,12 +40,12 @@ class Terminal:
                 self._write("thinking: ")
             elif segment.kind == "tool call":
                 self._write("tool call: " if self.out.is_terminal else TOOL_CALL)
+        if segment.last and segment.kind == "tool call" and not self.out.is_terminal:
+            self._write(PASSAGES[TOOL_CALL][0])
         self._write(segment.text)
 
     def finish(self) -> None:
         """End the line of the passage that was shown last."""
-        if self._kind == "tool call" and not self.out.is_terminal:
-            self._write(PASSAGES[TOOL_CALL][0])
         if self._kind is not None:
             self._write("\n")
         self._kind = None

@@ -55,7 +55,7 @@ def write(
     if cache is None:
         cache = model.borrow_cache(at_a_time)
     else:
-        check_cache(cache, rows)
+        check_cache(model, cache, rows)
     writing = _Writing(model, asked, ids, mask, cache, seed, at_a_time)
     try:
         if streamer is not None:

@@ -34,8 +34,10 @@ if not INTERPRETED:
 
 import lfm2_fast  # noqa: E402
 from lfm2_fast.batch import Batch  # noqa: E402
+from lfm2_fast.buffers import Buffers  # noqa: E402
 from lfm2_fast.cache import KVPages  # noqa: E402
-from lfm2_fast.checkpoint import layout  # noqa: E402
+from lfm2_fast.graphs import Graphs  # noqa: E402
+from lfm2_fast.layout import layout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -407,6 +409,33 @@ def draw_batch(kernel_device: torch.device) -> Callable[..., Batch]:
         return Batch.prepare(counts, live, cache, kernel_device)
 
     return draw
+
+
+class Recorded:
+    """Stands in for a CUDA graph: replaying it does again what was captured."""
+
+    def __init__(self, graphs: Graphs, body: Callable[[], None]) -> None:
+        self.body = body
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.body()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """Every Graphs that is made, with captures that stand in for CUDA's."""
+    made: list[Graphs] = []
+    init = Buffers.__init__
+
+    def with_graphs(self: Buffers, model: Any, cache: Any, size: int) -> None:
+        init(self, model, cache, size, Recorded)
+        assert self.graphs is not None
+        made.append(self.graphs)
+
+    monkeypatch.setattr(Buffers, "__init__", with_graphs)
+    return made
 
 
 @pytest.fixture(scope="session")

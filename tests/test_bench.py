@@ -24,8 +24,9 @@ from bench.results import Figure
 from bench.shapes import SIZES, config_of
 from bench.stats import ratio
 from bench.worker import EngineError, Remote
-from lfm2_fast import cli
+from lfm2_fast import __main__ as cli
 from lfm2_fast.bench import weight_bytes
+from lfm2_fast.bench_show import cells, show
 from lfm2_fast.measure import Neighbours, doubts, quantile, spread
 from lfm2_fast.ops import why_not
 
@@ -108,11 +109,47 @@ def test_bench_shows_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "loading" in err and "loading" not in out
 
 
+def figures() -> dict[str, Any]:
+    """What a run of one case found, where neither memory nor other programs could be looked at."""
+    steps = dict.fromkeys(("p50", "p10", "p90", "p99"), 1.23456)
+    row = {"prompt": 131072, "output": 1024, "batch": 256, "tokens_per_second": 12345.67}
+    more = {"bandwidth_share": 0.5, "floor_tokens_per_second": 24691.34, "doubts": ["it is noisy"]}
+    model = {"name": "x", "quantization": None, "dtype": "bfloat16", "backend": "eager"}
+    return {
+        "load_seconds": 1.0,
+        "warm_up_seconds": 1.0,
+        "model": {**model, "weight_bytes": 5000},
+        "device": {"name": "a CPU", "threads": 2},
+        "memory_bytes_per_second": {"copy": 1e10, "read": 2e10},
+        "memory": {},
+        "others": {},
+        "rows": [{**row, "first_token_seconds": steps, "step_seconds": steps, **more}],
+    }
+
+
+def test_bench_shows_figures_where_memory_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    show(figures())
+    out = capsys.readouterr().out
+    assert "weights 5 kB; a copy moves 10 GB/s" in out
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_bench_cuts_no_figure_off(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = figures()
+    show(found)
+    words = capsys.readouterr().out.split()
+    assert {*cells(found["rows"][0]), "unsafe"} <= set(words)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
         ("--batch", "0", "--batch must be counts"),
         ("--prompt", "1,x", "--prompt must be counts"),
+        ("--plot", "no/folder/x.png", "--plot no/folder/x.png: there is no folder no/folder"),
         ("--prompt", "4000", "do not fit into the context of 2048"),
     ],
 )
@@ -146,6 +183,18 @@ def test_plot_draws(tiny: Path, tmp_path: Path) -> None:
         cli.main([*call, "--rounds", "1", "--plot", str(path)])
     assert not ended.value.code
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_shown_where_the_plot_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("lfm2_fast.bench.load_and_measure", lambda *_, **__: figures())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "x", "--plot", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and "Is a directory" in err
+    assert "12345.7" in out
 
 
 @pytest.mark.parametrize("size", SIZES)

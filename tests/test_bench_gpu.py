@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lfm2_fast
-from bench import gpu, gpu_goals, gpu_peers, gpu_steps, report, report_gpu, tune
+from bench import gpu, gpu_goals, gpu_peers, gpu_steps, isolated, report, report_gpu, tune
 from bench.gpu_steps import Decoding, prefill_flops
 from bench.results import Figure
 from bench.shapes import SIZES, config_of
@@ -39,7 +39,7 @@ def test_it_measures_and_keeps_what_it_has(tmp_path: Path) -> None:
     decoded = found["decode"]["config"]["context 128"]
     assert decoded["us"]["p10"] > 0 and decoded["share_of_copy"] > 0
     late = {*found["batch"]["config"].values(), *found["first token"]["config"].values()}
-    assert late == {"not measured: the time was up"}
+    assert late == {isolated.LATE}
 
 
 def test_it_measures_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +49,7 @@ def test_it_measures_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gpu, "PROMPTS", (32, 128, 512))
     monkeypatch.setattr(gpu, "CONTEXTS", (128, 256, 1024))
     monkeypatch.setattr(gpu, "gate", lambda device: {"tokens_are_the_references": {}})
+    monkeypatch.setattr(gpu, "isolated", isolated.measure)  # here, where constants are few
     out = tmp_path / "gpu.json"
     gpu.main([*ON_CPU, "--out", str(out)])
     found = json.loads(out.read_text(encoding="utf-8"))
@@ -185,17 +186,18 @@ def made_up() -> tuple[dict[str, Any], dict[str, Any]]:
         "machine": {"name": "a GPU"},
         "versions": {"torch": "0.0"},
     }
-    decoded = {"kernels": 74, "nbytes": 700e6, "share_of_copy": 0.5, "peak_bytes": 1e9}
+    decoded = {"nbytes": 700e6, "share_of_copy": 0.5, "peak_bytes": 1e9}
     alone = {
         **head,
         "copy_gb_s": 3000.0,
         "matmul_tflops": 800.0,
         "empty_kernels": {"kernels": 73, "us": {"plain": us(90)["us"], "dependent": us(60)["us"]}},
         "decode": {
-            "350M": {"context 128": {**us(466.667), **decoded}, "context 32768": gpu.LATE},
+            "350M": {"context 128": {**us(466.667), **decoded}, "context 32768": isolated.LATE},
             "1.2B": {"context 128": {**us(900), **decoded, "nbytes": 2.4e9}},
         },
         "batch": {"1.2B": {"64": {**us(2560), **decoded}, "2": {**us(950), **decoded}}},
+        "kernels": {"350M": {"context 128": {"kernels": 74}}, "1.2B": {"64": {"kernels": 99}}},
         "first token": {"1.2B": {"128 tokens": {**us(2000), "over_floor": 2.5}}},
         "sampled": {"350M": {"ratio": 1.02, "interval": [1.0, 1.05], "us": SIDES}},
         "int8": {"2.6B": {"ratio": 0.5, "interval": [0.49, 0.52], "us": SIDES}},
@@ -206,7 +208,7 @@ def made_up() -> tuple[dict[str, Any], dict[str, Any]]:
     peers = {
         **head,
         "protocol": {"order": "In turns"},
-        "skipped": {"1.2B": {"all": gpu.LATE}},
+        "skipped": {"1.2B": {"all": gpu_peers.LATE}},
         "how": {"350M": {"transformers compiled": "one graph"}, "1.2B": {}},
         "sizes": {"350M": {"lfm2_fast": us(500), "transformers compiled": us(1500)}},
         "figures": [
@@ -244,6 +246,9 @@ def test_tables_come_from_the_files_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert report_gpu.tables(tmp_path) == {}
+    red = {"gate": {"tokens_are_the_references": {"greedy": False}}}
+    (tmp_path / "gpu.json").write_text(json.dumps(red), encoding="utf-8")
+    assert report_gpu.tables(tmp_path) == {}
     alone, peers = made_up()
     (tmp_path / "gpu.json").write_text(json.dumps(alone), encoding="utf-8")
     tables = report_gpu.tables(tmp_path)
@@ -251,15 +256,17 @@ def test_tables_come_from_the_files_that_are_there(
     (tmp_path / "gpu-peers.json").write_text(json.dumps(peers), encoding="utf-8")
     tables = {name: make() for name, make in report_gpu.tables(tmp_path).items()}
     assert "| 350M | 128     | 467        | 420 to 560   | 2,143" in tables["gpu-decode"]
-    assert gpu.LATE not in tables["gpu-decode"] and "| 1.00 " in tables["gpu-decode"]
+    assert isolated.LATE not in tables["gpu-decode"] and "| 1.00 " in tables["gpu-decode"]
     assert tables["gpu-batch"].index("| 2 ") < tables["gpu-batch"].index("| 64 ")
+    assert " 74 " in tables["gpu-decode"] and " 99 " in tables["gpu-batch"]
+    assert "None" not in tables["gpu-decode"] + tables["gpu-batch"]
     assert "25,000" in tables["gpu-batch"] and "2.50" in tables["gpu-first-token"]
     assert "1.020 [1.000, 1.050]" in tables["gpu-comparisons"]
     assert "467 on the device" in tables["gpu-rest"]
     assert "60.0 with dependent launch" in tables["gpu-limits"]
     assert "3.00 [3.00, 3.00]" in tables["gpu-peers"]
     assert "350M compiled: one graph." in tables["gpu-peers-conditions"]
-    assert f"Left out of 1.2B: all ({gpu.LATE})" in tables["gpu-peers-conditions"]
+    assert f"Left out of 1.2B: all ({gpu_peers.LATE})" in tables["gpu-peers-conditions"]
     assert "| aim     |" in tables["gpu-goals"]
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)

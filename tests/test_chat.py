@@ -122,6 +122,25 @@ def test_the_cut_is_told(conversation: Conversation) -> None:
     assert not ask(conversation, QUESTIONS[0]).end
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_only_an_end_token_is_no_cut(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any, ends: bool
+) -> None:
+    """The text ends with a special token, where the budget ends too."""
+    ids = tokenizer("What is a list?").input_ids
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        likeliest = model(torch.tensor([ids])).logits[0, -1].argmax()
+    changed = lfm2_fast.load(model.name_or_path, device="cpu", dtype="float32")
+    rows = changed.embed_tokens.weight
+    rows[special] = 2 * rows[likeliest]
+    arguments = {"eos_token_id": [special if ends else 5]}
+    texts: list[str] = []
+    answer = write(changed, tokenizer, ids, texts.append, max_new_tokens=1, arguments=arguments)
+    assert (answer.text, answer.timing.tokens) == ("", 1)
+    assert answer.end == ("" if ends else "cut at 1 tokens")
+
+
 def test_a_full_context(tiny: Path, tokenizer: Any) -> None:
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32", max_length=40)
     conversation = Conversation(model, tokenizer)
@@ -169,6 +188,16 @@ def test_a_template_that_opens_the_thinking(
     assert len(conversation.messages) == 2 * len(QUESTIONS)
 
 
+def test_a_tool_call_that_was_cut_off_stays_open_in_the_history(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = THINKING.replace("<think>", "<|tool_call_start|>")
+    conversation = Conversation(model, tokenizer, max_new_tokens=5)
+    answer = conversation.ask(QUESTIONS[0], ignore)
+    assert answer.end == "cut at 5 tokens"
+    assert conversation.messages[-1]["content"] == f"<|tool_call_start|>{answer.text}"
+
+
 def test_what_has_no_template_is_named(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
     with pytest.raises(ValueError, match="the chat template refuses .*: system first"):
@@ -201,6 +230,27 @@ def test_commands(conversation: Conversation, capsys: pytest.CaptureFixture[str]
     assert err.count("first token after") == 2
     converse(conversation, Terminal(), ["/system"])
     assert conversation.messages == []
+
+
+@pytest.mark.parametrize("moment", ["answer", "prompt"])
+def test_interrupt_ends_a_conversation_that_nobody_types(
+    conversation: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+) -> None:
+    def interrupted(message: str, show: Callable[[Segment], None], stopped: Any) -> Answer:
+        if moment == "answer":
+            assert not stopped()  # the answer has begun
+        signal.raise_signal(signal.SIGINT)
+        return real(message, show, stopped)
+
+    real = conversation.ask
+    monkeypatch.setattr(conversation, "ask", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        converse(conversation, Terminal(), QUESTIONS)
+    assert capsys.readouterr().err.count("stopped") == 1
 
 
 def test_messages_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

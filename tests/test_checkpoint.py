@@ -78,6 +78,25 @@ def test_a_stored_tied_head_is_no_error(random_checkpoint, broken: Path) -> None
     assert torch.equal(model.lm_head.weight, load(random_checkpoint()).lm_head.weight)
 
 
+def test_what_the_class_without_a_head_saved_is_the_same_model(
+    random_checkpoint, tmp_path: Path
+) -> None:
+    from transformers import Lfm2Model
+
+    folder = random_checkpoint()
+    Lfm2Model.from_pretrained(folder).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert not any(name.startswith("model.") for name in names), "they are without a prefix"
+    whole, base = load(folder).state_dict(), load(tmp_path).state_dict()
+    assert all(torch.equal(whole[name], base[name]) for name in whole)
+
+
+def test_a_tensor_under_both_names_is_refused(broken: Path) -> None:
+    rewrite(broken, lambda t: t.update({W1.removeprefix("model."): torch.zeros(150, 96)}))
+    with pytest.raises(CheckpointError, match=f"holds {W1.removeprefix('model.')}, which"):
+        load(broken)
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", torch.float16, "torch.float64"])
 def test_dtypes(broken: Path, dtype: str | torch.dtype) -> None:
     rewrite(broken, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
@@ -85,6 +104,28 @@ def test_dtypes(broken: Path, dtype: str | torch.dtype) -> None:
     (broken / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     name = "bfloat16" if dtype == "auto" else str(dtype).removeprefix("torch.")
     assert load(broken, dtype=dtype).dtype == getattr(torch, name)
+
+
+def untold(folder: Path) -> Path:
+    """``folder`` with a config that tells no dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    told = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_without_a_dtype_in_the_config_the_weights_tell(broken: Path, pair) -> None:
+    norms = "model.embedding_norm.weight"
+    rewrite(broken, lambda t: t.update({k: v.bfloat16() for k, v in t.items() if k != norms}))
+    theirs, _ = pair(untold(broken), dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    model = load(broken)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_without_a_dtype_in_the_config_8_bits_go_with_their_norms(broken: Path) -> None:
+    load(broken, dtype="float16", quantization="int8").save_pretrained(broken)
+    assert load(untold(broken)).dtype == torch.float16
 
 
 W1 = "model.layers.0.feed_forward.w1.weight"
@@ -157,6 +198,8 @@ def test_spoiled_checkpoints_are_named(
         ({"device": "tpu9"}, ValueError, "device='tpu9' is not a device"),
         ({"device": "mps"}, ValueError, "device='mps' is not available"),
         ({"device_map": "auto", "device": "cpu"}, ValueError, "device or device_map, not both"),
+        ({"device": ["cpu"]}, ValueError, r"device=\"\['cpu'\]\" is not a device"),
+        ({"dtype": "float16", "torch_dtype": "float32"}, ValueError, "dtype or torch_dtype, not"),
         ({"dtype": "int8"}, ValueError, "dtype='int8' is not supported"),
         ({"dtype": 16}, ValueError, "dtype=16 is not supported"),
         ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
@@ -176,12 +219,17 @@ def test_a_missing_device_is_named(random_checkpoint) -> None:
         load(random_checkpoint(), device="cuda")
 
 
-def test_device_map_is_another_name(random_checkpoint) -> None:
-    model = lfm2_fast.load(random_checkpoint(), device_map="cpu")
-    assert model.device == torch.device("cpu")
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_hugging_faces_other_names_are_taken(random_checkpoint, device_map) -> None:
+    model = lfm2_fast.load(random_checkpoint(), device_map=device_map, torch_dtype=torch.float16)
+    assert model.device == torch.device("cpu") and model.dtype == torch.float16
+    with pytest.raises(ValueError, match="names parts of the model"):
+        lfm2_fast.load(random_checkpoint(), device_map={"model": device_map, "lm_head": "cpu"})
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "~/nowhere", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "./nowhere", "/nowhere", "~/nowhere", "~nosuchuser/x", "gpt2"]
+)
 def test_a_path_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"there is no folder '{re.escape(name)}'"):
         lfm2_fast.load(name)

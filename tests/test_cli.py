@@ -20,12 +20,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import lfm2_fast
-from lfm2_fast import cli
-from lfm2_fast.streaming import Segment
-from lfm2_fast.terminal import Terminal
+from lfm2_fast.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = (sys.executable, "-m", "lfm2_fast.cli")
+COMMAND = (sys.executable, "-m", "lfm2_fast")
 LONG = ("--max-new-tokens", "2000")
 
 
@@ -42,10 +40,11 @@ Run = Callable[..., Result]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process, with stdin a pipe."""
 
-    def command(*arguments: str | Path, stdin: str = "") -> Result:
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    def command(*arguments: str | Path, stdin: str | io.TextIOWrapper = "") -> Result:
+        stream = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+        monkeypatch.setattr("sys.stdin", stream)
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert isinstance(ended.value.code, int | None)
         return Result(ended.value.code or 0, out, err)
@@ -63,6 +62,16 @@ def endless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("config.json", "generation_config.json"):
         stored = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**stored, "eos_token_id": 5}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint without its chat template."""
+    folder = tmp_path_factory.mktemp("bare")
+    for file in tiny.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            shutil.copy(file, folder)
     return folder
 
 
@@ -142,6 +151,9 @@ def test_presets_are_shown_and_overridable(run: Run, tiny: Path) -> None:
 ERRORS: dict[str, tuple[str, str]] = {
     "no-folder": ("generate nope hi", "there is no folder 'nope'; give a checkpoint folder or"),
     "no-checkpoint": ("generate tests hi", "tests/config.json does not exist;"),
+    "no-template": ("generate BARE hi --chat", "has no chat template; it can continue text"),
+    "system": ("generate BARE hi --system x", "has no chat template; it can continue text"),
+    "no-template-to-chat": ("chat BARE", "has no chat template; it can continue text"),
     "no-tokenizer": ("generate RANDOM hi", "has no tokenizer.json;"),
     "temperature": ("generate TINY hi --temperature -1", "temperature must be above 0, got -1.0"),
     "top-p": ("generate TINY hi --top-p 1.5", "top_p must be from 0 to 1, got 1.5"),
@@ -170,6 +182,7 @@ ERRORS: dict[str, tuple[str, str]] = {
 def test_errors_are_one_line_and_code_2(
     run: Run,
     tiny: Path,
+    bare: Path,
     random_checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -180,11 +193,42 @@ def test_errors_are_one_line_and_code_2(
     if "RANDOM" in command:
         command = command.replace("RANDOM", str(random_checkpoint()))
         capsys.readouterr()  # what writing it has shown
-    code, out, err = run(*command.replace("TINY", str(tiny)).split())
+    command = command.replace("TINY", str(tiny)).replace("BARE", str(bare))
+    code, out, err = run(*command.split())
     *notes, error = err.splitlines()
     assert (code, out) == (2, "")
     assert error.startswith("lfm2-fast: ") and message in error
     assert len(notes) in (0, 1, 3), "an error is one line after those that tell what is loaded"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate BARE hi --chat", "has no chat template"),
+        ("generate BARE hi --system x", "has no chat template"),
+        ("chat BARE", "has no chat template"),
+        ("chat RANDOM", "has no tokenizer.json"),
+        ("eval RANDOM --text README.md", "has no tokenizer.json"),
+    ],
+)
+def test_what_the_tokenizer_lacks_is_told_before_the_weights_are_loaded(
+    run: Run,
+    bare: Path,
+    random_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    message: str,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("lfm2_fast.checkpoint.load_weights", fail)
+    command = command.replace("BARE", str(bare)).replace("RANDOM", str(random_checkpoint()))
+    capsys.readouterr()  # what writing it has shown
+    code, _, err = run(*command.split())
+    assert code == 2 and message in err
 
 
 def test_unexpected_errors_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +239,7 @@ def test_unexpected_errors_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) 
     error = "lfm2-fast: KeyError: 'lost' (lfm2-fast --traceback ... shows where)\n"
     assert run("info") == Result(2, "", error)
     with pytest.raises(KeyError):
-        cli.main(["--traceback", "info"])
+        main(["--traceback", "info"])
 
 
 def test_chat_in_a_pipe(run: Run, tiny: Path) -> None:
@@ -206,49 +250,6 @@ def test_chat_in_a_pipe(run: Run, tiny: Path) -> None:
     assert err.count("first token after") == 2 and "prompt tokens kept" in err
     code, _, err = run("chat", tiny, "--max-length", "30", stdin="What is a list?\n" * 9)
     assert code == 2 and "tokens fill the context of 30" in err
-
-
-def show(segments: list[tuple[str, str]]) -> None:
-    terminal = Terminal()
-    for kind, text in segments:
-        half = len(text) // 2
-        terminal.show(Segment(kind, text[:half], True))  # type: ignore[arg-type]
-        terminal.show(Segment(kind, text[half:], False))  # type: ignore[arg-type]
-    terminal.finish()
-
-
-PASSAGES = [
-    ("thinking", "Two\nand two."),
-    ("answer", "Let me look.\x1b[2J"),
-    ("tool call", "[f(x=1)]"),
-    ("answer", "Four."),
-]
-
-
-def test_thinking_and_tool_calls_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    show(PASSAGES)
-    out, err = capsys.readouterr()
-    call = "<|tool_call_start|>[f(x=1)]<|tool_call_end|>"
-    assert out == f"Let me look.\x1b[2J\n{call}\nFour.\n"
-    assert err == "thinking: Two\nand two.\n"
-
-
-@pytest.mark.parametrize("term", ["xterm", "dumb", "no colour"])
-def test_thinking_and_tool_calls_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str
-) -> None:
-    monkeypatch.setenv("TERM", "dumb" if term == "dumb" else "xterm-256color")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if term == "no colour":
-        monkeypatch.setenv("NO_COLOR", "1")
-    show(PASSAGES)
-    out, err = capsys.readouterr()
-    plain = re.compile(r"\x1b\[[\d;]*m")
-    assert plain.sub("", out) == "Let me look.\ufffd[2J\ntool call: [f(x=1)]\nFour.\n"
-    assert plain.sub("", err) == "thinking: Two\nand two.\n"
-    assert ("\x1b[2;3m" in err) == (term != "dumb")
-    assert ("\x1b[36m" in out) == (term == "xterm")
 
 
 def test_info(run: Run, tiny: Path) -> None:
@@ -278,6 +279,14 @@ def test_info_says_why_no_faster_body_runs(run: Run, monkeypatch: pytest.MonkeyP
     assert facts["backends"]["native"] == "no: there is no extension; build it"
     assert facts["backends"]["triton"].startswith("no: Triton runs on GPUs")
     assert set(facts["operations"].values()) == {"eager"}
+
+
+def test_info_says_that_the_extension_was_built_slow(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2_fast.native.why_slow", lambda device: "for the oldest; rebuild")
+    facts = json.loads(run("info", "--json", "--device", "cpu").out)
+    assert facts["backends"]["native"] == "yes, but slowly: for the oldest; rebuild"
 
 
 def test_demo(run: Run) -> None:
@@ -369,6 +378,20 @@ def test_interrupt_ends_generate(endless: Path) -> None:
     assert err.endswith("; stopped\n") and "Traceback" not in err
 
 
+def test_interrupt_ends_chat_in_a_pipe(endless: Path) -> None:
+    with start("chat", endless, *LONG, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("What is a list?\n" * 3)
+        process.stdin.close()
+        process.stdin = None
+        first = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len((first + rest).splitlines()) == 1 and rest.endswith("\n")
+    assert err.endswith("; stopped\n") and "Traceback" not in err
+
+
 def test_a_reader_that_leaves_ends_generate(endless: Path) -> None:
     with start("generate", endless, "What is a list?", *LONG) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -384,11 +407,46 @@ def test_a_reader_that_leaves_ends_generate(endless: Path) -> None:
     [("> /dev/full", 2), (">&-", 0), ("2>&-", 0), ("< /dev/null", 0), ("<&-", 0), ("| true", 0)],
 )
 def test_odd_streams(redirection: str, code: int) -> None:
-    command = f'"{sys.executable}" -m lfm2_fast.cli --version {redirection}'
+    command = f'"{sys.executable}" -m lfm2_fast --version {redirection}'
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert "Exception" not in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == (code == 2)
+
+
+BAD = b"caf\xe9"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_in_a_pipe_that_are_not_utf_8(
+    run: Run, tiny: Path, command: str, errors: str
+) -> None:
+    call = (command, tiny, "--max-new-tokens", "8")
+    stream = io.TextIOWrapper(io.BytesIO(BAD), "utf-8", errors)
+    code, out, err = run(*call, stdin=stream)
+    assert code == 0, err
+    assert out == run(*call, stdin="caf\ufffd").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["generate", "TINY", BAD], "'[PROMPT]'"),
+        (["generate", "TINY", "x", "--system", BAD], "'--system'"),
+        (["generate", "TINY", "x", "--stop", "a", "--stop", BAD], "'--stop'"),
+        (["chat", "TINY", "--system", BAD], "'--system'"),
+        (["demo", BAD], "'[PROMPT]'"),
+    ],
+)
+def test_bytes_in_an_argument_that_are_not_utf_8(
+    run: Run, tiny: Path, arguments: list[str | bytes], where: str
+) -> None:
+    given = [os.fsdecode(argument).replace("TINY", str(tiny)) for argument in arguments]
+    code, out, err = run(*given)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"lfm2-fast: Invalid value for {where}: it is not UTF-8 text (see lfm2-")
+    assert err.count("\n") == 1, "nothing was loaded"
 
 
 def test_an_ascii_terminal() -> None:

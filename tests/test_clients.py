@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["The first argument", "Return a list of the"]
 
 
@@ -87,3 +88,13 @@ def test_lm_evaluation_harness(
     assert ours["writing"] == theirs["writing"]
     for mine, other in zip(ours["likelihood"], theirs["likelihood"], strict=True):
         assert mine[0] == pytest.approx(other[0], abs=1e-3) and mine[1] == other[1]
+
+
+def test_the_readmes_example_runs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    for old, new in (("LiquidAI/LFM2-1.2B", tiny.as_posix()), ("=512", "=8")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert "What is C. elegans?<|im_end|>" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lfm2_fast import CheckpointError, Config
-from lfm2_fast.checkpoint import layout
+from lfm2_fast.layout import layout
 
 DATA = Path(__file__).parent / "data"
 
@@ -97,6 +97,19 @@ def test_spellings(changed: dict[str, Any], field: str, expected: Any) -> None:
     assert {key: tuple(p.shape) for key, p in theirs.named_parameters()} == shapes
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"architectures": None},
+        {"architectures": ["Lfm2Model"]},
+        {"architectures": ["LFM2ForCausalLM"]},
+        {"auto_map": {"AutoConfig": "code.Other", "AutoModelForCausalLM": "code.Lfm2ForCausalLM"}},
+    ],
+)
+def test_classes_of_the_same_weights_are_taken(changed: dict[str, Any]) -> None:
+    assert Config.from_dict(published(**changed)) == Config.from_dict(published())
+
+
 def test_a_null_multiplier_skips_the_rounding() -> None:
     raw = {**published(), "block_ffn_dim_multiplier": None, "block_ff_dim": 6655}
     assert Config.from_dict(raw).intermediate_size == int(2 * 6655 / 3)
@@ -109,6 +122,10 @@ def test_a_null_multiplier_skips_the_rounding() -> None:
         ({"model_type": None}, "not an LFM2 checkpoint, its config has no model_type"),
         ({"model_type": "lfm2_moe"}, "LFM2-MoE checkpoint, which lfm2_fast does not support yet"),
         ({"model_type": "lfm2_vl"}, "LFM2-VL checkpoint, which lfm2_fast does not support yet"),
+        ({"architectures": ["Lfm2BidirectionalModel"]}, "a checkpoint of Lfm2BidirectionalModel"),
+        ({"architectures": ["Lfm2ForSequenceClassification"]}, "which computes something else"),
+        ({"auto_map": {"AutoModel": "code.Lfm2Encoder"}}, "a checkpoint of code.Lfm2Encoder"),
+        ({"architectures": "Lfm2ForCausalLM"}, "architectures must be a list"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": -3}, "vocab_size must be a positive whole number, not -3"),
@@ -119,6 +136,10 @@ def test_a_null_multiplier_skips_the_rounding() -> None:
         ({"num_key_value_heads": 5}, "num_attention_heads=16 is not a multiple"),
         ({"head_dim": 63}, "head_dim=63 is odd"),
         ({"full_attn_idxs": [2, 16]}, "full_attn_idxs names layer 16 of 16 layers"),
+        ({"full_attn_idxs": 2}, "full_attn_idxs must be a list, not 2"),
+        ({"layer_types": 5}, "layer_types must be a list, not 5"),
+        ({"model_type": ["lfm2"]}, r"its config has model_type \['lfm2'\]"),
+        ({"block_ffn_dim_multiplier": float("inf")}, "must be a positive number, not inf"),
         ({"layer_types": ["conv"]}, "layer_types names 1 layers, num_hidden_layers is 16"),
         ({"layer_types": ["conv"] * 15 + ["mamba"]}, r"layer_types\[15\] is 'mamba'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),

@@ -72,3 +72,12 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     assert "quality.agreement: 0.9" in done.stdout
     done = CliRunner().invoke(app, [*call, "--json"])
     assert set(json.loads(done.stdout)["quality"]) == {"tokens", "loss", "perplexity"}
+
+
+def test_an_empty_text_is_named_and_nothing_is_loaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2_fast.checkpoint.load_weights", None)
+    (tmp_path / "empty").write_text("\n")
+    done = CliRunner().invoke(app, ["eval", str(tiny), "--text", str(tmp_path / "empty")])
+    assert str(done.exception) == "the text is empty"

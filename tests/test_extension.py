@@ -103,7 +103,8 @@ def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
     build = (sys.executable, "setup.py", "-q", "build", *places)
     done = run(*build, cwd=ROOT, CFLAGS=flags, LFM2_FAST_BUILD_EXT="1")
     assert done.returncode == 0, done.stderr
-    files = [ROOT / "tests" / name for name in ("test_native.py", "test_native_linear.py")]
+    parts = ("", "_arguments", "_linear", "_model", "_sampling")
+    files = [ROOT / "tests" / f"test_native{part}.py" for part in parts]
     tests = (*files, "-k", "not threads and not schemas and not processor")
     # The package is the one that was built, not the checkout's.
     options = ("-q", "-c", ROOT / "pyproject.toml", "-o", "pythonpath=", "-p", "no:cacheprovider")
@@ -133,6 +134,23 @@ def test_newer_instructions_stay_in_their_file(source: Path, tmp_path: Path) -> 
     found = [line.split(maxsplit=2)[1:] for line in listed.splitlines()]
     assert [kind for kind, _ in found] == ["T"] * len(found)
     assert all(name.startswith(f"lfm2::{source.stem}(") for _, name in found)
+
+
+@compiles
+@x86
+def test_eight_bit_numbers_are_widened_as_vectors(tmp_path: Path) -> None:
+    """Not one by one, which takes ten times as long."""
+    (tmp_path / "a.cpp").write_text(
+        '#include "lanes.h"\nusing namespace lfm2;\n'
+        "void widen(const int8_t* from, Lanes& a, Lanes& b) { load(from, a, b); }\n",
+        encoding="utf-8",
+    )
+    options = ("-std=c++17", "-O3", "-march=x86-64-v3", f"-I{CSRC}", "-S")
+    done = run(*COMPILER, *options, "a.cpp", "-o", "a.s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "a.s").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\tv?cvtdq2ps\s.*ymm", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\t[a-z]", text, re.MULTILINE)) < 20
 
 
 @compiles

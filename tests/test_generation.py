@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,6 +216,36 @@ def test_callers_processors_and_criteria_equal_hugging_face(models, batch) -> No
         }
         expected = theirs.generate(**batch, do_sample=False, **kwargs)
         assert torch.equal(ours.generate(**batch, **kwargs), expected)
+
+
+def test_callers_processors_replace_those_of_arguments(models, batch) -> None:
+    """As Hugging Face has it, whose warning is a log line."""
+    from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    theirs, ours = models
+    width, eos = batch["input_ids"].shape[1], common_token(models, batch, 2)
+    longer = MinNewTokensLengthLogitsProcessor(width, 20, eos)
+    for processor, argument in (
+        (RepetitionPenaltyLogitsProcessor(1.3), {"repetition_penalty": 1.2}),
+        (longer, {"min_new_tokens": 5, "eos_token_id": eos}),
+    ):
+        kwargs = {"max_new_tokens": 30, "logits_processor": [processor], **argument}
+        expected = theirs.generate(**batch, do_sample=False, **kwargs)
+        with pytest.warns(UserWarning, match=type(processor).__name__):
+            assert torch.equal(ours.generate(**batch, **kwargs), expected)
+
+
+def test_transition_scores_equal_hugging_faces(models, batch) -> None:
+    theirs, ours = models
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 8}
+    written = ours.generate(**batch, **wanted, eos_token_id=None)
+    for normalize in (False, True):
+        arguments = (written.sequences, written.scores, None, normalize)
+        expected = theirs.compute_transition_scores(*arguments)
+        got = ours.compute_transition_scores(*arguments)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="beam_indices"):
+        ours.compute_transition_scores(written.sequences, written.scores, torch.zeros(4, 8))
 
 
 def test_a_criterion_may_answer_for_all_rows(ours, batch) -> None:
@@ -452,13 +483,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_length": 2}, ValueError, "max_length=2 leaves nothing to write"),
     ({"max_new_tokens": 10**6}, ValueError, "do not fit into the context of"),
     ({"min_new_tokens": 9, "max_new_tokens": 3}, ValueError, "min_new_tokens=9 is more than"),
-    ({"eos_token_id": 10**9}, ValueError, "eos_token_id must be token ids below"),
-    ({"pad_token_id": -1}, ValueError, "pad_token_id must be token ids below"),
+    ({"eos_token_id": 10**9}, ValueError, "eos_token_id must be token ids from 0 to"),
+    ({"eos_token_id": -1}, ValueError, "got -1; None is for no such token"),
+    ({"pad_token_id": -1}, ValueError, "pad_token_id must be token ids from 0 to"),
     ({"num_return_sequences": 2}, ValueError, "num_return_sequences=2 needs do_sample=True"),
     ({"do_sample": "yes"}, ValueError, "do_sample must be True or False"),
     ({"stop_strings": "x"}, ValueError, "stop_strings needs the tokenizer"),
     ({"stop_strings": [""]}, ValueError, "stop_strings must be a string"),
     ({"seed": -1}, ValueError, "seed must be from 0"),
+    ({"seed": "a"}, ValueError, "seed must be a whole number"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed or generator, not both"),
     ({"num_beams": 4}, ValueError, "num_beams=4 is not supported by lfm2_fast"),
     ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha=0.6 is not supported"),
@@ -502,9 +535,57 @@ def test_a_cache_that_does_not_fit_is_named(ours, batch) -> None:
         ours.generate(ids, past_key_values=ours.new_cache(4, 10), max_new_tokens=20)
 
 
+def test_a_cache_of_another_model_is_named(ours, tiny: Path, random_checkpoint) -> None:
+    wide = lfm2_fast.load(tiny, device="cpu", dtype="float64")
+    other = lfm2_fast.load(random_checkpoint(), device="cpu", dtype="float32")
+    for model in (wide, other):
+        with pytest.raises(ValueError, match="of another model, dtype or device"):
+            ours.generate([1, 40], past_key_values=model.new_cache(1), max_new_tokens=2)
+        with pytest.raises(ValueError, match="of another model, dtype or device"):
+            ours(torch.tensor([[1, 40]]), past_key_values=model.new_cache(1))
+
+
+def test_the_mask_is_inferred_as_hugging_face_does(models) -> None:
+    """Without a named pad token nothing is padding; with one inside a row, the caller is asked."""
+    theirs, ours = models
+    ids = torch.tensor([[0, 40, 0, 41, 42]])
+    kwargs = {"max_new_tokens": 8, "eos_token_id": None}
+    expected = theirs.generate(ids, do_sample=False, pad_token_id=None, **kwargs)
+    assert torch.equal(ours.generate(ids, pad_token_id=None, **kwargs), expected)
+    with pytest.raises(ValueError, match="zeros between tokens.*pad_token_id=0 .*attention_mask"):
+        ours.generate(ids, pad_token_id=0, **kwargs)
+    whole = ours.generate(ids, pad_token_id=0, attention_mask=torch.ones_like(ids), **kwargs)
+    assert torch.equal(whole, expected)
+
+
+def test_whoevers_integers_are_integers(ours) -> None:
+    kwargs = {"max_new_tokens": np.int64(4), "eos_token_id": [np.int32(7)], "top_k": np.int8(3)}
+    kwargs |= {"suppress_tokens": [], "seed": np.int64(1), "do_sample": True}
+    assert ours.generate([1, 40], **kwargs).shape[1] <= 6
+
+
+def test_torchs_default_device_changes_nothing(tiny: Path) -> None:
+    """Nothing is made where ``torch.set_default_device`` says, be it on another device."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32", quantization="int8")
+    prompts, kwargs = [[1, 40, 41], list(range(1, 60))], {"max_new_tokens": 8, "seed": 1}
+    expected = model.generate(prompts, do_sample=True, **kwargs)
+    ids = torch.tensor([[1, 40, 41]])
+    logits = model(ids).logits
+    with torch.device("meta"):
+        assert torch.equal(model.generate(prompts, do_sample=True, **kwargs), expected)
+        assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_generation_config_of_none_is_an_empty_one(tiny: Path) -> None:
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    model.generation_config = None
+    assert model.generate([1, 40], max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
 def test_sampling_arguments_of_greedy_decoding_warn(ours, batch) -> None:
-    with pytest.warns(UserWarning, match="temperature, top_k without do_sample=True"):
+    with pytest.warns(UserWarning, match="temperature, top_k without do_sample=True") as seen:
         ours.generate(batch["input_ids"], temperature=0.5, top_k=3, max_new_tokens=1)
+    assert [each.filename for each in seen] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.generate(batch["input_ids"], max_new_tokens=1, num_beams=1, use_cache=True)

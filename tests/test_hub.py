@@ -26,12 +26,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves ``files`` as org/model; cuts the connection midway for names in ``cut``."""
+    """Serves ``files`` as org/model; cuts the connection midway for names in ``cut``, and answers
+    those in ``busy`` with 429."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = files
         self.cut: set[str] = set()
+        self.busy: set[str] = set()
         self.status: int | None = None
         self.error_code = ""
         self.asked: list[str] = []
@@ -59,6 +61,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.fail(self.server.status, self.server.error_code)
         if not known:
             return self.fail(404, "RevisionNotFound" if parts[1] == "model" else "RepoNotFound")
+        if name in self.server.busy:
+            return self.fail(429, "")
         if name not in self.server.files:
             return self.fail(404, "EntryNotFound")
         content = self.server.files[name]
@@ -199,6 +203,12 @@ def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
     assert "org/model has no model-1-of-2.safetensors in the hub" in message
 
 
+def test_a_broken_index_is_named(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["model.safetensors"]
+    hub.files["model.safetensors.index.json"] = b'{"weight_map": ["model-1-of-2.safetensors"]}'
+    assert "index.json has no weight_map; download it again" in refused(load(tmp_path, hub.url))
+
+
 def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     message = refused(load(tmp_path, hub.url))
@@ -207,6 +217,16 @@ def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -
     hub.cut.clear()
     result = load(tmp_path, hub.url)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_file_that_the_hub_would_not_give_is_not_missing(hub: Hub, tmp_path: Path) -> None:
+    """Without its generation config a model would not know its end tokens."""
+    hub.busy.add("generation_config.json")
+    message = refused(load(tmp_path, hub.url))
+    assert "could not download generation_config.json of org/model" in message
+    assert "429" in message and "try again" in message
+    hub.busy.clear()
+    assert load(tmp_path, hub.url).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -240,6 +260,19 @@ def test_no_network_and_not_cached(tmp_path: Path) -> None:
         assert "connect once to download it, or give a folder" in message
 
 
+def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """Another client made the cache, and noted nowhere which files the repository does not have."""
+    assert load(tmp_path, hub.url).returncode == 0
+    (file,) = tmp_path.glob("hub/models--org--model/snapshots/*/generation_config.json")
+    file.unlink()
+    nobody = "http://127.0.0.1:9"
+    message = refused(load(tmp_path, nobody))
+    assert "generation_config.json of org/model" in message and "local_files_only" in message
+    assert load(tmp_path, nobody, extra="local_files_only=True").returncode == 0
+
+
 def test_weights_missing_in_the_cache_are_named_offline(hub: Hub, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     refused(load(tmp_path, hub.url))
@@ -255,7 +288,7 @@ def test_the_command_line_loads_from_the_hub(hub: Hub, tiny: Path, tmp_path: Pat
         env.pop(name, None)
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "lfm2_fast.cli", *arguments]
+        line = [sys.executable, "-m", "lfm2_fast", *arguments]
         return subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
 
     told = command("info", "org/model")

@@ -15,7 +15,6 @@ import torch
 import lfm2_fast
 from lfm2_fast import ops_triton, reference
 from lfm2_fast.batch import Batch
-from lfm2_fast.buffers import Buffers
 from lfm2_fast.decoder import Decoder
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.matrix import Matrix
@@ -268,23 +267,7 @@ def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> No
     assert Ops().captured.name == "eager"
 
 
-class Recorded:
-    """Stands in for a CUDA graph: replaying it does again what was captured."""
-
-    def __init__(self, graphs: Any, body: Callable[[], None]) -> None:
-        self.replay = body
-
-
-@pytest.fixture
-def captured(monkeypatch) -> None:
-    """What would be captured on a GPU is recorded."""
-    init = Buffers.__init__
-    monkeypatch.setattr(
-        Buffers, "__init__", lambda self, *args: init(self, *args, capture=Recorded)
-    )
-
-
-@pytest.mark.usefixtures("captured")
+@pytest.mark.usefixtures("graphs")
 def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
     """Captured by a stand-in and done again, rows end at different times and write the same.
 
@@ -299,7 +282,7 @@ def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
     assert torch.equal(ours.generate(prompts, **kwargs), eager.generate(prompts, **kwargs))
 
 
-@pytest.mark.usefixtures("captured")
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("length", [9, 40])
 def test_a_captured_prompt_is_padded_and_right(
     random_checkpoint, load, within_budget, length: int

@@ -291,3 +291,13 @@ def test_without_the_window_decoding_goes_wrong(tiny: Path, pair) -> None:
             layer.rows.zero_()
     with pytest.raises(AssertionError, match="relative error"):
         assert_same_fp32(ours(tokens[:, -1:], past_key_values=cache).logits, expected)
+
+
+def test_the_answer_is_a_mapping_as_hugging_faces_is(tiny: Path, pair: Callable) -> None:
+    theirs, ours = (model(ids(1, 4)) for model in pair(tiny))
+    assert list(ours) == list(ours.keys()) == list(theirs.keys()) == list(theirs)
+    assert "logits" in ours and "loss" not in ours and ours.loss is None and len(ours) == 2
+    assert dict(**ours)["logits"] is ours.logits is ours["logits"] is ours[0]
+    assert ours[:1] == ours.to_tuple()[:1] == (ours.logits,)
+    with pytest.raises(KeyError):
+        ours["loss"]

@@ -130,6 +130,7 @@ def test_kernels_folder_does_not_shadow_the_package_kernels(checkout: Path, tmp_
     [
         pytest.param("auto", "compiler", 0, "no C++ compiler", id="auto-no-compiler"),
         pytest.param("auto", "torch", 0, "no torch", id="auto-no-torch"),
+        pytest.param("auto", "libraries", 0, "no torch", id="auto-broken-torch"),
         pytest.param("1", "compiler", 1, "no C++ compiler", id="insist-no-compiler"),
         pytest.param("1", "torch", 1, "no torch", id="insist-no-torch"),
         pytest.param("0", "compiler", 0, "", id="skip"),
@@ -139,15 +140,61 @@ def test_kernels_folder_does_not_shadow_the_package_kernels(checkout: Path, tmp_
 def test_setup_says_why_it_does_not_build(
     checkout: Path, tmp_path: Path, wanted: str, lacking: str, code: int, said: str
 ) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
+    error = "OSError" if lacking == "libraries" else "ImportError"
+    (tmp_path / "torch.py").write_text(f"raise {error}('not here')\n", encoding="utf-8")
     env = {**os.environ, "LFM2_FAST_BUILD_EXT": wanted, "CXX": "no-such-compiler"}
-    if lacking == "torch":
+    if lacking != "compiler":
         env["PYTHONPATH"] = str(tmp_path)
     command = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
     assert done.returncode == code
     assert done.stdout.strip() == (lfm2_fast.__version__ if code == 0 else "")
     assert said in done.stderr if said else not done.stderr
+
+
+def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(checkout: Path, tmp_path: Path) -> None:
+    """CXX may be set to nothing, and CUDA's home may hold libraries alone."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.utils.cpp_extension\ntorch.version.cuda = '13.0'\n"
+        f"torch.utils.cpp_extension.CUDA_HOME = {str(tmp_path)!r}\n",
+        encoding="utf-8",
+    )
+    env = {**os.environ, "LFM2_FAST_BUILD_EXT": "auto", "CXX": ""}
+    env["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == lfm2_fast.__version__
+
+
+@pytest.mark.parametrize(
+    ("place", "flags", "native", "said"),
+    [
+        pytest.param("--inplace", "", True, "for this machine alone", id="here"),
+        pytest.param("--force", "", False, "for the oldest x86-64", id="elsewhere"),
+        pytest.param("--inplace", "-march=haswell", False, "", id="told"),
+    ],
+)
+def test_setup_says_what_an_old_compiler_builds_for(
+    checkout: Path, tmp_path: Path, place: str, flags: str, native: bool, said: str
+) -> None:
+    """GCC 11 makes no clones: what stays here is for this machine, what may leave for any."""
+    compiler, asked = tmp_path / "old-c++", tmp_path / "asked"
+    defines = "#define __GNUC__ 11\\n#define __x86_64__ 1\\n"
+    script = (
+        f'case "$1" in -*version) exec c++ "$1";; -dM) printf \'{defines}\'; exit;; esac\n'
+        f'echo "$@" >>{asked}\nexit 1\n'
+    )
+    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "CFLAGS": flags}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    command = [sys.executable, "setup.py", "-q", "build_ext", place, "--build-temp", tmp_path]
+    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    assert done.returncode == 0
+    given = asked.read_text(encoding="utf-8")
+    assert ("-march=native" in given) == native and flags in given
+    assert said in done.stderr and ("not GCC 12" in done.stderr) == bool(said)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "1"])

@@ -9,6 +9,7 @@ import pytest
 
 from lfm2_fast.arguments import understand
 from lfm2_fast.presets import PRESETS, described, preset_of, sampling
+from lfm2_fast.sampling import SamplingParams
 
 NAMES = {
     "LiquidAI/LFM2-350M": "lfm2",
@@ -71,14 +72,29 @@ def test_presets_are_arguments_of_generate_whatever_the_file_says(preset: str) -
             "LFM2-1.2B",
             {"do_sample": True, "temperature": 0.5},
             {},
-            "temperature 0.5 (the checkpoint's generation_config.json)",
+            "temperature 0.5, top_k 50 (the checkpoint's generation_config.json)",
             id="file-over-name",
+        ),
+        pytest.param(
+            "mine",
+            {"temperature": 0.3, "top_k": 9, "min_p": 0.15},
+            {},
+            "greedy (the checkpoint's generation_config.json)",
+            id="file-without-do-sample",
+        ),
+        pytest.param(
+            "mine",
+            {"temperature": 0.3, "top_k": 9, "min_p": 0.15},
+            {"do_sample": True, "top_p": 0.9},
+            "temperature 0.3, top_k 9, top_p 0.9, min_p 0.15 "
+            "(the checkpoint's generation_config.json; changed by options)",
+            id="option-over-file",
         ),
         pytest.param(
             "LFM2-1.2B",
             {},
             {"temperature": 0.7, "min_p": 0.0},
-            "temperature 0.7, min_p 0, repetition_penalty 1.05 (preset lfm2; changed by options)",
+            "temperature 0.7, repetition_penalty 1.05 (preset lfm2; changed by options)",
             id="option-over-preset",
         ),
         pytest.param(
@@ -106,7 +122,8 @@ def test_presets_are_arguments_of_generate_whatever_the_file_says(preset: str) -
 def test_sampling(name: str, file: dict[str, Any], given: dict[str, Any], words: str) -> None:
     arguments, said = sampling(name, file=file, given=given)
     assert said == words
-    understand(arguments, None, file, vocab_size=10)
+    holds = understand(arguments, None, file, vocab_size=10).sampling
+    assert said.startswith(f"{described(holds)} (")
 
 
 @pytest.mark.parametrize(
@@ -128,5 +145,6 @@ def test_the_documentation_lists_the_presets() -> None:
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")]
     listed = {name.strip("| `"): values.strip("| ") for name, values, *_ in rows}
     assert listed == {
-        name: described({"do_sample": bool(values), **values}) for name, values in PRESETS.items()
+        name: described(SamplingParams(do_sample=bool(values), **values))
+        for name, values in PRESETS.items()
     }

@@ -25,8 +25,8 @@ TESTS = (
     "test_evaluation.py::test_eight_bits_lose_little",
     "test_model.py::test_bf16_is_no_further_from_fp32_than_hugging_faces",
     "test_model.py::test_held_out_loss_is_hugging_faces",
-    "test_native.py::test_models_equal_eager",
     "test_native_linear.py::test_many_tokens_are_right",
+    "test_native_model.py::test_models_equal_eager",
     "test_quantization.py::test_bodies_keep_close_to_the_widened_matrix",
 )
 
@@ -49,9 +49,7 @@ def test_an_older_processor_multiplies_rightly(most: str) -> None:
 
 def test_info_says_what_is_multiplied() -> None:
     told = [
-        json.loads(python(most, "-m", "lfm2_fast.cli", "info", "--json").stdout)["device"][
-            "products"
-        ]
+        json.loads(python(most, "-m", "lfm2_fast", "info", "--json").stdout)["device"]["products"]
         for most in ("AVX2", "AVX512_CORE")
     ]
     assert "bfloat16" not in told[0]

@@ -30,7 +30,17 @@ def test_numbers_are_the_nearest(dtype: torch.dtype) -> None:
     assert int(numbers.min()) == -127 and int(numbers.max()) == 127
     back = ref.scaled_ref(numbers, scale, torch.float64)
     assert ((back - weight.double()).abs() <= 0.5001 * scale.double()[:, None]).all()
-    assert (back[5] == 0).all()
+    assert (back[5] == 0).all() and scale[5] == 0
+
+
+def test_small_numbers_keep_their_size() -> None:
+    """Those of which float32 has 1/127 as a normal number; smaller ones never overflow."""
+    weight = torch.tensor([1e-34, 1e-36, 2e-43, 1e-45])[:, None]
+    numbers, scale = quantize_int8(weight)
+    assert numbers[:2].tolist() == [[127], [127]]
+    back = numbers.double() * scale.double()[:, None]
+    assert torch.allclose(back[:2], weight[:2].double(), rtol=1e-6, atol=0)
+    assert ((back - weight.double()).abs() <= 0.5001 * scale.double()[:, None]).all()
 
 
 def test_every_matrix_and_nothing_else(random_checkpoint) -> None:

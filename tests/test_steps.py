@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from lfm2_fast.batch import Batch
 from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache, CacheError, ConvWindow, KVPages
 from lfm2_fast.decoder import Decoder
-from lfm2_fast.graphs import Graphs
 from lfm2_fast.ops import Ops
 from lfm2_fast.prompts import SIZES, Prompt
 from lfm2_fast.reference import advance_ref
@@ -38,19 +37,10 @@ class Capturing(Ops):
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         # Numbers made ahead are the host's, and no part of what is captured.
         state._ahead = state._ahead[:, :0]
+        # Nor are the parameters, of which the tensors alone follow the caller's.
+        kept = zip(state.params, state.top_k.tolist(), strict=True)
+        state.params = [replace(params, top_k=top_k) for params, top_k in kept]
         return super().sample(logits, state)
-
-
-class Recorded:
-    """Stands in for a CUDA graph: replaying it does again what was captured."""
-
-    def __init__(self, graphs: Graphs, body: Callable[[], None]) -> None:
-        self.body = body
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.body()
 
 
 # In float64: a bucket's products are summed in another order than those of as many rows as there
@@ -58,20 +48,6 @@ class Recorded:
 @pytest.fixture
 def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
     return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[Graphs]:
-    """Every Graphs that is made, with captures that stand in for CUDA's."""
-    made: list[Graphs] = []
-    init = Buffers.__init__
-
-    def with_graphs(self: Buffers, model: Any, cache: Any, size: int) -> None:
-        init(self, model, cache, size, Recorded)
-        made.append(self.graphs)
-
-    monkeypatch.setattr(Buffers, "__init__", with_graphs)
-    return made
 
 
 @pytest.fixture
@@ -281,6 +257,43 @@ def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> Non
         together.clear()
         ahead.generate([PROMPTS[0]], max_new_tokens=20, eos_token_id=None, streamer=streamer)
         assert set(together) == steps
+
+
+class Puts:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.got: list[list[Any]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert value.dtype == torch.int64
+        self.got.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_who_watches_sees_no_more_than_the_text(plain, ahead, rows: int) -> None:
+    """A step is under way when the last row ends: it has no rows, and is none of the text."""
+    ends = ends_at(plain, 4, 7)[:rows]
+    seen = {}
+    for name, model in (("plain", plain), ("ahead", ahead)):
+        streamer = Puts()
+        written = model.generate(
+            PROMPTS[:rows], max_new_tokens=12, eos_token_id=ends, streamer=streamer
+        )
+        seen[name] = (written.tolist(), streamer.got, streamer.ended)
+    assert seen["ahead"] == seen["plain"]
+    assert len(seen["plain"][1]) < 13, "the text did not end before its limit"
+
+
+def test_parameters_may_change_on_a_kept_graph(plain, ahead, graphs) -> None:
+    kwargs = {"max_new_tokens": 12, "do_sample": True, "seed": 2, "eos_token_id": None}
+    for top_k in (3, 50, 7, 3):
+        expected = plain.generate(PROMPTS[:2], top_k=top_k, **kwargs)
+        assert torch.equal(ahead.generate(PROMPTS[:2], top_k=top_k, **kwargs), expected)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ def passages(pieces: list[str], inside: str | None = None) -> list[tuple[str, st
     segments = [segment for piece in pieces for segment in splitter.feed(piece)] + splitter.close()
     found: list[tuple[str, str]] = []
     for segment in segments:
+        if segment.last:
+            assert segment[:3] == (found[-1][0], "", False)
+            continue
         assert segment.text
         if segment.first:
             found.append((segment.kind, segment.text))
@@ -95,9 +98,17 @@ def test_any_cut_of_a_text_gives_the_same_passages(data: st.DataObject) -> None:
             id="marker-in-a-tool-call",
         ),
         pytest.param(
-            "<think>f will do.<|tool_call_start|>[f()]",
-            [("thinking", "f will do."), ("tool call", "[f()]")],
+            "<think>a<|tool_call_start|>[f()]<|tool_call_end|> b</think>Four.",
+            [
+                ("thinking", "a<|tool_call_start|>[f()]<|tool_call_end|> b"),
+                ("answer", "Four."),
+            ],
             id="tool-call-while-thinking",
+        ),
+        pytest.param(
+            "<think>No <|tool_call_start|> here.</think><|tool_call_start|>[f()]<|tool_call_end|>",
+            [("thinking", "No <|tool_call_start|> here."), ("tool call", "[f()]")],
+            id="marker-while-thinking",
         ),
         pytest.param("1 <|tool_call", [("answer", "1 <|tool_call")], id="half-a-marker"),
         pytest.param(" \n ", [], id="nothing"),
@@ -116,6 +127,19 @@ def test_text_is_not_held_back_longer_than_needed() -> None:
     splitter = Splitter()
     assert splitter.feed("a <") == [Segment("answer", "a", True)]
     assert splitter.feed("b") == [Segment("answer", " <b", False)]
+
+
+def test_only_the_marker_closes_a_passage() -> None:
+    closed = Segment("tool call", "", False, last=True)
+    text = "<|tool_call_start|>[f()]<|tool_call_end|><|tool_call_start|><|tool_call_end|>"
+    for pieces in ([text], list(text)):
+        splitter = Splitter()
+        segments = [segment for piece in pieces for segment in splitter.feed(piece)]
+        assert segments.count(closed) == 1 and segments[-1] == closed
+        assert splitter.close() == []
+    splitter = Splitter()
+    cut = splitter.feed("<|tool_call_start|>[f()]<|tool_call_end") + splitter.close()
+    assert cut and not any(segment.last for segment in cut)
 
 
 def test_what_is_open_can_be_closed() -> None:

@@ -1,0 +1,63 @@
+"""Runs a command: ``python -m lfm2_fast``, and what ``lfm2-fast`` starts."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import typer
+
+import lfm2_fast
+from lfm2_fast.cli import app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit; what goes wrong is one line on stderr and exit code 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    _complete_streams()
+    try:
+        code = app(given, prog_name="lfm2-fast", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1  # whoever read has left; Typer does the same while a command runs
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        if "--traceback" in given[:1]:
+            raise
+        print(f"lfm2-fast: {_explained(error)}", file=sys.stderr)
+        code = 2
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _complete_streams() -> None:
+    """Stand in for streams that the caller closed; replace what cannot be read or written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _explained(error: Exception) -> str:
+    """What went wrong, in one line."""
+    message = " ".join(str(error).split())
+    if hasattr(error, "format_message"):
+        where = getattr(getattr(error, "ctx", None), "command_path", "lfm2-fast")
+        return f"{' '.join(error.format_message().split())} (see {where} --help)"
+    if isinstance(error, ValueError | OSError):
+        return message
+    if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError):
+        return message
+    return f"{type(error).__name__}: {message} (lfm2-fast --traceback ... shows where)"
+
+
+if __name__ == "__main__":
+    main()
