@@ -44,7 +44,7 @@ def extension() -> dict[str, Any]:
         from torch.utils import cpp_extension
     except (ImportError, OSError) as error:  # the second where torch's libraries do not load
         raise Missing(f"no torch in the build ({error}); pass --no-build-isolation") from error
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
         raise Missing(f"no C++ compiler ({compiler[0]} is not on PATH)")
     # A toolkit decides, not a GPU: wheels are built on machines without one. No -gencode is passed,

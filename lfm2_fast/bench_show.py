@@ -27,11 +27,11 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     numbers = " and ".join(filter(None, (model["quantization"], model["dtype"])))
     threads = f", {device['threads']} threads" if "threads" in device else ""
     speed = {k: readable("bytes", v) for k, v in found["memory_bytes_per_second"].items()}
-    held = {k: readable("bytes", v) for k, v in found["memory"].items()}  # none where not known
-    memory = f", memory {held['resident']}, at most {held['peak']}" if held else ""
+    words = {"resident": "memory", "peak": "at most"}  # systems differ in which they tell
+    held = (f", {words[k]} {readable('bytes', v)}" for k, v in found["memory"].items())
     lines = [
         f"{model['name']}, {numbers}, {model['backend']} bodies, {device.get('name')}{threads}",
-        f"weights {readable('weight_bytes', model['weight_bytes'])}{memory}; a copy moves "
+        f"weights {readable('weight_bytes', model['weight_bytes'])}{''.join(held)}; a copy moves "
         f"{speed['copy']}/s, a sum reads {speed['read']}/s",
         f"load {found['load_seconds']:.2f} s, warm-up {found['warm_up_seconds']:.2f} s",
     ]

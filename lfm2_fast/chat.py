@@ -85,11 +85,17 @@ def write(
     except Stopped:
         end = "stopped"
     else:
-        defaults, vocab = model.generation_defaults(), model.config.vocab_size
-        ends = understand(arguments, None, defaults, vocab).eos_token_id
-        if len(stream.ids) == budget and stream.ids[-1] not in ends:
+        if len(stream.ids) == budget and stream.ids[-1] not in _ends(model, arguments):
             end = "the context is full" if budget == room else f"cut at {budget} tokens"
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
+
+
+def _ends(model: Lfm2ForCausalLM, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text which ``generate`` writes with ``arguments``."""
+    given = {name: arguments[name] for name in ("eos_token_id",) if name in arguments}
+    config = arguments.get("generation_config")
+    defaults, vocab_size = model.generation_defaults(), model.config.vocab_size
+    return understand(given, config, defaults, vocab_size).eos_token_id
 
 
 def check_template(tokenizer: Any, name: str) -> None:

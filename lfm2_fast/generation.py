@@ -185,16 +185,17 @@ def _stood_in(asked: Arguments, processors: list[Any]) -> tuple[Arguments, list[
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if seed is not None and whole_number(seed) is None:
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
     if seed is None:
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     if generator is not None:
         raise ValueError("give seed or generator, not both")
-    if not 0 <= seed < 2**64:
+    found = whole_number(seed)
+    if found is None:
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not 0 <= found < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
-    return seed
+    return found
 
 
 def _criteria(asked: Arguments, stopping_criteria: Any, tokenizer: Any) -> list[Any]:

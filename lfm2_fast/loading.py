@@ -48,20 +48,14 @@ def load(
     Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
     is not there, ValueError for any other argument.
     """
-    if device_map is not None:
-        if device != "auto":
-            raise ValueError("give device or device_map, not both")
-        device = _whole(device_map)
-    if torch_dtype is not None:
-        if dtype != "auto":
-            raise ValueError("give dtype or torch_dtype, not both")
-        dtype = torch_dtype
-    where = find_device(device)
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
-    named = None if dtype == "auto" else _dtype(dtype)
+    where, named = placement(
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        quantization=quantization,
+        device_map=device_map,
+        torch_dtype=torch_dtype,
+    )
     folder = hub.resolve(
         model,
         revision=revision,
@@ -82,6 +76,35 @@ def load(
         generation_config=_generation_config(folder, config),
         name_or_path=os.fspath(model),
     )
+
+
+def placement(
+    *,
+    device: Device = "auto",
+    dtype: str | torch.dtype = "auto",
+    max_length: int | None = None,
+    quantization: str | None = None,
+    device_map: Device | Mapping[str, Device] | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    **_: Any,
+) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the dtype that options of ``load`` mean; None is the checkpoint's own dtype.
+
+    Raises ValueError for what is wrong with them whatever the checkpoint is; looks at no other.
+    """
+    if device_map is not None:
+        if device != "auto":
+            raise ValueError("give device or device_map, not both")
+        device = _whole(device_map)
+    if torch_dtype is not None:
+        if dtype != "auto":
+            raise ValueError("give dtype or torch_dtype, not both")
+        dtype = torch_dtype
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
+    return find_device(device), None if dtype == "auto" else _dtype(dtype)
 
 
 def find_device(device: Device) -> torch.device:

@@ -133,6 +133,12 @@ def test_bench_shows_figures_where_memory_is_not_known(capsys: pytest.CaptureFix
     assert "weights 5 kB; a copy moves 10 GB/s" in out
 
 
+def test_bench_shows_what_is_known_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Some kernels tell what a process holds, but not the most that it held."""
+    show(figures() | {"memory": {"resident": 7000}})
+    assert "weights 5 kB, memory 7 kB; a copy moves" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
 def test_bench_cuts_no_figure_off(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

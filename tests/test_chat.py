@@ -141,6 +141,19 @@ def test_only_an_end_token_is_no_cut(
     assert answer.end == ("" if ends else "cut at 1 tokens")
 
 
+def test_every_argument_of_generate_may_be_written_with(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any
+) -> None:
+    """Those too that are no settings; a setting that has no effect is warned of once."""
+    ids = tokenizer("What is a list?").input_ids
+    arguments = {"seed": 3, "logits_processor": [], "top_k": 5, "do_sample": False}
+    with pytest.warns(UserWarning, match="top_k without do_sample") as seen:
+        answer = write(
+            model, tokenizer, ids, lambda text: None, max_new_tokens=2, arguments=arguments
+        )
+    assert (answer.end, len(seen)) == ("cut at 2 tokens", 1)
+
+
 def test_a_full_context(tiny: Path, tokenizer: Any) -> None:
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32", max_length=40)
     conversation = Conversation(model, tokenizer)

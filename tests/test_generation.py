@@ -558,10 +558,15 @@ def test_the_mask_is_inferred_as_hugging_face_does(models) -> None:
     assert torch.equal(whole, expected)
 
 
+LARGEST_SEEDS = (2**64 - 1, np.uint64(2**64 - 1))
+
+
 def test_whoevers_integers_are_integers(ours) -> None:
     kwargs = {"max_new_tokens": np.int64(4), "eos_token_id": [np.int32(7)], "top_k": np.int8(3)}
     kwargs |= {"suppress_tokens": [], "seed": np.int64(1), "do_sample": True}
     assert ours.generate([1, 40], **kwargs).shape[1] <= 6
+    largest = [ours.generate([1, 40], **kwargs | {"seed": seed}) for seed in LARGEST_SEEDS]
+    assert all(torch.equal(each, largest[0]) for each in largest)
 
 
 def test_torchs_default_device_changes_nothing(tiny: Path) -> None:

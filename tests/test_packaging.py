@@ -152,14 +152,17 @@ def test_setup_says_why_it_does_not_build(
     assert said in done.stderr if said else not done.stderr
 
 
-def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", " "])
+def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(
+    checkout: Path, tmp_path: Path, name: str
+) -> None:
     """CXX may be set to nothing, and CUDA's home may hold libraries alone."""
     (tmp_path / "sitecustomize.py").write_text(
         "import torch.utils.cpp_extension\ntorch.version.cuda = '13.0'\n"
         f"torch.utils.cpp_extension.CUDA_HOME = {str(tmp_path)!r}\n",
         encoding="utf-8",
     )
-    env = {**os.environ, "LFM2_FAST_BUILD_EXT": "auto", "CXX": ""}
+    env = {**os.environ, "LFM2_FAST_BUILD_EXT": "auto", "CXX": name}
     env["PYTHONPATH"] = str(tmp_path)
     command = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
