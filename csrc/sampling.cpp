@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "checks.h"
@@ -109,6 +111,38 @@ void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out)
   });
 }
 
+// Few numbers, in one call where PyTorch needs seven, each of which comes from memory anew.
+void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64_t> scrap,
+                    const Tensor& tokens, const Tensor& slots, const Tensor& positions,
+                    const Tensor& lengths, const Tensor& finished) {
+  const int64_t rows = tokens.numel();
+  const int64_t ends = eos.numel();
+  expect_packed(chosen, "chosen", ScalarType::Long, {rows});
+  expect_packed(eos, "eos", ScalarType::Long, {ends});
+  expect_packed(tokens, "tokens", ScalarType::Long, {rows});
+  expect_packed(slots, "slots", ScalarType::Long, {rows});
+  expect_packed(positions, "positions", ScalarType::Long, {rows});
+  expect_packed(lengths, "lengths", ScalarType::Int, {rows});
+  expect_packed(finished, "finished", ScalarType::Bool, {rows});
+  const int64_t* from = read<int64_t>(chosen);
+  const int64_t* end = read<int64_t>(eos);
+  int64_t* token = write<int64_t>(tokens);
+  int64_t* slot = write<int64_t>(slots);
+  int64_t* position = write<int64_t>(positions);
+  int32_t* length = write<int32_t>(lengths);
+  bool* done = write<bool>(finished);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!done[row]) ++position[row];
+    done[row] = done[row] || std::find(end, end + ends, from[row]) != end + ends;
+    token[row] = from[row];
+    if (scrap && done[row]) {
+      position[row] = 0;
+      slot[row] = *scrap;
+    }
+    length[row] = static_cast<int32_t>(position[row] + 1);
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
@@ -117,4 +151,5 @@ STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   library.impl("warp_native", TORCH_BOX(&warp_native));
   library.impl("philox_native", TORCH_BOX(&philox_native));
   library.impl("draw_native", TORCH_BOX(&draw_native));
+  library.impl("advance_native", TORCH_BOX(&advance_native));
 }

@@ -37,6 +37,7 @@ _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
 _philox = torch.ops.lfm2_fast.philox_native.default
 _draw = torch.ops.lfm2_fast.draw_native.default
+_advance = torch.ops.lfm2_fast.advance_native.default
 
 
 # Up to as many tokens the extension multiplies matrices itself, at the memory's speed where they
@@ -238,3 +239,6 @@ class NativeOps(StreamOps):
             tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
         state.advance(tokens)
         return tokens
+
+    def advance(self, *args: Any) -> None:
+        _advance(*args)

@@ -123,8 +123,6 @@ class _Writing:
             for number in range(self.rows)
         ]
         waiting, free = deque(rows), list(range(self.at_a_time))
-        # Without rows that wait, every step is a column of the answer.
-        column = torch.full((self.rows,), asked.pad_token_id)
         # Who watches the tokens come gets each when it is there.
         together = TOGETHER if streamer is None else 1
         steps = Steps(self.model, self.cache, asked.sampling, asked.eos_token_id, together=together)
@@ -133,9 +131,11 @@ class _Writing:
         def read(keep: int) -> None:
             for running, tokens in steps.read(keep):
                 if streamer is not None:
-                    column.fill_(asked.pad_token_id)
-                    column[[row.number for row in running]] = torch.tensor(tokens)
-                    streamer.put(column.clone())
+                    # Without rows that wait, every step is a column of the answer.
+                    column = [asked.pad_token_id] * self.rows
+                    for row, token in zip(running, tokens, strict=True):
+                        column[row.number] = token
+                    streamer.put(torch.tensor(column))
                 for row in running:
                     if row.ended:
                         free.append(row.slot)

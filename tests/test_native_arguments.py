@@ -96,6 +96,11 @@ def arguments() -> dict[str, dict[str, Any]]:
         },
         "philox": {"seeds": ints, "rows": ints, "positions": ints, "out": floats.clone()},
         "draw": {"scores": x, "uniform": floats, "out": torch.zeros(3, dtype=torch.int64)},
+        "advance": {
+            "chosen": ints, "eos": torch.tensor([2]), "scrap": 3, "tokens": ints.clone(),
+            "slots": ints.clone(), "positions": ints.clone(), "lengths": ints.int(),
+            "finished": ints > 1,
+        },
     }  # fmt: skip
 
 
@@ -116,7 +121,7 @@ def hostile(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 # What an operation goes by is right by definition: its size, or its type.
 GIVEN = {
-    "table": "size", "inv_freq": "size", "window": "size", "k_pages": "size",
+    "table": "size", "inv_freq": "size", "window": "size", "k_pages": "size", "eos": "size",
     "logits": "type", "quantize.x": "type", "finish_products.out": "type",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast import buffers, writing
+from lfm2_fast import buffers, native, writing
 from lfm2_fast.batch import Batch
 from lfm2_fast.buffers import Buffers, bucket
 from lfm2_fast.cache import Cache, CacheError, ConvWindow, KVPages
@@ -489,9 +489,14 @@ def test_state_and_copies_leave_out_scrap_and_graphs(plain, ahead, graphs) -> No
 
 
 @pytest.mark.parametrize("scrap", [None, 7])
-def test_advance(scrap: int | None, kernel_device) -> None:
+@pytest.mark.parametrize("body", ["triton", "native"])
+def test_advance(body: str, scrap: int | None, kernel_device) -> None:
     from lfm2_fast.kernels.advance import advance_triton
 
+    if body == "native" and native.why_not(torch.device("cpu")):
+        pytest.skip("the extension was not built")
+    device = kernel_device if body == "triton" else torch.device("cpu")
+    advance = advance_triton if body == "triton" else torch.ops.lfm2_fast.advance_native
     torch.manual_seed(0)
     for count in (0, 1, 3, 200):
         chosen = torch.randint(5, (count,))
@@ -499,10 +504,10 @@ def test_advance(scrap: int | None, kernel_device) -> None:
         positions = torch.randint(100, (count,))
         inputs = [torch.full((count,), 99), torch.arange(count), positions]
         inputs += [(positions + 1).int(), finished]
-        ours = [each.clone().to(kernel_device) for each in inputs]
+        ours = [each.clone().to(device) for each in inputs]
         before, eos = [each.clone() for each in inputs], torch.tensor([3, -1, 1])
         advance_ref(chosen, eos, scrap, *inputs)
-        advance_triton(chosen.to(kernel_device), eos.to(kernel_device), scrap, *ours)
+        advance(chosen.to(device), eos.to(device), scrap, *ours)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(inputs, ours, strict=True))
         tokens, slots, positions, lengths, ended = inputs
         expected = before[4] | torch.isin(chosen, eos)
