@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "embed.h"
 #include "flash_decode.h"
 #include "gated_conv.h"
 #include "places.h"
@@ -65,6 +66,33 @@ void add_rms_norm_native(const Tensor& x, const Tensor& delta, const Tensor& wei
     const T* scale = read<T>(weight);
     parallel_for(0, rows, grain(width), [=](int64_t first, int64_t last) {
       add_rms_norm(a, b, scale, static_cast<float>(eps), width, sum, to, first, last);
+    });
+  });
+}
+
+void embed_native(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& scales,
+                  const Tensor& out) {
+  with_type(out, [&](auto number) {
+    using T = decltype(number);
+    const int64_t count = out.size(0);
+    const int64_t width = out.size(1);
+    const int64_t rows = weight.size(0);
+    expect_packed(tokens, "tokens", ScalarType::Long, {count});
+    expect(weight, "weight", scales ? ScalarType::Char : kType<T>, {rows, width});
+    if (scales) expect_packed(*scales, "scales", ScalarType::Float, {rows});
+    expect(out, "out", kType<T>, {count, width});
+    const int64_t* at = read<int64_t>(tokens);
+    for (int64_t t = 0; t < count; ++t) {
+      STD_TORCH_CHECK(at[t] >= 0 && at[t] < rows, "token ", at[t], " is none of ", rows);
+    }
+    const auto to = rows_of<T>(out);
+    parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
+      if (scales) {
+        const auto from = rows_of<const int8_t>(weight);
+        embed_int8(at, from, read<float>(*scales), width, to, first, last);
+      } else {
+        embed(at, rows_of<const T>(weight), width, to, first, last);
+      }
     });
   });
 }
@@ -284,6 +312,7 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   library.impl("rms_norm_native", TORCH_BOX(&rms_norm_native));
   library.impl("add_rms_norm_native", TORCH_BOX(&add_rms_norm_native));
+  library.impl("embed_native", TORCH_BOX(&embed_native));
   library.impl("swiglu_native", TORCH_BOX(&swiglu_native));
   library.impl("gated_conv_native", TORCH_BOX(&gated_conv_native));
   library.impl("gated_conv_step_native", TORCH_BOX(&gated_conv_step_native));

@@ -20,6 +20,7 @@ from lfm2_fast.stream import StreamOps, settled
 # Looked up once: a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
 _add_rms_norm = torch.ops.lfm2_fast.add_rms_norm_native.default
+_embed = torch.ops.lfm2_fast.embed_native.default
 _swiglu = torch.ops.lfm2_fast.swiglu_native.default
 _gated_conv_step = torch.ops.lfm2_fast.gated_conv_step_native.default
 _gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
@@ -155,6 +156,12 @@ class NativeOps(StreamOps):
         cos, sin = inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
         _rope(positions, inv_freq, cos, sin)
         return cos, sin
+
+    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+        weight = embedding.weight
+        out = weight.new_empty(len(tokens), weight.shape[1], dtype=dtype)
+        _embed(tokens, weight, embedding.weight_scale, out)
+        return out
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = x.new_empty(x.shape)

@@ -14,6 +14,7 @@ from lfm2_fast import native
 from lfm2_fast import reference as ref
 from lfm2_fast.batch import Batch
 from lfm2_fast.cache import KVPages
+from lfm2_fast.matrix import quantize_int8
 from lfm2_fast.ops_native import NativeOps
 
 CPU = torch.device("cpu")
@@ -75,6 +76,21 @@ def test_add_rms_norm(place, dtype, framed, intact, same_bits, within_budget) ->
     BODIES.add_rms_norm_native(x, delta, weight, EPS, total, out)
     assert same_bits(total, sums) and intact(total) and intact(out)
     within_budget(out, exact, ref.rms_norm_ref(sums, weight, EPS), by_row=True)
+
+
+@pytest.mark.parametrize("width", [1, 37, 1024])
+@pytest.mark.parametrize("int8", [False, True], ids=["dense", "int8"])
+@pytest.mark.parametrize("tokens", [[36], [0, 36, 5, 5, 17], list(range(36, 0, -1)) * 4], ids=len)
+def test_embed(width, int8, tokens, dtype, framed, intact, same_bits) -> None:
+    """To the bit; a token may stand more than once, and rows of the weight may stand apart."""
+    torch.manual_seed(0)
+    weight, scale = framed(torch.randn(37, width).to(dtype)), None
+    if int8:
+        weight, scale = quantize_int8(weight)
+    at = torch.tensor(tokens)
+    out = framed(torch.full((len(tokens), width), NAN, dtype=dtype))
+    BODIES.embed_native(at, weight, scale, out)
+    assert same_bits(out, ref.embed_ref(at, weight, scale, dtype)) and intact(out)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4608), (3, 150), (60, 200)], ids=str)

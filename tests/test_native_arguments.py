@@ -53,6 +53,9 @@ def arguments() -> dict[str, dict[str, Any]]:
             "x": x, "delta": x.clone(), "weight": torch.randn(8), "eps": EPS,
             "total": torch.zeros(3, 8), "out": torch.zeros(3, 8),
         },
+        "embed": {
+            "tokens": ints, "weight": numbers, "scales": torch.rand(6), "out": torch.zeros(3, 8),
+        },
         "swiglu": {"gate_up": x, "out": torch.zeros(3, 4)},
         "gated_conv_step": {**conv, "positions": ints, "slots": ints, "out": torch.zeros(3, 8)},
         "gated_conv": {**conv, **runs, "out": torch.zeros(3, 8)},
@@ -123,6 +126,7 @@ def hostile(tensor: torch.Tensor) -> list[torch.Tensor]:
 GIVEN = {
     "table": "size", "inv_freq": "size", "window": "size", "k_pages": "size", "eos": "size",
     "logits": "type", "quantize.x": "type", "finish_products.out": "type",
+    "embed.out": "type",
 }  # fmt: skip
 
 
@@ -149,6 +153,8 @@ def test_wrong_arguments_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
+        ("embed", {"tokens": [0, 6, 1]}, "token 6 is none of 6"),
+        ("embed", {"tokens": [0, -1, 1]}, "token -1"),
         ("gated_conv_step", {"slots": [0, 1, 3]}, "slot 3 is none of 3"),
         ("gated_conv_step", {"slots": [0, 1, -1]}, "slot -1"),
         ("gated_conv_step", {"positions": [0, -1, 2]}, "position -1"),
