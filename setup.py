@@ -26,8 +26,9 @@ from setuptools import setup
 WANTED = os.environ.get("LFM2_FAST_BUILD_EXT", "auto")
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
 # What lets loops be vectorised and changes no result: directives for it, and no promise about errno
-# and floating-point exceptions, which nobody reads.
-LOOPS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# and floating-point exceptions, which nobody reads. Short loops are fast where a line of the cache
+# begins, and elsewhere by luck.
+LOOPS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64"]
 
 
 class Missing(Exception):

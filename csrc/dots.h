@@ -1,9 +1,9 @@
 // Dot products of a few tokens with every row of a matrix, whose numbers are each read once.
 //
-// At one token these are as fast as memory is, if the matrix is read row after row: processors then
-// fetch it ahead of time. Several rows at once save loads of many tokens, but must be asked for. The
-// order in which a product's terms are summed follows from its length alone, so
-// a token's results do not depend on which others run beside it.
+// At one token these are as fast as memory is, if the matrix is read row after row and what comes
+// soon is asked for: processors fetch ahead too, but not far enough where memory is fast. Several
+// rows at once save loads of many tokens. The order in which a product's terms are summed follows
+// from its length alone, so a token's results do not depend on which others run beside it.
 #pragma once
 
 #include "lanes.h"
@@ -41,6 +41,8 @@ struct WideStep {
   }
 };
 
+// What is asked for lies so many bytes ahead, of a row at a time and of several.
+constexpr int64_t kBytesAheadOfOne = 2048;
 constexpr int64_t kBytesAhead = 16384;
 
 // Adds to the sums of M tokens and R rows what one step's numbers from `k` on give.
@@ -67,8 +69,8 @@ LFM2_INLINE void dots_of_block(Rows<const X> x, Rows<const W> rows, int64_t size
   constexpr int64_t kStep = Step::kNumbers;
   const int64_t whole = size / kStep * kStep;
   typename Step::Sum found[M * R];
-  // A loop of one or two sums is so short that its speed would hang on where the linker puts it.
-  constexpr int64_t kUnrolled = M * R <= 2 ? 2 : 1;
+  // A loop of one sum is so short that going round it shows.
+  constexpr int64_t kUnrolled = M * R == 1 ? 2 : 1;
   int64_t k = 0;
   for (; k + kUnrolled * kStep <= whole; k += kUnrolled * kStep) {
     for (int64_t i = 0; i < kUnrolled; ++i) {
@@ -97,11 +99,12 @@ template <class Step, int M, class X, class W>
 LFM2_INLINE void dots_of_tokens(Rows<const X> x, Rows<const W> weight, int64_t size, int64_t first,
                                 int64_t last, bool fetch, typename Step::Total* sums,
                                 int64_t stride) {
-  constexpr int64_t kAhead = kBytesAhead / static_cast<int64_t>(sizeof(W));
   constexpr int kRowsAtOnce = M <= 2 ? 1 : M == 8 ? 2 : 4;  // as many sums as registers
+  constexpr int64_t kAhead =
+      (kRowsAtOnce == 1 ? kBytesAheadOfOne : kBytesAhead) / static_cast<int64_t>(sizeof(W));
   int64_t n = first;
   for (; n + kRowsAtOnce <= last; n += kRowsAtOnce) {
-    const W* ahead = fetch && kRowsAtOnce > 1 ? weight[n] + kAhead : nullptr;
+    const W* ahead = fetch ? weight[n] + kAhead : nullptr;
     dots_of_block<Step, M, kRowsAtOnce>(x, Rows<const W>{weight[n], weight.stride}, size, ahead,
                                         sums + n - first, stride);
   }
