@@ -249,7 +249,8 @@ class _Writing:
                 self.cache.copy(first.slot, row.slot)
         if len(firsts) == len(rows):
             return logits
-        return logits[[order[row.number // self.copies] for row in rows]]
+        at = [order[row.number // self.copies] for row in rows]
+        return logits[on_device(at, torch.int64, logits.device)]
 
     def _state(self, rows: Sequence[Row]) -> SamplingState:
         """How the rows' next tokens are chosen, after their prompts."""
