@@ -163,23 +163,21 @@ def conditions(found: dict[str, Any]) -> str:
 def tables() -> dict[str, Callable[[], str]]:
     """The blocks that can be written from the result files that are there."""
     made: dict[str, Callable[[], str]] = {}
-    for size in SIZES:
-        path = RESULTS / f"cpu-{size}.json"
-        if path.is_file():
-            figures, whole = read(path), json.loads(path.read_text(encoding="utf-8"))
-            speed = {f.name: f.median for f in figures if f.engine == "machine"}
-            made |= {
-                f"summary-{size}": lambda f=figures: summary_table(f, SPEEDS),
-                f"speed-{size}": lambda f=figures: figure_table(f, SPEEDS),
-                f"goals-{size}": lambda f=figures: goal_table(verdicts(f)),
-                f"memory-{size}": lambda f=figures: memory_table(f),
-                f"conditions-{size}": lambda w=whole: conditions(w),
-                f"floor-{size}": lambda s=speed: floor_table(s),
-            }
-        path = RESULTS / f"profile-{size}.json"
-        if path.is_file():
-            whole = json.loads(path.read_text(encoding="utf-8"))
-            made[f"profile-{size}"] = lambda w=whole: profile_table(w)
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        name = path.stem.removeprefix("cpu-")
+        figures, whole = read(path), json.loads(path.read_text(encoding="utf-8"))
+        speed = {f.name: f.median for f in figures if f.engine == "machine"}
+        made |= {
+            f"summary-{name}": lambda f=figures: summary_table(f, SPEEDS),
+            f"speed-{name}": lambda f=figures: figure_table(f, SPEEDS),
+            f"goals-{name}": lambda f=figures: goal_table(verdicts(f)),
+            f"memory-{name}": lambda f=figures: memory_table(f),
+            f"conditions-{name}": lambda w=whole: conditions(w),
+            f"floor-{name}": lambda s=speed: floor_table(s),
+        }
+    for path in sorted(RESULTS.glob("profile-*.json")):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        made[path.stem] = lambda w=whole: profile_table(w)
     path = RESULTS / "quality.json"
     if path.is_file():
         made["quality"] = lambda: quality_table(json.loads(path.read_text(encoding="utf-8")))
