@@ -86,14 +86,18 @@ void embed_native(const Tensor& tokens, const Tensor& weight, const std::optiona
       STD_TORCH_CHECK(at[t] >= 0 && at[t] < rows, "token ", at[t], " is none of ", rows);
     }
     const auto to = rows_of<T>(out);
-    parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
-      if (scales) {
-        const auto from = rows_of<const int8_t>(weight);
-        embed_int8(at, from, read<float>(*scales), width, to, first, last);
-      } else {
-        embed(at, rows_of<const T>(weight), width, to, first, last);
-      }
-    });
+    if (scales) {
+      const auto from = rows_of<const int8_t>(weight);
+      const float* by = read<float>(*scales);
+      parallel_for(0, count, grain(width), [=](int64_t first, int64_t last) {
+        embed_int8(at, from, by, width, to, first, last);
+      });
+    } else {
+      const auto from = rows_of<const T>(weight);
+      parallel_for(0, count, grain(width), [=](int64_t first, int64_t last) {
+        embed(at, from, width, to, first, last);
+      });
+    }
   });
 }
 

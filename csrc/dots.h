@@ -41,7 +41,8 @@ struct WideStep {
   }
 };
 
-// What is asked for lies so many bytes ahead, of a row at a time and of several.
+// What is asked for lies so many bytes ahead, of a row at a time and of several: the best of 1, 2, 4,
+// 16 and 64 KB for one on a Zen 5, whose own fetching was too late where its memory was fast.
 constexpr int64_t kBytesAheadOfOne = 2048;
 constexpr int64_t kBytesAhead = 16384;
 

@@ -1,11 +1,12 @@
-// The choice of tokens on the CPU: what is checked, and a task for each row.
+// The choice of tokens on the CPU, and what it makes of the next step: what is checked, and a task
+// for each row.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <utility>
 
+#include "advance.h"
 #include "checks.h"
 #include "sampling.h"
 #include "threads.h"
@@ -111,7 +112,7 @@ void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out)
   });
 }
 
-// Few numbers, in one call where PyTorch needs seven, each of which comes from memory anew.
+// PyTorch needs eight operations for it, whose code the weights have thrown out of the caches.
 void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64_t> scrap,
                     const Tensor& tokens, const Tensor& slots, const Tensor& positions,
                     const Tensor& lengths, const Tensor& finished) {
@@ -124,23 +125,9 @@ void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64
   expect_packed(positions, "positions", ScalarType::Long, {rows});
   expect_packed(lengths, "lengths", ScalarType::Int, {rows});
   expect_packed(finished, "finished", ScalarType::Bool, {rows});
-  const int64_t* from = read<int64_t>(chosen);
-  const int64_t* end = read<int64_t>(eos);
-  int64_t* token = write<int64_t>(tokens);
-  int64_t* slot = write<int64_t>(slots);
-  int64_t* position = write<int64_t>(positions);
-  int32_t* length = write<int32_t>(lengths);
-  bool* done = write<bool>(finished);
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!done[row]) ++position[row];
-    done[row] = done[row] || std::find(end, end + ends, from[row]) != end + ends;
-    token[row] = from[row];
-    if (scrap && done[row]) {
-      position[row] = 0;
-      slot[row] = *scrap;
-    }
-    length[row] = static_cast<int32_t>(position[row] + 1);
-  }
+  const StepInputs inputs{write<int64_t>(tokens), write<int64_t>(slots), write<int64_t>(positions),
+                          write<int32_t>(lengths), write<bool>(finished)};
+  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, scrap ? &*scrap : nullptr, inputs, rows);
 }
 
 }  // namespace

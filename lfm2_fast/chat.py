@@ -92,7 +92,7 @@ def write(
 
 def _ends(model: Lfm2ForCausalLM, arguments: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end a text which ``generate`` writes with ``arguments``."""
-    given = {name: arguments[name] for name in ("eos_token_id",) if name in arguments}
+    given = {"eos_token_id": arguments["eos_token_id"]} if "eos_token_id" in arguments else {}
     config = arguments.get("generation_config")
     defaults, vocab_size = model.generation_defaults(), model.config.vocab_size
     return understand(given, config, defaults, vocab_size).eos_token_id

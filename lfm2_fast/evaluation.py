@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lfm2_fast.loading import load, placement
+from lfm2_fast.loading import check_options, load
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.session import load_tokenizer, summary
 from lfm2_fast.terminal import Terminal
@@ -56,7 +56,9 @@ def load_and_evaluate(
     """
     if not text:
         raise ValueError("the text is empty")
-    placement(dtype=dtype, quantization=quantization, **options)
+    check_options(dtype=dtype, quantization=quantization, **options)
+    if reference is not None:
+        check_options(dtype=reference, **options)
     where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     tokenizer = load_tokenizer(name, **where)
     # Pieces are short; that the whole text is longer than the context does not matter.

@@ -14,6 +14,7 @@ from lfm2_fast import checkpoint, hub
 from lfm2_fast.config import Config, read_json
 from lfm2_fast.matrix import QUANTIZATIONS
 from lfm2_fast.model import Lfm2ForCausalLM
+from lfm2_fast.ops import choose
 
 Device = str | int | torch.device
 
@@ -48,10 +49,11 @@ def load(
     Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
     is not there, ValueError for any other argument.
     """
-    where, named = placement(
+    where, named = check_options(
         device=device,
         dtype=dtype,
         max_length=max_length,
+        backend=backend,
         quantization=quantization,
         device_map=device_map,
         torch_dtype=torch_dtype,
@@ -78,19 +80,21 @@ def load(
     )
 
 
-def placement(
+def check_options(
     *,
     device: Device = "auto",
     dtype: str | torch.dtype = "auto",
     max_length: int | None = None,
+    backend: str = "auto",
     quantization: str | None = None,
     device_map: Device | Mapping[str, Device] | None = None,
     torch_dtype: str | torch.dtype | None = None,
     **_: Any,
 ) -> tuple[torch.device, torch.dtype | None]:
-    """The device and the dtype that options of ``load`` mean; None is the checkpoint's own dtype.
+    """The device and the dtype that these options of ``load`` mean; None is the checkpoint's own.
 
-    Raises ValueError for what is wrong with them whatever the checkpoint is; looks at no other.
+    Raises, as ``load``, for what is wrong with them whatever the checkpoint is. The others, which
+    are the hub's, may stand beside them and are not looked at.
     """
     if device_map is not None:
         if device != "auto":
@@ -104,7 +108,9 @@ def placement(
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
-    return find_device(device), None if dtype == "auto" else _dtype(dtype)
+    where, named = find_device(device), None if dtype == "auto" else _dtype(dtype)
+    choose(backend, where, named or torch.float32)
+    return where, named
 
 
 def find_device(device: Device) -> torch.device:

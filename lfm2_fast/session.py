@@ -12,7 +12,7 @@ from lfm2_fast import hub
 from lfm2_fast.arguments import understand
 from lfm2_fast.chat import Answer, Conversation, check_template, write
 from lfm2_fast.config import CheckpointError, Config
-from lfm2_fast.loading import load, placement
+from lfm2_fast.loading import check_options, load
 from lfm2_fast.model import Lfm2ForCausalLM
 from lfm2_fast.presets import sampling
 from lfm2_fast.terminal import Terminal
@@ -83,7 +83,7 @@ def open_session(
     if stop:
         arguments["stop_strings"] = stop
     understand(arguments, None, {}, vocab_size=1)
-    placement(**options)
+    check_options(**options)
     terminal.note(f"loading {name}")
     tokenizer = load_tokenizer(
         name,

@@ -1,17 +1,18 @@
-"""A GPU that stands in for a real one, and refuses what that would refuse.
+"""A GPU that stands in for a real one, and refuses some of what that would refuse.
 
 While ``StandInGpu`` is active torch has a device ``cuda:0``. The numbers of its tensors lie on the
 host: PyTorch's operations run there, and Triton's kernels in its interpreter. As on a GPU
 
 - an operation on tensors of both devices fails, and so does a kernel that is handed the host's;
 - a graph is what was launched while it was captured, on the tensors and with the numbers of that
-  moment, so that what the host decides later changes nothing; waiting for the device, and copies
+  moment, so that what the host decides later changes nothing; what waits for the device, and copies
   of memory that is not pinned, are refused meanwhile;
 - what a graph made and nobody holds is lost after each replay, since other graphs have the memory;
-- what the host reads it waits for: ``waits`` lists the times.
+- what the host reads it waits for: ``waits`` lists the times, by the operations in ``READS``.
 
-What runs at the same time on a GPU runs one after another here, so races are not seen. Only the
-thread that entered it has it.
+Unlike on a GPU what is captured runs then already, and its first replay does nothing more; and what
+would run at the same time runs one after another, so races are not seen. Its tensors work in the
+thread that entered it alone; what torch says of a device it says in the whole process.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from lfm2_fast.kernels.plan import chip
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -39,7 +43,9 @@ READS = (
     aten.nonzero.default,
     aten.repeat_interleave.Tensor,
     aten._unique2.default,
+    aten.bincount.default,
     aten.unique_consecutive.default,
+    aten.unique_dim.default,
 )
 
 
@@ -72,6 +78,9 @@ class OnGpu(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = is_meta = property(lambda self: False)
 
+    def __repr__(self, **_: Any) -> str:
+        return f"OnGpu({self.numbers!r})"
+
     def get_device(self) -> int:
         return 0
 
@@ -96,6 +105,7 @@ class Graph:
         self.replays = 0
 
     def replay(self) -> None:
+        self.gpu.replays += 1
         self.replays += 1
         if self.replays > 1:
             for again in self.work:
@@ -107,16 +117,16 @@ class Graph:
 
 
 class StandInGpu(TorchDispatchMode):
-    """The device. ``waits`` says for what the host has waited, ``graphs`` what was captured."""
+    """The device. ``waits`` says for what the host has waited, ``replays`` how many there were."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
-        self.graphs: list[Graph] = []
+        self.replays = 0
         self.capturing: Graph | None = None
         self.tensors: weakref.WeakSet[OnGpu] = weakref.WeakSet()
         self.pinned: list[torch.Tensor] = []
-        self._patch(patch)
+        self.patch = pytest.MonkeyPatch()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -126,6 +136,8 @@ class StandInGpu(TorchDispatchMode):
         if any(each.is_meta for each in tensors) and any(each.is_cuda for each in tensors):
             raise NotImplementedError("indices in a list never come to modes: make a tensor of it")
         ours = any(isinstance(each, OnGpu) for each in tensors)
+        if ours and torch.Tag.inplace_view in func.tags:
+            raise NotImplementedError(f"{func} changes a tensor's shape in place")
         wraps = ours
         if kwargs.get("device") is not None:
             wraps = here(kwargs["device"])
@@ -138,7 +150,7 @@ class StandInGpu(TorchDispatchMode):
         args, kwargs = tree_map(numbers_of, (tuple(args), kwargs))
         result = func(*args, **kwargs)
         if self.capturing is not None and (ours or wraps):
-            self._record(func, args, kwargs, result)
+            self._record(func, args, kwargs, result, tensors)
         if pinned:
             self.pinned.append(result)
         return self._given_back(func, args, kwargs, result, wraps, tensors)
@@ -177,14 +189,17 @@ class StandInGpu(TorchDispatchMode):
             host, waits = source if wraps else None, not kwargs.get("non_blocking")
         if wraps == isinstance(source, OnGpu):
             return
-        if self.capturing is not None and not any(host is each for each in self.pinned):
+        pinned = host is not None and storage(host) in map(storage, self.pinned)
+        if self.capturing is not None and not pinned:
             raise Refused(f"{func} copies memory that is not pinned while work is captured")
         if waits:
             self.wait(str(func))
 
     def _check(self, func: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
-        """Refuse tensors of both devices; numbers may be the host's, and indices that it sends."""
-        strangers = [each for each in tensors if not isinstance(each, OnGpu) and each.dim()]
+        """Refuse tensors of both devices; the host's may be indices, and single numbers."""
+        strangers = [each for each in tensors if not isinstance(each, OnGpu)]
+        if torch.Tag.pointwise in func.tags or func in (aten.fill_.Tensor, *BY_INDEX):
+            strangers = [each for each in strangers if each.dim()]
         if func in BY_INDEX and isinstance(args[0], OnGpu):
             indices = [each for each in args[1] if each is not None]
             strangers = [each for each in strangers if not any(each is index for index in indices)]
@@ -196,9 +211,19 @@ class StandInGpu(TorchDispatchMode):
         if func in READS:
             self.wait(str(func))
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
-        """Do it again in every replay, and have what it makes where it was made."""
+    def _record(
+        self, func: Any, args: Any, kwargs: Any, result: Any, tensors: list[torch.Tensor]
+    ) -> None:
+        """Do it again in every replay, and have what it makes where it was made.
+
+        A copy reads the host's memory anew; a number of the host's is that of now.
+        """
         assert self.capturing is not None
+        if func not in TRANSFERS:
+            host = {id(each) for each in tensors if not isinstance(each, OnGpu)}
+            args, kwargs = tree_map(
+                lambda each: each.clone() if id(each) in host else each, (args, kwargs)
+            )
         given = {storage(each) for each in tree_leaves((args, kwargs)) if is_tensor(each)}
         fresh = [
             (place, each)
@@ -243,11 +268,28 @@ class StandInGpu(TorchDispatchMode):
     def _capture(self, graph: Graph, **_: Any) -> Iterator[None]:
         """``torch.cuda.graph``."""
         self.capturing = graph
-        self.graphs.append(graph)
         try:
             yield
         finally:
             self.capturing = None
+
+    def __enter__(self) -> StandInGpu:
+        # Both are filled once: with torch.tensor as it is, and without a device that goes again.
+        _device_constructors()
+        chip.cache_clear()
+        self.lifted = torch._C._only_lift_cpu_tensors()
+        # torch.tensor(..., device=...) makes it on the host, and then moves it where modes see it.
+        torch._C._set_only_lift_cpu_tensors(True)
+        self._patch(self.patch)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.patch.undo()
+            torch._C._set_only_lift_cpu_tensors(self.lifted)
+            chip.cache_clear()
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         """Have torch and Triton say that the device is there."""
@@ -294,15 +336,6 @@ class StandInGpu(TorchDispatchMode):
                 lambda *args, **kwargs: run(executor, *args, **kwargs), args, kwargs
             ),
         )
-
-    def __enter__(self) -> StandInGpu:
-        # torch.tensor(..., device=...) makes it on the host, and then moves it where modes see it.
-        torch._C._set_only_lift_cpu_tensors(True)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        torch._C._set_only_lift_cpu_tensors(False)
 
 
 def numbers_of(each: Any) -> Any:

@@ -141,10 +141,8 @@ def test_only_an_end_token_is_no_cut(
     assert answer.end == ("" if ends else "cut at 1 tokens")
 
 
-def test_every_argument_of_generate_may_be_written_with(
-    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any
-) -> None:
-    """Those too that are no settings; a setting that has no effect is warned of once."""
+def test_arguments_that_are_no_settings(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
+    """They go to ``generate`` like others; a setting that has no effect is warned of once."""
     ids = tokenizer("What is a list?").input_ids
     arguments = {"seed": 3, "logits_processor": [], "top_k": 5, "do_sample": False}
     with pytest.warns(UserWarning, match="top_k without do_sample") as seen:
@@ -152,6 +150,9 @@ def test_every_argument_of_generate_may_be_written_with(
             model, tokenizer, ids, lambda text: None, max_new_tokens=2, arguments=arguments
         )
     assert (answer.end, len(seen)) == ("cut at 2 tokens", 1)
+    ends = {"generation_config": {"eos_token_id": list(range(2, 4000)), "do_sample": False}}
+    written: list[str] = []
+    assert not write(model, tokenizer, ids, written.append, max_new_tokens=1, arguments=ends).end
 
 
 def test_a_full_context(tiny: Path, tokenizer: Any) -> None:

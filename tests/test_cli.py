@@ -164,6 +164,11 @@ ERRORS: dict[str, tuple[str, str]] = {
     "backend": ("generate TINY hi --backend x", "backend='x' is not in this version"),
     "device-first": ("generate nope hi --device tpu", "device='tpu' is not a device"),
     "dtype-first": ("eval nope --text README.md --dtype int8", "dtype='int8' is not supported"),
+    "backend-first": ("generate nope hi --backend x", "backend='x' is not in this version"),
+    "reference-first": (
+        "eval nope --text README.md --reference int8",
+        "dtype='int8' is not supported",
+    ),
     "max-length": ("generate TINY hi --max-length 3", "tokens fill the context of 3"),
     "raw-system": ("generate TINY hi --raw --system x", "--system needs the chat template"),
     "two-prompts": ("generate TINY hi --file x", "give the prompt as an argument or with --file"),

@@ -100,7 +100,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "philox": {"seeds": ints, "rows": ints, "positions": ints, "out": floats.clone()},
         "draw": {"scores": x, "uniform": floats, "out": torch.zeros(3, dtype=torch.int64)},
         "advance": {
-            "chosen": ints, "eos": torch.tensor([2]), "scrap": 3, "tokens": ints.clone(),
+            "chosen": ints, "eos": torch.tensor([2, 5]), "scrap": 3, "tokens": ints.clone(),
             "slots": ints.clone(), "positions": ints.clone(), "lengths": ints.int(),
             "finished": ints > 1,
         },

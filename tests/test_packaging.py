@@ -162,12 +162,17 @@ def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(
         f"torch.utils.cpp_extension.CUDA_HOME = {str(tmp_path)!r}\n",
         encoding="utf-8",
     )
-    env = {**os.environ, "LFM2_FAST_BUILD_EXT": "auto", "CXX": name}
-    env["PYTHONPATH"] = str(tmp_path)
-    command = [sys.executable, "setup.py", "--version"]
+    compiler, asked = tmp_path / "c++", tmp_path / "asked"
+    real = shutil.which("c++")
+    script = f'case "$1" in -*version) exec {real} "$1";; esac\necho "$@" >>{asked}\nexit 1\n'
+    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
+    compiler.chmod(0o755)
+    env = {**os.environ, "LFM2_FAST_BUILD_EXT": "auto", "CXX": name, "PYTHONPATH": str(tmp_path)}
+    env["PATH"] = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), env["PATH"]])
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", tmp_path]
     done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == lfm2_fast.__version__
+    assert "/csrc/" in asked.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+// The next step's inputs, of the tokens that this one chose; what they mean stands with advance_ref.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace lfm2 {
+
+// What a step's rows are, made anew in place.
+struct StepInputs {
+  int64_t* tokens;
+  int64_t* slots;
+  int64_t* positions;
+  int32_t* lengths;
+  bool* finished;
+};
+
+// `scrap` is null where rows that have ended stay in their slots.
+inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, const int64_t* scrap,
+                    const StepInputs& inputs, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    bool& finished = inputs.finished[row];
+    if (!finished) ++inputs.positions[row];
+    finished = finished || std::find(eos, eos + ends, chosen[row]) != eos + ends;
+    inputs.tokens[row] = chosen[row];
+    if (scrap != nullptr && finished) {
+      inputs.positions[row] = 0;
+      inputs.slots[row] = *scrap;
+    }
+    inputs.lengths[row] = static_cast<int32_t>(inputs.positions[row] + 1);
+  }
+}
+
+}  // namespace lfm2
