@@ -27,8 +27,9 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     numbers = " and ".join(filter(None, (model["quantization"], model["dtype"])))
     threads = f", {device['threads']} threads" if "threads" in device else ""
     speed = {k: readable("bytes", v) for k, v in found["memory_bytes_per_second"].items()}
-    words = {"resident": "memory", "peak": "at most"}  # systems differ in which they tell
-    held = (f", {words[k]} {readable('bytes', v)}" for k, v in found["memory"].items())
+    known = found["memory"]  # systems differ in what they tell
+    words = {"resident": "memory", "peak": "at most"}
+    held = (f", {words[k]} {readable('bytes', known[k])}" for k in words if k in known)
     lines = [
         f"{model['name']}, {numbers}, {model['backend']} bodies, {device.get('name')}{threads}",
         f"weights {readable('weight_bytes', model['weight_bytes'])}{''.join(held)}; a copy moves "

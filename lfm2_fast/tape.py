@@ -58,6 +58,12 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._calls = calls
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch imports its whole compiler to keep that out of here, which nothing brings
+        # in: the second token of a process would wait a second for it.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

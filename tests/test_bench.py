@@ -137,6 +137,8 @@ def test_bench_shows_what_is_known_of_memory(capsys: pytest.CaptureFixture[str])
     """Some kernels tell what a process holds, but not the most that it held."""
     show(figures() | {"memory": {"resident": 7000}})
     assert "weights 5 kB, memory 7 kB; a copy moves" in capsys.readouterr().out
+    show(figures() | {"memory": {"peak": 9000, "resident": 7000}})
+    assert "weights 5 kB, memory 7 kB, at most 9 kB; a copy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])

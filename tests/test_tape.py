@@ -118,6 +118,18 @@ def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
     assert torch.equal(turn, model.generate(longer, max_new_tokens=6))
 
 
+def test_recording_imports_no_compiler(tiny) -> None:
+    """torch's takes a second, for which the second token of every process would wait."""
+    code = (
+        "import sys, lfm2_fast; model = lfm2_fast.load(sys.argv[1], device='cpu'); "
+        "model.generate([[1, 40, 41]], max_new_tokens=6, eos_token_id=[]); "
+        "print([name for name in ('lfm2_fast.tape', 'torch._dynamo') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, tiny]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "['lfm2_fast.tape']\n"
+
+
 LONG = """
 import json, sys, weakref
 import lfm2_fast
