@@ -28,6 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "> "
+# A line that is erased, the cursor in it or below: of a progress bar that goes again.
+ERASED = re.compile(r"[^\n]*(\n(\x1b\[\?25[hl]|\r)*\x1b\[1A)?\x1b\[2K")
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]")
 
 
@@ -66,7 +68,8 @@ class Terminal:
             if not piece:
                 raise EOFError(f"the command has ended; the terminal shows {self.text!r}")
             raw += piece
-            shown = ESCAPES.sub("", raw.decode(errors="ignore")).replace("\r\n", "\n")
+            shown = ERASED.sub("", raw.decode(errors="ignore").replace("\r\n", "\n"))
+            shown = ESCAPES.sub("", shown)
             self.text = self.text[:start] + shown.replace("\r", "")
         return self.text[start:]
 

@@ -359,6 +359,8 @@ def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
     record = runpy.run_path(str(ROOT / "docs" / "record.py"))
     block = "$ printf 'hi\\n> '; read x; echo got $x\n> old\nstale\n$ echo  two\n"
     expected = "$ printf 'hi\\n> '; read x; echo got $x\nhi\n> old\ngot old\n$ echo  two\ntwo\n"
+    gone = "$ printf 'a\\nbar 1\\r\\033[2Kbar 2\\n\\033[1A\\033[2Kb\\n'\n"
+    block, expected = f"{block}{gone}", f"{expected}{gone}a\nb\n"
     assert record["console"](block, os.environ["PATH"]) == expected
     assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
     commands = ("generate", "chat", "info", "eval", "bench", "demo")
