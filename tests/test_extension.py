@@ -23,7 +23,7 @@ from lfm2_fast.batch import Batch
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 INCLUDE = Path(torch.__file__).parent / "include"
-COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 compiles = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="there is no C++ compiler")
 compiles_cuda = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")

@@ -251,7 +251,7 @@ def test_what_is_saved_is_loaded(models, tmp_path: Path, gpu: StandInGpu) -> Non
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def captured(gpu: StandInGpu, body: Callable[[], Any]) -> Any:
+def captured(body: Callable[[], Any]) -> Any:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         body()
@@ -261,10 +261,9 @@ def captured(gpu: StandInGpu, body: Callable[[], Any]) -> Any:
 
 def test_both_devices_in_an_operation_are_refused(gpu: StandInGpu) -> None:
     here, there = torch.ones(2), torch.ones(2, device="cuda")
-    for body in (lambda: here + there, lambda: torch.where(here > 0, there, there)):
-        with pytest.raises(Refused, match="tensors of both devices"):
-            body()
     for body in (
+        lambda: here + there,
+        lambda: torch.where(here > 0, there, there),
         lambda: there.index_select(0, torch.tensor(1)),
         lambda: torch.stack([there[0], torch.tensor(1.0)]),
     ):
@@ -290,9 +289,9 @@ def test_waiting_is_seen_and_while_captured_refused(gpu: StandInGpu) -> None:
         body()
         assert gpu.waits
         with pytest.raises(Refused, match="while work is captured"):
-            captured(gpu, body)
+            captured(body)
     with pytest.raises(Refused, match="not pinned"):
-        captured(gpu, lambda: ones.copy_(torch.zeros(2), non_blocking=True))
+        captured(lambda: ones.copy_(torch.zeros(2), non_blocking=True))
 
 
 def test_a_graph_knows_what_it_was_captured_with_and_keeps_nothing(gpu: StandInGpu) -> None:
@@ -302,7 +301,7 @@ def test_a_graph_knows_what_it_was_captured_with_and_keeps_nothing(gpu: StandInG
         made.append(total + step)
         total.copy_(made[-1])
 
-    graph = captured(gpu, body)
+    graph = captured(body)
     assert total.tolist() == [1, 1]
     step.fill_(100)
     graph.replay()
@@ -316,7 +315,7 @@ def test_a_graph_knows_what_it_was_captured_with_and_keeps_nothing(gpu: StandInG
 def test_a_graph_may_read_pinned_memory(gpu: StandInGpu) -> None:
     host = torch.tensor([1.0, 2.0, 3.0], pin_memory=True)
     ours = torch.zeros(2, device="cuda")
-    graph = captured(gpu, lambda: ours.copy_(host[1:], non_blocking=True))
+    graph = captured(lambda: ours.copy_(host[1:], non_blocking=True))
     host += 5
     graph.replay()
     assert ours.tolist() == [7, 8]

@@ -44,6 +44,22 @@ def build(kind: str, source: Path, out: Path) -> Path:
     return made
 
 
+def compiler_that(does: str, path: Path) -> Path:
+    """A program that tells the real compiler's version; else it runs the script, and fails."""
+    version = f'case "$1" in -*version) exec {shutil.which("c++")} "$1";; esac'
+    path.write_text(f"#!/bin/sh\n{version}\n{does}\nexit 1\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def set_up(checkout: Path, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py with the tools of this interpreter's environment."""
+    environment = {**os.environ, **env}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    whole = [sys.executable, "setup.py", "-q", *command]
+    return subprocess.run(whole, cwd=checkout, env=environment, text=True, capture_output=True)
+
+
 def checksums(wheel: Path) -> dict[str, int]:
     with zipfile.ZipFile(wheel) as archive:
         return {info.filename: info.CRC for info in archive.infolist()}
@@ -162,15 +178,11 @@ def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(
         f"torch.utils.cpp_extension.CUDA_HOME = {str(tmp_path)!r}\n",
         encoding="utf-8",
     )
-    compiler, asked = tmp_path / "c++", tmp_path / "asked"
-    real = shutil.which("c++")
-    script = f'case "$1" in -*version) exec {real} "$1";; esac\necho "$@" >>{asked}\nexit 1\n'
-    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
-    compiler.chmod(0o755)
-    env = {**os.environ, "LFM2_FAST_BUILD_EXT": "auto", "CXX": name, "PYTHONPATH": str(tmp_path)}
-    env["PATH"] = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), env["PATH"]])
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", tmp_path]
-    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    asked = tmp_path / "asked"
+    compiler_that(f'echo "$@" >>{asked}', tmp_path / "c++")
+    env = {"LFM2_FAST_BUILD_EXT": "auto", "CXX": name, "PYTHONPATH": str(tmp_path)}
+    env["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = set_up(checkout, "build_ext", "--inplace", "--build-temp", tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert "/csrc/" in asked.read_text(encoding="utf-8")
 
@@ -187,18 +199,12 @@ def test_setup_says_what_an_old_compiler_builds_for(
     checkout: Path, tmp_path: Path, place: str, flags: str, native: bool, said: str
 ) -> None:
     """GCC 11 makes no clones: what stays here is for this machine, what may leave for any."""
-    compiler, asked = tmp_path / "old-c++", tmp_path / "asked"
+    asked = tmp_path / "asked"
     defines = "#define __GNUC__ 11\\n#define __x86_64__ 1\\n"
-    script = (
-        f'case "$1" in -*version) exec c++ "$1";; -dM) printf \'{defines}\'; exit;; esac\n'
-        f'echo "$@" >>{asked}\nexit 1\n'
-    )
-    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
-    compiler.chmod(0o755)
-    env = {**os.environ, "CXX": str(compiler), "CFLAGS": flags}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    command = [sys.executable, "setup.py", "-q", "build_ext", place, "--build-temp", tmp_path]
-    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    does = f'case "$1" in -dM) printf \'{defines}\'; exit;; esac\necho "$@" >>{asked}'
+    compiler = compiler_that(does, tmp_path / "old-c++")
+    env = {"CXX": str(compiler), "CFLAGS": flags}
+    done = set_up(checkout, "build_ext", place, "--build-temp", tmp_path, **env)
     assert done.returncode == 0
     given = asked.read_text(encoding="utf-8")
     assert ("-march=native" in given) == native and flags in given
@@ -210,21 +216,14 @@ def test_setup_goes_on_where_the_compiler_fails(
     checkout: Path, tmp_path: Path, wanted: str
 ) -> None:
     """Unless the extension was insisted on; in both cases it says so, once."""
-    compiler = tmp_path / "broken-c++"
-    script = (
-        'case "$1" in -*version) exec c++ "$1";; esac\necho this compiler is broken >&2\nexit 1\n'
-    )
-    compiler.write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
-    compiler.chmod(0o755)
-    env = {**os.environ, "LFM2_FAST_BUILD_EXT": wanted, "CXX": str(compiler)}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    compiler = compiler_that("echo this compiler is broken >&2", tmp_path / "broken-c++")
     earlier = [folder / "lfm2_fast" / "_C.abi3.so" for folder in (tmp_path / "lib", checkout)]
     for left in earlier:
         left.parent.mkdir(parents=True, exist_ok=True)
         left.touch()
     places = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
-    command = [sys.executable, "setup.py", "-q", "build", *places]
-    done = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    env = {"LFM2_FAST_BUILD_EXT": wanted, "CXX": str(compiler)}
+    done = set_up(checkout, "build", *places, **env)
     assert "this compiler is broken" in done.stdout + done.stderr
     assert (done.returncode == 0) == (wanted == "auto")
     warned = "installing without the C++ extension: the build failed"
