@@ -35,25 +35,25 @@ bench: $(READY) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
 	$(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python gguf llama-cpp-python \
 	|| echo "llama.cpp could not be built and is left out" >&2
-	$(BIN)/python -m bench.peers --size $(SIZE) $(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH))
+	$(BIN)/python -m bench.cpu.peers --size $(SIZE) $(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH))
 
 bench-report: $(READY) ## Rewrite the tables of the documentation from bench/results
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.report.tables
 
 aot: $(READY) ## Compile the Triton kernels for GPUs that are not here; table their registers
-	$(BIN)/python bench/aot.py
+	$(BIN)/python bench/gpu/aot.py
 
 test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, memcheck, racecheck
-	PYTHON=$(PYTHON) bench/test_gpu.sh
+	PYTHON=$(PYTHON) bench/gpu/test_gpu.sh
 
 bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
-	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.decode
 
 bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
-	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu_peers
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.peers
 
 tune-gpu: ## On a GPU, offline, under nine minutes: measure plans, write kernels/tuned.py anew
-	PYTHONPATH=. TRITON_INTERPRET=0 timeout 530 $(PYTHON) -m bench.tune
+	PYTHONPATH=. TRITON_INTERPRET=0 timeout 530 $(PYTHON) -m bench.gpu.tune
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.
@@ -63,7 +63,7 @@ sanitize: $(READY) ## Run the tests of the C++ bodies under AddressSanitizer and
 	$(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../, $(wildcard tests/test_native*.py))
+	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../, tests/csrc tests/ops/test_native_ops.py)
 
 wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	rm -rf dist

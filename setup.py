@@ -149,5 +149,6 @@ if WANTED != "0":
             sys.exit(f"LFM2_FAST_BUILD_EXT=1, but the extension cannot be built: {missing}")
         without(str(missing))
 # Git holds no empty folder: kernels/ is a package from its first file on.
-packages = ["lfm2_fast", *(["lfm2_fast.kernels"] if Path("kernels").is_dir() else [])]
+packages = [".".join(file.parent.parts) for file in sorted(Path("lfm2_fast").rglob("__init__.py"))]
+packages += ["lfm2_fast.kernels"] if Path("kernels").is_dir() else []
 setup(packages=packages, **arguments)

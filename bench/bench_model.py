@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.engines import prompt
-from lfm2_fast.bench import Sequences, weight_bytes
+from bench.cpu.engines import prompt
+from lfm2_fast.cli.benchmark import Sequences, weight_bytes
 
 STEPS = 8
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.results import ROOT
+from bench.report.results import ROOT
 from bench.shapes import checkpoint
 
 COMMANDS = {
@@ -22,7 +22,7 @@ COMMANDS = {
 LOAD = """
 import json, sys, time
 import lfm2_fast
-from lfm2_fast.measure import memory
+from lfm2_fast.cli.machine_load import memory
 lfm2_fast.load
 before, begin = memory(), time.perf_counter()
 model = lfm2_fast.load(sys.argv[1], device="cpu", dtype=sys.argv[2])

@@ -13,10 +13,10 @@ import torch
 
 from bench.shapes import config_of, random_weights
 from lfm2_fast import Lfm2ForCausalLM
-from lfm2_fast.batch import Batch
-from lfm2_fast.cache import KVPages
-from lfm2_fast.model import AttentionBlock, ConvBlock
-from lfm2_fast.stream import settled
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.kv_cache import KVPages
+from lfm2_fast.hf.causal_lm import AttentionBlock, ConvBlock
+from lfm2_fast.ops.residual import settled
 
 Tensors = list[torch.Tensor]
 

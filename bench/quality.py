@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 import lfm2_fast
-from bench import results
+from bench.report import results
 from bench.shapes import TINY
-from lfm2_fast.evaluation import evaluate
-from lfm2_fast.session import load_tokenizer
+from lfm2_fast.cli.evaluation import evaluate
+from lfm2_fast.cli.session import load_tokenizer
 
 OUT = results.RESULTS / "quality.json"
 KINDS: tuple[tuple[str, str | None], ...] = (

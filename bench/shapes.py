@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lfm2_fast
-from lfm2_fast.layout import layout
+from lfm2_fast.weights.fusion import layout
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = Path(os.environ.get("LFM2_FAST_BENCH_DIR", ROOT / "build" / "bench"))

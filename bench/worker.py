@@ -22,24 +22,24 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 # Name -> the module, the class, and what it is made with.
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "lfm2_fast": ("engines", "Ours", {}),
-    "lfm2_fast int8": ("engines", "Ours", {"quantization": "int8"}),
-    "transformers": ("engines", "HuggingFace", {}),
-    "transformers compiled": ("engines", "HuggingFaceCompiled", {}),
-    "llama.cpp BF16": ("llama", "LlamaCpp", {"kind": "BF16"}),
-    "llama.cpp Q8_0": ("llama", "LlamaCpp", {"kind": "Q8_0"}),
-    "llama.cpp Q4_0": ("llama", "LlamaCpp", {"kind": "Q4_0"}),
+    "lfm2_fast": ("cpu.engines", "Ours", {}),
+    "lfm2_fast int8": ("cpu.engines", "Ours", {"quantization": "int8"}),
+    "transformers": ("cpu.engines", "HuggingFace", {}),
+    "transformers compiled": ("cpu.engines", "HuggingFaceCompiled", {}),
+    "llama.cpp BF16": ("cpu.llama_cpp", "LlamaCpp", {"kind": "BF16"}),
+    "llama.cpp Q8_0": ("cpu.llama_cpp", "LlamaCpp", {"kind": "Q8_0"}),
+    "llama.cpp Q4_0": ("cpu.llama_cpp", "LlamaCpp", {"kind": "Q4_0"}),
 }
 # The same names on a GPU.
 GPU_ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "lfm2_fast": ("gpu_engines", "Ours", {}),
-    "transformers": ("gpu_engines", "HuggingFace", {}),
-    "transformers compiled": ("gpu_engines", "HuggingFaceCompiled", {}),
+    "lfm2_fast": ("gpu.engines", "Ours", {}),
+    "transformers": ("gpu.engines", "HuggingFace", {}),
+    "transformers compiled": ("gpu.engines", "HuggingFaceCompiled", {}),
 }
 # What their logits are held against.
 REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "reference": ("engines", "Ours", {"dtype": "float32", "backend": "eager"}),
-    "plain": ("engines", "Ours", {"dtype": "bfloat16", "backend": "eager"}),
+    "reference": ("cpu.engines", "Ours", {"dtype": "float32", "backend": "eager"}),
+    "plain": ("cpu.engines", "Ours", {"dtype": "bfloat16", "backend": "eager"}),
 }
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# A wheel carries the Triton kernels as lfm2_fast/kernels; in a checkout they lie beside it.
+# A wheel has the Triton kernels in lfm2_fast/kernels. A checkout has them in the folder beside this
+# package: that folder, and nothing else of the root, becomes the package lfm2_fast.kernels.
 if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).resolve().parent.parent))
+    _spec = ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [str(Path(__file__).resolve().parent.parent / "kernels")]
+    kernels = sys.modules[_spec.name] = module_from_spec(_spec)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,22 +28,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lfm2_fast.cache import Cache, CacheError
+    from lfm2_fast.cache.kv_cache import Cache, CacheError
     from lfm2_fast.config import CheckpointError, Config
-    from lfm2_fast.loading import load
-    from lfm2_fast.model import Lfm2ForCausalLM
-    from lfm2_fast.ops import BackendError
+    from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+    from lfm2_fast.hf.load import load
+    from lfm2_fast.ops.base import BackendError
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
         homes = {
-            "Lfm2ForCausalLM": "model",
-            "BackendError": "ops",
-            "Cache": "cache",
-            "CacheError": "cache",
+            "Lfm2ForCausalLM": "hf.causal_lm",
+            "BackendError": "ops.base",
+            "Cache": "cache.kv_cache",
+            "CacheError": "cache.kv_cache",
             "CheckpointError": "config",
             "Config": "config",
-            "load": "loading",
+            "load": "hf.load",
         }
         if name not in homes:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import sys
 import typer
 
 import lfm2_fast
-from lfm2_fast.cli import app
+from lfm2_fast.cli.app import app
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,11 +33,11 @@ if not INTERPRETED:
     settings.load_profile("gpu")
 
 import lfm2_fast  # noqa: E402
-from lfm2_fast.batch import Batch  # noqa: E402
-from lfm2_fast.buffers import Buffers  # noqa: E402
-from lfm2_fast.cache import KVPages  # noqa: E402
-from lfm2_fast.graphs import Graphs  # noqa: E402
-from lfm2_fast.layout import layout  # noqa: E402
+from lfm2_fast.cache.batch import Batch  # noqa: E402
+from lfm2_fast.cache.kv_cache import KVPages  # noqa: E402
+from lfm2_fast.engine.graphs import Graphs  # noqa: E402
+from lfm2_fast.engine.step_buffers import Buffers  # noqa: E402
+from lfm2_fast.weights.fusion import layout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

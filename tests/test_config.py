@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lfm2_fast import CheckpointError, Config
-from lfm2_fast.layout import layout
+from lfm2_fast.weights.fusion import layout
 
 DATA = Path(__file__).parent / "data"
 

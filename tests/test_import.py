@@ -70,7 +70,7 @@ def test_what_is_imported_is_declared() -> None:
     declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))
     optional = {"matplotlib"}  # of the extra "plot"; who asks for a picture is told
     imported = set()
-    for file in (*(ROOT / "lfm2_fast").glob("*.py"), *(ROOT / "kernels").glob("*.py")):
+    for file in (*(ROOT / "lfm2_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
@@ -80,45 +80,94 @@ def test_what_is_imported_is_declared() -> None:
     assert imported - ours - optional == declared
 
 
-# Found as they are called, above the file that calls.
-LOOKED_UP = {
-    ("model", "forward"),
-    ("model", "generation"),
-    ("ops", "ops_native"),
-    ("ops", "ops_triton"),
+# From left to right, as docs/architecture.md draws them: a room imports from those after it only.
+ROOMS = "cli, cluster, server, text, hf, engine, models, ops, cache weights, config".split(", ")
+RANK = {name: place for place, names in enumerate(ROOMS) for name in names.split()}
+# Arrows up that are still to go.
+LEFT = {
+    ("hf.causal_lm", "hf.forward"),
+    ("hf.causal_lm", "hf.generate"),
+    ("cache.kv_cache", "cache.batch"),
+    ("ops.base", "ops.native_ops"),
+    ("ops.base", "ops.triton_ops"),
+    ("text.conversation", "cli.terminal"),
+    ("engine.captured_prompt", "hf.causal_lm"),
+    ("engine.decode", "hf.causal_lm"),
+    ("engine.prefill", "hf.causal_lm"),
+    ("engine.step_buffers", "hf.causal_lm"),
 }
 
 
-def test_imports_go_down_the_architectures_list() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    block = text.partition("A file imports only from lines below its own:\n\n")[2].partition("\n\n")
-    lines = [re.findall(r"\w+", line[20:]) for line in block[0].splitlines()]
-    rank = {name: len(lines) - i for i, names in enumerate(lines) for name in names}
-    files = {file.stem: file for file in (ROOT / "lfm2_fast").glob("[!_]*.py")}
-    assert rank.keys() == files.keys()
-    for name, file in files.items():
-        for other, late in imported_from(ast.parse(file.read_text(encoding="utf-8"))):
-            if other == "kernels":
-                assert name == "ops_triton"
-            elif other in files and (name, other) in LOOKED_UP:
-                assert late, (name, other)
-            elif other in files:
-                assert rank[other] < rank[name], (name, other)
-    for file in (ROOT / "kernels").glob("*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        assert {other for other, _ in imported_from(tree)} <= {"kernels"}, file.name
+def modules() -> dict[str, ast.Module]:
+    """Every file of the package by its dotted name, but those that import only by name."""
+    folder = ROOT / "lfm2_fast"
+    files = (file for file in folder.rglob("*.py") if not file.stem.startswith("__"))
+    return {
+        ".".join(file.relative_to(folder).with_suffix("").parts): ast.parse(
+            file.read_text(encoding="utf-8")
+        )
+        for file in files
+    }
 
 
-def imported_from(tree: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:
-    """The files of the package that are imported, but for types, and whether in a function."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Files of the package that a file imports anywhere, in functions and for types too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            yield from (n.partition(".")[2] for n in names if n.partition(".")[0] == "lfm2_fast")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, "imports are absolute"
             top, _, rest = node.module.partition(".")
             if top == "lfm2_fast":
-                names = [rest] if rest else [alias.name for alias in node.names]
-                yield from ((name.partition(".")[0], late) for name in names)
-        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
-            yield from imported_from(node, late or isinstance(node, ast.FunctionDef))
+                names = [f"{rest}.{alias.name}".lstrip(".") for alias in node.names]
+                yield from names if rest in RANK.keys() - {"config"} or not rest else [rest]
+
+
+def arrows() -> set[tuple[str, str]]:
+    """Every pair of files of which the first imports the second."""
+    every = modules()
+    found = set()
+    for name, tree in every.items():
+        for other in imported(tree):
+            if other.partition(".")[0] == "kernels":
+                assert name == "ops.triton_ops", f"{name} imports a kernel"
+            elif other in every:
+                found.add((name, other))
+            else:
+                assert name.startswith("cli."), f"{name} imports {other!r}, which is no file"
+    return found - LEFT
+
+
+def test_a_room_imports_from_its_right_only() -> None:
+    for name, other in arrows():
+        here, there = name.partition(".")[0], other.partition(".")[0]
+        assert here == there or RANK[here] < RANK[there], f"{name} imports {other}"
+
+
+def test_files_do_not_import_one_another_in_a_circle() -> None:
+    left = arrows()
+    while left:
+        bottom = {other for _, other in left} - {name for name, _ in left}
+        assert bottom, f"these import one another: {sorted(left)}"
+        left = {(name, other) for name, other in left if other not in bottom}
+
+
+def test_kernels_import_kernels_alone() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        for other in imported(ast.parse(file.read_text(encoding="utf-8"))):
+            assert other.partition(".")[0] == "kernels", file.name
+
+
+def test_a_checkout_lends_the_package_its_kernels_alone() -> None:
+    code = """
+import importlib.util, lfm2_fast
+for name in ("setup", "lfm2_fast", "tests", "bench", "csrc", "docs"):
+    assert importlib.util.find_spec(f"lfm2_fast.{name}") is None, name
+import lfm2_fast.kernels.plan
+print(lfm2_fast.kernels.plan.__name__)
+"""
+    assert python(code) == "lfm2_fast.kernels.plan\n"
 
 
 def test_public_names() -> None:

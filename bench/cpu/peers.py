@@ -1,0 +1,274 @@
+"""Time this package beside Hugging Face and llama.cpp on a CPU: what ``make bench`` runs.
+
+    python -m bench.cpu.peers [--size 350M] [--llama-bench PROGRAM]
+
+All engines run one checkpoint of random weights, in turns A B C ... C B A, each in a process of its
+own. Before anything is timed an engine's logits are held against the reference in float32: what
+computes something else is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.cpu.llama_bench import KINDS, PREFIX, LlamaBench
+from bench.gate import PROMPT, STEPS, distance, rounding, wrong_logits
+from bench.report import results
+from bench.report.goals import goal_table, verdicts
+from bench.report.results import Figure
+from bench.report.tables import figure_table, memory_table
+from bench.shapes import SIZES, checkpoint
+from bench.worker import ENGINES, REFERENCES, ROOT, EngineError, Remote
+from lfm2_fast.cli.machine_load import Neighbours, memory, memory_speed
+
+# What 8 and 4 bits cost, by the last word of an engine's name; others see ``gate.rounding``.
+# Random weights suffer more than trained ones; logits of another model are off by 1.4.
+ALLOWED = {"Q4_0": 0.9, "Q8_0": 0.2, "int8": 0.2}
+
+Engine = Remote | LlamaBench
+
+
+@dataclass(frozen=True)
+class Case:
+    """``steps`` tokens after ``context``, in each of ``batch`` sequences; no steps: the prompt.
+
+    ``fresh`` cases start anew every turn; others go on from where the last turn ended.
+    """
+
+    batch: int
+    context: int
+    steps: int
+    fresh: bool = True
+
+
+CASES = {
+    "decode": Case(1, 64, 32),
+    "prefill 512": Case(1, 512, 0),
+    "decode, batch 8": Case(8, 64, 8),
+    "decode after 8k": Case(1, 8192, 16, fresh=False),
+}
+# Compiling takes a minute for each case, and changes none but single steps.
+COMPILED_CASES = ("decode",)
+
+
+def why_not(engine: Engine, name: str) -> str | None:
+    """Why an engine does not run the case of that name, or None."""
+    if engine.name == "transformers compiled" and name not in COMPILED_CASES:
+        return "compiling takes a minute for each case"
+    if isinstance(engine, LlamaBench) and CASES[name].batch > 1:
+        return "the program runs one sequence"
+    return None
+
+
+def turn(engine: Engine, case: Case, room: int) -> float:
+    """Tokens a second in one turn."""
+    if isinstance(engine, LlamaBench):
+        return engine.rate(case.context, case.steps)
+    if case.fresh:
+        seconds = engine.ask("start", batch=case.batch, context=case.context, room=room)
+        if not case.steps:
+            return case.batch * case.context / seconds
+    times = engine.ask("decode", steps=case.steps)
+    return case.batch * len(times) / sum(times)
+
+
+def interleave(
+    engines: Sequence[Engine], name: str, rounds: int, told: Callable[[str], None]
+) -> list[Figure]:
+    """The case of that name on all engines, in turns, after one turn each that does not count.
+
+    ``told`` gets a line before every round, with an estimate of what is left. Raises EngineError.
+    """
+    case = CASES[name]
+    room = (1 if case.fresh else rounds + 2) * (case.steps + 1)
+    samples: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    told(f"{name}: a turn each that does not count")
+    for engine in engines:
+        if not case.fresh and isinstance(engine, Remote):
+            engine.ask("start", batch=case.batch, context=case.context, room=room)
+    begin = time.monotonic()
+    for engine in engines:
+        turn(engine, case, room)
+    for i in range(rounds):
+        left = (rounds - i) * (time.monotonic() - begin) / (i + 1)
+        told(f"{name}: round {i + 1} of {rounds}, about {left:.0f} s left of this case")
+        for engine in engines if i % 2 else list(reversed(engines)):
+            samples[engine.name].append(turn(engine, case, room))
+    return [Figure(name, engine, "tokens/s", found) for engine, found in samples.items()]
+
+
+def measure(
+    engines: list[Engine], name: str, rounds: int, skipped: dict[str, str], told: Any
+) -> list[Figure]:
+    """``interleave`` of those that can; who fails is taken out, and the others begin anew."""
+    while True:
+        able = []
+        for engine in engines:
+            if why := why_not(engine, name):
+                skipped[f"{engine.name}, {name}"] = why
+            else:
+                able.append(engine)
+        try:
+            return interleave(able, name, rounds, told)
+        except EngineError as error:
+            skipped[f"{error.engine}, from {name} on"] = str(error)
+            told(f"left out from here on: {error.engine}: {error}")
+            (failed,) = (engine for engine in engines if engine.name == error.engine)
+            engines.remove(failed)
+            failed.close()
+
+
+def import_seconds(rounds: int) -> Figure:
+    """What importing all public names of the package adds to importing torch."""
+    code = (
+        "import time, torch; begin = time.perf_counter(); from lfm2_fast import *; "
+        "print(time.perf_counter() - begin)"
+    )
+    command = [sys.executable, "-c", code]
+    times = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+        for _ in range(rounds + 1)
+    ]
+    return Figure("import", "lfm2_fast", "s", times[1:])
+
+
+def reference_logits(name: str, folder: Path, threads: int) -> np.ndarray:
+    """The logits that engines are held against, of a process that is gone again."""
+    reference = Remote(name)
+    reference.ask("load", folder=str(folder), threads=threads)
+    found = reference.logits(PROMPT, STEPS)
+    reference.close()
+    return found
+
+
+def open_engines(
+    names: Sequence[str], folder: Path, threads: int, llama_python: str | None
+) -> tuple[list[Remote], list[Figure], dict[str, str]]:
+    """The engines that run here and are right, their load times, and why others are left out."""
+    exact, plain = (reference_logits(name, folder, threads) for name in REFERENCES)
+    rounded = rounding(exact, plain)
+    engines, figures, skipped = [], [], {}
+    for name in names:
+        python = llama_python if name.startswith("llama.cpp") else None
+        try:
+            engine = Remote(name, python)
+            engine.ask("prepare", folder=str(folder))
+            empty = memory(pid=engine.process.pid).get("resident", 0)
+            seconds = engine.ask("load", folder=str(folder), threads=threads)
+            allowed = ALLOWED.get(name.split()[-1], rounded)
+            logits = engine.logits(PROMPT, STEPS)
+            wrong = wrong_logits(logits, exact, allowed)
+        except EngineError as error:
+            wrong = str(error)
+        if wrong:
+            skipped[name] = wrong
+            print(f"left out: {name}: {wrong}", flush=True)
+            continue
+        engines.append(engine)
+        held = memory(pid=engine.process.pid)
+        figures.append(Figure("load", name, "s", [seconds]))
+        figures.append(Figure("memory after load", name, "bytes", [held["resident"] - empty]))
+        figures.append(Figure("peak memory", name, "bytes", [held["peak"]]))
+        figures.append(Figure("logits", name, "error", [distance(logits, exact)]))
+        print(f"{name}: right, loaded in {seconds:.1f} s", flush=True)
+    return engines, figures, skipped
+
+
+def open_llama_bench(
+    program: Path, folder: Path, threads: int, right: Collection[str]
+) -> tuple[list[LlamaBench], dict[str, str], dict[str, str]]:
+    """``llama-bench`` on each file that can be had; why others are not; what is known of theirs.
+
+    ``right`` are the engines whose logits passed the gate.
+    """
+    found, skipped, ungated = [], {}, {}
+    for kind in KINDS:
+        name = PREFIX + kind
+        try:
+            engine = LlamaBench(program, kind, folder, threads)
+        except EngineError as error:
+            skipped[name] = str(error)
+            print(f"left out: {name}: {error}", flush=True)
+            continue
+        found.append(engine)
+        same = f"llama.cpp {kind}" in right
+        known = "were right in llama-cpp-python" if same else "were seen by nobody"
+        ungated[name] = f"it shows no logits; those of its file {known}"
+        print(f"{name}: runs; {ungated[name]}", flush=True)
+    return found, skipped, ungated
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="350M", choices=SIZES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--engines", help="names with commas; default: all", default="")
+    parser.add_argument("--cases", help="numbers from 1, with commas; default: all", default="")
+    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program of that name")
+    parser.add_argument("--out", type=Path, help="default: bench/results/cpu-SIZE.json")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    names = given.engines.split(",") if given.engines else list(ENGINES)
+    every = list(CASES)
+    wanted = [every[int(n) - 1] for n in given.cases.split(",")] if given.cases else every
+    folder = checkpoint(given.size)
+    print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
+    print("engines load, and their logits are held against the reference's", flush=True)
+    remotes, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
+    engines: list[Engine] = list(remotes)
+    ungated: dict[str, str] = {}
+    if given.llama_bench:
+        right = {engine.name for engine in remotes}
+        added = open_llama_bench(given.llama_bench, folder, given.threads, right)
+        engines, skipped, ungated = [*engines, *added[0]], skipped | added[1], added[2]
+    figures.append(import_seconds(5))
+    speed = memory_speed(torch.device("cpu"))
+    figures += [Figure(name, "machine", "bytes/s", [value]) for name, value in speed.items()]
+    found = results.header(
+        f"LFM2-{given.size}'s shape with random weights on a CPU, beside other engines",
+        {
+            "size": given.size,
+            "threads": given.threads,
+            "rounds": given.rounds,
+            "order": "engines in turns, back and forth; one turn each before that does not count",
+            "sample": "tokens a second of one turn, choice of the likeliest token included",
+            "cases": {name: vars(CASES[name]) for name in wanted},
+            "memory": "resident after loading and a few tokens, less what was before loading",
+            "gate": "logits of a prompt and of steps after it against float32",
+        },
+    )
+    found["versions"] |= {key: value for e in engines for key, value in e.versions.items()}
+    found["skipped"] = skipped
+    if ungated:
+        found["ungated"] = ungated
+    out = given.out or results.RESULTS / f"cpu-{given.size}.json"
+    others = Neighbours(own=[engine.process.pid for engine in remotes])
+    for place, name in enumerate(wanted):
+
+        def told(text: str, place: int = place) -> None:
+            print(f"[{place + 1} of {len(wanted)}] {text}", flush=True)
+
+        figures += measure(engines, name, given.rounds, skipped, told)
+        print(f"\n{figure_table(figures, [name])}\n", flush=True)
+        found |= {"others": others.seen(), "figures": results.as_json(figures)}
+        results.write(out, found)
+    for engine in engines:
+        engine.close()
+    print(f"\n{goal_table(verdicts(figures))}\n\n{memory_table(figures)}")
+    print(f"\nwritten: {out}; meanwhile: {found['others']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and table what they take.
+
+The launchers themselves run, on CPU tensors in the shapes of the published sizes, with Triton's
+driver replaced by one that only names the target: so what is compiled is what a launch compiles.
+Exits with 1 if a kernel spills registers.
+
+    python bench/gpu/aot.py --arch 90 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lfm2_fast.kernels import plan
+from lfm2_fast.kernels.advance import advance_triton
+from lfm2_fast.kernels.embed import embed_triton
+from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
+from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
+from lfm2_fast.kernels.gated_conv import gated_conv_triton
+from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
+from lfm2_fast.kernels.linear_add import linear_add_triton
+from lfm2_fast.kernels.norm_conv import norm_conv_triton
+from lfm2_fast.kernels.norm_linear import norm_linear_triton
+from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
+from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
+from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.sample import Scratch, sample_triton
+from lfm2_fast.kernels.swiglu import swiglu_triton
+
+# Each with the number of processors that its largest GPU in use has.
+ARCHITECTURES = {80: 108, 90: 132, 100: 148, 120: 188}
+DTYPES = ("bfloat16", "float16", "float32")
+VOCABULARIES = (65536, 128000)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a published model's config decides the shapes of its kernels."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int = 8
+    head_dim: int = 64
+    width: int = 3
+    vocabulary: int = 65536
+
+
+SIZES = (
+    Size("350M", 1024, 4608, 16),
+    Size("700M", 1536, 6912, 24),
+    Size("1.2B", 2048, 8192, 32),
+    Size("2.6B", 2048, 10752, 32),
+)
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel and the sizes that use it."""
+
+    name: str
+    dtype: str  # the first that uses it
+    warps: int
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    sizes: list[str] = field(default_factory=list)
+
+
+class Target:
+    """All that Triton asks of a driver in order to compile."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(
+    arch: int, only: Collection[str] = (), maxnreg: int | None = None
+) -> Iterator[list[tuple[str, Any, str]]]:
+    """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log.
+
+    Where ``only`` names any kernels, others are passed over.
+    """
+    launches: list[tuple[str, Any, str]] = []
+    run, chip = triton.runtime.jit.JITFunction.run, plan.chip
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        if only and name not in only:
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kwargs["maxnreg"] = maxnreg or kwargs.get("maxnreg")
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append((name, kernel, log.getvalue()))
+
+    triton.runtime.driver.set_active(Target(arch))
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.runtime.jit.JITFunction.run = compile_only
+    plan.chip = lambda device: (f"sm_{arch}", ARCHITECTURES[arch])
+    try:
+        yield launches
+    finally:
+        triton.runtime.jit.JITFunction.run, plan.chip = run, chip
+
+
+def launch_all(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    sequences: int = 2,
+    tokens: int = 6,
+    page_size: int = 64,
+    pdl: bool = False,
+) -> None:
+    """Every kernel in each of its shapes, for ``tokens`` of all ``sequences``."""
+    hidden = size.hidden
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    bcx, weight, norm = some(tokens, 3 * hidden), some(hidden, size.width), some(hidden)
+    window, x, out = some(sequences, size.width, hidden), some(tokens, hidden), some(tokens, hidden)
+    positions, slots = some(tokens, dtype=torch.int64), some(sequences, dtype=torch.int64)
+    cu_seqlens = some(sequences + 1, dtype=torch.int32)
+    lengths = some(sequences, dtype=torch.int32)
+    gated_conv_triton(bcx, weight, None, window, cu_seqlens, slots, lengths, out)
+    gated_conv_step_triton(
+        bcx[:sequences], weight, None, window, positions[:sequences], slots, out[:sequences]
+    )
+    rms_norm_triton(x, norm, 1e-5, out)
+    add_rms_norm_triton(x, out, norm, 1e-5, out, some(tokens, hidden))
+    swiglu_triton(some(tokens, 2 * size.inner), some(tokens, size.inner))
+
+    half, heads, kv_heads = size.head_dim // 2, size.heads, size.kv_heads
+    cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
+    rope_triton(positions, some(half, dtype=torch.float32), cos, sin, pdl=pdl)
+    norms, eps = (some(size.head_dim), some(size.head_dim)), 1e-5
+    qkv = some(tokens, (heads + 2 * kv_heads) * size.head_dim)
+    q, out = some(tokens, heads, size.head_dim), some(tokens, heads * size.head_dim)
+    for pages_per_slot in (1, 3):
+        table = some(sequences, pages_per_slot, dtype=torch.int32)
+        k, v = (
+            some(sequences * pages_per_slot, kv_heads, page_size, size.head_dim) for _ in range(2)
+        )
+        places = (positions, cu_seqlens, slots, table)
+        qk_norm_rope_triton(qkv, *norms, eps, cos, sin, *places, q, k, v)
+        for most_tokens in (3, 16, 2048):
+            flash_prefill_triton(q, k, v, table, *places[1:3], lengths, out, most_tokens)
+        splits = most_splits(pages_per_slot * page_size)
+        means = some(
+            sequences, kv_heads, splits, heads // kv_heads, size.head_dim, dtype=torch.float32
+        )
+        flash_decode_triton(
+            qkv[:sequences],
+            *norms,
+            eps,
+            cos[:sequences],
+            sin[:sequences],
+            slots,
+            lengths,
+            table,
+            k,
+            v,
+            out[:sequences],
+            means,
+            means[..., 0].contiguous(),
+            some(sequences, kv_heads, dtype=torch.int32),
+            pdl=pdl,
+        )
+
+
+def launch_few(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    tokens: int = 2,
+    bias: bool = False,
+    int8: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Every kernel of few tokens in each of its shapes.
+
+    With a ``bias`` wherever one may be, and with matrices of int8, if asked for.
+    """
+    hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def rows_bias(rows: int) -> torch.Tensor | None:
+        return some(rows) if bias else None
+
+    def weight(rows: int, columns: int) -> tuple[torch.Tensor, Any, Any]:
+        matrix = some(rows, columns, dtype=torch.int8 if int8 else dtype)
+        return matrix, rows_bias(rows), some(rows, dtype=torch.float32) if int8 else None
+
+    x, norm = some(tokens, hidden), (some(hidden), eps)
+    qkv = attended + 2 * size.kv_heads * size.head_dim
+    for rows in (qkv, size.vocabulary):
+        norm_linear_triton(x, *norm, *weight(rows, hidden), some(tokens, rows), pdl=pdl)
+    for columns in (attended, size.inner):
+        linear_add_triton(some(tokens, columns), *weight(hidden, columns), x, x, pdl=pdl)
+    swiglu = some(tokens, size.inner)
+    norm_swiglu_triton(x, *norm, *weight(2 * size.inner, hidden), swiglu, pdl=pdl)
+    places = (some(tokens, dtype=torch.int64) for _ in range(2))
+    window = some(tokens, size.width + 1, hidden)
+    conv = (some(hidden, size.width), rows_bias(hidden), window, *places)
+    norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
+    head = weight(size.vocabulary, hidden)
+    embed_triton(some(tokens, dtype=torch.int64), head[0], head[2], x, pdl=pdl)
+    best = some(head_plan(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
+    head_argmax_triton(x, *norm, *head, best, pdl=pdl)
+    last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
+
+
+def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
+    """All kernels of a published size; few of them stand for those with biases and in int8."""
+    launch_all(size, dtype, pdl=pdl)
+    for bias in (False, True) if size is SIZES[0] else (False,):
+        launch_few(size, dtype, bias=bias, pdl=pdl)
+    if size in SIZES[::2]:
+        launch_few(size, dtype, int8=True, pdl=pdl)
+
+
+def launch_sample(
+    vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False, most: bool = False
+) -> None:
+    """The choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after.
+
+    Or the choice alone that asks for ``most``, and so for every kernel.
+    """
+    logits = torch.zeros(sequences, vocab, dtype=dtype)
+    whole = torch.zeros(sequences, dtype=torch.int64)
+    advance_triton(*(whole, whole, 1, whole, whole, whole), whole.int(), whole.bool(), pdl=pdl)
+    filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
+    choices = itertools.product(
+        (None, logits.bool()), ((False, False), (True, False), (True, True))
+    )
+    for seen, (draws, cuts) in list(choices)[-1 if most else 0 :]:
+        scratch = Scratch.empty(logits, draws=draws, cuts=cuts)
+        places = (whole, whole, whole, whole, scratch)
+        sample_triton(logits, seen, *filters, *places, draws=draws, cuts=cuts, pdl=pdl)
+
+
+def compile_all(
+    arch: int, dtypes: Iterable[str], only: Collection[str] = (), maxnreg: int | None = None
+) -> list[Compiled]:
+    """Every kernel that the sizes and vocabularies use, each once."""
+    found: dict[str, Compiled] = {}
+    used_by = {size.name: functools.partial(launch_size, size) for size in SIZES}
+    used_by |= {f"V={vocab}": functools.partial(launch_sample, vocab) for vocab in VOCABULARIES}
+    for dtype, (user, launch) in itertools.product(dtypes, used_by.items()):
+        with compiling(arch, only, maxnreg) as launches:
+            launch(getattr(torch, dtype), pdl=arch >= 90)
+        for name, kernel, log in launches:
+            if kernel.hash not in found:
+                found[kernel.hash] = Compiled(
+                    name=name,
+                    dtype=dtype,
+                    warps=kernel.metadata.num_warps,
+                    registers=_number(r"Used (\d+) registers", log),
+                    spilled=_number(r"(\d+) bytes spill stores", log),
+                    stack=_number(r"(\d+) bytes stack frame", log),
+                    shared=kernel.metadata.shared,
+                )
+            if user not in found[kernel.hash].sizes:
+                found[kernel.hash].sizes.append(user)
+    return sorted(found.values(), key=lambda kernel: kernel.name)
+
+
+def _number(pattern: str, log: str) -> int:
+    match = re.search(pattern, log)
+    assert match, f"no {pattern!r} in what ptxas printed:\n{log}"
+    return int(match[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--only", nargs="+", default=(), metavar="KERNEL")
+    parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to see spills")
+    args = parser.parse_args()
+
+    print(f"triton {triton.__version__}; bytes: spilled and stack a thread, shared a program")
+    print(
+        f"{'kernel':16} {'sm':>3} {'dtype':8} {'warps':>5} {'regs':>5} {'spilled':>7} {'stack':>5} "
+        f"{'shared':>6}  sizes"
+    )
+    spilling = 0
+    for arch in args.arch:
+        for k in compile_all(arch, args.dtype, args.only, args.maxnreg):
+            print(
+                f"{k.name:16} {arch:3} {k.dtype:8} {k.warps:5} {k.registers:5} {k.spilled:7} "
+                f"{k.stack:5} {k.shared:6}  {' '.join(k.sizes)}"
+            )
+            spilling += k.spilled > 0
+    if spilling:
+        sys.exit(f"{spilling} kernels spill registers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Cases that are measured in processes of their own, for what a kernel's fault breaks stays broken.
+
+What was found comes back as it is found. After a case that failed, or took its process along, the
+others have a fresh one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+import lfm2_fast
+from bench.shapes import random_weights
+from lfm2_fast.cli.machine_load import memory
+
+LATE = "not measured: the time was up"
+# Seconds after which a case on a GPU is taken for one that never ends; kernels compile meanwhile.
+PATIENCE = 120
+
+Name = tuple[str, ...]
+# What is measured takes the model of its size.
+Case = tuple[Name, partial[dict[str, Any]]]
+
+
+def isolated(
+    config: lfm2_fast.Config, device: torch.device, cases: list[Case], until: float
+) -> Iterator[tuple[Name, Any]]:
+    """What ``measure`` finds, in as many processes as it takes to come to the last of the cases.
+
+    None is begun after ``until``, of ``time.monotonic()``, but the very first.
+    """
+    spawn, left = multiprocessing.get_context("spawn"), list(cases)
+    while left:
+        ours, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=send, args=(theirs, config, device, left, until))
+        process.start()
+        theirs.close()
+        try:
+            while True:
+                answer = ours.recv()
+                del left[0]
+                yield answer
+        except EOFError:
+            process.join()
+        if left and process.exitcode:
+            name, _ = left.pop(0)
+            yield name, f"not measured: its process ended with code {process.exitcode}"
+        if time.monotonic() > until:
+            yield from too_late(left)
+            return
+
+
+def send(pipe: Connection, config: Any, device: torch.device, cases: Any, until: float) -> None:
+    """``measure`` in this process, which ends with it, or where a case never does."""
+
+    def watch() -> None:
+        if device.type == "cuda":
+            faulthandler.dump_traceback_later(PATIENCE, exit=True)
+
+    watch()
+    for answer in measure(config, device, cases, until):
+        pipe.send(answer)
+        watch()
+    # What a fault has left might not let Python end in order.
+    os._exit(0)
+
+
+def measure(
+    config: lfm2_fast.Config, device: torch.device, cases: list[Case], until: float
+) -> Iterator[tuple[Name, Any]]:
+    """Cases by name, and what was found of each, in order, up to the first that fails."""
+    try:
+        weights = random_weights(config, torch.bfloat16, device)
+        model = lfm2_fast.Lfm2ForCausalLM(config, weights)
+        del weights
+    except Exception as error:
+        yield from ((name, f"not measured: {why(error)}") for name, _ in cases)
+        return
+    for i, (name, case) in enumerate(cases):
+        if i > 0 and time.monotonic() > until:
+            yield from too_late(cases[i:])
+            return
+        found = measured(partial(case, model), device)
+        yield name, found
+        if isinstance(found, str):
+            return
+
+
+def too_late(cases: list[Case]) -> Iterator[tuple[Name, str]]:
+    return ((name, LATE) for name, _ in cases)
+
+
+def measured(measure: Callable[[], dict[str, Any]], device: torch.device) -> Any:
+    """What ``measure`` gives, with the most memory that the device held, or why it failed."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return {**measure(), "peak_bytes": memory(device).get("peak")}
+    except Exception as error:  # of whatever kind: the others' figures are worth having
+        return f"not measured: {why(error)}"
+
+
+def why(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,249 @@
+"""A model's work on a GPU in pieces that can be timed: its steps, prompts and first tokens."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import lfm2_fast
+from bench.gpu.limits import Clock, quantiles
+from bench.report.stats import ratio
+from bench.shapes import random_weights
+from lfm2_fast.cli.benchmark import Sequences, weight_bytes
+from lfm2_fast.engine.decode import Row, Steps
+from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.ops.sampling import SamplingParams, SamplingState
+from lfm2_fast.ops.triton_ops import TritonOps
+from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.fusion import is_matrix, layout
+
+STEPS = 100
+# Steps as they are, the capture, and some to warm up: as all counts here, some launches of four.
+WARM = 12
+# Comparisons: turns of so many steps.
+TURNS, TURN_STEPS = 10, 48
+# What the checkpoints' own generation_config asks for.
+SEEDS_SAMPLING = SamplingParams(
+    do_sample=True, temperature=0.3, min_p=0.15, repetition_penalty=1.05
+)
+
+
+def prompt(length: int) -> list[int]:
+    return [1 + i % 97 for i in range(length)]
+
+
+class Decoding:
+    """Rows of one context that are written step by step, as ``generate`` writes them.
+
+    Each may grow by ``room`` tokens, of which the first ``WARM`` are written here.
+    """
+
+    def __init__(
+        self,
+        model: lfm2_fast.Lfm2ForCausalLM,
+        batch: int,
+        context: int,
+        room: int,
+        params: SamplingParams | None = None,
+    ) -> None:
+        self.model, self.params = model, params or SamplingParams()
+        self.batch, self.context, self.room = batch, context, room
+        self.cache = model.new_cache(batch, context + room)
+        self.steps: Steps | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all, run the prompt anew, and warm up; what was captured stays."""
+        device, context = self.model.device, self.context
+        self.end()
+        self.cache.reset()
+        steps = Steps(self.model, self.cache, self.params, ())
+        rows = [Row(i, slot=i, start=context, limit=self.room) for i in range(self.batch)]
+        logits = Decoder(self.model, self.cache).prefill([prompt(context)], [0])
+        for slot in range(1, self.batch):
+            self.cache.copy(0, slot)
+        positions = torch.full((self.batch,), context, device=device)
+        seen = None
+        if self.params.repetition_penalty != 1.0:
+            seen = torch.zeros(self.batch, logits.shape[1], dtype=torch.bool, device=device)
+            seen[:, prompt(context)] = True
+        state = SamplingState(
+            [self.params] * self.batch, positions=positions, seen=seen, device=device
+        )
+        steps.admit(rows, logits.expand(self.batch, -1), state)
+        self.steps = steps
+        self.run(WARM)
+
+    def run(self, count: int) -> list[float]:
+        """Microseconds of each of ``count`` steps or some more, on the device.
+
+        Of steps that are launched together it is their mean.
+        """
+        clock, together = Clock(self.model.device), []
+        while sum(together) < count:
+            clock.mark()
+            together.append(self.launch())
+        clock.mark()
+        times = zip(clock.microseconds(), together, strict=True)
+        return [us / steps for us, steps in times for _ in range(steps)]
+
+    def launch(self) -> int:
+        """Launch the next steps and read those before; how many were launched."""
+        assert self.steps is not None
+        launched = self.steps.launch()
+        assert launched, "there is no room for another step"
+        list(self.steps.read(self.steps.lag))
+        return launched
+
+    def end(self) -> None:
+        """Read what was launched and not read."""
+        if self.steps is not None:
+            self.steps.settle()
+
+    @property
+    def nbytes(self) -> int:
+        """What a step reads at the least: every weight, and the context's keys and values."""
+        config, item = self.model.config, self.model.dtype.itemsize
+        return weight_bytes(self.model) + config.cache_bytes(item, self.batch * self.context)
+
+    def kernels(self) -> int:
+        """How many kernels a step has, as the profiler counts them in a replay.
+
+        What its process does from then on takes longer: the driver goes on reporting.
+        """
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            launched = self.launch()
+            torch.cuda.synchronize()
+        kinds = torch.autograd.DeviceType.CUDA
+        names = [event.name for event in profiled.events() if event.device_type == kinds]
+        if not names:
+            raise RuntimeError("the profiler saw nothing of a step")
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names) // launched
+
+
+def decode(
+    model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int, copied: float
+) -> dict[str, Any]:
+    """Microseconds of a step from a context on, and its share of the copy's bandwidth."""
+    decoding = Decoding(model, batch, context, 2 * STEPS)
+    times = quantiles(decoding.run(STEPS))
+    decoding.end()
+    share = round(decoding.nbytes / times["p50"] / 1e3 / copied, 3)
+    return {"us": times, "nbytes": decoding.nbytes, "share_of_copy": share}
+
+
+def kernels(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[str, Any]:
+    """How many kernels a step has that ``decode`` times; nothing is to be timed after it."""
+    decoding = Decoding(model, batch, context, 2 * STEPS)
+    found = decoding.kernels()
+    decoding.end()
+    return {"kernels": found}
+
+
+def compare(first: Decoding, second: Decoding) -> dict[str, Any]:
+    """The steps of ``first`` over those of ``second``, in turns that swap their order."""
+    samples: dict[str, list[float]] = {"first": [], "second": []}
+    sides = (("first", first), ("second", second))
+    for turn in range(TURNS):
+        for name, decoding in sides if turn % 2 else reversed(sides):
+            decoding.begin()
+            samples[name].append(quantiles(decoding.run(TURN_STEPS))["p50"])
+    for decoding in (first, second):
+        decoding.end()
+    value, low, high = ratio(samples["first"], samples["second"], paired=True)
+    us = {name: quantiles(found) for name, found in samples.items()}
+    return {"ratio": round(value, 4), "interval": [round(low, 4), round(high, 4)], "us": us}
+
+
+def sampled(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
+    """Steps that draw as the checkpoints ask for, over greedy ones."""
+    room = WARM + TURN_STEPS + 2
+    drawn = Decoding(model, 1, context, room, SEEDS_SAMPLING)
+    return compare(drawn, Decoding(model, 1, context, room))
+
+
+def dependent(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
+    """Steps whose few-token kernels are launched before their predecessors' end, over plain."""
+    room, plain = WARM + TURN_STEPS + 2, copy.copy(model)
+    plain.ops = TritonOps()
+    return compare(Decoding(model, 1, context, room), Decoding(plain, 1, context, room))
+
+
+def int8(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
+    """Steps of a model of random weights in 8-bit integers over its own, which are in bfloat16."""
+    room, config = WARM + TURN_STEPS + 2, model.config
+    made = quantized(config, random_weights(config, torch.bfloat16, model.device))
+    narrow = lfm2_fast.Lfm2ForCausalLM(replace(config, quantization="int8"), made)
+    return compare(Decoding(narrow, 1, context, room), Decoding(model, 1, context, room))
+
+
+def quantized(
+    config: lfm2_fast.Config, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights with their matrices in 8-bit integers, as loading makes them."""
+    made = dict(weights)
+    for name, parts in layout(config).items():
+        if is_matrix(parts):
+            made[name], made[f"{name}_scale"] = quantize_int8(weights[name])
+    return made
+
+
+def prefill(model: lfm2_fast.Lfm2ForCausalLM, length: int, rate: float) -> dict[str, Any]:
+    """Microseconds of a prompt on the device, and its share of ``rate``, in teraflops a second."""
+    config, times = model.config, []
+    cache = model.new_cache(1, length)
+    for _ in range(5):
+        cache.reset()
+        clock = Clock(model.device)
+        clock.mark()
+        Decoder(model, cache).prefill([prompt(length)], [0])
+        clock.mark()
+        times += clock.microseconds()
+    found = quantiles(times[1:])
+    flops = prefill_flops(config, length)
+    return {"us": found, "flops": flops, "share": round(flops / found["p50"] / 1e6 / rate, 3)}
+
+
+def prefill_flops(config: lfm2_fast.Config, length: int) -> int:
+    """Multiplications and additions of a prompt's matrices and attention, the head's once.
+
+    Attention is counted as causal: a token meets itself and those before it.
+    """
+    head = config.vocab_size * config.hidden_size
+    matrices = sum(
+        sum(part.rows for part in parts) * parts[0].shape[1]
+        for name, parts in layout(config).items()
+        if is_matrix(parts) and name.startswith("layers.")
+    )
+    width = config.num_attention_heads * config.head_dim
+    pairs = config.layer_types.count("full_attention") * length * (length + 1) // 2
+    return 2 * matrices * length + 4 * width * pairs + 2 * head
+
+
+def first_token(model: lfm2_fast.Lfm2ForCausalLM, length: int, copied: float) -> dict[str, Any]:
+    """Microseconds from a prompt on the host to its first token there, and over the weights' floor.
+
+    The floor is every weight read once, at the copy's bandwidth.
+    """
+    text, times = torch.tensor([prompt(length)]), []
+    for _ in range(7):
+        begin = time.perf_counter()
+        model.generate(text, max_new_tokens=1, eos_token_id=[])
+        times.append(1e6 * (time.perf_counter() - begin))
+    # The first call runs as it is, the second captures.
+    found = quantiles(times[2:])
+    return {"us": found, "over_floor": round(found["p50"] * copied * 1e3 / weight_bytes(model), 2)}
+
+
+def as_host_sees(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
+    """Microseconds between the tokens that ``generate`` hands to a streamer on the host."""
+    sequences = Sequences(model)
+    sequences.start([prompt(context)], 3 * STEPS)
+    sequences.decode(WARM)
+    return {"us": quantiles([1e6 * seconds for seconds in sequences.decode(STEPS)])}

@@ -1,0 +1,206 @@
+"""Measure plans of the few-token words on the GPU at hand, and write ``kernels/tuned.py`` anew.
+
+    python -m bench.gpu.tune --seconds 500
+
+For every shape that a published size uses, those that read most first: a graph of launches over
+weights that do not fit into the cache together, one graph a plan, in turns. The fastest plan takes
+turns with the rule's own once more, and is kept only if it wins by more than chance and MARGIN.
+Tables and timings are written after each shape. A plan whose result is wrong is not timed.
+
+``--device cpu --config FILE`` runs the same code in Triton's interpreter, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.limits import Clock, quantiles, told_by_driver
+from bench.gpu.tune_operations import Key, Word, keys
+from bench.report.results import ROOT, header, made_here, write
+from bench.report.stats import ratio
+from bench.shapes import SIZES, config_of
+from lfm2_fast import Config
+from lfm2_fast.kernels import tuned
+from lfm2_fast.kernels.plan import Plan, chip
+from lfm2_fast.ops.base import has_dependent_launch
+
+TABLE = ROOT / "kernels" / "tuned.py"
+# Several times the cache of any GPU.
+ROTATED = 1 << 28
+MOST_COPIES = 64
+MARGIN = 0.01
+TURNS, CONFIRMED, REPLAYS = 7, 15, 5
+
+Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int]]]
+
+
+def replayed(word: Word, plan: Plan, pdl: bool) -> Callable[[], None]:
+    """What launches every copy once: on a GPU the replay of a graph."""
+    if word.device.type == "cpu":
+        return lambda: word.launch_all(plan, False)
+    word.launch_all(plan, pdl)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        word.launch_all(plan, pdl)
+    return graph.replay
+
+
+def in_turns(
+    word: Word, runs: dict[Plan, Callable[[], None]], turns: int
+) -> dict[Plan, list[float]]:
+    """Microseconds a launch of each plan, a sample a turn, back and forth."""
+    found: dict[Plan, list[float]] = {plan: [] for plan in runs}
+    again = REPLAYS if word.device.type == "cuda" else 1
+    for turn in range(turns):
+        for plan, run in runs.items() if turn % 2 else reversed(list(runs.items())):
+            run()
+            clock = Clock(word.device)
+            clock.mark()
+            for _ in range(again):
+                run()
+            clock.mark()
+            found[plan].append(clock.microseconds()[0] / again / len(word.weights))
+    return found
+
+
+def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[str, Any]:
+    """What was found for a key; ``kept`` is the plan that beats the rule's, or None."""
+    nbytes = key.rows * key.columns * dtype.itemsize
+    copies = min(MOST_COPIES, max(2, -(-ROTATED // nbytes))) if device.type == "cuda" else 2
+    word = Word(key, dtype, device, copies)
+    processors = chip(device)[1] or 1
+    runs: dict[Plan, Callable[[], None]] = {}
+    failed = {}
+    for plan in key.candidates(processors, dtype.itemsize):
+        try:
+            wrong = word.wrong(plan)
+            if wrong is None:
+                runs[plan] = replayed(word, plan, pdl)
+        except Exception as error:  # a tile for which a program has not the room
+            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+        if wrong:
+            failed[plan] = wrong
+    rule = key.default(processors, dtype.itemsize)
+    found: dict[str, Any] = {
+        "operation": key.operation,
+        "N": key.rows,
+        "K": key.columns,
+        "nbytes": nbytes,
+        "rule": fields(rule),
+        "kept": None,
+        "failed": [{"plan": fields(plan), "why": why} for plan, why in failed.items()],
+    }
+    if rule not in runs:
+        return found
+    times = in_turns(word, runs, TURNS)
+    found["us"] = [{"plan": fields(plan), **quantiles(us)} for plan, us in times.items()]
+    best = min(times, key=lambda plan: quantiles(times[plan])["p50"])
+    if best != rule:
+        # The luckiest of many looks better than it is.
+        again = in_turns(word, {plan: runs[plan] for plan in (best, rule)}, CONFIRMED)
+        value, low, high = ratio(again[best], again[rule], paired=True)
+        found |= {"best": fields(best), "ratio": value, "interval": [low, high]}
+        found["kept"] = fields(best) if high < 1 - MARGIN else None
+    return found
+
+
+def fields(plan: Plan) -> list[int]:
+    return [plan.block_n, plan.warps, plan.programs]
+
+
+def table_text(text: str, table: Table) -> str:
+    """The file's text with its table replaced, in ruff's form."""
+    lines = []
+    for name in sorted(name for name in table if table[name]):
+        lines.append(f'    "{name}": {{')
+        for (operation, rows, columns), plan in sorted(table[name].items()):
+            lines.append(f'        ("{operation}", {rows}, {columns}): {plan},')
+        lines.append("    },")
+    body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
+    head, found, _ = text.partition("TUNED: dict[str, Tuned] = ")
+    assert found, "the file has no table"
+    return f"{head}{found}{body}\n"
+
+
+def keep(table: Table, name: str, found: dict[str, Any]) -> None:
+    """Take what was found for a key into the table, in place."""
+    key = (found["operation"], found["N"], found["K"])
+    table.setdefault(name, {}).pop(key, None)
+    if found["kept"]:
+        table[name][key] = tuple(found["kept"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--config", type=Path, help="a config.json, instead of the four sizes")
+    parser.add_argument(
+        "--pdl",
+        action=argparse.BooleanOptionalAction,
+        help="launch before the predecessor's end; default: as captured steps do there",
+    )
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--out", type=Path, help="default: tune-GPU.json in bench/results or $OUT")
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU here; there is nothing to tune")
+
+    if device.type == "cpu" and given.table == TABLE:
+        sys.exit("a CPU's timings say nothing: name another --table")
+
+    pdl = given.pdl
+    if pdl is None:
+        pdl = has_dependent_launch(device)
+    begin = time.monotonic()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    configs = [config_of(size) for size in SIZES]
+    if given.config:
+        configs = [Config.from_file(given.config)]
+    name = chip(device)[0]
+    out = given.out or made_here() / f"tune-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
+    table: Table = {gpu: dict(entry) for gpu, entry in tuned.TUNED.items()}
+    protocol = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "pdl": pdl,
+        "sample": "microseconds a launch of one turn, of a graph of launches over other weights",
+        "kept": f"where the interval of {CONFIRMED} more turns is below {1 - MARGIN}",
+    }
+    results = header("plans of the few-token words", protocol, device)
+    results |= {"gpu": name, "rows": [], "late": []}
+    if device.type == "cuda":
+        results["driver"] = told_by_driver()
+    longest = 0.0
+    for key in keys(configs):
+        now = time.monotonic()
+        if longest and now - begin + longest > given.seconds:
+            results["late"].append([key.operation, key.rows, key.columns])
+            write(out, results)
+            continue
+        found = tune(key, dtype, device, pdl)
+        longest = max(longest, time.monotonic() - now)
+        results["rows"].append(found)
+        write(out, results)
+        keep(table, name, found)
+        text = given.table.read_text(encoding="utf-8")
+        given.table.write_text(table_text(text, table), encoding="utf-8")
+        if os.environ.get("OUT"):
+            shutil.copy(given.table, out.parent)
+        shown = f"{found['kept']}, {found['ratio']:.3f} of" if found["kept"] else "nothing beats"
+        print(f"{key.operation} {key.rows} x {key.columns}: {shown} {found['rule']}", flush=True)
+    print(f"written: {given.table} and {out}; not reached: {len(results['late'])}")
+
+
+if __name__ == "__main__":
+    main()

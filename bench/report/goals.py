@@ -1,0 +1,105 @@
+"""What the CPU is meant to reach, as ratios between two engines' figures of one run; verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.report.markdown import markdown, number
+from bench.report.results import Figure
+from bench.report.stats import ratio
+
+OURS, INT8 = "lfm2_fast", "lfm2_fast int8"
+THEIRS = "transformers"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``ours`` over ``peer`` in the figure ``name``; less is better where the unit says so.
+
+    Without a peer, the figure itself is what counts.
+    """
+
+    what: str
+    name: str
+    ours: str
+    peer: str | None
+    must: float
+    aim: float
+
+
+GOALS = (
+    Goal("decode against Hugging Face bf16", "decode", OURS, THEIRS, 2.2, 2.6),
+    Goal("decode against llama.cpp BF16", "decode", OURS, "llama.cpp BF16", 0.95, 1.05),
+    Goal("prefill 512 against Hugging Face bf16", "prefill 512", OURS, THEIRS, 1.0, 1.2),
+    Goal("decode at batch 8 against Hugging Face", "decode, batch 8", OURS, THEIRS, 1.5, 2.0),
+    Goal("decode after 8k against llama.cpp", "decode after 8k", OURS, "llama.cpp BF16", 1.0, 1.2),
+    Goal("seconds that import adds to torch's", "import", OURS, None, 1.0, 0.1),
+    Goal("decode int8 against llama.cpp Q8_0", "decode", INT8, "llama.cpp Q8_0", 1.15, 1.4),
+    Goal("decode int8 against our bf16", "decode", INT8, OURS, 1.5, 1.9),
+    Goal("prefill 512 int8 against llama.cpp Q8_0", "prefill 512", INT8, "llama.cpp Q8_0", 2.5, 4),
+    Goal("memory after load, int8 against bf16", "memory after load", INT8, OURS, 0.6, 0.52),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal with what was measured for it."""
+
+    what: str
+    must: float
+    aim: float
+    value: float
+    low: float
+    high: float
+    reached: str
+
+
+def judged(
+    what: str,
+    must: float,
+    aim: float,
+    measured: tuple[float, float, float],
+    *,
+    more_is_better: bool,
+) -> Verdict:
+    """The verdict on a value and its range."""
+    reached = "no"
+    for name, mark in (("must", must), ("aim", aim)):
+        if measured[0] >= mark if more_is_better else measured[0] <= mark:
+            reached = name
+    return Verdict(what, must, aim, *measured, reached)
+
+
+def verdicts(figures: Sequence[Figure]) -> list[Verdict]:
+    """What can be said from these figures; goals whose engines did not run are left out."""
+    known = {(figure.engine, figure.name): figure for figure in figures}
+    found = []
+    for goal in GOALS:
+        mine = known.get((goal.ours, goal.name))
+        peer = known.get((goal.peer, goal.name)) if goal.peer else None
+        if mine is None or (goal.peer and peer is None):
+            continue
+        if peer is None:
+            value = mine.median, min(mine.samples), max(mine.samples)
+        else:
+            paired = len(mine.samples) == len(peer.samples)
+            value = ratio(mine.samples, peer.samples, paired=paired)
+        more = mine.more_is_better
+        found.append(judged(goal.what, goal.must, goal.aim, value, more_is_better=more))
+    return found
+
+
+def goal_table(found: Sequence[Verdict], what: str = "ratio of medians") -> str:
+    """What was meant to be reached, and what was."""
+    rows = [
+        [
+            v.what,
+            f"{number(v.value)} [{number(v.low)}, {number(v.high)}]",
+            f"{v.must:,g}",
+            f"{v.aim:,g}",
+            v.reached,
+        ]
+        for v in found
+    ]
+    return markdown([what, "measured", "must", "aim", "reached"], rows)

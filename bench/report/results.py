@@ -1,0 +1,119 @@
+"""Result files: what was measured, where, by which commit and protocol, as JSON.
+
+A figure is a name, a unit and its samples, so that whoever reads it can judge its spread.
+pytest-benchmark's own files are read as well.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lfm2_fast.cli.info import hardware, versions
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
+
+def made_here() -> Path:
+    """The folder that a run leaves its files in: ``$OUT``, where another machine is lent for it."""
+    return Path(os.environ.get("OUT") or RESULTS)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Samples of one quantity: of tokens/s more is better, of s, us and bytes less."""
+
+    name: str
+    engine: str
+    unit: str
+    samples: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.unit.endswith("/s")
+
+
+def header(
+    what: str, protocol: dict[str, Any], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """What every result file begins with; ``device`` is what was measured, ``commit()`` by what."""
+    return {
+        "what": what,
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **commit(),
+        "machine": hardware(torch.device(device)),
+        "versions": versions(),
+        "protocol": protocol,
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The commit that is run, and how many of its files were changed, None where git is not asked.
+
+    A copy without ``.git`` is told by ``$LFM2_FAST_COMMIT``, which is what ``git describe --always
+    --dirty`` says where the copy is from; else its commit is "unknown".
+    """
+    if told := os.environ.get("LFM2_FAST_COMMIT"):
+        return {"commit": told, "changed_files": None}
+    found = git("rev-parse", "--short=12", "HEAD")
+    if not found:
+        return {"commit": "unknown", "changed_files": None}
+    changed = git("status", "--porcelain", "--untracked-files=no").count("\n")
+    return {"commit": found, "changed_files": changed}
+
+
+def commit_of(found: dict[str, Any]) -> str:
+    """The commit that a result file is of, for a sentence."""
+    changed = found["changed_files"]
+    return f"commit {found['commit']}" + (f" with {changed} files changed" if changed else "")
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write a result file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def as_json(figures: list[Figure]) -> list[dict[str, Any]]:
+    """Figures for a file, to six digits."""
+    rows = [asdict(figure) for figure in figures]
+    for row in rows:
+        row["samples"] = [float(f"{x:.6g}") for x in row["samples"]]
+    return rows
+
+
+def read(path: Path) -> list[Figure]:
+    """The figures of a result file, or of pytest-benchmark's ``--benchmark-json``."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "benchmarks" in found:
+        return [
+            Figure(row["name"], row["group"] or "", "s", _samples(row["stats"]))
+            for row in found["benchmarks"]
+        ]
+    return [Figure(**row) for row in found["figures"]]
+
+
+def git(*command: str) -> str:
+    """What git says, or nothing where there is no repository, or no git."""
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        return ""
+    return done.stdout if command[0] == "status" else done.stdout.strip()
+
+
+def _samples(stats: dict[str, Any]) -> list[float]:
+    return stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]

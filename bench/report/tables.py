@@ -1,0 +1,214 @@
+"""Rewrite the tables in README.md and docs/performance.md from the files in bench/results.
+
+    python -m bench.report.tables [--check]
+
+A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; nothing in it is typed by
+hand. ``--check`` writes nothing and fails where a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.report import gpu_tables as report_gpu
+from bench.report.goals import OURS, goal_table, verdicts
+from bench.report.markdown import markdown, number
+from bench.report.results import RESULTS, ROOT, Figure, commit_of, read
+from bench.report.stats import ratio
+from bench.shapes import SIZES, config_of
+from lfm2_fast.cli.machine_load import quantile
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SPEEDS = ("decode", "prefill 512", "decode, batch 8", "decode after 8k")
+NAMES = {
+    "lfm2_fast": "lfm2_fast bf16",
+    "transformers": "Hugging Face bf16",
+    "transformers compiled": "Hugging Face bf16, static cache, compiled",
+}
+# Bytes of a weight; int8 has four more for each row, which is not shown.
+DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
+    """A row an engine, with its median, its spread, and ours over it with the interval."""
+    rows = []
+    for name in names:
+        mine = next((f for f in figures if (f.engine, f.name) == (OURS, name)), None)
+        for figure in (f for f in figures if f.name == name):
+            low, high = (quantile(figure.samples, q) for q in (0.1, 0.9))
+            times = ""
+            if mine is not None and figure is not mine:
+                value, least, most = ratio(mine.samples, figure.samples, paired=True)
+                times = f"{value:.2f} [{least:.2f}, {most:.2f}]"
+            rows.append(
+                [
+                    name,
+                    NAMES.get(figure.engine, figure.engine),
+                    number(figure.median),
+                    f"{number(low)} to {number(high)}",
+                    times,
+                ]
+            )
+    return markdown(["", "engine", "tokens/s", "p10 to p90", "lfm2_fast bf16 over it"], rows)
+
+
+def summary_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
+    """A row an engine, a column a case: the median tokens a second."""
+    known = {(f.engine, f.name): number(f.median) for f in figures}
+    engines = dict.fromkeys(f.engine for f in figures if f.name in names)
+    rows = [
+        [NAMES.get(engine, engine), *(known.get((engine, name), "") for name in names)]
+        for engine in engines
+    ]
+    return markdown(["tokens/s", *names], rows)
+
+
+def memory_table(figures: Sequence[Figure]) -> str:
+    """Load times and memory, a row an engine."""
+    known = {(f.engine, f.name): f.median for f in figures}
+    engines = dict.fromkeys(f.engine for f in figures if f.name == "load")
+    rows = [
+        [
+            NAMES.get(engine, engine),
+            f"{known[engine, 'load']:.2f}",
+            f"{known[engine, 'memory after load'] / 1e9:.2f}",
+            f"{known[engine, 'peak memory'] / 1e9:.2f}",
+        ]
+        for engine in engines
+    ]
+    return markdown(["engine", "load, s", "memory after load, GB", "peak of process, GB"], rows)
+
+
+def floor_table(speed: dict[str, float]) -> str:
+    """What a step must read at the least, and tokens a second at the memory's faster speed."""
+    how = max(speed, key=lambda name: speed[name])
+    bandwidth = speed[how]
+    rows = []
+    for size in SIZES:
+        config = config_of(size)
+        for dtype, item in DTYPES.items():
+            weights = config.num_parameters * item
+            cached = config.cache_bytes(4 if dtype == "float32" else 2)
+            rows.append(
+                [
+                    size,
+                    dtype,
+                    f"{weights / 1e9:.3f}",
+                    f"{cached / 1e3:.1f}",
+                    number(bandwidth / weights),
+                    number(bandwidth / (weights + 8192 * cached)),
+                ]
+            )
+    head = ["", "weights", "GB a step", "kB a token of context", "tokens/s", "after 8k"]
+    return f"At {bandwidth / 1e9:.1f} GB/s, the speed of a {how}:\n\n{markdown(head, rows)}"
+
+
+def profile_table(found: dict[str, Any]) -> str:
+    """Where a decode step's time goes, a column a backend."""
+    sides = [name for name in ("eager", "native") if name in found]
+    names = list(dict.fromkeys(name for side in sides for name in found[side]["operations"]))
+    rows = []
+    for name in names:
+        cells = []
+        for side in sides:
+            row = found[side]["operations"].get(name)
+            calls = f", {row['calls']} calls" if row and "calls" in row else ""
+            cells.append(f"{row['median_us']:,.0f}{calls}" if row else "")
+        rows.append([name, *cells])
+    rows.append(["whole step", *(f"{found[side]['step']['median_us']:,.0f}" for side in sides)])
+    return markdown(["µs", *sides], rows)
+
+
+def quality_table(found: dict[str, Any]) -> str:
+    """What each kind of numbers loses."""
+    rows = [
+        [
+            name,
+            f"{row['loss']:.4f}",
+            f"{100 * (row['loss'] / row['reference_loss'] - 1):.3f} %",
+            f"{row['kl']:.5f}",
+            f"{100 * row['agreement']:.2f} %",
+        ]
+        for name, row in found["kinds"].items()
+    ]
+    return markdown(["", "loss", "above float32", "KL", "same token likeliest"], rows)
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Where and how a result file came about, as a sentence."""
+    machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
+    others = found.get("others", {}).get("processors_used_by_others")
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    text = (
+        f"Measured on {found['when'][:10]} on {machine['name']} ({machine['features']}), "
+        f"{protocol['threads']} threads, {commit_of(found)}"
+    )
+    text += f"; {named}. {protocol['rounds']} rounds, {protocol['order']}."
+    if others is not None:
+        text += f" Other programs used {others:.2f} processors meanwhile."
+    if found.get("skipped"):
+        reasons = "; ".join(f"{name} ({why})" for name, why in found["skipped"].items())
+        text += f" Left out: {reasons}."
+    for name, known in found.get("ungated", {}).items():
+        text += f" {name} is timed unchecked: {known}."
+    return text
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """The blocks that can be written from the result files that are there."""
+    made: dict[str, Callable[[], str]] = {}
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        name = path.stem.removeprefix("cpu-")
+        figures, whole = read(path), json.loads(path.read_text(encoding="utf-8"))
+        speed = {f.name: f.median for f in figures if f.engine == "machine"}
+        made |= {
+            f"summary-{name}": lambda f=figures: summary_table(f, SPEEDS),
+            f"speed-{name}": lambda f=figures: figure_table(f, SPEEDS),
+            f"goals-{name}": lambda f=figures: goal_table(verdicts(f)),
+            f"memory-{name}": lambda f=figures: memory_table(f),
+            f"conditions-{name}": lambda w=whole: conditions(w),
+            f"floor-{name}": lambda s=speed: floor_table(s),
+        }
+    for path in sorted(RESULTS.glob("profile-*.json")):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        made[path.stem] = lambda w=whole: profile_table(w)
+    path = RESULTS / "quality.json"
+    if path.is_file():
+        made["quality"] = lambda: quality_table(json.loads(path.read_text(encoding="utf-8")))
+    return made | report_gpu.tables(RESULTS)
+
+
+def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:
+    """``text`` with every block whose table is known written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        table = made.get(match[2])
+        return match[0] if table is None else f"{match[1]}{table()}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args(arguments)
+    made, stale = tables(), []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = rewritten(text, made)
+        if new != text:
+            stale.append(page.name)
+            if not given.check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'stale' if given.check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    return 1 if given.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What ``lfm2-fast bench`` measures: how a model answers, over prompt, output and batch.
+
+Everything goes through ``generate``, as a caller's text does. The floor of a step is what it must
+read at the least, every weight once and the keys and values of the context, over the speed of the
+device's memory: that of a copy or of a sum, whichever is faster there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cli.info import hardware, versions
+from lfm2_fast.cli.machine_load import Neighbours, doubts, memory, memory_speed, spread
+from lfm2_fast.cli.session import summary
+from lfm2_fast.cli.terminal import Terminal
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.load import load
+
+
+@dataclass(frozen=True)
+class Case:
+    """``batch`` prompts of ``prompt`` tokens, each continued by ``output``."""
+
+    prompt: int
+    output: int
+    batch: int
+
+
+class Sequences:
+    """Sequences that grow step by step, through ``generate`` and one cache that carries on."""
+
+    def __init__(self, model: Lfm2ForCausalLM) -> None:
+        self.model = model
+        self.cache: Cache | None = None
+
+    def start(self, prompts: Sequence[Sequence[int]], room: int) -> float:
+        """Forget all and run new prompts; seconds until each has its first new token.
+
+        ``room`` is how many tokens each may come to write besides.
+        """
+        self.text = torch.tensor(prompts)
+        slots, length = len(prompts), self.text.shape[1] + 1 + room
+        cache = self.cache
+        if cache is None or (cache.slots, cache.max_length) != (slots, length):
+            self.cache = self.model.new_cache(slots, length)
+        else:
+            cache.reset()  # with what was captured on it
+        begin = time.perf_counter()
+        self._write(1)
+        return time.perf_counter() - begin
+
+    def decode(self, steps: int) -> list[float]:
+        """Write ``steps`` tokens and one to each sequence; seconds of each step but the first,
+        in which ``generate`` begins."""
+        clock = Clock()
+        self._write(steps + 1, streamer=clock)
+        return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+
+    def _write(self, count: int, **more: Any) -> None:
+        self.text = self.model.generate(
+            self.text,
+            attention_mask=torch.ones_like(self.text),
+            max_new_tokens=count,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=[],
+            past_key_values=self.cache,
+            **more,
+        )
+
+
+class Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def prompt(row: int, length: int, vocab_size: int) -> list[int]:
+    """Token ids of a prompt, another for each row."""
+    return [(7 * row + 31 * i) % (vocab_size - 2) + 2 for i in range(length)]
+
+
+def weight_bytes(model: Lfm2ForCausalLM) -> int:
+    """Bytes of weights that a step reads: all, but of an untied embedding only a row."""
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    embedding = model.embed_tokens.weight
+    tied = model.config.tie_word_embeddings
+    return sum(held.values()) - (0 if tied else embedding.nbytes)
+
+
+def cases(prompts: str, outputs: str, batches: str) -> list[Case]:
+    """Every combination of the counts in texts like "1,4,16", short prompts first.
+
+    Raises ValueError, naming the command's option, for what is not such a text.
+    """
+    given = {"--prompt": prompts, "--output": outputs, "--batch": batches}
+    prompt, output, batch = (counts(name, text) for name, text in given.items())
+    return [Case(p, o, b) for b, p, o in product(batch, prompt, output)]
+
+
+def counts(name: str, text: str) -> list[int]:
+    """The counts in a text like "1,4,16", in order. Raises ValueError, which says ``name``."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise ValueError(f"{name} must be counts like 1,4,16, got {text!r}")
+    return found
+
+
+def load_and_measure(
+    terminal: Terminal,
+    name: str,
+    wanted: Sequence[Case],
+    *,
+    rounds: int,
+    threads: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """``measure`` of a checkpoint, with the seconds that it took to load; shows progress.
+
+    ``options`` go to ``load``; ``threads`` is torch's number of them. Raises what those raise.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    terminal.note(f"loading {name}")
+    begin = time.perf_counter()
+    model = load(name, **options)
+    seconds = time.perf_counter() - begin
+    terminal.note(f"{summary(model)}; {len(wanted)} cases, {rounds} rounds")
+
+    def shown(runs: Iterable[Any]) -> Iterable[Any]:
+        return track(runs, "measuring", console=terminal.err, transient=True)
+
+    return {"load_seconds": seconds, **measure(model, wanted, rounds=rounds, progress=shown)}
+
+
+def measure(
+    model: Lfm2ForCausalLM,
+    wanted: Sequence[Case],
+    *,
+    rounds: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
+    """Run every case ``rounds`` times, in turns, after one warm-up each; figures, JSON-ready.
+
+    ``progress`` wraps the list of runs to come, to show how far they are. Raises ValueError for a
+    case that does not fit into the model's context.
+    """
+    for case in wanted:
+        if case.prompt + case.output + 2 > model.max_length:
+            raise ValueError(
+                f"a prompt of {case.prompt} tokens and {case.output} new ones do not fit into the "
+                f"context of {model.max_length}"
+            )
+    device = model.device
+    first: dict[Case, list[float]] = {case: [] for case in wanted}
+    steps: dict[Case, list[float]] = {case: [] for case in wanted}
+    warm_up = 0.0
+    others = Neighbours()
+    # A cache for each batch, with what was captured on it, as long as the longest case.
+    by_batch = {case.batch: Sequences(model) for case in wanted}
+    longest = max((case.prompt + case.output for case in wanted), default=0)
+    for turn, case in progress([(turn, case) for turn in range(rounds + 1) for case in wanted]):
+        sequences = by_batch[case.batch]
+        prompts = [prompt(i, case.prompt, model.config.vocab_size) for i in range(case.batch)]
+        begin = time.perf_counter()
+        to_first = sequences.start(prompts, longest - case.prompt + 1)
+        each = sequences.decode(case.output)
+        if turn:
+            first[case].append(to_first)
+            steps[case].extend(each)
+        else:
+            warm_up += time.perf_counter() - begin
+    seen = others.seen()
+    held = memory(device)  # before the copy's buffers are
+    speed = memory_speed(device)
+    bandwidth = max(speed.values())
+    rows = []
+    for case in wanted:
+        least = weight_bytes(model)
+        item = model.dtype.itemsize
+        least += case.batch * model.config.cache_bytes(item, case.prompt + case.output // 2)
+        rate = len(steps[case]) / sum(steps[case])
+        rows.append(
+            {
+                **asdict(case),
+                "first_token_seconds": spread(first[case]),
+                "step_seconds": spread(steps[case]),
+                "tokens_per_second": case.batch * rate,
+                "prompt_tokens_per_second": case.batch * case.prompt / spread(first[case])["p50"],
+                "step_bytes": least,
+                "bandwidth_share": least * rate / bandwidth,
+                "floor_tokens_per_second": case.batch * bandwidth / least,
+                "doubts": doubts(steps[case], seen),
+            }
+        )
+    return {
+        "model": {
+            "name": model.name_or_path,
+            "parameters": model.num_parameters(),
+            "weight_bytes": weight_bytes(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.config.quantization,
+            "backend": model.ops.name,
+        },
+        "device": hardware(device),
+        "versions": versions(),
+        "protocol": {
+            "rounds": rounds,
+            "order": "all cases once a round; the first round warms up and does not count",
+            "sampling": "greedy, no end token",
+            "step": "from one token's arrival at a streamer to the next one's",
+        },
+        "memory_bytes_per_second": speed,
+        "warm_up_seconds": warm_up,
+        "memory": held,
+        "others": seen,
+        "rows": rows,
+    }

@@ -1,0 +1,115 @@
+"""How well a model predicts a text, and how far its predictions are from another's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lfm2_fast.cli.session import load_tokenizer, summary
+from lfm2_fast.cli.terminal import Terminal
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.load import check_options, load
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the predicted ``tokens`` of a text.
+
+    ``loss`` is in nats. ``kl`` is the divergence of the model's distributions from the reference's,
+    in nats, ``agreement`` how often both find the same token likeliest; None without a reference.
+    """
+
+    tokens: int
+    loss: float
+    reference_loss: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """How many tokens the model wavers between, so to speak: ``exp(loss)``."""
+        return math.exp(self.loss)
+
+
+def load_and_evaluate(
+    terminal: Terminal,
+    name: str,
+    text: str,
+    *,
+    window: int,
+    reference: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """``evaluate`` of a checkpoint on a text; what it found, JSON-ready.
+
+    ``reference`` is the dtype of the same weights to compare with. All other options go to
+    ``load``. Raises what that and ``evaluate`` raise, and ValueError for an empty text and for a
+    reference that would be no wider.
+    """
+    if not text:
+        raise ValueError("the text is empty")
+    check_options(dtype=dtype, quantization=quantization, **options)
+    if reference is not None:
+        check_options(dtype=reference, **options)
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    tokenizer = load_tokenizer(name, **where)
+    # Pieces are short; that the whole text is longer than the context does not matter.
+    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+    model = load(name, dtype=dtype, quantization=quantization, **where, **options)
+    terminal.note(summary(model))
+    other = None if reference is None else load(name, dtype=reference, **where, **options)
+    if other is not None and other.config.quantization is not None:
+        raise ValueError(
+            f"{name} is stored in 8 bits itself: there is nothing wider to compare with"
+        )
+    found = evaluate(model, encoded.input_ids[0], window=window, reference=other)
+    facts = {**asdict(found), "perplexity": found.perplexity}
+    return {fact: value for fact, value in facts.items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Lfm2ForCausalLM,
+    ids: torch.Tensor,
+    *,
+    window: int,
+    reference: Lfm2ForCausalLM | None = None,
+) -> Quality:
+    """Teacher-forced over ``ids [T]``, in pieces of ``window`` tokens that know nothing of others.
+
+    Each piece predicts all its tokens but the first; what does not fill a piece is left out. Shows
+    progress on a terminal where it takes long. Raises ValueError for a text that is too short.
+    """
+    if window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    pieces = ids[: len(ids) // window * window].view(-1, window)
+    if not len(pieces):
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+    for piece in tqdm(
+        pieces, desc="evaluating", unit="piece", delay=3.0, leave=False, disable=None
+    ):
+        after = piece[None, 1:]
+        scores = _log_probabilities(model, piece)
+        sums[0] -= scores.gather(-1, after[..., None].to(scores.device)).sum(dtype=torch.float64)
+        if reference is not None:
+            exact = _log_probabilities(reference, piece).to(scores.device)
+            sums[1] -= exact.gather(-1, after[..., None].to(exact.device)).sum(dtype=torch.float64)
+            sums[2] += (exact.exp() * (exact - scores)).sum(dtype=torch.float64)
+            sums[3] += (exact.argmax(-1) == scores.argmax(-1)).sum()
+    tokens = len(pieces) * (window - 1)
+    loss, *others = (sums / tokens).tolist()
+    return Quality(tokens, loss, *others) if reference is not None else Quality(tokens, loss)
+
+
+def _log_probabilities(model: Lfm2ForCausalLM, piece: torch.Tensor) -> torch.Tensor:
+    """``[1, T - 1, V]`` float32: of every token after the first."""
+    return model(piece[None]).logits[:, :-1].float().log_softmax(-1)

@@ -1,0 +1,146 @@
+"""A checkpoint as the commands use it: model, tokenizer and sampling, loaded and told about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lfm2_fast.cli.terminal import Terminal
+from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.generation_args import understand
+from lfm2_fast.hf.load import check_options, load
+from lfm2_fast.text.conversation import Answer, Conversation, check_template, write
+from lfm2_fast.text.presets import sampling
+from lfm2_fast.weights import hub
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass
+class Session:
+    """A model with its tokenizer, and the sampling arguments for ``generate``."""
+
+    model: Lfm2ForCausalLM
+    tokenizer: Any
+    arguments: dict[str, Any]
+
+    def conversation(self, system: str | None, max_new_tokens: int | None) -> Conversation:
+        """A new conversation. Raises ValueError where there is no chat template."""
+        return Conversation(
+            self.model,
+            self.tokenizer,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            arguments=self.arguments,
+        )
+
+    def continuation(
+        self,
+        text: str,
+        sink: Callable[[str], None],
+        max_new_tokens: int,
+        stopped: Callable[[], bool],
+    ) -> Answer:
+        """Continue a text as it stands; see ``chat.write``."""
+        return write(
+            self.model,
+            self.tokenizer,
+            self.tokenizer(text).input_ids,
+            sink,
+            max_new_tokens=max_new_tokens,
+            arguments=self.arguments,
+            stopped=stopped,
+        )
+
+
+def open_session(
+    terminal: Terminal,
+    name: str,
+    *,
+    chat: bool = False,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    stop: list[str] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Session:
+    """Load a checkpoint, telling what is loaded and how it will draw.
+
+    ``preset`` and ``given`` are as in ``presets.sampling``, ``options`` go to ``load``; ``seed`` is
+    torch's. What is wrong with the options is raised before the checkpoint is looked for, and what
+    the tokenizer lacks, which for ``chat`` is a template too, before the weights are loaded.
+    """
+    arguments, _ = sampling(name, preset=preset, given=given)
+    if stop:
+        arguments["stop_strings"] = stop
+    understand(arguments, None, {}, vocab_size=1)
+    check_options(**options)
+    terminal.note(f"loading {name}")
+    tokenizer = load_tokenizer(
+        name,
+        revision=options.get("revision"),
+        local_files_only=options.get("local_files_only", False),
+    )
+    if chat:
+        check_template(tokenizer, name)
+    model = load(name, **options)
+    terminal.note(summary(model))
+    file = model.generation_defaults()
+    arguments, words = sampling(name, preset=preset, file=file, given=given)
+    terminal.note(f"sampling: {words}")
+    if stop:
+        arguments["stop_strings"] = stop
+    if seed is not None:
+        torch.manual_seed(seed)
+    return Session(model, tokenizer, arguments)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, local_files_only: bool = False
+) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError when there is none that can be loaded.
+
+    Of a folder that is no checkpoint it says that instead.
+    """
+    from transformers import AutoTokenizer
+
+    folder = hub.resolve(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        weights=False,
+        also=TOKENIZER_FILES,
+    )
+    Config.from_file(folder / "config.json")
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER_FILES[0]}; if it is on the hub, connect once to download "
+            "it, else save the tokenizer into the checkpoint's folder"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason})") from error
+
+
+def summary(model: Lfm2ForCausalLM) -> str:
+    """A model in a line: its size, and where and how it runs."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    size = millions(model.config.num_parameters)
+    numbers = f"{model.config.quantization} and {dtype}" if model.config.quantization else dtype
+    return f"{size} parameters in {numbers}, on {model.device} with {model.ops.name} bodies"
+
+
+def millions(count: int) -> str:
+    """A count of parameters in words: "3.6 million"."""
+    return f"{count / 1e6:.3g} million" if count < 999.5e6 else f"{count / 1e9:.3g} billion"

@@ -1,0 +1,90 @@
+"""Captured work: what a function launches, recorded once and replayed as a CUDA graph or a tape."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+import torch
+
+from lfm2_fast.engine.cpu_graph import Tape
+
+logger = logging.getLogger(__name__)
+
+# CUDA allows one capture at a time in a process.
+_capturing = threading.Lock()
+
+
+class Replayable(Protocol):
+    """What a capture gives."""
+
+    def replay(self) -> None: ...
+
+
+class Graphs:
+    """Graphs by key, of bodies that touch nothing but tensors which stay where they are.
+
+    All share one memory pool, since none keeps results in it: a body writes what it gives to a
+    tensor of the caller's. ``capture`` makes the graph of a body; it is another in tests.
+    """
+
+    def __init__(
+        self, device: torch.device, capture: Callable[[Graphs, Callable[[], None]], Replayable]
+    ) -> None:
+        self.device = device
+        self.capture = capture
+        # Kept for good: torch has few streams to give, and libraries keep memory for each.
+        self.stream: Any = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Free every graph."""
+        self._graphs: dict[Hashable, Replayable] = {}
+        self._warm: set[Hashable] = set()
+        self.pool: Any = None
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+        """Do what ``body`` does.
+
+        The first time it runs as it is: kernels are compiled and loaded then, which a capture must
+        not do. The second time it is captured, which runs nothing, and from then on replayed.
+        """
+        graph = self._graphs.get(key)
+        if graph is None and key not in self._warm:
+            body()
+            self._warm.add(key)
+            return
+        if graph is None:
+            graph = self._graphs[key] = self.capture(self, body)
+        graph.replay()
+
+
+def capture_tape(graphs: Graphs, body: Callable[[], None]) -> Replayable:
+    """A tape of ``body``, for CPUs; its first replay records it."""
+    return Tape(body)
+
+
+def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
+    """The CUDA graph of ``body``.
+
+    Other threads may allocate and launch meanwhile (``thread_local``). Graphs that share a pool
+    must be captured on one stream, and torch's own default stream for that belongs to whichever
+    device came first; so there is one for each ``graphs``.
+    """
+    begin = time.perf_counter()
+    with torch.cuda.device(graphs.device), _capturing:
+        graphs.stream = graphs.stream or torch.cuda.Stream()
+        graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph,
+            pool=graphs.pool,
+            stream=graphs.stream,
+            capture_error_mode="thread_local",
+        ):
+            body()
+    logger.info("captured in %.2f s", time.perf_counter() - begin)
+    return graph

@@ -1,0 +1,88 @@
+"""Decoder: runs the sequences of a cache, a prompt at once and then token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lfm2_fast.cache.batch import Batch, on_device
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.engine.captured_prompt import Prompt
+from lfm2_fast.engine.step_buffers import Buffers, bucket
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+
+# Tokens per forward pass of a prefill: enough to keep the matrices busy, few enough that the
+# feed-forward's intermediate values stay small beside the weights.
+CHUNK = 2048
+
+
+class Decoder:
+    """``prefill``, then ``step`` until done, over the slots of one cache.
+
+    Every slot can be at another place in another sequence. The cache's ``history`` follows what
+    was run, so that a later call can tell which prefix it holds.
+    """
+
+    def __init__(self, model: Lfm2ForCausalLM, cache: Cache) -> None:
+        self.model = model
+        self.cache = cache
+
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Run each prompt, of at least one token, in its slot; logits ``[B, V]`` of the last ones.
+
+        Long prompts run in chunks. Each slot is marked at the prompt's end, so that its cache can
+        come back there (``Cache.resume``).
+        """
+        logits: dict[int, torch.Tensor] = {}
+        done = [0] * len(prompts)
+        while len(logits) < len(prompts):
+            room, counts = CHUNK, []
+            for prompt, ran in zip(prompts, done, strict=True):
+                counts.append(min(room, len(prompt) - ran))
+                room -= counts[-1]
+            rows = [row for row, n in enumerate(counts) if n]
+            chunks = [prompts[row][done[row] : done[row] + counts[row]] for row in rows]
+            last = self._run(chunks, [slots[row] for row in rows])
+            for row, row_logits in zip(rows, last, strict=True):
+                done[row] += counts[row]
+                if done[row] == len(prompts[row]):
+                    logits[row] = row_logits
+        for slot in slots:
+            self.cache.mark(slot)
+        return torch.stack([logits[row] for row in range(len(prompts))])
+
+    def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
+        """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
+        if not self.model.ops.by_tensors:
+            return self._run([[token] for token in tokens], slots)
+        model, cache, count = self.model, self.cache, len(tokens)
+        batch = Batch.prepare([1] * count, slots, cache, model.device)
+        cache.reserve(batch)
+        buffers = Buffers.of(model, cache)
+        buffers.load(tokens, batch, cache)
+        buffers.run(model, cache, bucket(count, cache), choose=False)
+        cache.advance(batch)
+        cache.record(batch, [[token] for token in tokens])
+        assert buffers.logits is not None
+        return buffers.logits[:count].clone()
+
+    def _run(self, chunks: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Run the chunks; the logits of each one's last token."""
+        model, cache = self.model, self.cache
+        counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
+        prompt = Prompt.of(model, cache, total) if len(chunks) == 1 else None
+        batch = Batch.prepare(counts, slots, cache, model.device if prompt is None else "cpu")
+        if prompt is None:
+            packed = on_device(
+                [token for chunk in chunks for token in chunk], torch.int64, model.device
+            )
+            rows = None if batch.max_query == 1 else batch.last_rows
+            logits = model.run(packed, batch, cache, rows)
+        else:
+            cache.reserve(batch)
+            prompt.run(model, cache, chunks[0], slots[0], batch.starts[0])
+            cache.advance(batch)
+            logits = prompt.logits.clone()
+        cache.record(batch, chunks)
+        return logits

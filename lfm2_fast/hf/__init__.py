@@ -1,0 +1,1 @@
+"""Hugging Face's API: load, the class, forward, generate and its arguments."""

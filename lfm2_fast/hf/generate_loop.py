@@ -1,0 +1,297 @@
+"""The loop of ``generate``: prompts are run, then rows are written token by token until they stop.
+
+Rows run at their own lengths and leave when they stop; padding exists only in what callers see. A
+caller's own Python, which looks at every step of all rows, stands outside of the steps; without,
+they follow one another without it, and prompts may be more than the rows that run at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from lfm2_fast.cache.batch import on_device
+from lfm2_fast.cache.kv_cache import Cache, common_prefix
+from lfm2_fast.engine.decode import Row, Steps
+from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.engine.step_buffers import TOGETHER
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.forward import check_cache
+from lfm2_fast.hf.generation_args import Arguments
+from lfm2_fast.ops.sampling import SamplingState, draw, penalize, warp
+
+
+def write(
+    model: Lfm2ForCausalLM,
+    asked: Arguments,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Cache | None,
+    seed: int,
+    *,
+    processors: list[Any],
+    criteria: list[Any],
+    streamer: Any,
+    most_rows: int | None,
+) -> dict[str, Any]:
+    """Continue the prompts, ``ids`` and ``mask [B, T]``; the fields of Hugging Face's output."""
+    rows = len(ids) * asked.num_return_sequences
+    if most_rows is not None and most_rows < 1:
+        raise ValueError(f"max_batch_size must be at least 1, got {most_rows}")
+    shown = asked.output_scores or asked.output_logits
+    outside = bool(processors or criteria or shown or asked.min_new_tokens)
+    at_a_time = rows if most_rows is None else min(rows, most_rows)
+    if at_a_time < rows and (outside or streamer is not None or cache is not None):
+        raise ValueError(
+            f"max_batch_size={most_rows} is less than {rows} rows, but streamer, past_key_values, "
+            "min_new_tokens, scores, stop_strings, logits_processor and stopping_criteria need all "
+            "rows at a time; leave max_batch_size out, or pass fewer prompts"
+        )
+    own = cache is None
+    if cache is None:
+        cache = model.borrow_cache(at_a_time)
+    else:
+        check_cache(model, cache, rows)
+    writing = _Writing(model, asked, ids, mask, cache, seed, at_a_time)
+    try:
+        if streamer is not None:
+            streamer.put(ids.repeat_interleave(asked.num_return_sequences, 0).cpu())
+        if outside:
+            output = writing.with_calls(processors, criteria, streamer)
+        else:
+            output = writing.alone(streamer)
+    except torch.OutOfMemoryError as error:
+        held = cache.nbytes + (0 if cache.kept is None else cache.kept.nbytes)
+        raise torch.OutOfMemoryError(
+            f"{at_a_time} rows of up to {writing.longest + writing.budget} tokens do not fit into "
+            f"the device's memory (the cache and its buffers have {held / 2**20:.0f} MiB so far); "
+            "lower max_batch_size, max_new_tokens, num_return_sequences or the length of the "
+            f"prompts, or load a smaller dtype or quantization ({error})"
+        ) from error
+    finally:
+        if streamer is not None:
+            streamer.end()
+    if own and not asked.return_dict_in_generate:
+        model.give_back(cache)
+    return output
+
+
+class _Writing:
+    """One call of generate: its prompts, its cache, and what has been written so far."""
+
+    def __init__(
+        self,
+        model: Lfm2ForCausalLM,
+        asked: Arguments,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Cache,
+        seed: int,
+        at_a_time: int,
+    ) -> None:
+        self.model, self.asked, self.cache, self.seed = model, asked, cache, seed
+        self.copies = asked.num_return_sequences
+        self.rows, self.width = len(ids) * self.copies, ids.shape[1]
+        self.at_a_time = at_a_time
+        self.ids = ids
+        self.prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        self.budget = asked.new_tokens(self.width, model.max_length)
+        self.longest = max(map(len, self.prompts), default=0)
+        needed = self.longest + self.budget
+        if needed > model.max_length:
+            raise ValueError(
+                f"a prompt of {self.longest} tokens and {self.budget} new ones do not fit into the "
+                f"context of {model.max_length}; lower max_new_tokens (or load with a larger "
+                "max_length, if the model allows it)"
+            )
+        if needed > cache.max_length:
+            raise ValueError(
+                f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
+                f"{self.longest} tokens and {self.budget} new ones need {needed}"
+            )
+        self.decoder = Decoder(model, cache)
+
+    def alone(self, streamer: Any) -> dict[str, Any]:
+        """Write without looking at any step; rows that wait take the slots of those that stop."""
+        asked = self.asked
+        rows = [
+            Row(number, slot=0, start=len(self.prompts[number // self.copies]), limit=self.budget)
+            for number in range(self.rows)
+        ]
+        waiting, free = deque(rows), list(range(self.at_a_time))
+        # Who watches the tokens come gets each when it is there.
+        together = TOGETHER if streamer is None else 1
+        steps = Steps(self.model, self.cache, asked.sampling, asked.eos_token_id, together=together)
+        progress = _progress(self.rows) if self.at_a_time < self.rows else None
+
+        def read(keep: int) -> None:
+            for running, tokens in steps.read(keep):
+                if streamer is not None:
+                    # Without rows that wait, every step is a column of the answer.
+                    column = [asked.pad_token_id] * self.rows
+                    for row, token in zip(running, tokens, strict=True):
+                        column[row.number] = token
+                    streamer.put(torch.tensor(column))
+                for row in running:
+                    if row.ended:
+                        free.append(row.slot)
+                        if progress is not None:
+                            progress.update()
+
+        try:
+            while True:
+                read(steps.lag)
+                if free and waiting:
+                    admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                    for row in admitted:
+                        row.slot = free.pop(0)
+                    state = self._state(admitted)
+                    steps.admit(admitted, self._prefill(admitted), state)
+                    continue
+                if not steps.launch():
+                    if not steps.unread:
+                        break
+                    read(0)
+        finally:
+            if progress is not None:
+                progress.close()
+            steps.settle()
+        written = max((len(row.written) for row in rows), default=0)
+        text = torch.full((self.rows, self.width + written), asked.pad_token_id)
+        text[:, : self.width] = self.ids.repeat_interleave(self.copies, 0)
+        for row in rows:
+            text[row.number, self.width :][: len(row.written)] = torch.tensor(row.written)
+        return self._output(text, [], [])
+
+    def with_calls(
+        self, processors: list[Any], criteria: list[Any], streamer: Any
+    ) -> dict[str, Any]:
+        """Write with the caller's Python between the steps, or what it wants to see of them."""
+        asked, device = self.asked, self.model.device
+        shown = asked.output_scores or asked.output_logits
+        rows = [
+            Row(number, slot=number, start=len(self.prompts[number // self.copies]), limit=0)
+            for number in range(self.rows)
+        ]
+        text = torch.full((self.rows, self.width + self.budget), asked.pad_token_id, device=device)
+        text[:, : self.width] = self.ids.repeat_interleave(self.copies, 0)
+        eos = torch.tensor(asked.eos_token_id, dtype=torch.int64, device=device)
+        kept_scores: list[torch.Tensor] = []
+        kept_logits: list[torch.Tensor] = []
+        live = list(range(self.rows))
+        written = 0
+        logits = self._prefill(rows) if rows else torch.empty(0)
+        state = self._state(rows)
+        while live and written < self.budget:
+            here = torch.tensor(live, device=device)
+            if processors or shown or written < asked.min_new_tokens:
+                logits = logits.float()
+                scores = logits
+                if state.seen is not None:
+                    scores = penalize(scores, state.seen, state.repetition_penalty)
+                if written < asked.min_new_tokens:
+                    scores = scores.index_fill(1, eos, -torch.inf)
+                if processors:
+                    whole = self._whole(scores, here)
+                    for processor in processors:
+                        whole = processor(text[:, : self.width + written], whole)
+                    scores = whole[here]
+                if asked.sampling.do_sample:
+                    scores = warp(scores, state)
+                    tokens = draw(scores, state.uniforms())
+                else:
+                    tokens = scores.argmax(-1)
+                state.advance(tokens)
+                if asked.output_logits:
+                    kept_logits.append(self._whole(logits, here))
+                if asked.output_scores:
+                    kept_scores.append(self._whole(scores, here))
+            else:
+                tokens = self.model.ops.sample(logits, state)
+            column = self.width + written
+            text[here, column] = tokens
+            written += 1
+            if streamer is not None:
+                streamer.put(text[:, column].cpu())
+            stop = torch.isin(tokens, eos)
+            past = tuple(kept_scores) if asked.output_scores and criteria else None
+            for criterion in criteria:
+                verdict = torch.as_tensor(criterion(text[:, : column + 1], past))
+                stop |= verdict.to(stop.device).expand(self.rows)[here]
+            going = [row for row, end in zip(live, stop.tolist(), strict=True) if not end]
+            if len(going) < len(live):
+                state = state.pick([live.index(row) for row in going])
+            if going and written < self.budget:
+                told = dict(zip(live, tokens.tolist(), strict=True))
+                logits = self.decoder.step([told[row] for row in going], going)
+            live = going
+        return self._output(text[:, : self.width + written], kept_scores, kept_logits)
+
+    def _prefill(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Run what the cache does not hold of each row's prompt, a prompt of several rows once."""
+        firsts: dict[int, Row] = {}
+        for row in rows:
+            firsts.setdefault(row.number // self.copies, row)
+        rest = []
+        for prompt, row in ((self.prompts[number], row) for number, row in firsts.items()):
+            # The last token runs in any case: its logits are what comes next.
+            shared = common_prefix(prompt[:-1], self.cache.history[row.slot])
+            rest.append(prompt[self.cache.resume(row.slot, shared) :])
+        logits = self.decoder.prefill(rest, [row.slot for row in firsts.values()])
+        order = {number: place for place, number in enumerate(firsts)}
+        for row in rows:
+            first = firsts[row.number // self.copies]
+            if row is not first:
+                self.cache.copy(first.slot, row.slot)
+        if len(firsts) == len(rows):
+            return logits
+        at = [order[row.number // self.copies] for row in rows]
+        return logits[on_device(at, torch.int64, logits.device)]
+
+    def _state(self, rows: Sequence[Row]) -> SamplingState:
+        """How the rows' next tokens are chosen, after their prompts."""
+        device, sampling = self.model.device, self.asked.sampling
+        seen = None
+        if sampling.repetition_penalty != 1.0:
+            shape = (len(rows), self.model.config.vocab_size)
+            seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            for marks, row in zip(seen, rows, strict=True):
+                prompt = self.prompts[row.number // self.copies]
+                marks.index_fill_(0, on_device(prompt, torch.int64, device), True)
+        return SamplingState(
+            [sampling] * len(rows),
+            device=device,
+            seed=self.seed,
+            rows=on_device([row.number for row in rows], torch.int64, device),
+            positions=on_device([row.start for row in rows], torch.int64, device),
+            seen=seen,
+        )
+
+    def _whole(self, values: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+        """``values`` of the live rows among zeros for those that have stopped."""
+        whole = values.new_zeros(self.rows, values.shape[1])
+        whole[here] = values
+        return whole
+
+    def _output(
+        self, text: torch.Tensor, scores: list[torch.Tensor], logits: list[torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "sequences": text,
+            "scores": tuple(scores) if self.asked.output_scores else None,
+            "logits": tuple(logits) if self.asked.output_logits else None,
+            "past_key_values": self.cache,
+        }
+
+
+def _progress(rows: int) -> Any:
+    """A bar on a terminal, if tqdm is there, which comes with transformers."""
+    with suppress(ImportError):
+        from tqdm.auto import tqdm
+
+        return tqdm(total=rows, unit="row", desc="generate", disable=None)
+    return None

@@ -1,0 +1,1 @@
+"""LFM2 itself, written in the fused operations."""

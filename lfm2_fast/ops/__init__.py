@@ -1,0 +1,1 @@
+"""The fused operations: meaning, choice, Triton and native bodies, sampling."""

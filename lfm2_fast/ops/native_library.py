@@ -1,0 +1,158 @@
+"""The native operations: their schemas, and the library of C++ and CUDA bodies, where it was built.
+
+Every operation fills ``out`` (by its name), or what else its schema marks as written, and returns
+nothing. Shapes: T tokens of B sequences packed end to end, H hidden, W conv width, D head size, V
+vocabulary. The bodies are in csrc/, for the CPU and, where CUDA was there, for CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+SCHEMAS = (
+    # x [T, H], weight [H], out [T, H]
+    "rms_norm_native(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
+    # total = x + delta, which may be written over either; out is its norm
+    "add_rms_norm_native(Tensor x, Tensor delta, Tensor weight, float eps, Tensor(a!) total, "
+    "Tensor(b!) out) -> ()",
+    # tokens [T] int64, weight [V, K], which is int8 where there are scales [V] float32, out [T, K]
+    "embed_native(Tensor tokens, Tensor weight, Tensor? scales, Tensor(a!) out) -> ()",
+    # gate_up [T, 2F], out [T, F]
+    "swiglu_native(Tensor gate_up, Tensor(a!) out) -> ()",
+    # bcx [T, 3H], weight [H, W], bias [H], window [slots, ring, H], positions and slots [T] int64,
+    # out [T, H]
+    "gated_conv_step_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
+    "Tensor positions, Tensor slots, Tensor(b!) out) -> ()",
+    # as before, with cu_seqlens [B + 1] int32, slots [B] int64 and lengths [B] int32
+    "gated_conv_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(b!) out) -> ()",
+    # positions [T] int64, inv_freq [D / 2] float32, cos and sin [T, 1, D]
+    "rope_native(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin) -> ()",
+    # qkv [T, (heads + 2 * kv_heads) * D], weights [D], pages [pages, kv_heads, page_size, D],
+    # table [slots, pages per slot] int32, q [T, heads, D]
+    "qk_norm_rope_native(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, "
+    "Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, "
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(c!) q) -> ()",
+    # q [B, heads, D], one token per sequence; out [B, heads * D]
+    "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
+    "Tensor lengths, Tensor(a!) out) -> ()",
+    # q [T, heads, D], D even, out [T, heads * D]; for bfloat16 where `has_flash_prefill_native`
+    "flash_prefill_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, "
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(a!) out) -> ()",
+    # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]. With scales [N] float32, the weight
+    # is int8 and every token is rounded to int8 too, here and below.
+    "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
+    "Tensor? bias, Tensor(a!) out) -> ()",
+    # y [T, K], residual and out [T, N], which may be one
+    "linear_add_native(Tensor y, Tensor weight, Tensor? scales, Tensor? bias, Tensor residual, "
+    "Tensor(a!) out) -> ()",
+    # weight [2F, K], scales [2F], out [T, F]
+    "norm_swiglu_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
+    "Tensor(a!) out) -> ()",
+    # x [T, K], out [T, K] int8, scales [T] float32
+    "quantize_native(Tensor x, Tensor(a!) out, Tensor(b!) scales) -> ()",
+    # products [T, N] int32, token_scales [T] and row_scales [N] float32, bias [N], out [T, N]
+    "finish_products_native(Tensor products, Tensor token_scales, Tensor row_scales, Tensor? bias, "
+    "Tensor(a!) out) -> ()",
+    # logits [B, V], out [B] int64
+    "argmax_native(Tensor logits, Tensor(a!) out) -> ()",
+    # logits [B, V], seen [B, V] bool, penalty [B] float64, out [B, V] float32
+    "penalize_native(Tensor logits, Tensor seen, Tensor penalty, Tensor(a!) out) -> ()",
+    # logits [B, V], top_k [B] int64, the others [B] float64, out [B, V] float32
+    "warp_native(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+    "Tensor(a!) out) -> ()",
+    # seeds, rows and positions [B] int64, out [B] float64
+    "philox_native(Tensor seeds, Tensor rows, Tensor positions, Tensor(a!) out) -> ()",
+    # scores [B, V] float32, uniform [B] float64, out [B] int64
+    "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
+    # chosen, tokens, slots and positions [B] int64, eos [E] int64, lengths [B] int32, finished [B]
+    # bool
+    "advance_native(Tensor chosen, Tensor eos, int? scrap, Tensor(a!) tokens, Tensor(b!) slots, "
+    "Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) finished) -> ()",
+)
+
+# Whether the processor has what flash_prefill_native is made of: AVX512_BF16.
+HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
+# Whether the bodies were compiled for x86-64 processors without AVX2 alone.
+LACKS_AVX2 = "lacks_avx2_native() -> bool"
+
+# Insists on the extension, so that a build which fails shows why.
+REBUILD = "LFM2_FAST_BUILD_EXT=1 pip install --no-build-isolation ."
+
+_library = torch.library.Library("lfm2_fast", "FRAGMENT")
+
+
+def _nothing(*args: object) -> None:
+    """What each operation does to tensors without data: it returns nothing and makes nothing."""
+
+
+for _schema in SCHEMAS:
+    _library.define(_schema)
+    torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
+_library.define(HAS_FLASH_PREFILL)
+_library.define(LACKS_AVX2)
+
+
+def _load() -> str | None:
+    """Load the bodies. None, or the reason why there are none."""
+    found = sorted(Path(__file__).parents[1].glob("_C*.so"))
+    if not found:
+        return (
+            "lfm2_fast was installed without its C++ extension; with torch, setuptools 77, ninja "
+            f"and a C++ compiler installed, `{REBUILD}` in its sources builds it"
+        )
+    try:
+        torch.ops.load_library(found[0])
+    except (ImportError, OSError) as error:
+        reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it anew"
+        logging.getLogger(__name__).warning("%s", reason)
+        return reason
+    keys = dict.fromkeys(SCHEMAS, "CPU")
+    keys |= dict.fromkeys((HAS_FLASH_PREFILL, LACKS_AVX2), "CompositeExplicitAutograd")
+    if not all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"lfm2_fast::{schema.split('(')[0]}", key)
+        for schema, key in keys.items()
+    ):
+        reason = f"{found[0].name} is of an older version; `{REBUILD}` builds it anew"
+        logging.getLogger(__name__).warning("%s", reason)
+        return reason
+    return None
+
+
+_why_not = _load()
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why ``device`` has no native bodies here, and what to do; None if it has."""
+    if _why_not is not None:
+        return _why_not
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if key is None:
+        return f"there are no native bodies for {device.type}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("lfm2_fast::gated_conv_step_native", key):
+        return (
+            "the C++ extension was built without CUDA; with a CUDA toolkit of torch's version "
+            f"({torch.version.cuda}) installed, `{REBUILD}` builds it with"
+        )
+    return None
+
+
+def why_slow(device: torch.device) -> str | None:
+    """Why the bodies that ``device`` has are slow here, and what to do; None if they are not."""
+    if device.type != "cpu" or _why_not is not None or not torch.ops.lfm2_fast.lacks_avx2_native():
+        return None
+    return (
+        "the C++ extension was built for the oldest x86-64 processors, by another compiler than "
+        f"GCC 12 or newer; `CXX=g++-12 {REBUILD}` or, for this machine alone, "
+        f"`CFLAGS=-march=native {REBUILD}` builds it anew"
+    )
+
+
+def prefills(dtype: torch.dtype) -> bool:
+    """Whether ``flash_prefill_native`` takes ``dtype`` here; what it does not is PyTorch's."""
+    if _why_not is not None or dtype != torch.bfloat16:
+        return False
+    return bool(torch.ops.lfm2_fast.has_flash_prefill_native())

@@ -1,0 +1,251 @@
+"""The operations' bodies in C++ and CUDA. Calling them needs the extension, importing does not."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
+from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import reference as ref
+from lfm2_fast.ops.base import Attention, Depthwise, Linear, Ops, Rope, epsilon
+from lfm2_fast.ops.residual import StreamOps, settled
+from lfm2_fast.ops.sampling import SamplingState
+
+# Looked up once: a look-up takes as long as a small operation.
+_rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
+_add_rms_norm = torch.ops.lfm2_fast.add_rms_norm_native.default
+_embed = torch.ops.lfm2_fast.embed_native.default
+_swiglu = torch.ops.lfm2_fast.swiglu_native.default
+_gated_conv_step = torch.ops.lfm2_fast.gated_conv_step_native.default
+_gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
+_rope = torch.ops.lfm2_fast.rope_native.default
+_qk_norm_rope = torch.ops.lfm2_fast.qk_norm_rope_native.default
+_flash_decode = torch.ops.lfm2_fast.flash_decode_native.default
+_flash_prefill = torch.ops.lfm2_fast.flash_prefill_native.default
+_norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
+_linear_add = torch.ops.lfm2_fast.linear_add_native.default
+_norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
+_quantize = torch.ops.lfm2_fast.quantize_native.default
+_finish_products = torch.ops.lfm2_fast.finish_products_native.default
+_argmax = torch.ops.lfm2_fast.argmax_native.default
+_penalize = torch.ops.lfm2_fast.penalize_native.default
+_warp = torch.ops.lfm2_fast.warp_native.default
+_philox = torch.ops.lfm2_fast.philox_native.default
+_draw = torch.ops.lfm2_fast.draw_native.default
+_advance = torch.ops.lfm2_fast.advance_native.default
+
+
+# Up to as many tokens the extension multiplies matrices itself, at the memory's speed where they
+# are few; for more, PyTorch's products are faster.
+FEW_TOKENS = 32
+FEW_TOKENS_INT8 = 16
+
+
+def few_tokens(linear: Linear) -> int:
+    """How many tokens the extension multiplies by this matrix itself."""
+    return FEW_TOKENS if linear.weight_scale is None else FEW_TOKENS_INT8
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has products of ``dtype``; without, float32's are several times faster."""
+    if dtype != torch.bfloat16:
+        return dtype == torch.float32
+    # PyTorch goes by what oneDNN may use, which is fast on x86-64 with instructions for it alone.
+    there = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return there and fast
+    return there
+
+
+@functools.cache
+def int8_products_are_exact() -> bool:
+    """Whether PyTorch's product of 8-bit integers is right on this CPU.
+
+    Where the CPU has no VNNI, pairs of products are added up in 16 bits, and overflow silently.
+    """
+    a, b = (torch.full((64, 64), n, dtype=torch.int8, device="cpu") for n in (127, -127))
+    return bool((torch._int_mm(a, a) == 64 * 127 * 127).all()) and bool(
+        (torch._int_mm(a, b) == -64 * 127 * 127).all()
+    )
+
+
+class NativeStepOps(Ops):
+    """The GPU's body, of the convolution's step; all else is plain PyTorch."""
+
+    name = "native"
+
+    def gated_conv(
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        if batch.max_query != 1:
+            return super().gated_conv(bcx, conv, window, batch)
+        tokens, size = bcx.shape
+        out = bcx.new_empty(tokens, size // 3)
+        places = batch.positions, batch.slots
+        _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
+        return out
+
+
+class NativeOps(StreamOps):
+    """The CPU's bodies: for a few tokens of whole words, for more of all but the projections.
+
+    For float32 and 16-bit types. What a few tokens' words compute of a token does not depend on
+    the others.
+    """
+
+    name = "native"
+    tapes = FEW_TOKENS_INT8
+
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        if len(x) > few_tokens(linear):
+            return super().norm_linear(x, norm, linear)
+        x = settled(x)
+        out = x.new_empty(len(x), len(linear.weight))
+        matrix = linear.weight, linear.weight_scale, linear.bias
+        _norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
+        return out
+
+    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
+        if len(y) > few_tokens(linear):
+            return super().linear_add(y, linear, residual)
+        residual = settled(residual)
+        out = residual.new_empty(residual.shape)
+        _linear_add(y, linear.weight, linear.weight_scale, linear.bias, residual, out)
+        return out
+
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
+        if len(x) > few_tokens(gate_up):
+            return super().norm_swiglu(x, norm, gate_up)
+        x = settled(x)
+        out = x.new_empty(len(x), len(gate_up.weight) // 2)
+        matrix = gate_up.weight, gate_up.weight_scale
+        _norm_swiglu(x, norm.weight, epsilon(norm), *matrix, out)
+        return out
+
+    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        logits = self.norm_linear(x, norm, linear)
+        tokens = logits.new_empty(len(logits), dtype=torch.int64)
+        _argmax(logits, tokens)
+        return tokens
+
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """A projection of many tokens, by PyTorch's products."""
+        if linear.weight_scale is not None and int8_products_are_exact():
+            numbers = x.new_empty(x.shape, dtype=torch.int8)
+            scales = x.new_empty(len(x), dtype=torch.float32)
+            _quantize(x, numbers, scales)
+            out = x.new_empty(len(x), len(linear.weight))
+            products = torch._int_mm(numbers, linear.weight.T)
+            _finish_products(products, scales, linear.weight_scale, linear.bias, out)
+            return out
+        if multiplies(x.dtype):
+            return super().linear(x, linear)
+        weight = ref.scaled_ref(linear.weight, linear.weight_scale, x.dtype)
+        bias = None if linear.bias is None else linear.bias.float()
+        return ref.linear_ref(x.float(), weight.float(), bias).to(x.dtype)
+
+    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
+        shape = (len(positions), 1, 2 * len(inv_freq))
+        cos, sin = inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+        _rope(positions, inv_freq, cos, sin)
+        return cos, sin
+
+    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+        weight = embedding.weight
+        out = weight.new_empty(len(tokens), weight.shape[1], dtype=dtype)
+        _embed(tokens, weight, embedding.weight_scale, out)
+        return out
+
+    def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
+        out = x.new_empty(x.shape)
+        _rms_norm(x, norm.weight, epsilon(norm), out)
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = x.new_empty(x.shape)
+        _add_rms_norm(x, delta, norm.weight, epsilon(norm), delta, out)
+        return delta, out
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        tokens, size = gate_up.shape
+        out = gate_up.new_empty(tokens, size // 2)
+        _swiglu(gate_up, out)
+        return out
+
+    def gated_conv(
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        tokens, size = bcx.shape
+        out = bcx.new_empty(tokens, size // 3)
+        if batch.max_query == 1:
+            places = batch.positions, batch.slots
+            _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
+        else:
+            runs = batch.cu_seqlens, batch.slots, batch.lengths
+            _gated_conv(bcx, conv.weight, conv.bias, window.rows, *runs, out)
+        return out
+
+    def qk_norm_rope(
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        tokens, size = qkv.shape
+        _, kv_heads, _, head_dim = pages.k.shape
+        q = qkv.new_empty(tokens, size // head_dim - 2 * kv_heads, head_dim)
+        _qk_norm_rope(
+            qkv,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            epsilon(attention.q_layernorm),
+            *rope,
+            pages.k,
+            pages.v,
+            pages.table,
+            batch.cu_seqlens,
+            batch.slots,
+            batch.lengths,
+            q,
+        )
+        return q
+
+    def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
+        if batch.max_query != 1 and not native.prefills(q.dtype):
+            return super().attention(q, pages, batch)
+        tokens, heads, head_dim = q.shape
+        out = q.new_empty(tokens, heads * head_dim)
+        cached = pages.k, pages.v, pages.table
+        if batch.max_query == 1:
+            _flash_decode(q, *cached, batch.slots, batch.lengths, out)
+        else:
+            _flash_prefill(q, *cached, batch.cu_seqlens, batch.slots, batch.lengths, out)
+        return out
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        scores, shape = logits, logits.shape
+        if state.seen is not None:
+            scores = logits.new_empty(shape, dtype=torch.float32)
+            _penalize(logits, state.seen, state.repetition_penalty, scores)
+        tokens = torch.empty_like(state.positions)
+        if not state.all_drawn:
+            _argmax(scores, tokens)
+        if "do_sample" in state.wanted:
+            warped = logits.new_empty(shape, dtype=torch.float32)
+            _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
+            drawn = torch.empty_like(tokens)
+            uniform = torch.empty_like(tokens, dtype=torch.float64)
+            _philox(state.seeds, state.rows, state.positions, uniform)
+            _draw(warped, uniform, drawn)
+            tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
+        state.advance(tokens)
+        return tokens
+
+    def advance(self, *args: Any) -> None:
+        _advance(*args)

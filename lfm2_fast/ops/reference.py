@@ -1,0 +1,253 @@
+"""Every operation in plain PyTorch: its meaning, and the body that runs where no faster one does.
+
+Shapes: T tokens of B sequences packed end to end, H hidden, W conv width, D head size. Numbers are
+rounded where Hugging Face's ``Lfm2ForCausalLM`` rounds, so that results agree in every dtype; in
+float64 each function is the oracle that faster bodies are measured against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lfm2_fast.cache.batch import Batch
+
+
+def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis.
+
+    Normalised in float32 (or wider), cast to ``x.dtype``, then scaled. (Zhang and Sennrich, 2019)
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def linear_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]``, result ``[T, N]``.
+
+    A ``scale [N]`` belongs to an int8 weight, whose rows it multiplies.
+    """
+    return F.linear(x, scaled_ref(weight, scale, x.dtype), bias)
+
+
+def scaled_ref(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``rows [N, K]`` of a matrix in ``dtype``, times ``scale [N]`` where they are int8."""
+    if scale is None:
+        return rows
+    wide = torch.promote_types(dtype, torch.float32)
+    return (rows.to(wide) * scale.to(wide)[:, None]).to(dtype)
+
+
+def embed_ref(
+    tokens: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The rows ``[T, K]`` of ``weight [N, K]`` that ``tokens [T]`` name."""
+    scale = None if scale is None else scale.index_select(0, tokens)
+    return scaled_ref(weight.index_select(0, tokens), scale, dtype)
+
+
+def dynamic_linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``linear_ref`` of an int8 weight where every token of ``x`` is rounded to int8 too.
+
+    The products are exact; each is multiplied by its token's and its row's scale.
+    """
+    numbers, scales = quantize_ref(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    products = (numbers.double() @ weight.double().T).to(wide)
+    out = products * (scales.to(wide)[:, None] * scale.to(wide))
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
+def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ``x [T, K]`` as int8, the largest as 127, and what to multiply them by: ``[T]``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    most = wide.abs().amax(-1, keepdim=True)
+    # Not 127 / most, which torch computes as 127 * (1 / most).
+    factor = torch.where(most > 1e-35, torch.full_like(most, 127) / most, 0)
+    return (wide * factor).round().to(torch.int8), (most / 127)[:, 0]
+
+
+def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``gate_up [T, 2F]``, gate first; result ``[T, F]``. (Shazeer, 2020)"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gated_conv_ref(
+    bcx: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """``C * causal_conv(B * x)``, depthwise, for any number of tokens per sequence.
+
+    ``bcx [T, 3H]`` holds B, C and x side by side; ``weight [H, W]`` has its newest tap last;
+    result ``[T, H]``. ``window [slots, ring, H]`` is read for the W - 1 rows of ``B * x`` before
+    each sequence's first token (zeros before its start) and the newest rows are written to it.
+    """
+    ring, past = window.shape[1], weight.shape[1] - 1
+    b, c, x = bcx.chunk(3, dim=-1)
+    bx = b * x
+    out = torch.empty_like(bx)
+    first = 0
+    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        rows = bx[first : first + n]
+        before = torch.arange(start - past, start, device=bx.device)
+        old = window[slot, before % ring].masked_fill(before[:, None] < 0, 0)
+        out[first : first + n] = _taps(torch.cat([old, rows]).unfold(0, past + 1, 1), weight, bias)
+        kept = min(n, ring)
+        newest = torch.arange(start + n - kept, start + n, device=bx.device) % ring
+        window[slot, newest] = rows[n - kept :]
+        first += n
+    return c * out
+
+
+def gated_conv_step_ref(
+    bcx: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """``gated_conv_ref`` for one token per sequence: gathers each window, writes one row of it."""
+    ring, past = window.shape[1], weight.shape[1] - 1
+    b, c, x = bcx.chunk(3, dim=-1)
+    bx = b * x
+    before = batch.positions[:, None] - torch.arange(past, 0, -1, device=bx.device)
+    old = window[batch.slots[:, None], before % ring].masked_fill(before[..., None] < 0, 0)
+    out = _taps(torch.cat([old, bx[:, None]], dim=1).transpose(1, 2), weight, bias)
+    window[batch.slots, batch.positions % ring] = bx
+    return c * out
+
+
+def _taps(history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``sum(history [T, H, W] * weight [H, W]) + bias`` over W, summed wide, rounded once."""
+    wide = torch.promote_types(history.dtype, torch.float32)
+    out = (history.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        out = out + bias.to(wide)
+    return out.to(history.dtype)
+
+
+def rope_ref(
+    positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``[T, 1, D]`` of rotary embedding, both halves alike. (Su et al., 2021)"""
+    angles = positions.to(inv_freq.dtype)[:, None, None] * inv_freq
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate ``x [T, heads, D]``, pairing element i with i + D/2."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def qk_norm_rope_ref(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """Normalise q and k per head, turn them, and write k and v into the cache.
+
+    ``qkv [T, (heads + 2 * kv_heads) * D]`` holds all q heads, then all k, then all v; ``q_weight``
+    and ``k_weight`` are ``[D]``; ``rope`` is what ``rope_ref`` gives. The pages ``[slots, kv_heads,
+    page_size, D]`` hold a whole sequence each and are written at the tokens' positions. Result: q,
+    ``[T, heads, D]``.
+    """
+    kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    q = rotate_ref(rms_norm_ref(q, q_weight, eps), *rope)
+    k = rotate_ref(rms_norm_ref(k, k_weight, eps), *rope)
+    first = 0
+    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        here, there = slice(first, first + n), slice(start, start + n)
+        k_pages[slot, :, there] = k[here].transpose(0, 1)
+        v_pages[slot, :, there] = v[here].transpose(0, 1)
+        first += n
+    return q
+
+
+def attention_ref(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """Causal grouped-query attention of each sequence's newest tokens over its pages.
+
+    ``q [T, heads, D]``, result ``[T, heads * D]``; the keys and values of the tokens themselves
+    are in the pages already. Query heads of a group share one KV head (Ainslie et al., 2023).
+    """
+    out = torch.empty_like(q)
+    first = 0
+    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        here, end = slice(first, first + n), start + n
+        keys, values = k_pages[slot, :, :end], v_pages[slot, :, :end]
+        out[here] = _attend_one(q[here], keys, values, start)
+        first += n
+    return out.flatten(1)
+
+
+def _attend_one(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
+) -> torch.Tensor:
+    """One sequence: ``q [n, heads, D]`` over ``keys, values [kv_heads, start + n, D]``."""
+    n, heads, head_dim = q.shape
+    kv_heads, end, _ = keys.shape
+    group = heads // kv_heads
+    if n == 1:
+        # A group's query heads become queries of its KV head: nothing is repeated or masked.
+        folded = q.view(1, kv_heads, group, head_dim)
+        return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
+    mask = None
+    if start:
+        seen = torch.arange(end, device=q.device)
+        mask = seen <= seen[start:, None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys.repeat_interleave(group, dim=0)[None],
+        values.repeat_interleave(group, dim=0)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+    )
+    return out[0].transpose(0, 1)
+
+
+def advance_ref(
+    chosen: torch.Tensor,
+    eos: torch.Tensor,
+    scrap: int | None,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Make the next decode step's inputs of this one's, and of the tokens ``chosen [B]``, in place.
+
+    ``tokens, slots, positions [B]`` int64, ``lengths [B]`` int32, which is the position and one,
+    ``finished [B]`` bool. Who chooses one of ``eos [E]`` is finished, and runs on without effect:
+    at the first position of slot ``scrap``, or, if that is None, at the one after its text, where
+    every further step writes what nobody reads.
+    """
+    positions += ~finished
+    finished |= (chosen[:, None] == eos).any(-1)
+    tokens.copy_(chosen)
+    if scrap is not None:
+        positions.masked_fill_(finished, 0)
+        slots.masked_fill_(finished, scrap)
+    lengths.copy_(positions + 1)

@@ -1,0 +1,291 @@
+"""The operations' bodies in Triton. Importing this module imports triton."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
+from lfm2_fast.kernels.advance import advance_triton
+from lfm2_fast.kernels.embed import embed_triton
+from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
+from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
+from lfm2_fast.kernels.gated_conv import gated_conv_triton
+from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
+from lfm2_fast.kernels.linear_add import linear_add_triton
+from lfm2_fast.kernels.norm_conv import norm_conv_triton
+from lfm2_fast.kernels.norm_linear import norm_linear_triton
+from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
+from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
+from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from lfm2_fast.kernels.rope import rope_triton
+from lfm2_fast.kernels.sample import Scratch, sample_triton
+from lfm2_fast.kernels.swiglu import swiglu_triton
+from lfm2_fast.ops.base import Attention, Depthwise, Linear, Rope, ShortConv, epsilon
+from lfm2_fast.ops.residual import Stream, StreamOps, settled
+from lfm2_fast.ops.sampling import SamplingState
+
+
+class TritonOps(StreamOps):
+    """T tokens packed, H hidden.
+
+    A few tokens take one launch a word, their projection included. More take kernels between the
+    projections, which remain the library's, and leave the residual addition pending.
+
+    With ``dependent``, which needs compute capability 9.0, ``captured`` launches every kernel of a
+    step of few tokens such that it begins before its predecessor's end (``kernels/dependent.py``).
+    Launched one by one that would cost the host more than it gains, so nothing else does.
+    """
+
+    name = "triton"
+    captures = True
+    pdl = False
+
+    def __init__(self, *, dependent: bool = False) -> None:
+        # The counters of flash_decode belong to a cache, found by its page table. Launches on one
+        # cache follow one another, whatever stream or captured graph they are in; those on two may
+        # overlap.
+        self._arrivals = WeakTensorKeyDictionary()
+        self._dependent: TritonOps | None = None
+        if dependent:
+            # With the same counters: what is captured shares caches with what is not.
+            self._dependent = copy(self)
+            self._dependent.pdl = True
+
+    @property
+    def captured(self) -> TritonOps:
+        return self._dependent or self
+
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        few = _few(x)
+        if few is None:
+            return super().norm_linear(x, norm, linear)
+        out = few.new_empty(len(few), len(linear.weight))
+        norm_linear_triton(few, *_norm(norm), *_linear(linear), out, pdl=self.pdl)
+        return out
+
+    def norm_conv(
+        self, x: Any, norm: nn.RMSNorm, conv: ShortConv, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        few = _few(x)
+        if few is None or batch.max_query != 1:
+            return super().norm_conv(x, norm, conv, window, batch)
+        taps, out = conv.conv, torch.empty_like(few)
+        norm_conv_triton(
+            few,
+            *_norm(norm),
+            *_linear(conv.in_proj),
+            taps.weight,
+            taps.bias,
+            window.rows,
+            batch.positions,
+            batch.slots,
+            out,
+            pdl=self.pdl,
+        )
+        return out
+
+    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
+        few = _few(residual)
+        if few is None:
+            return super().linear_add(y, linear, residual)
+        out = torch.empty_like(few)
+        linear_add_triton(y, *_linear(linear), few, out, pdl=self.pdl)
+        return out
+
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
+        few = _few(x)
+        if few is None:
+            return super().norm_swiglu(x, norm, gate_up)
+        out = few.new_empty(len(few), len(gate_up.weight) // 2)
+        norm_swiglu_triton(few, *_norm(norm), *_linear(gate_up), out, pdl=self.pdl)
+        return out
+
+    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+        """Two launches for a few tokens, whose logits are never written."""
+        few = _few(x)
+        if few is None:
+            return super().head_argmax(x, norm, linear)
+        tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
+        programs = head_plan(linear.weight).programs
+        best = torch.empty(programs, MOST_TOKENS, dtype=torch.int64, device=few.device)
+        head_argmax_triton(few, *_norm(norm), *_linear(linear), best, pdl=self.pdl)
+        last_argmax_triton(best, tokens, pdl=self.pdl)
+        return tokens
+
+    def advance(self, *args: Any) -> None:
+        advance_triton(*args, pdl=self.pdl)
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        draws = "do_sample" in state.wanted
+        cuts = not state.wanted.isdisjoint({"top_k", "top_p"})
+        tokens = torch.empty_like(state.positions)
+        sample_triton(
+            logits,
+            state.seen,
+            state.repetition_penalty,
+            state.do_sample,
+            state.temperature,
+            state.top_k,
+            state.top_p,
+            state.min_p,
+            state.seeds,
+            state.rows,
+            state.positions,
+            tokens,
+            Scratch.empty(logits, draws=draws, cuts=cuts),
+            draws=draws,
+            cuts=cuts,
+            pdl=self.pdl,
+        )
+        state.moved()
+        return tokens
+
+    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
+        """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
+        cos = torch.empty(len(positions), len(inv_freq), device=positions.device)
+        sin = torch.empty_like(cos)
+        rope_triton(positions, inv_freq, cos, sin, pdl=self.pdl)
+        return cos, sin
+
+    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+        weight, scale = embedding.weight, embedding.weight_scale
+        out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
+        embed_triton(tokens, weight, scale, out, pdl=self.pdl)
+        return out
+
+    def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
+        out = torch.empty_like(x)
+        rms_norm_triton(x, norm.weight, epsilon(norm), out)
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty_like(x)
+        add_rms_norm_triton(x, delta, norm.weight, epsilon(norm), delta, out)
+        return delta, out
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        tokens, size = gate_up.shape
+        out = torch.empty(tokens, size // 2, dtype=gate_up.dtype, device=gate_up.device)
+        swiglu_triton(gate_up, out)
+        return out
+
+    def gated_conv(
+        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        tokens, hidden = len(bcx), len(conv.weight)
+        out = torch.empty(tokens, hidden, dtype=bcx.dtype, device=bcx.device)
+        if batch.max_query == 1:
+            gated_conv_step_triton(
+                bcx, conv.weight, conv.bias, window.rows, batch.positions, batch.slots, out
+            )
+        else:
+            gated_conv_triton(
+                bcx,
+                conv.weight,
+                conv.bias,
+                window.rows,
+                batch.cu_seqlens,
+                batch.slots,
+                batch.lengths,
+                out,
+            )
+        return out
+
+    def qk_norm_rope(
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        tokens, width = qkv.shape
+        _, kv_heads, _, head_dim = pages.k.shape
+        heads = width // head_dim - 2 * kv_heads
+        q = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        qk_norm_rope_triton(
+            qkv,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            epsilon(attention.q_layernorm),
+            *rope,
+            batch.positions,
+            batch.cu_seqlens,
+            batch.slots,
+            pages.table,
+            q,
+            pages.k,
+            pages.v,
+        )
+        return q
+
+    def attend(
+        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        """One launch where every sequence runs one token, two elsewhere."""
+        if batch.max_query != 1:
+            return super().attend(qkv, attention, rope, pages, batch)
+        tokens, width = qkv.shape
+        _, kv_heads, page_size, head_dim = pages.k.shape
+        heads = width // head_dim - 2 * kv_heads
+        splits = most_splits(pages.table.shape[1] * page_size)
+        shape = (tokens, kv_heads, splits, heads // kv_heads)
+        out = torch.empty(tokens, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+        flash_decode_triton(
+            qkv,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            epsilon(attention.q_layernorm),
+            *rope,
+            batch.slots,
+            batch.lengths,
+            pages.table,
+            pages.k,
+            pages.v,
+            out,
+            torch.empty(*shape, head_dim, dtype=torch.float32, device=qkv.device),
+            torch.empty(shape, dtype=torch.float32, device=qkv.device),
+            self._counters(pages.table, kv_heads),
+            pdl=self.pdl,
+        )
+        return out
+
+    def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
+        out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        flash_prefill_triton(
+            q,
+            pages.k,
+            pages.v,
+            pages.table,
+            batch.cu_seqlens,
+            batch.slots,
+            batch.lengths,
+            out,
+            batch.max_query,
+        )
+        return out
+
+    def _counters(self, table: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """``[slots, kv_heads]`` int32 zeros, the same for all launches on the cache of table."""
+        if table not in self._arrivals:
+            shape = (len(table), kv_heads)
+            self._arrivals[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)
+        return self._arrivals[table]
+
+
+def _few(x: torch.Tensor | Stream) -> torch.Tensor | None:
+    """The rows of a tensor or a Stream, with nothing pending, if they are few."""
+    return None if len(x) > MOST_TOKENS else settled(x)
+
+
+def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:
+    return norm.weight, epsilon(norm)
+
+
+def _linear(linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return linear.weight, linear.bias, linear.weight_scale

@@ -1,0 +1,1 @@
+"""Conversations and presets; token ids to text, thinking and tool calls."""

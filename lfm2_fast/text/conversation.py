@@ -1,0 +1,290 @@
+"""Conversations: messages, the cache that holds them, and the loop that reads and answers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lfm2_fast.cache.kv_cache import Cache, common_prefix
+from lfm2_fast.cli.terminal import Terminal, interruptible
+from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.generation_args import understand
+from lfm2_fast.text.token_stream import PASSAGES, Segment, Splitter, Stopped, Timing, TokenStream
+
+HELP = """\
+/reset          start anew, with the same system prompt
+/system TEXT    start anew with this system prompt, or with none
+/help           this list
+/exit           leave, as Ctrl-D does
+A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+@dataclass
+class Answer:
+    """What was written after a prompt; ``end`` says why it ended, if not of its own accord."""
+
+    text: str
+    timing: Timing
+    prompt_tokens: int
+    kept_tokens: int
+    stopped: bool
+    end: str
+
+    def __str__(self) -> str:
+        parts = [str(self.timing)]
+        if self.kept_tokens:
+            parts.append(f"{self.kept_tokens} of {self.prompt_tokens} prompt tokens kept")
+        return "; ".join([*parts, self.end] if self.end else parts)
+
+
+def write(
+    model: Lfm2ForCausalLM,
+    tokenizer: Any,
+    ids: list[int],
+    sink: Callable[[str], None],
+    *,
+    max_new_tokens: int | None,
+    arguments: Mapping[str, Any],
+    cache: Cache | None = None,
+    stable: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """Continue ``ids``, handing text to ``sink`` as it comes.
+
+    ``stopped`` is asked after every token. ``arguments`` go to ``generate``. The context's end
+    bounds the text, and so does ``max_new_tokens``. A cache is marked after the first ``stable``
+    ids, with which the next prompt will begin. Raises ValueError when nothing fits any more.
+    """
+    room = model.max_length - len(ids)
+    if room < 1:
+        raise ValueError(f"{len(ids)} tokens fill the context of {model.max_length}")
+    budget = min(max_new_tokens or room, room)
+    stream = TokenStream(tokenizer, sink, stopped)
+    kept = 0
+    if cache is not None:
+        kept = cache.resume(0, common_prefix(ids[:-1], cache.history[0]))
+        if kept < stable:
+            Decoder(model, cache).prefill([ids[kept:stable]], [0])
+    end = ""
+    try:
+        model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=budget,
+            past_key_values=cache,
+            streamer=stream,
+            tokenizer=tokenizer,
+            **arguments,
+        )
+    except Stopped:
+        end = "stopped"
+    else:
+        if len(stream.ids) == budget and stream.ids[-1] not in _ends(model, arguments):
+            end = "the context is full" if budget == room else f"cut at {budget} tokens"
+    return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
+
+
+def _ends(model: Lfm2ForCausalLM, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text which ``generate`` writes with ``arguments``."""
+    given = {"eos_token_id": arguments["eos_token_id"]} if "eos_token_id" in arguments else {}
+    config = arguments.get("generation_config")
+    defaults, vocab_size = model.generation_defaults(), model.config.vocab_size
+    return understand(given, config, defaults, vocab_size).eos_token_id
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Raise ValueError where the tokenizer of checkpoint ``name`` has no chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name} has no chat template; it can continue text")
+
+
+class Conversation:
+    """Messages in a checkpoint's chat template, answered one after another.
+
+    The cache stays from one answer to the next, and only what it does not hold is run. The messages
+    are the truth: every prompt is made from them anew, so a template that leaves out earlier
+    thinking leaves it out here too. ``arguments`` go to ``generate``.
+    """
+
+    def __init__(
+        self,
+        model: Lfm2ForCausalLM,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_template(tokenizer, model.name_or_path)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.arguments = dict(arguments or {})
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        """Forget every message, and begin with this system prompt."""
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.cache = self.model.new_cache(1)
+
+    def ask(
+        self,
+        message: str,
+        show: Callable[[Segment], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """Answer a message, handing segments to ``show`` as they come.
+
+        An answer that ``stopped`` ended stays as far as it got. If it got nowhere but thinking, or
+        on any exception, the message is taken back. Raises ValueError when the context is full.
+        """
+        self.messages.append({"role": "user", "content": message})
+        said = False
+        try:
+            ids, inside, stable = self._prompt()
+            splitter = Splitter(inside)
+
+            def hand(segments: Iterable[Segment]) -> None:
+                nonlocal said
+                for segment in segments:
+                    said |= segment.kind != "thinking"
+                    show(segment)
+
+            answer = write(
+                self.model,
+                self.tokenizer,
+                ids,
+                lambda text: hand(splitter.feed(text)),
+                max_new_tokens=self.max_new_tokens,
+                arguments=self.arguments,
+                cache=self.cache,
+                stable=stable,
+                stopped=stopped,
+            )
+            hand(splitter.close())
+        except BaseException as error:
+            self.messages.pop()
+            if not isinstance(error, ValueError):
+                self.cache = self.model.new_cache(1)
+            raise
+        if answer.stopped and not said:
+            self.messages.pop()
+            answer.end = "stopped; the message is taken back"
+        else:
+            # Templates find thinking by its end; a tool call that was cut off is none.
+            closer = splitter.closer if splitter.kind == "thinking" else ""
+            content = (inside or "") + answer.text + closer
+            self.messages.append({"role": "assistant", "content": content})
+        return answer
+
+    def _prompt(self) -> tuple[list[int], str | None, int]:
+        """The prompt's ids, the marker with which the template opened a passage, ids before it.
+
+        The next prompt will not repeat such a marker, and begin with the ids before it at most.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        ids = self._encoded(text)
+        inside = next((opener for opener in PASSAGES if text.rstrip().endswith(opener)), None)
+        if inside is None:
+            return ids, None, 0
+        return ids, inside, common_prefix(ids, self._encoded(text[: text.rindex(inside)]))
+
+    def _encoded(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def converse(conversation: Conversation, terminal: Terminal, messages: Iterable[str]) -> None:
+    """Answer messages, and do what those that begin with a slash and a word say."""
+    for message in messages:
+        command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", message, re.DOTALL)
+        match command and command[1]:
+            case None:
+                _answer(conversation, terminal, message)
+            case "exit":
+                return
+            case "help":
+                terminal.note(HELP)
+            case "reset":
+                conversation.reset(conversation.system)
+                terminal.note("a new conversation")
+            case "system":
+                conversation.reset(command[2] if command else None)
+                terminal.note(f"a new conversation; system prompt: {conversation.system or 'none'}")
+            case unknown:
+                terminal.note(f"there is no command /{unknown}; /help lists them")
+
+
+def _answer(conversation: Conversation, terminal: Terminal, message: str) -> None:
+    """Answer a message. Where nobody types, Ctrl-C and errors end the conversation: they raise."""
+    typing = sys.stdin.isatty()
+    try:
+        with interruptible() as stopped:
+            answer = conversation.ask(message, terminal.show, stopped)
+    except KeyboardInterrupt:
+        terminal.finish()
+        terminal.note("stopped; the message is taken back")
+        if not typing:
+            raise
+    except (ValueError, RuntimeError) as error:
+        terminal.finish()
+        if not typing:
+            raise
+        terminal.note(f"{error}; /reset starts a new conversation")
+    else:
+        terminal.finish()
+        terminal.note(str(answer))
+        if answer.stopped and not typing:
+            raise KeyboardInterrupt
+
+
+def typed(terminal: Terminal) -> Iterator[str]:
+    """Messages typed at a prompt, until Ctrl-D, or Ctrl-C twice."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and a history)
+
+    def line(prompt: str) -> str:
+        if terminal.out.is_terminal:
+            return input(prompt)
+        terminal.err.print(prompt, end="")
+        return input()
+
+    leaving = False
+    while True:
+        try:
+            message = line("> ")
+            while message.endswith("\\"):
+                message = f"{message[:-1]}\n{line('. ')}"
+        except EOFError:
+            terminal.err.print()
+            return
+        except KeyboardInterrupt:
+            terminal.err.print()
+            if leaving:
+                return
+            leaving = True
+            terminal.note("Ctrl-C again, Ctrl-D or /exit leaves")
+            continue
+        leaving = False
+        if message.strip():
+            yield message
+
+
+def piped() -> Iterator[str]:
+    """Messages from stdin, one a line."""
+    for line in sys.stdin:
+        if line.strip():
+            yield line.removesuffix("\n")

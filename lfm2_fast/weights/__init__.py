@@ -1,0 +1,1 @@
+"""Checkpoints: hub, safetensors, the fusion table and weight formats."""

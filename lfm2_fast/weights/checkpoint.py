@@ -1,0 +1,306 @@
+"""Checkpoints: a folder -> checked, fused tensors on their device; and back."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import mmap
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.fusion import Part, is_matrix, layout, stored_dtype
+
+T = TypeVar("T")
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+
+# Under a name of its own: programs that do not know the format would take integers for weights.
+QUANTIZED_WEIGHTS = "model.int8.safetensors"
+
+# Numbers that are quantized at once: few enough to stay in the caches on the way.
+BLOCK = 1 << 18
+# Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
+LARGE = 1 << 18
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def weights_file(config: Config) -> str:
+    """The name of the file that holds all tensors, where they are not spread over shards."""
+    return WEIGHTS if config.quantization is None else QUANTIZED_WEIGHTS
+
+
+def load_weights(
+    folder: Path,
+    config: Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
+
+    Where tensors are stored in several, None is the embedding's, or, if that is in 8 bits, the last
+    norm's. The files are mapped, and every tensor is copied from the map straight into its place.
+    With ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales;
+    those of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
+    shapes and dtypes are checked before the first copy. Raises CheckpointError, which names the
+    file and the tensor, for whatever does not fit.
+    """
+    plan = layout(config)
+    found = _with_a_head(plan, _open_tensors(folder, weights_file(config)))
+    _check_tensors(folder, config, plan, found)
+    if dtype is None:
+        telling = "embed_tokens.weight" if config.quantization is None else "embedding_norm.weight"
+        dtype = FLOATS[found[plan[telling][0].name].dtype]
+    weights = {}
+    with _progress(plan.items()) as tensors:
+        for name, parts in tensors:
+            rows = sum(part.rows for part in parts)
+            shrinks = quantization is not None and config.quantization is None and is_matrix(parts)
+            kind = torch.int8 if shrinks else stored_dtype(config, parts) or dtype
+            whole = _empty((rows, *parts[0].shape[1:]), kind, device)
+            scales = torch.empty(rows if shrinks else 0, dtype=torch.float32, device=device)
+            first = 0
+            for part in parts:
+                here = slice(first, first + part.rows)
+                if shrinks:
+                    _quantize(found[part.name], whole[here], scales[here])
+                else:
+                    whole[here].copy_(found[part.name].read())
+                first += part.rows
+            if shrinks:
+                weights[f"{name}_scale"] = scales
+            # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
+            weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
+    return weights
+
+
+def _progress(tensors: Collection[T]) -> AbstractContextManager[Iterable[T]]:
+    """``tensors`` with a bar on a terminal where they take long, if tqdm is there."""
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(
+            tensors, desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
+        )
+    return nullcontext(tensors)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for a weight; on a CPU in large pages, where the system has them to give.
+
+    A matrix is then read faster: fewer pages have to be found, and the processor's own fetching
+    ahead, which ends where a page does, goes further.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them; the memory is good all the same
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=dtype).view(shape)
+
+
+def save(
+    folder: Path,
+    config: Config,
+    weights: dict[str, torch.Tensor],
+    *,
+    generation_config: dict[str, Any],
+) -> None:
+    """Write our fused tensors as the checkpoint that Hugging Face reads.
+
+    Every file is complete before it gets its name, so what was there stays whole if the disk is
+    full. Raises OSError as the file system does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = {}
+    for name, parts in layout(config).items():
+        whole = weights[name]
+        for part, rows in zip(parts, whole.split([part.rows for part in parts]), strict=True):
+            split[part.name] = rows.reshape(part.shape).contiguous()
+    dtype = str(weights["embedding_norm.weight"].dtype).removeprefix("torch.")
+    target = folder / weights_file(config)
+    with _complete(target) as path:
+        try:
+            save_file(split, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"could not write {target}: {error}") from error
+    documents = {"config.json": {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}}
+    if generation_config:
+        documents[GENERATION_CONFIG] = generation_config
+    for name, document in documents.items():
+        with _complete(folder / name) as path:
+            path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes it if the block ends well, else is removed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a safetensors file.
+
+    The file is mapped anew for every tensor: what was read through a map counts as this process's
+    memory until the map is gone, and would come to as much as the file.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> torch.Tensor:
+        with _readable(self.path):
+            return _open(self.path).get_tensor(self.name)
+
+    def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """So many rows at a time, each with its place."""
+        with _readable(self.path):
+            stored = _open(self.path).get_slice(self.name)
+        for first in range(0, self.shape[0], rows):
+            here = slice(first, first + rows)
+            yield here, stored[here]
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file, mapped. Raises CheckpointError for what is none."""
+    with _readable(path):
+        return safe_open(path, framework="pt", device="cpu")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What reads a safetensors file; raises CheckpointError where that cannot be read."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or corrupt ({error}); download it again"
+        ) from error
+
+
+def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
+    """Every tensor of the folder's safetensors files, by Hugging Face's name."""
+    index = folder / INDEX
+    if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
+        names = [whole]
+    elif index.is_file():
+        names = shards(index)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {_listed(missing)}, which {INDEX} names; download it again"
+            )
+    else:
+        raise CheckpointError(
+            f"{folder} holds neither {whole} nor {INDEX}; lfm2_fast reads safetensors only"
+        )
+    tensors = {}
+    for name in names:
+        path = folder / name
+        file = _open(path)
+        for key in file.keys():
+            header = file.get_slice(key)
+            tensors[key] = _Stored(path, key, tuple(header.get_shape()), header.get_dtype())
+    return tensors
+
+
+def shards(index: Path) -> list[str]:
+    """The files that ``index`` names. Raises CheckpointError where it names none."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    return sorted({str(name) for name in places.values()})
+
+
+def _with_a_head(plan: dict[str, list[Part]], found: dict[str, _Stored]) -> dict[str, _Stored]:
+    """``found`` by the names of the class with a head, where it was saved without one.
+
+    Hugging Face's ``from_pretrained`` takes either, tensor by tensor.
+    """
+    full = {part.base_name: part.name for parts in plan.values() for part in parts}
+    return {
+        name if (named := full.get(name, name)) in found else named: stored
+        for name, stored in found.items()
+    }
+
+
+def _check_tensors(
+    folder: Path, config: Config, plan: dict[str, list[Part]], found: dict[str, _Stored]
+) -> None:
+    wanted = {part.name: part for parts in plan.values() for part in parts}
+    eight_bit = {
+        part.name
+        for parts in plan.values()
+        for part in parts
+        if stored_dtype(config, parts) == torch.int8
+    }
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {_listed(missing)}, which its config.json asks for; the checkpoint "
+            "is incomplete or its config belongs to another one"
+        )
+    # A tied head is sometimes stored all the same; as in Hugging Face's class the embedding counts.
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    unexpected = sorted(found.keys() - wanted.keys() - tied)
+    if unexpected:
+        where = found[unexpected[0]].path
+        raise CheckpointError(
+            f"{where} holds {_listed(unexpected)}, which an LFM2 of this config does not have; "
+            "its config belongs to another checkpoint, or an adapter was saved with it"
+        )
+    for name, part in wanted.items():
+        stored = found[name]
+        if stored.shape != part.shape:
+            raise CheckpointError(
+                f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json "
+                f"asks for {list(part.shape)}"
+            )
+        if stored.dtype not in (("I8",) if name in eight_bit else FLOATS):
+            raise CheckpointError(
+                f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
+                "config.json does not speak of; load the unquantized checkpoint"
+            )
+
+
+def _quantize(stored: _Stored, whole: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fill ``whole`` and ``scales`` with a tensor's numbers in 8 bits, some rows at a time."""
+    for here, block in stored.blocks(max(1, BLOCK // whole.shape[1])):
+        whole[here], scales[here] = quantize_int8(block.to(whole.device))
+    # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,159 @@
+"""From a name to a folder: a local checkpoint as it is, a hub id through the hub's cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards, weights_file
+
+
+def resolve(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+    also: Sequence[str] = (),
+) -> Path:
+    """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
+
+    The config comes first and is checked before gigabytes follow; then only the generation config,
+    the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
+    commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold. Raises
+    CheckpointError.
+    """
+    folder = Path(model)
+    with suppress(RuntimeError):  # "~" of nobody
+        folder = folder.expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json")
+    name = os.fspath(model)
+    # Whatever cannot be OWNER/NAME was meant as a path.
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or os.sep != "/" and os.sep in name:
+        raise CheckpointError(
+            f"there is no folder {name!r}; give a checkpoint folder or a hub id like "
+            "'LiquidAI/LFM2-1.2B'"
+        )
+    return _download(
+        name,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        weights=weights,
+        also=also,
+    )
+
+
+def _download(
+    repo: str,
+    *,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+    weights: bool,
+    also: Sequence[str],
+) -> Path:
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cache_dir = None if cache_dir is None else Path(cache_dir)
+
+    def fetch(name: str) -> Path | None:
+        """The file in the cache, or None where the repository does not have it."""
+        try:
+            if try_to_load_from_cache(repo, name, cache_dir, revision) is _CACHED_NO_EXIST:
+                return None
+            return Path(
+                hf_hub_download(
+                    repo,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            if name != "config.json" and _is_offline(local_files_only):
+                return None
+            # The hub gave no answer, or refused one: that says nothing of what it has.
+            raise _explained(repo, revision, name, error) from error
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise _explained(repo, revision, name, error) from error
+
+    path = fetch("config.json")
+    if path is None:
+        raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
+    whole = weights_file(Config.from_file(path))
+    revision = path.parent.name
+    for name in (GENERATION_CONFIG, *also):
+        fetch(name)
+    if not weights:
+        return path.parent
+    if fetch(whole) is not None:
+        return path.parent
+    index = fetch(INDEX)
+    missing: str | None = whole
+    if index is not None:
+        missing = next((name for name in shards(index) if fetch(name) is None), None)
+    if missing is None:
+        return path.parent
+    if _is_offline(local_files_only):
+        where, remedy = "the local cache", "connect to the network once to download it"
+    else:
+        where, remedy = "the hub", "lfm2_fast reads safetensors only"
+    raise CheckpointError(f"{repo} has no {missing} in {where}; {remedy}")
+
+
+def _is_offline(local_files_only: bool) -> bool:
+    from huggingface_hub import constants
+
+    return local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _explained(repo: str, revision: str | None, name: str, error: Exception) -> Exception:
+    """The hub's exception as one sentence with what to do; a programming error stays itself."""
+    from huggingface_hub import errors
+
+    at = f"{repo} at revision {revision!r}" if revision else repo
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(
+            f"{repo} is gated: accept its terms on the hub, then log in or pass token=..."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"{repo} is neither a folder here nor a model on the hub that you may read; check the "
+            "name, and pass token=... if it is private"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{at} does not exist on the hub; check revision")
+    if isinstance(error, errors.HFValidationError):
+        return CheckpointError(
+            f"{repo!r} is neither a folder here nor a hub id like 'LiquidAI/LFM2-1.2B'"
+        )
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # an answer that the client took for no connection
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        lacking = ", or use local_files_only if it never had one" if name != "config.json" else ""
+        return CheckpointError(
+            f"{name} of {at} is not in the local cache and the hub cannot be reached (or offline "
+            f"mode is on); connect once to download it, or give a folder{lacking}"
+        )
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http"):
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return CheckpointError(
+            f"could not download {name} of {at} ({reason}); try again, it goes on where it stopped"
+        )
+    return error

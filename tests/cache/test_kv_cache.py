@@ -1,0 +1,182 @@
+"""The cache: rollback, slots, growth, saving, and steps that break off."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lfm2_fast import Cache, CacheError
+from lfm2_fast.cache.batch import Batch
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint, pair):
+    return pair(random_checkpoint())[1]
+
+
+def run(model, cache: Cache, work: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    counts = [len(tokens) for tokens in work.values()]
+    batch = Batch.prepare(counts, list(work), cache, "cpu")
+    return list(model.run(torch.cat(list(work.values())), batch, cache).split(counts))
+
+
+def ids(count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(8, 307, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 4])
+@pytest.mark.parametrize("steps", [(4,), (1, 1, 1, 1), (3, 1), (1, 3)])
+def test_rollback_equals_never_having_run(model, taken: int, steps: tuple[int, ...]) -> None:
+    cache, never = model.new_cache(1, spare=4), model.new_cache(1, spare=4)
+    for held in (cache, never):
+        run(model, held, {0: ids(9)})
+    wrong, right = ids(4, seed=2), ids(5, seed=3)
+    for part in wrong.split(list(steps)):
+        run(model, cache, {0: part})
+    run(model, never, {0: wrong[: 4 - taken]}) if taken < 4 else None
+    cache.rollback(taken)
+    assert cache.lengths == never.lengths
+    torch.testing.assert_close(
+        run(model, cache, {0: right})[0], run(model, never, {0: right})[0], rtol=1e-5, atol=1e-4
+    )
+
+
+def test_rollback_beyond_the_window_says_so_and_changes_nothing(model) -> None:
+    cache = model.new_cache(2, spare=2)
+    run(model, cache, {0: ids(9), 1: ids(9)})
+    cache.rollback(2, [0])
+    with pytest.raises(CacheError, match="slot 0 cannot go on from token 6"):
+        cache.rollback(1)
+    assert cache.lengths == [7, 9]
+    with pytest.raises(CacheError, match="take back 10 tokens"):
+        cache.rollback(10, [1])
+    with pytest.raises(ValueError, match="-1"):
+        cache.rollback(-1)
+    cache.rollback(9, [1])
+    assert cache.lengths == [7, 0]
+
+
+def test_a_reset_slot_is_as_new(model) -> None:
+    cache = model.new_cache(3)
+    run(model, cache, {0: ids(80), 1: ids(4, seed=2), 2: ids(7, seed=3)})
+    cache.reset([0, 2])
+    again = ids(6, seed=4)
+    fresh = run(model, model.new_cache(1), {0: again})[0]
+    for slot in (2, 0):
+        torch.testing.assert_close(run(model, cache, {slot: again})[0], fresh)
+    assert cache.lengths == [6, 4, 6]
+
+
+def test_garbage_beyond_the_length_is_never_read(model) -> None:
+    cache = model.new_cache(2)
+    for layer in cache.layers:
+        for tensor in layer.tensors().values():
+            tensor.fill_(float("nan"))
+    tokens = ids(7)
+    got = run(model, cache, {1: tokens})[0]
+    step = run(model, cache, {1: ids(1, seed=2)})[0]
+    clean = model.new_cache(1)
+    assert torch.equal(got, run(model, clean, {0: tokens})[0])
+    assert torch.equal(step, run(model, clean, {0: ids(1, seed=2)})[0])
+
+
+def test_growth_keeps_what_is_held(model) -> None:
+    cache = model.new_cache(2)
+    small = cache.nbytes
+    tokens = ids(300)
+    whole = run(model, model.new_cache(1), {0: tokens})[0]
+    parts = [run(model, cache, {1: part})[0] for part in tokens.split(37)]
+    assert cache.nbytes > small
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-3)
+
+
+def test_full_cache_says_so_and_loses_nothing(model) -> None:
+    cache = model.new_cache(1, max_length=10)
+    run(model, cache, {0: ids(9)})
+    before = copy.deepcopy(cache)
+    with pytest.raises(CacheError, match="max_length of 10"):
+        run(model, cache, {0: ids(2)})
+    assert cache.lengths == [9]
+    token = ids(1, seed=5)
+    assert torch.equal(run(model, cache, {0: token})[0], run(model, before, {0: token})[0])
+
+
+def test_save_and_restore(model) -> None:
+    cache = model.new_cache(2, spare=3)
+    run(model, cache, {0: ids(5), 1: ids(90, seed=2)})
+    state = cache.state_dict()
+    restored = model.new_cache(2, spare=3)
+    restored.load_state_dict(state)
+    following = {1: ids(2, seed=3), 0: ids(4, seed=4)}
+    for a, b in zip(run(model, cache, following), run(model, restored, following), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(CacheError, match="not of a cache with 2 slots, ring 3"):
+        model.new_cache(2).load_state_dict(state)
+    with pytest.raises(CacheError, match="max_length 50"):
+        model.new_cache(2, max_length=50, spare=3).load_state_dict(state)
+
+
+def test_a_step_that_broke_off_cannot_be_continued_silently(model, monkeypatch) -> None:
+    """A chunk that stopped midway has overwritten conv rows; the next step must not use them."""
+    cache = model.new_cache(1)
+    run(model, cache, {0: ids(8)})
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.ops, "attend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, cache, {0: ids(5)})
+    assert cache.lengths == [8]
+    with pytest.raises(CacheError, match="broke off"):
+        run(model, cache, {0: ids(1)})
+    cache.reset()
+    run(model, cache, {0: ids(8)})
+
+
+def test_a_first_step_that_broke_off_leaves_an_empty_slot_sound(model) -> None:
+    cache = model.new_cache(1)
+    cache.reserve(Batch.prepare([10], [0], cache, "cpu"))
+    run(model, cache, {0: ids(2)})
+    assert torch.isfinite(run(model, cache, {0: ids(1)})[0]).all()
+
+
+def test_a_decode_step_that_broke_off_can_be_run_again(model, monkeypatch) -> None:
+    cache = model.new_cache(1)
+    run(model, cache, {0: ids(8)})
+    untouched = copy.deepcopy(cache)
+    token = ids(1, seed=2)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.ops, "attend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, cache, {0: token})
+    assert torch.equal(run(model, cache, {0: token})[0], run(model, untouched, {0: token})[0])
+
+
+def test_a_cache_made_in_inference_mode_works_outside(model) -> None:
+    with torch.inference_mode():
+        cache = model(ids(70)[None]).past_key_values
+    assert model(ids(1)[None], past_key_values=cache).past_key_values.lengths == [71]
+
+
+def test_bad_batches_are_named(model) -> None:
+    cache = model.new_cache(2)
+    with pytest.raises(ValueError, match="slot 2 is not one of the cache's 2"):
+        Batch.prepare([1], [2], cache, "cpu")
+    with pytest.raises(ValueError, match="once"):
+        Batch.prepare([1, 1], [0, 0], cache, "cpu")
+    with pytest.raises(ValueError, match="negative"):
+        Batch.prepare([-1], [0], cache, "cpu")
+    with pytest.raises(ValueError, match="1 query lengths for 2 slots"):
+        Batch.prepare([1], [0, 1], cache, "cpu")
+    stale = Batch.prepare([1], [0], cache, "cpu")
+    model.run(ids(1), stale, cache)
+    with pytest.raises(CacheError, match="prepare a new batch"):
+        model.run(ids(1), stale, cache)

@@ -1,0 +1,83 @@
+"""The measure of quality, and by it what 8-bit matrices lose on trained weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import lfm2_fast
+from lfm2_fast.cli.app import app
+from lfm2_fast.cli.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def text(tiny: Path) -> torch.Tensor:
+    """The held-out text in tokens."""
+    held_out = (tiny / "heldout.txt").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    return tokenizer(held_out, add_special_tokens=False, return_tensors="pt").input_ids[0]
+
+
+def test_the_loss_is_hugging_faces(tiny: Path, text) -> None:
+    stored = json.loads((tiny / "heldout.json").read_text(encoding="utf-8"))
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    found = evaluate(model, text, window=stored["window"])
+    assert found.tokens == stored["tokens"]
+    assert found.loss == pytest.approx(stored["loss"], rel=5e-5)
+    assert found.kl is None
+
+
+def test_eight_bits_lose_little(tiny: Path, text) -> None:
+    """Within 1 percent of bfloat16's loss; far nearer to float32 than to anything else."""
+    exact = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    plain = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
+    int8 = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization="int8")
+    wide, narrow = (
+        evaluate(model, text[:5120], window=256, reference=exact) for model in (plain, int8)
+    )
+    assert narrow.loss < 1.01 * wide.loss
+    assert 0 <= wide.kl < narrow.kl < 0.02
+    assert narrow.agreement > 0.93
+    assert wide.reference_loss == narrow.reference_loss
+
+
+def test_a_reference_that_differs_shows(tiny: Path, text) -> None:
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    same = evaluate(model, text[:600], window=200, reference=model)
+    assert same.kl == 0 and same.agreement == 1 and same.loss == same.reference_loss
+    other = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    other.layers[0].feed_forward.down_proj.weight.zero_()
+    changed = evaluate(other, text[:600], window=200, reference=model)
+    assert changed.kl > 0.1 and changed.agreement < 0.9
+    assert changed.reference_loss == pytest.approx(same.loss)
+
+
+@pytest.mark.parametrize(("window", "message"), [(1, "at least 2"), (700, "fewer than the window")])
+def test_what_cannot_be_measured(tiny: Path, text, window: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(lfm2_fast.load(tiny, device="cpu"), text[:600], window=window)
+
+
+def test_the_command(tiny: Path, tmp_path: Path) -> None:
+    text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:4000]
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    call = ["eval", str(tiny), "--text", str(tmp_path / "text"), "--window", "100"]
+    done = CliRunner().invoke(app, [*call, "--quantization", "int8", "--reference", "float32"])
+    assert done.exit_code == 0, done.output
+    assert "quality.agreement: 0.9" in done.stdout
+    done = CliRunner().invoke(app, [*call, "--json"])
+    assert set(json.loads(done.stdout)["quality"]) == {"tokens", "loss", "perplexity"}
+
+
+def test_an_empty_text_is_named_and_nothing_is_loaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2_fast.weights.checkpoint.load_weights", None)
+    (tmp_path / "empty").write_text("\n")
+    done = CliRunner().invoke(app, ["eval", str(tiny), "--text", str(tmp_path / "empty")])
+    assert str(done.exception) == "the text is empty"

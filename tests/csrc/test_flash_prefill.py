@@ -1,0 +1,256 @@
+"""The C++ body of attention for many tokens: bfloat16, on processors with AVX512_BF16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lfm2_fast
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.kv_cache import KVPages
+from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import reference
+from lfm2_fast.ops import reference as ref
+from lfm2_fast.ops.native_ops import NativeOps
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+BODIES = torch.ops.lfm2_fast
+
+pytestmark = [
+    pytest.mark.skipif(not native.prefills(torch.bfloat16), reason="needs AVX512_BF16"),
+    pytest.mark.usefixtures("threads"),
+]
+
+
+def a_batch(starts: Sequence[int], counts: Sequence[int]) -> Batch:
+    """Some tokens after each of ``starts``, in slots of another order; two more slots are empty."""
+    slots = torch.randperm(len(starts) + 2).tolist()
+    cache: Any = SimpleNamespace(slots=len(slots), lengths=[0] * len(slots))
+    for slot, start in zip(slots, starts, strict=False):
+        cache.lengths[slot] = start
+    return Batch.prepare(counts, slots[: len(starts)], cache, CPU)
+
+
+class Case:
+    """Random queries, keys and values for ``batch``, whose slots hold its tokens already."""
+
+    def __init__(self, batch: Batch, heads: int, kv_heads: int, head_dim: int) -> None:
+        self.batch, slots = batch, len(batch.slots) + 2
+        self.lengths = [0] * slots
+        for slot, length in zip(batch.host_slots, batch.lengths.tolist(), strict=True):
+            self.lengths[slot] = length
+        self.q = torch.randn(len(batch.positions), heads, head_dim).bfloat16()
+        longest = max(self.lengths)
+        self.k, self.v = torch.randn(2, slots, kv_heads, longest, head_dim).bfloat16()
+
+    def reference(self, dtype: torch.dtype) -> torch.Tensor:
+        return ref.attention_ref(*(t.to(dtype) for t in (self.q, self.k, self.v)), self.batch)
+
+    def whole(self) -> KVPages:
+        """A page as long as its sequence for every slot, as the cache has them."""
+        table = torch.arange(len(self.lengths), dtype=torch.int32)[:, None]
+        return KVPages(self.k, self.v, table)
+
+    def alone(self, i: int) -> Case:
+        """The same without the other sequences."""
+        made, batch = object.__new__(Case), self.batch
+        first, last = batch.cu_seqlens[i : i + 2].tolist()
+        cache: Any = SimpleNamespace(slots=len(self.lengths), lengths=[0] * len(self.lengths))
+        cache.lengths[batch.host_slots[i]] = batch.starts[i]
+        made.batch = Batch.prepare([last - first], [batch.host_slots[i]], cache, CPU)
+        made.q, made.k, made.v, made.lengths = self.q[first:last], self.k, self.v, self.lengths
+        return made
+
+
+def attend(
+    case: Case, pages: KVPages, place: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> torch.Tensor:
+    """The body's result, where ``place`` says how q, the pages and the result lie in memory."""
+    q, k, v = place(case.q.flatten(1)).view_as(case.q), place(pages.k), place(pages.v)
+    out = place(torch.full_like(case.q.flatten(1), NAN))
+    batch = case.batch
+    places = pages.table, batch.cu_seqlens, batch.slots, batch.lengths
+    BODIES.flash_prefill_native(q, k, v, *places, out)
+    return out
+
+
+def test_any_batch(framed, intact, paged, same_bits, within_budget) -> None:
+    """Sequences of any lengths; the bits are those of each alone, on any threads and pages.
+
+    The largest of a few errors is a matter of luck, so the budget is that of all examples together.
+    """
+    found: list[tuple[torch.Tensor, ...]] = []
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        chunks=st.lists(
+            st.tuples(
+                st.sampled_from([0, 0, 1, 31, 63, 64, 65, 130]),
+                st.one_of(st.integers(1, 9), st.integers(10, 140)),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from([1, 2, 3, 4, 7, 70]),
+        head_dim=st.sampled_from([2, 6, 24, 34, 64, 80, 128, 256]),
+        page_size=st.sampled_from([1, 5, 16, 64, 100, 1000]),
+        place=st.sampled_from([framed, torch.clone]),
+        seed=st.integers(0, 99),
+    )
+    def check(chunks, kv_heads, group, head_dim, page_size, place, seed) -> None:
+        torch.manual_seed(seed)
+        batch = a_batch(*zip(*chunks, strict=True))
+        case = Case(batch, kv_heads * group, kv_heads, head_dim)
+        pages = paged(case.k, case.v, case.lengths, page_size)
+        out = attend(case, pages, place)
+        assert place is not framed or intact(out)
+        exact = case.reference(torch.float64)
+        assert (out - exact).abs().max() <= 2**-5 * case.v.abs().max()
+        found.append(tuple(t.flatten() for t in (out, exact, case.reference(torch.bfloat16))))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert same_bits(attend(case, case.whole()), out)
+        torch.set_num_threads(3)
+        alone = [attend(case.alone(i), pages) for i in range(len(chunks))]
+        assert same_bits(torch.cat(alone), out)
+
+    check()
+    within_budget(*map(torch.cat, zip(*found, strict=True)))
+
+
+def test_a_prompt_may_be_cut_anywhere(same_bits) -> None:
+    """Two steps give the bits of one, whatever shares a tile with a token then."""
+    torch.manual_seed(0)
+    case = Case(a_batch([0], [150]), 6, 2, 16)
+    (slot,), pages = case.batch.host_slots, case.whole()
+    whole = attend(case, pages)
+    for cut in range(1, 150):
+        parts = []
+        for first, last in ((0, cut), (cut, 150)):
+            part = case.alone(0)
+            cache: Any = SimpleNamespace(slots=3, lengths=[first] * 3)
+            part.q, part.batch = (
+                case.q[first:last],
+                Batch.prepare([last - first], [slot], cache, CPU),
+            )
+            parts.append(attend(part, pages))
+        assert same_bits(torch.cat(parts), whole), cut
+
+
+@pytest.mark.parametrize("size", [1.0, 6.0, 60.0])
+@pytest.mark.parametrize(("start", "count"), [(0, 300), (1000, 70)])
+def test_scores_of_any_size(size: float, start: int, count: int, within_budget) -> None:
+    """With the largest ones few keys have all the weight, and exp underflows for the others."""
+    torch.manual_seed(0)
+    case = Case(a_batch([start], [count]), 16, 8, 64)
+    case.q = (size * case.q).bfloat16()
+    plain = case.reference(torch.bfloat16)
+    within_budget(attend(case, case.whole()), case.reference(torch.float64), plain)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_the_largest_score_comes_last_or_first(rising: bool, within_budget) -> None:
+    """Sums are scaled down with every block of keys, or never."""
+    torch.manual_seed(0)
+    case = Case(a_batch([0], [400]), 2, 1, 32)
+    slope = torch.linspace(0, 8, 400)[:, None]
+    case.q = case.q.abs()
+    case.k = ((slope if rising else slope.flip(0)) * torch.ones_like(case.k)).bfloat16()
+    plain = case.reference(torch.bfloat16)
+    within_budget(attend(case, case.whole()), case.reference(torch.float64), plain)
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf"), torch.finfo(torch.bfloat16).max])
+def test_what_is_no_number_stays_in_its_sequence(poison: float, same_bits) -> None:
+    torch.manual_seed(0)
+    case = Case(a_batch([40, 7, 0], [3, 90, 21]), 4, 2, 64)
+    clean = [attend(case.alone(i), case.whole()) for i in range(3)]
+    first, last = case.batch.cu_seqlens[1:3].tolist()
+    case.q[first:last] = poison
+    for pages in (case.k, case.v):
+        pages[case.batch.host_slots[1]] = poison
+    out = attend(case, case.whole())
+    assert same_bits(out[:first], clean[0]) and same_bits(out[last:], clean[2])
+    assert not out[first:last].isfinite().any()
+
+
+def test_nan_of_a_seen_key_or_value_is_not_hidden() -> None:
+    torch.manual_seed(0)
+    for tensor in ("k", "v"):
+        case = Case(a_batch([0], [20]), 2, 1, 16)
+        getattr(case, tensor)[case.batch.host_slots[0], 0, 5, 3] = NAN
+        out = attend(case, case.whole()).unflatten(1, (2, 16))
+        hit = out[5:] if tensor == "k" else out[5:, :, 3]
+        assert hit.isnan().all()
+
+
+def test_other_heads_are_refused() -> None:
+    case = Case(a_batch([0], [5]), 2, 1, 8)
+    odd = KVPages(case.k[..., :7], case.v[..., :7], case.whole().table)
+    case.q = case.q[..., :7]
+    with pytest.raises(RuntimeError, match="a head of size 7 has no pairs"):
+        attend(case, odd)
+    case = Case(a_batch([0], [5]), 5, 2, 8)
+    with pytest.raises(RuntimeError, match="5 heads cannot share 2"):
+        attend(case, case.whole())
+    case = Case(a_batch([0], [5]), 2, 1, 8)
+    apart = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    batch, pages = case.batch, case.whole()
+    places = pages.table, batch.cu_seqlens, batch.slots, batch.lengths
+    with pytest.raises(RuntimeError, match="side by side"):
+        BODIES.flash_prefill_native(apart, pages.k, pages.v, *places, case.q.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("table", [[0], [1], [5]], "page 5 is none of 3"),
+        ("table", [[0], [1], [-1]], "page -1"),
+        ("slots", [3], "slot 3 is none of 3"),
+        ("slots", [-1], "slot -1"),
+        ("lengths", [13], "too few for 13 tokens"),
+        ("lengths", [4], "context of 4 cannot end in 5 tokens"),
+        ("cu_seqlens", [0, 4], "from 0 to 5"),
+        ("cu_seqlens", [1, 5], "from 0 to 5"),
+    ],
+)
+def test_places_that_are_not_there_are_refused(name: str, values: list, message: str) -> None:
+    k, v = torch.randn(2, 3, 1, 12, 8).bfloat16()
+    given = {
+        "q": torch.randn(5, 2, 8).bfloat16(), "k_pages": k, "v_pages": v,
+        "table": torch.tensor([[0], [1], [2]], dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32), "slots": torch.tensor([2]),
+        "lengths": torch.tensor([12], dtype=torch.int32), "out": torch.zeros(5, 16).bfloat16(),
+    }  # fmt: skip
+    BODIES.flash_prefill_native(**given)
+    given[name] = torch.tensor(values, dtype=given[name].dtype)
+    with pytest.raises(RuntimeError, match=message):
+        BODIES.flash_prefill_native(**given)
+
+
+def test_prompts_in_bfloat16_are_its(random_checkpoint, monkeypatch) -> None:
+    """Of one token and of more, alone and together; others are PyTorch's."""
+    served = []
+    plain = reference.attention_ref
+
+    def note(q: torch.Tensor, *args: Any) -> torch.Tensor:
+        served.append(q.dtype)
+        return plain(q, *args)
+
+    monkeypatch.setattr(reference, "attention_ref", note)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = lfm2_fast.load(random_checkpoint(), device="cpu", dtype=dtype)
+        assert isinstance(model.ops, NativeOps)
+        cache = model.new_cache(2)
+        for counts in ([9], [1, 40], [1]):
+            batch = Batch.prepare(counts, range(len(counts)), cache, CPU)
+            model.run(torch.randint(8, 307, (sum(counts),)), batch, cache)
+    assert served == [torch.float32] * 4 + [torch.float16] * 4

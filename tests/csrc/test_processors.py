@@ -1,0 +1,56 @@
+"""Where a processor has less, PyTorch multiplies otherwise, and what comes out is right too.
+
+oneDNN, which does it, reads ``ONEDNN_MAX_CPU_ISA`` once, so every case is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+    reason="the instruction sets are those of x86-64",
+)
+
+TESTS = (
+    "cli/test_evaluation.py::test_eight_bits_lose_little",
+    "hf/test_causal_lm.py::test_bf16_is_no_further_from_fp32_than_hugging_faces",
+    "hf/test_causal_lm.py::test_held_out_loss_is_hugging_faces",
+    "csrc/test_linear.py::test_many_tokens_are_right",
+    "ops/test_native_ops.py::test_models_equal_eager",
+    "weights/test_formats.py::test_bodies_keep_close_to_the_widened_matrix",
+)
+
+
+def python(most: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
+    command = (sys.executable, *arguments)
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", ["AVX2", "AVX512_CORE"])
+def test_an_older_processor_multiplies_rightly(most: str) -> None:
+    """Without bfloat16's products and, in both cases, with 8-bit ones that overflow."""
+    tests = (str(ROOT / "tests" / test) for test in TESTS)
+    done = python(most, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+
+
+def test_info_says_what_is_multiplied() -> None:
+    told = [
+        json.loads(python(most, "-m", "lfm2_fast", "info", "--json").stdout)["device"]["products"]
+        for most in ("AVX2", "AVX512_CORE")
+    ]
+    assert "bfloat16" not in told[0]
+    assert all("float32" in each and "int8" not in each for each in told)

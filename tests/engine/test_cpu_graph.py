@@ -1,0 +1,189 @@
+"""The tape: what it replays, and what it refuses to record."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast.engine import graphs
+from lfm2_fast.engine.cpu_graph import Tape
+from lfm2_fast.ops import native_library as native
+
+
+def test_what_was_made_is_made_again() -> None:
+    """Functions, results that are written over, changes in place, views, several results."""
+    x, total, seen = torch.arange(6.0).view(2, 3), torch.zeros(2), []
+
+    def body() -> None:
+        kept = x.new_empty(2, 3)
+        torch.mul(x, 2, out=kept)
+        best, at = kept.T.max(0)
+        total.add_(best + at)
+        seen.append((best, at))
+
+    tape = Tape(body)
+    expected = torch.zeros(2)
+    for step in range(3):
+        x.copy_(torch.randn(2, 3))
+        tape.replay()
+        doubled = 2 * x
+        expected += doubled.amax(1) + doubled.argmax(1)
+        best, at = seen[0]
+        assert torch.equal(best, doubled.amax(1)) and torch.equal(at, doubled.argmax(1)), step
+        assert torch.allclose(total, expected)
+    assert len(seen) == 1, "the body ran again"
+
+
+@pytest.mark.parametrize(
+    "waits", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x[0].item()]
+)
+def test_what_depends_on_what_tensors_hold_is_refused(waits) -> None:
+    x = torch.ones(3)
+    tape = Tape(lambda: waits(x))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be replayed"):
+            tape.replay()
+
+
+def test_what_was_recorded_does_not_hold_the_body() -> None:
+    class Owner:
+        pass
+
+    owner, x = Owner(), torch.ones(2)
+    owner.tape = Tape(lambda held=owner: x.add_(1))
+    owner.tape.replay()
+    alive = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason="no extension"
+)
+
+
+@needs_native
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "seed": 7, "repetition_penalty": 1.1}]
+)
+def test_generation_is_taped_and_writes_the_same(tiny, quantization, sampling, monkeypatch) -> None:
+    """Rows that end at different times, beyond the place where the cache grows."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization=quantization)
+    prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]]
+    ask = {"max_new_tokens": 300, **sampling}
+    replays = []
+    replay = Tape.replay
+    monkeypatch.setattr(Tape, "replay", lambda tape: (replays.append(tape), replay(tape))[1])
+    taped = model.generate(prompts, **ask)
+    assert len(replays) > 100 and len(set(map(id, replays))) < 12
+    monkeypatch.setattr(model.ops, "tapes", 0)
+    count = len(replays)
+    assert torch.equal(model.generate(prompts, **ask), taped)
+    assert len(replays) == count
+
+
+@needs_native
+def test_a_step_for_the_callers_own_python_is_taped_too(tiny, monkeypatch) -> None:
+    model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
+    ask = {"max_new_tokens": 20, "logits_processor": [lambda ids, scores: scores * 1.0]}
+    made = []
+    capture = graphs.Tape
+    monkeypatch.setattr(graphs, "Tape", lambda body: made.append(capture(body)) or made[-1])
+    taped = model.generate([[1, 40, 41]], **ask)
+    assert made
+    monkeypatch.setattr(model.ops, "tapes", 0)
+    assert torch.equal(model.generate([[1, 40, 41]], **ask), taped)
+
+
+@needs_native
+def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
+    model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        first = model.generate([[1, 40, 41]], max_new_tokens=6, past_key_values=cache)
+    longer = torch.cat([first.clone(), torch.tensor([[50, 51]])], 1)
+    turn = model.generate(longer, max_new_tokens=6, past_key_values=cache)
+    assert torch.equal(turn, model.generate(longer, max_new_tokens=6))
+
+
+def test_recording_imports_no_compiler(tiny) -> None:
+    """torch's takes a second, for which the second token of every process would wait."""
+    code = (
+        "import sys, lfm2_fast; model = lfm2_fast.load(sys.argv[1], device='cpu'); "
+        "model.generate([[1, 40, 41]], max_new_tokens=6, eos_token_id=[]); "
+        "names = 'lfm2_fast.engine.cpu_graph', 'torch._dynamo'; "
+        "print([name for name in names if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, tiny]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "['lfm2_fast.engine.cpu_graph']\n"
+
+
+LONG = """
+import json, sys, weakref
+import lfm2_fast
+from lfm2_fast.engine import graphs
+from lfm2_fast.engine import decode as steps
+from lfm2_fast.cli.machine_load import memory
+
+class Tape(graphs.Tape):
+    def __init__(self, body):
+        super().__init__(body)
+        made.append(weakref.ref(self))
+
+class Watch:
+    tokens = -1  # the first that is put is the prompt
+
+    def put(self, tokens):
+        self.tokens += 1
+        if self.tokens in (2_000, 10_000):
+            alive.append(sum(tape() is not None for tape in made))
+            resident.append(memory()["resident"])
+
+    def end(self):
+        pass
+
+made, alive, resident = [], [], []
+graphs.Tape = Tape
+model = lfm2_fast.load(sys.argv[1], device="cpu", dtype="bfloat16")
+options = dict(do_sample=True, seed=0, repetition_penalty=1.1, eos_token_id=None)
+# Pages that move as often as they can, and then, since the system counts them as it likes, never.
+for ahead, count, watch in ((0, 1_200, None), (2**26, 10_000, Watch())):
+    steps.AHEAD_BYTES = ahead
+    model.generate([[1, 40, 41]], max_new_tokens=count, streamer=watch, **options)
+cached = model.config.cache_bytes(model.dtype.itemsize) * 8_000
+print(json.dumps([resident[1] - resident[0] - cached, len(made), alive]))
+"""
+
+
+@needs_native
+@pytest.mark.slow
+def test_ten_thousand_tokens_take_the_caches_memory_alone(tiny, tmp_path) -> None:
+    """From the 2,000th on, the process grows by the keys and values that were written.
+
+    Besides, Python keeps the tokens themselves: each a number in two lists, some 50 bytes. The
+    smallest tensor that could be forgotten takes 480, so 128 are allowed.
+    """
+    longer = shutil.copytree(tiny, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    config["max_position_embeddings"] = 10_100
+    (longer / "config.json").write_text(json.dumps(config))
+    done = subprocess.run([sys.executable, "-c", LONG, longer], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, made, alive = json.loads(done.stdout)
+    assert grown < 128 * 8_000
+    # What was recorded on pages that have moved goes with them.
+    assert 1 < made < 12 and alive == [1, 1]

@@ -1,0 +1,531 @@
+"""Steps on static buffers: lag, buckets, scrap slot and queue, on the CPU; graphs with a stand-in.
+
+What a GPU alone shows, that a capture succeeds and replays the same launches, is not shown here.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.kv_cache import Cache, CacheError, ConvWindow, KVPages
+from lfm2_fast.engine import step_buffers as buffers
+from lfm2_fast.engine.captured_prompt import SIZES, Prompt
+from lfm2_fast.engine.decode import Row, Steps
+from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.engine.step_buffers import Buffers, bucket
+from lfm2_fast.hf import generate_loop as writing
+from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops.base import Ops
+from lfm2_fast.ops.reference import advance_ref
+from lfm2_fast.ops.sampling import SamplingParams, SamplingState
+
+
+class Capturing(Ops):
+    """The eager bodies, driven as those that can be captured are: a step ahead, in buckets."""
+
+    captures = True
+
+    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        # Numbers made ahead are the host's, and no part of what is captured.
+        state._ahead = state._ahead[:, :0]
+        # Nor are the parameters, of which the tensors alone follow the caller's.
+        kept = zip(state.params, state.top_k.tolist(), strict=True)
+        state.params = [replace(params, top_k=top_k) for params, top_k in kept]
+        return super().sample(logits, state)
+
+
+# In float64: a bucket's products are summed in another order than those of as many rows as there
+# are, and a draw must not hang on that.
+@pytest.fixture
+def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
+    return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
+
+
+@pytest.fixture
+def ahead(tiny: Path, monkeypatch) -> Iterator[lfm2_fast.Lfm2ForCausalLM]:
+    """A model whose steps are launched one ahead, in buckets, with a scrap slot."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
+    model.ops = Capturing()
+    # The eager bodies go by the host's numbers, which a captured step does not have.
+    steps, prompt = Buffers.batch, Prompt.batch
+    monkeypatch.setattr(
+        Buffers, "batch", lambda self, count, on_host: steps(self, count, on_host=True)
+    )
+
+    def on_host(self: Prompt) -> Batch:
+        made = prompt(self)
+        _, count = made.cu_seqlens.tolist()
+        starts, slots = (made.lengths - count).tolist(), made.slots.tolist()
+        return replace(made, query_lengths=(count,), starts=tuple(starts), host_slots=tuple(slots))
+
+    monkeypatch.setattr(Prompt, "batch", on_host)
+    yield model
+
+
+PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
+
+
+def ends_at(model: Any, *steps: int) -> list[int]:
+    """Tokens that greedy decoding writes after so many steps, to stop rows at different times."""
+    written = model.generate(PROMPTS, max_new_tokens=30, eos_token_id=None)[:, 7:]
+    return [int(written[row, step]) for row, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 0.8}])
+@pytest.mark.parametrize("captured", [False, True], ids=["uncaptured", "captured"])
+def test_a_step_ahead_writes_the_same(
+    plain, ahead, sampling: dict[str, Any], captured: bool, request: pytest.FixtureRequest
+) -> None:
+    """Rows that end at different times, in buckets of 8, 4, 2 and 1."""
+    if captured:
+        request.getfixturevalue("graphs")
+    ends = ends_at(plain, 2, 5, 9, 14)
+    kwargs = {"max_new_tokens": 30, "eos_token_id": ends, "repetition_penalty": 1.1, **sampling}
+    expected = plain.generate(PROMPTS, **kwargs)
+    for _ in range(2):
+        assert torch.equal(ahead.generate(PROMPTS, **kwargs), expected)
+
+
+def test_buckets_shrink_and_rows_beyond_write_to_scrap(plain, ahead, monkeypatch) -> None:
+    counts, slots = [], []
+    run = Buffers.run
+
+    def noted(self: Buffers, model: Any, cache: Any, count: int, **kwargs: Any) -> None:
+        counts.append(count)
+        slots.append(self.slots[:count].tolist())
+        run(self, model, cache, count, **kwargs)
+
+    ends = ends_at(plain, 2, 5, 9, 14)
+    monkeypatch.setattr(Buffers, "run", noted)
+    ahead.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends)
+    assert counts[0] == 8 and slots[0] == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert sorted(set(counts), reverse=True) == counts[:1] + sorted(set(counts[1:]) - {8})[::-1]
+    assert all(a >= b for a, b in zip(counts, counts[1:], strict=False)) and counts[-1] < 8
+    for row in slots:
+        live = [slot for slot in row if slot != 5]
+        assert len(set(live)) == len(live)
+
+
+def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
+    for tokens in (3, 40, 200):
+        ahead.generate([PROMPTS[0]], max_new_tokens=tokens, eos_token_id=None)
+    assert len(graphs) == 1, "the second call did not reuse the cache of the first"
+    keys = set(graphs[0]._graphs)
+    assert {key[:3] for key in keys} == {(True, 1, 1), (True, 1, buffers.TOGETHER)}
+    # The first of all, and the first after pages moved, run as they are.
+    assert sum(key[2] * graph.replays for key, graph in graphs[0]._graphs.items()) >= 100
+    ahead.generate([PROMPTS[1]], max_new_tokens=9, do_sample=True, eos_token_id=None)
+    assert set(graphs[0]._graphs) > keys
+
+
+def test_pages_that_move_drop_the_graphs(ahead, graphs, monkeypatch) -> None:
+    monkeypatch.setattr("lfm2_fast.engine.decode.AHEAD_BYTES", 0)
+    cache = ahead.new_cache(1)
+    ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
+    before = list(graphs[0]._graphs.values())
+    ahead.generate([PROMPTS[0]], max_new_tokens=400, eos_token_id=None, past_key_values=cache)
+    assert cache.grown > 0 and before
+    assert not set(map(id, before)) & set(map(id, graphs[0]._graphs.values()))
+
+
+def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
+    ahead.generate([PROMPTS[0]], max_new_tokens=9, eos_token_id=None)
+    held = weakref.ref(next(iter(graphs[0]._graphs.values())))
+    graphs.clear()
+    assert held() is not None
+    ahead.to(torch.float64)
+    gc.collect()
+    assert held() is None
+
+
+def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
+    cache = ahead.new_cache(2)
+    first = Buffers.of(ahead, cache)
+    assert Buffers.of(ahead, cache) is first
+    ahead.ops = Capturing()
+    assert Buffers.of(ahead, cache) is not first
+
+
+def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, graphs) -> None:
+    ends = ends_at(plain, 2, 5, 9, 14)
+
+    def dampen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores - 0.5 * torch.nn.functional.one_hot(ids[:, -1], scores.shape[1])
+
+    kwargs = {"max_new_tokens": 25, "eos_token_id": ends, "logits_processor": [dampen]}
+    assert torch.equal(ahead.generate(PROMPTS, **kwargs), plain.generate(PROMPTS, **kwargs))
+    assert {key[0] for key in graphs[-1]._graphs} == {False}
+
+
+def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
+    """A text that ended, then one that the streamer broke off: the cache says what it holds."""
+
+    class Stop(Exception):
+        pass
+
+    class Streamer:
+        left = 5
+
+        def put(self, value: torch.Tensor) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise Stop
+
+        def end(self) -> None:
+            pass
+
+    ends = ends_at(plain, 6)
+    cache = ahead.new_cache(1)
+    text = ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=ends, past_key_values=cache)
+    assert cache.lengths == [text.shape[1] - 1]
+    assert cache.history[0] == text[0, :-1].tolist()
+    cache.rollback(1)
+    turn = torch.cat([text, torch.tensor([[30, 31]])], 1)
+    with pytest.raises(Stop):
+        ahead.generate(turn, streamer=Streamer(), max_new_tokens=30, past_key_values=cache)
+    assert cache.lengths[0] == len(cache.history[0]) > turn.shape[1]
+    turn = torch.cat([torch.tensor([cache.history[0]]), torch.tensor([[33]])], 1)
+    kwargs = {"max_new_tokens": 12, "eos_token_id": None}
+    continued = ahead.generate(turn, past_key_values=cache, **kwargs)
+    assert torch.equal(continued, plain.generate(turn, **kwargs))
+
+
+@pytest.mark.parametrize("step", range(2, 2 + 2 * buffers.TOGETHER))
+def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: int) -> None:
+    """Wherever among the steps that are launched together a text ends: the next turn is right."""
+    cache, reference = ahead.new_cache(1), plain.new_cache(1)
+    for model, held in ((ahead, cache), (plain, reference)):
+        text = model.generate(
+            [PROMPTS[0]], max_new_tokens=40, eos_token_id=ends_at(plain, step), past_key_values=held
+        )
+    length = text.shape[1] - 1
+    assert cache.lengths == reference.lengths == [length] and length < 4 + 39
+    same_contents(cache, reference, 0)
+    assert cache.resume(0, length) == length, "the rows of the window are gone"
+    kwargs = {"max_new_tokens": 12, "eos_token_id": None}
+    turn = torch.cat([text, torch.tensor([[30, 31]])], 1)
+    assert torch.equal(
+        ahead.generate(turn, past_key_values=cache, **kwargs), plain.generate(turn, **kwargs)
+    )
+
+
+@pytest.mark.parametrize("seen", range(1, 2 * buffers.TOGETHER + 1))
+def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
+    """Steps that were launched together are read one after another; the rest is counted later."""
+    cache = ahead.new_cache(1)
+    row = Row(0, slot=0, start=4, limit=30)
+    steps = Steps(ahead, cache, SamplingParams(), ())
+    logits = Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    steps.admit([row], logits, steps.buffers.state.pick([0]))
+    assert steps.launch() == steps.launch() == buffers.TOGETHER
+    for _ in zip(range(seen), steps.read(0), strict=False):
+        pass
+    assert len(row.written) >= seen
+    steps.settle()
+    expected = plain.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None)[0].tolist()
+    assert row.written == expected[4 : 4 + 1 + 2 * buffers.TOGETHER]
+    assert cache.history[0] == expected[: cache.lengths[0]]
+    assert cache.lengths == [4 + 2 * buffers.TOGETHER]
+
+
+def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> None:
+    together = []
+    run = Buffers.run
+
+    def noted(self: Buffers, *args: Any, steps: int, **kwargs: Any) -> None:
+        together.append(steps)
+        run(self, *args, steps=steps, **kwargs)
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(Buffers, "run", noted)
+    for streamer, steps in ((Streamer(), {1}), (None, {1, buffers.TOGETHER})):
+        together.clear()
+        ahead.generate([PROMPTS[0]], max_new_tokens=20, eos_token_id=None, streamer=streamer)
+        assert set(together) == steps
+
+
+class Puts:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.got: list[list[Any]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert value.dtype == torch.int64
+        self.got.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_who_watches_sees_no_more_than_the_text(plain, ahead, rows: int) -> None:
+    """A step is under way when the last row ends: it has no rows, and is none of the text."""
+    ends = ends_at(plain, 4, 7)[:rows]
+    seen = {}
+    for name, model in (("plain", plain), ("ahead", ahead)):
+        streamer = Puts()
+        written = model.generate(
+            PROMPTS[:rows], max_new_tokens=12, eos_token_id=ends, streamer=streamer
+        )
+        seen[name] = (written.tolist(), streamer.got, streamer.ended)
+    assert seen["ahead"] == seen["plain"]
+    assert len(seen["plain"][1]) < 13, "the text did not end before its limit"
+
+
+def test_parameters_may_change_on_a_kept_graph(plain, ahead, graphs) -> None:
+    kwargs = {"max_new_tokens": 12, "do_sample": True, "seed": 2, "eos_token_id": None}
+    for top_k in (3, 50, 7, 3):
+        expected = plain.generate(PROMPTS[:2], top_k=top_k, **kwargs)
+        assert torch.equal(ahead.generate(PROMPTS[:2], top_k=top_k, **kwargs), expected)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "length"),
+    [(0, 2), (0, 31), (0, 32), (0, 33), (0, 512), (0, 513), (0, 1), (5, 40), (70, 3)],
+)
+def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: int) -> None:
+    """As they are, captured, and replayed, after a prefix too: padding touches nothing."""
+    cache, expected = ahead.new_cache(2), plain.new_cache(2)
+    chunks = [[1 + i % 97 for i in range(n)] for n in (prefix, length) if n]
+    for chunk in chunks:
+        wanted = Decoder(plain, expected).prefill([chunk], [1])
+    for _ in range(3):
+        cache.reset()
+        for chunk in chunks:
+            found = Decoder(ahead, cache).prefill([chunk], [1])
+        torch.testing.assert_close(found, wanted)
+        assert cache.lengths == expected.lengths and cache.history == expected.history
+        same_contents(cache, expected, 1)
+    sizes = {key[1] for graph in graphs for key in graph._graphs if key[0] == "prompt"}
+    padded = {
+        min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= SIZES[-1]
+    }
+    assert sizes == padded
+
+
+def same_contents(ours: Cache, theirs: Cache, slot: int) -> None:
+    """What two caches hold of a slot, as far as it may be read."""
+    length = theirs.lengths[slot]
+    held = range(max(length - theirs.past, 0), length)
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        if isinstance(a, ConvWindow) and isinstance(b, ConvWindow):
+            a_rows, b_rows = ([x.rows[slot, i % len(x.rows[slot])] for i in held] for x in (a, b))
+            torch.testing.assert_close(a_rows, b_rows)
+        elif isinstance(a, KVPages) and isinstance(b, KVPages):
+            for x, y in ((a.k, b.k), (a.v, b.v)):
+                torch.testing.assert_close(x[slot, :, :length], y[slot, :, :length])
+
+
+def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
+    """The device failed: nothing is known of the slots, and so nothing is claimed."""
+    cache = ahead.new_cache(1)
+
+    def fail(self: Buffers, *args: Any, **kwargs: Any) -> None:
+        self.tokens = None
+        raise RuntimeError("device")
+
+    monkeypatch.setattr(Steps, "_await", fail)
+    with pytest.raises((RuntimeError, AttributeError)):
+        ahead.generate([PROMPTS[0]], max_new_tokens=5, past_key_values=cache)
+    monkeypatch.undo()
+    expected = ahead.generate([PROMPTS[0]], max_new_tokens=5)
+    assert torch.equal(
+        ahead.generate([PROMPTS[0]], max_new_tokens=5, past_key_values=cache), expected
+    )
+
+
+@pytest.mark.parametrize("which", ["plain", "ahead"])
+@pytest.mark.parametrize("at_a_time", [1, 2, 3, 7])
+def test_more_prompts_than_rows(
+    plain, at_a_time: int, which: str, request: pytest.FixtureRequest
+) -> None:
+    """In order, each as if alone, whatever was in its slot before; as many rows as were asked."""
+    model = request.getfixturevalue(which)
+    prompts = PROMPTS + [list(reversed(prompt)) for prompt in PROMPTS] + [PROMPTS[0]]
+    kwargs = {
+        "max_new_tokens": 20, "eos_token_id": ends_at(plain, 2, 5, 9), "do_sample": True,
+        "seed": 4, "repetition_penalty": 1.2, "temperature": 0.7,
+    }  # fmt: skip
+    expected = plain.generate(prompts, **kwargs)
+    assert torch.equal(model.generate(prompts, **kwargs, max_batch_size=at_a_time), expected)
+    copies = {**kwargs, "num_return_sequences": 2}
+    expected = plain.generate(prompts[:3], **copies)
+    assert torch.equal(model.generate(prompts[:3], **copies, max_batch_size=at_a_time), expected)
+
+
+def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahead) -> None:
+    """What those have written, though the host has not read it, is there on the new pages."""
+    prompts = [PROMPTS[0], PROMPTS[1], [1 + i % 97 for i in range(300)]]
+    ends = ends_at(plain, 5)
+    kwargs = {"max_new_tokens": 40, "eos_token_id": ends}
+    found = ahead.generate(prompts, max_batch_size=2, **kwargs)
+    assert torch.equal(found, plain.generate(prompts, **kwargs))
+
+
+def test_rows_stay_busy(plain, monkeypatch) -> None:
+    sizes = []
+    compute = lfm2_fast.Lfm2ForCausalLM.compute
+
+    def counted(self: Any, tokens: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if batch.max_query == 1:
+            sizes.append(len(tokens))
+        return compute(self, tokens, batch, *args, **kwargs)
+
+    ends = ends_at(plain, 2, 5, 9, 14)
+    monkeypatch.setattr(lfm2_fast.Lfm2ForCausalLM, "compute", counted)
+    plain.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends, max_batch_size=2)
+    assert max(sizes) == 2
+    assert 1 not in sizes[: sizes.index(1)] and set(sizes[sizes.index(1) :]) == {1}
+
+
+def test_what_follows_all_rows_needs_them_at_a_time(plain) -> None:
+    for wrong in (
+        {"logits_processor": [lambda ids, scores: scores]},
+        {"streamer": object()},
+        {"past_key_values": plain.new_cache(5)},
+        {"min_new_tokens": 2},
+    ):
+        with pytest.raises(ValueError, match="need all rows at a time"):
+            plain.generate(PROMPTS, max_batch_size=2, max_new_tokens=3, **wrong)
+    with pytest.raises(ValueError, match="max_batch_size must be at least 1"):
+        plain.generate(PROMPTS, max_batch_size=0)
+
+
+def test_progress_is_told(plain, monkeypatch) -> None:
+    told = []
+
+    class Bar:
+        def update(self) -> None:
+            told.append(1)
+
+        def close(self) -> None:
+            told.append(0)
+
+    monkeypatch.setattr(writing, "_progress", lambda rows: told.append(rows) or Bar())
+    plain.generate(PROMPTS, max_new_tokens=3, max_batch_size=2)
+    assert told == [5, 1, 1, 1, 1, 1, 0]
+
+
+def test_out_of_memory_says_what_to_lower(plain, monkeypatch) -> None:
+    def full(self: Any, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lfm2_fast.cache.kv_cache.Cache, "_grow", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"5 rows of up to 27 tokens.*max_batch_size"):
+        plain.generate(PROMPTS, max_new_tokens=20)
+
+
+def test_contexts_grow_across_pages(plain, ahead, monkeypatch) -> None:
+    monkeypatch.setattr("lfm2_fast.engine.decode.AHEAD_BYTES", 0)
+    kwargs = {"max_new_tokens": 300, "eos_token_id": None}
+    assert torch.equal(ahead.generate(PROMPTS[:2], **kwargs), plain.generate(PROMPTS[:2], **kwargs))
+
+
+def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
+    cache = ahead.new_cache(1, 12)
+    row = Row(0, slot=0, start=4, limit=100)
+    steps = Steps(ahead, cache, SamplingParams(), ())
+    logits = Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    steps.admit([row], logits, steps.buffers.state.pick([0]))
+    with pytest.raises(CacheError, match="max_length of 12"):
+        while steps.launch():
+            list(steps.read(steps.lag))
+    steps.settle()
+    assert len(row.written) == 9 and cache.lengths == [12]
+    assert cache.history[0] == PROMPTS[0] + row.written[:-1]
+
+
+def test_threads_and_models_do_not_disturb_each_other(tiny, plain, ahead, graphs) -> None:
+    kwargs = {"do_sample": True, "max_new_tokens": 15}
+    expected = [plain.generate(PROMPTS, seed=seed, **kwargs) for seed in range(4)]
+    other = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
+    other.ops = Capturing()
+    found: dict[int, torch.Tensor] = {}
+
+    def work(seed: int) -> None:
+        model = (ahead, other)[seed % 2]
+        for _ in range(2):
+            found[seed] = model.generate(PROMPTS, seed=seed, **kwargs)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
+
+
+def test_state_and_copies_leave_out_scrap_and_graphs(plain, ahead, graphs) -> None:
+    import copy
+
+    caches = [plain.new_cache(2), ahead.new_cache(2)]
+    for model, cache in zip((plain, ahead), caches, strict=True):
+        kwargs = {"max_new_tokens": 5, "eos_token_id": None}
+        model.generate(PROMPTS[:2], past_key_values=cache, **kwargs)
+    assert caches[1].scrap == 2 and len(caches[1].layers[0].rows) == 3
+    assert caches[1].kept is not None and copy.deepcopy(caches[1]).kept is None
+    state = caches[1].state_dict()
+    fresh = ahead.new_cache(2)
+    fresh.load_state_dict(state)
+    assert fresh.lengths == caches[0].lengths and fresh.history == caches[0].history
+    assert all(len(tensor) != 3 for name, tensor in state.items() if name.startswith("layers"))
+
+
+@pytest.mark.parametrize("scrap", [None, 7])
+@pytest.mark.parametrize("body", ["triton", "native"])
+def test_advance(body: str, scrap: int | None, kernel_device) -> None:
+    from lfm2_fast.kernels.advance import advance_triton
+
+    if body == "native" and native.why_not(torch.device("cpu")):
+        pytest.skip("the extension was not built")
+    device = kernel_device if body == "triton" else torch.device("cpu")
+    advance = advance_triton if body == "triton" else torch.ops.lfm2_fast.advance_native
+    torch.manual_seed(0)
+    for count in (0, 1, 3, 200):
+        chosen = torch.randint(5, (count,))
+        finished = torch.rand(count) < 0.3
+        positions = torch.randint(100, (count,))
+        inputs = [torch.full((count,), 99), torch.arange(count), positions]
+        inputs += [(positions + 1).int(), finished]
+        ours = [each.clone().to(device) for each in inputs]
+        before, eos = [each.clone() for each in inputs], torch.tensor([3, -1, 1])
+        advance_ref(chosen, eos, scrap, *inputs)
+        advance(chosen.to(device), eos.to(device), scrap, *ours)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(inputs, ours, strict=True))
+        tokens, slots, positions, lengths, ended = inputs
+        expected = before[4] | torch.isin(chosen, eos)
+        assert torch.equal(ended, expected) and torch.equal(tokens, chosen)
+        assert torch.equal(lengths, (positions + 1).int())
+        # Who ends goes past its text once: its last token was run where it stood.
+        goes = before[2] + ~before[4]
+        assert torch.equal(positions, goes if scrap is None else goes.where(~expected, 0))
+        assert torch.equal(slots, before[1] if scrap is None else before[1].where(~expected, scrap))
+
+
+def test_buckets() -> None:
+    class Some:
+        scrap: int | None = 9
+
+    assert [bucket(n, Some()) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
+    Some.scrap = None
+    assert [bucket(n, Some()) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert buffers.ENDS >= 1

@@ -1,0 +1,343 @@
+"""The model as a GPU runs it, on one that stands in: its tokens, devices, graphs and waits.
+
+Each call is one that people make; what it gives is what plain PyTorch gives on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LogitsProcessor
+
+import lfm2_fast
+from lfm2_fast.cache.kv_cache import MIN_PAGE
+from lfm2_fast.cli.evaluation import evaluate
+from lfm2_fast.engine.captured_prompt import SIZES
+from lfm2_fast.engine.decode import FEW, Launch, Steps
+from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.text.conversation import Conversation
+from tests.engine.stand_in_gpu import GPU, OnGpu, Refused, StandInGpu
+
+ROOT = Path(__file__).resolve().parents[2]
+Model = lfm2_fast.Lfm2ForCausalLM
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU, which needs no stand-in"
+    ),
+    pytest.mark.filterwarnings("ignore:overflow"),  # the interpreter's, where a draw is made
+]
+
+
+@pytest.fixture(scope="module")
+def folder(random_checkpoint: Callable[..., Path]) -> Path:
+    return random_checkpoint(num_hidden_layers=2, layer_types=["conv", "full_attention"])
+
+
+@pytest.fixture(scope="module")
+def device(folder: Path) -> Iterator[StandInGpu]:
+    with StandInGpu() as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def gpu(device: StandInGpu) -> StandInGpu:
+    """The device, on which nothing has happened yet."""
+    device.waits.clear()
+    device.replays = 0
+    return device
+
+
+def both(folder: Path, **options: Any) -> tuple[Model, Model]:
+    """On the GPU, and in plain PyTorch on the CPU."""
+    ours = lfm2_fast.load(folder, dtype="float32", **options)
+    assert ours.device == GPU
+    on_cpu = {**options, "device": "cpu", "backend": "eager"}
+    return ours, lfm2_fast.load(folder, dtype="float32", **on_cpu)
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path, device: StandInGpu) -> tuple[Model, Model]:
+    found = both(folder)
+    assert found[0].ops.name == "triton"
+    return found
+
+
+class Favour(LogitsProcessor):
+    """Makes its own tensors where the scores are, as transformers' processors do."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert input_ids.device == scores.device
+        favoured = torch.arange(scores.shape[-1], device=scores.device) % 2 == 0
+        return scores.where(favoured, scores - 5)
+
+
+class Sink:
+    """A streamer that keeps what it gets, which must be on the host."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        assert not isinstance(tokens, OnGpu)
+        self.seen.append(tokens.tolist())
+
+    def end(self) -> None: ...
+
+
+# Steps in the interpreter are slow: few tokens, and as few rows as show it.
+ONE, TWO = [[1, 50, 60, 70, 80]], [[1, 40, 41], [1, 50, 60, 70, 80]]
+MANY = [[1, 20 + i, 30 + i] for i in range(FEW + 1)]
+PADDED = torch.tensor([[0, 0, 1, 40, 41], [1, 50, 60, 70, 80]])
+LONG = [[2 + i % 300 for i in range(SIZES[0] + 9)]]
+DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
+
+
+def write(prompts: Any, **arguments: Any) -> Callable[[Model], Any]:
+    """A call of ``generate`` for nine tokens that nothing ends, unless told otherwise."""
+    given = {"max_new_tokens": 9, "eos_token_id": [], "do_sample": False, **arguments}
+    return lambda model: model.generate(prompts, **given)
+
+
+def moved(model: Model) -> Any:
+    """Prompts and mask where the model is, as people send them there."""
+    ids = PADDED.to(model.device)
+    return write(ids, attention_mask=(ids != 0).long())(model)
+
+
+def ended(model: Model) -> Any:
+    """Rows end one after another, while steps are under way."""
+    texts = write(MANY)(model)[:, 3:].tolist()
+    ends = [texts[0][2], texts[1][5], texts[-1][8]]
+    return write(MANY, eos_token_id=ends)(model)
+
+
+def streamed(model: Model) -> Any:
+    """A streamer gets every token of a text that ends while steps are under way."""
+    third = write(ONE)(model)[0, 5 + 3].item()
+    sink = Sink()
+    text = write(ONE, eos_token_id=[third], streamer=sink)(model)
+    assert [token for (token,) in sink.seen[1:]] == text[0, len(ONE[0]) :].tolist()
+    return text
+
+
+def detailed(model: Model) -> Any:
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    found = write(TWO, **asked)(model)
+    model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True)
+    return torch.stack(found.logits)
+
+
+def continued(model: Model) -> Any:
+    """A cache carries on, and outgrows what was captured on it."""
+    cache = model.new_cache(1)
+    text = write(torch.arange(2, MIN_PAGE - 2)[None], past_key_values=cache)(model)
+    for _ in range(2):
+        more = torch.cat([text.cpu(), torch.tensor([[55, 56]])], 1)
+        text = write(more, past_key_values=cache)(model)
+    return text
+
+
+def stepped(model: Model) -> Any:
+    """transformers' way of going on: the cache of a forward pass, a token at a time."""
+    out = model(torch.tensor(ONE), use_cache=True)
+    return model(torch.tensor([[7]]), past_key_values=out.past_key_values).logits
+
+
+def decoded(model: Model) -> Any:
+    decoder = Decoder(model, model.new_cache(3))
+    decoder.prefill(TWO, [0, 2])
+    return torch.cat([decoder.step([5, 6], [0, 2]) for _ in range(4)])
+
+
+CALLS: dict[str, Callable[[Model], Any]] = {
+    "greedy": write(TWO),
+    "alone": write(ONE),
+    "captured prompt": write(LONG),
+    "penalized": write(TWO, repetition_penalty=1.3),
+    "drawn": write(TWO, **DRAWN, seed=3),
+    "drawn by torch": lambda model: write(TWO, **DRAWN, generator=torch.Generator().manual_seed(1))(
+        model
+    ),
+    "several": write(ONE, **DRAWN, num_return_sequences=2, repetition_penalty=1.2, seed=2),
+    "padded": write(PADDED, attention_mask=(PADDED != 0).long()),
+    "moved": moved,
+    "more than steps take": write([[1, 9 + i] for i in range(18)], max_new_tokens=3),
+    "two at a time": write(MANY, max_batch_size=2, max_new_tokens=5),
+    "no fewer": write(TWO, min_new_tokens=5, eos_token_id=list(range(2, 200))),
+    "processed": write(TWO, logits_processor=[Favour()]),
+    "processed and drawn": write(TWO, logits_processor=[Favour()], **DRAWN, seed=4),
+    "ended": ended,
+    "streamed": streamed,
+    "detailed": detailed,
+    "continued": continued,
+    "logits": lambda model: model(torch.tensor(ONE).to(model.device)).logits,
+    "some logits": lambda model: model(torch.tensor(ONE), logits_to_keep=2).logits,
+    "masked logits": lambda model: model(PADDED, attention_mask=PADDED != 0).logits[1],
+    "stepped": stepped,
+    "decoded": decoded,
+    "evaluated": lambda model: torch.tensor(evaluate(model, torch.arange(2, 90), window=20).loss),
+}
+
+
+def check(call: Callable[[Model], Any], models: tuple[Model, Model]) -> None:
+    found, expected = (call(model).cpu() for model in models)
+    if expected.is_floating_point():
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_it_gives_what_the_cpu_gives(call: Callable[[Model], Any], models, gpu) -> None:
+    check(call, models)
+
+
+@pytest.mark.parametrize("name", ["greedy", "captured prompt", "processed", "logits"])
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"backend": "eager"}], ids=str)
+def test_other_weights_and_bodies_do_too(name: str, options, folder: Path, gpu) -> None:
+    check(CALLS[name], both(folder, **options))
+
+
+def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) -> None:
+    """However long the text; and only for tokens of launches before the newest."""
+    model = lfm2_fast.load(folder, dtype="float32")
+    waits, launched = [], []
+    launch, rest = Steps.launch, Launch.rest
+
+    def noted(steps: Steps) -> int:
+        launched.append("launch")
+        return launch(steps)
+
+    def read(under_way: Launch) -> list[list[int]]:
+        launched.append("read")
+        return rest(under_way)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steps, "launch", noted)
+        patch.setattr(Launch, "rest", read)
+        for count in (10, 18):
+            gpu.waits.clear()
+            write(TWO, max_new_tokens=count)(model)
+            waits.append([each for each in gpu.waits if each != "an event"])
+    assert waits[0] == waits[1] and gpu.replays > 4
+    assert launched[:4] == ["launch", "read", "launch", "read"]
+
+
+def test_a_conversation(tiny: Path, gpu: StandInGpu) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    texts = []
+    for options in ({}, {"device": "cpu", "backend": "eager"}):
+        model = lfm2_fast.load(tiny, dtype="float32", **options)
+        conversation = Conversation(
+            model, tokenizer, max_new_tokens=5, arguments={"do_sample": False}
+        )
+        asked = ("What is a list?", "And a tuple?")
+        texts.append([conversation.ask(each, lambda segment: None).text for each in asked])
+    assert texts[0] == texts[1] and all(texts[0])
+
+
+def test_what_is_saved_is_loaded(models, tmp_path: Path, gpu: StandInGpu) -> None:
+    ours, plain = models
+    ours.save_pretrained(tmp_path)
+    again = lfm2_fast.load(tmp_path, device="cpu", backend="eager")
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def captured(body: Callable[[], Any]) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    graph.replay()
+    return graph
+
+
+def test_both_devices_in_an_operation_are_refused(gpu: StandInGpu) -> None:
+    here, there = torch.ones(2), torch.ones(2, device="cuda")
+    for body in (
+        lambda: here + there,
+        lambda: torch.where(here > 0, there, there),
+        lambda: there.index_select(0, torch.tensor(1)),
+        lambda: torch.stack([there[0], torch.tensor(1.0)]),
+    ):
+        with pytest.raises(Refused, match="tensors of both devices"):
+            body()
+    with pytest.raises(NotImplementedError, match="in place"):
+        there.unsqueeze_(0)
+    assert (there + torch.tensor(1.0)).tolist() == [2, 2]
+    assert there[torch.tensor([0])].device == GPU
+
+
+def test_waiting_is_seen_and_while_captured_refused(gpu: StandInGpu) -> None:
+    ones = torch.ones(2, device="cuda")
+    bodies: list[Callable[[], Any]] = [
+        ones.tolist,
+        lambda: ones[0].item(),
+        lambda: ones[ones > 0],
+        lambda: ones.cpu(),
+        lambda: torch.cuda.synchronize(),
+    ]
+    for body in bodies:
+        gpu.waits.clear()
+        body()
+        assert gpu.waits
+        with pytest.raises(Refused, match="while work is captured"):
+            captured(body)
+    with pytest.raises(Refused, match="not pinned"):
+        captured(lambda: ones.copy_(torch.zeros(2), non_blocking=True))
+
+
+def test_a_graph_knows_what_it_was_captured_with_and_keeps_nothing(gpu: StandInGpu) -> None:
+    total, step, made = torch.zeros(2, device="cuda"), torch.tensor(1.0), []
+
+    def body() -> None:
+        made.append(total + step)
+        total.copy_(made[-1])
+
+    graph = captured(body)
+    assert total.tolist() == [1, 1]
+    step.fill_(100)
+    graph.replay()
+    assert total.tolist() == [2, 2] and made[0].tolist() == [2, 2]
+    made.clear()
+    inner = graph.made[0]
+    graph.replay()
+    assert total.tolist() == [3, 3] and inner.isnan().all()
+
+
+def test_a_graph_may_read_pinned_memory(gpu: StandInGpu) -> None:
+    host = torch.tensor([1.0, 2.0, 3.0], pin_memory=True)
+    ours = torch.zeros(2, device="cuda")
+    graph = captured(lambda: ours.copy_(host[1:], non_blocking=True))
+    host += 5
+    graph.replay()
+    assert ours.tolist() == [7, 8]
+
+
+def test_nothing_is_left_of_it() -> None:
+    """Afterwards torch is as it was, what it keeps for good included; in a process of its own."""
+    code = """
+import torch
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from tests.engine.stand_in_gpu import StandInGpu
+
+def state():
+    return (torch.tensor, torch.version.cuda, torch.cuda.is_available(), torch.cuda.CUDAGraph,
+            torch._C._only_lift_cpu_tensors(), _get_current_dispatch_mode())
+
+before = state()
+with StandInGpu():
+    assert state() != before
+    with torch.device("meta"):
+        torch.ones(1)
+assert state() == before and torch.tensor in _device_constructors()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

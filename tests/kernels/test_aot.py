@@ -1,0 +1,208 @@
+"""The kernels compile for GPUs that are not here, and do not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Python in another process, where Triton does not interpret."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def aot(*args: str) -> subprocess.CompletedProcess[str]:
+    return run("bench/gpu/aot.py", "--arch", "90", "--dtype", "bfloat16", *args)
+
+
+def test_every_kernel_compiles_for_hopper_without_a_spill() -> None:
+    done = aot()
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    for file in (ROOT / "kernels").glob("*.py"):
+        for name in re.findall(r"^def _(\w+)_kernel\(", file.read_text(encoding="utf-8"), re.M):
+            assert name in compiled, f"bench/gpu/aot.py does not compile {name}"
+
+
+def test_a_spill_is_seen() -> None:
+    done = aot("--only", "gated_conv", "--maxnreg", "24")
+    assert done.returncode == 1 and "spill registers" in done.stderr
+
+
+def test_no_length_compiles_anew() -> None:
+    """A user waits for the compiler once, not again at every new number of tokens or pages."""
+    code = """
+import sys
+sys.path.insert(0, "bench/gpu")
+import aot, torch
+with aot.compiling(90) as launches:
+    for sequences, tokens, page_size in ((2, 6, 64), (1, 1, 16), (16, 16, 128), (3, 48, 80)):
+        aot.launch_all(aot.SIZES[0], torch.bfloat16, sequences=sequences, tokens=tokens,
+                       page_size=page_size)
+        aot.launch_few(aot.SIZES[0], torch.bfloat16, tokens=sequences)
+        print(len(launches), len({kernel.hash for _, kernel, _ in launches}))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    launched, compiled = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert len(set(launched)) == 4 and len(set(compiled)) == 1, done.stdout
+
+
+# The kernels of a captured step of few tokens: those that load much before they wait, and how many
+# rows of the weight make a row of outputs; those that load a little; and the rest.
+TILES = {"norm_linear": 1, "linear_add": 1, "norm_swiglu": 2, "norm_conv": 3, "head_argmax": 1}
+LITTLE = {"flash_decode", "rope"}
+CHAIN = {
+    *TILES, *LITTLE, "embed", "last_argmax", "sample_scores", "sample_cut", "sample_masses",
+    "sample_draw", "advance",
+}  # fmt: skip
+# What these read that no step writes.
+CONSTANT = {
+    "weight_ptr", "norm_ptr", "taps_ptr", "q_weight_ptr", "k_weight_ptr", "inv_freq_ptr"
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain() -> list[dict[str, Any]]:
+    """Every kernel of such steps, of one size, two and int8, compiled for sm_90.
+
+    Each is a ``name``, whether it is a ``dependent`` launch, what it was launched with, and ``ptx``
+    and ``sass``, which is None where there is no disassembler.
+    """
+    code = """
+import json, shutil, sys
+sys.path.insert(0, "bench/gpu")
+import aot, torch, triton
+tools = triton.knobs.nvidia
+disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
+found = []
+for pdl, sizes in ((True, ((0, False), (2, False), (2, True))), (False, ((0, False),))):
+    for place, int8 in sizes:
+        with aot.compiling(90, sys.argv[1:]) as launches:
+            aot.launch_few(aot.SIZES[place], torch.bfloat16, int8=int8, pdl=pdl)
+            if place == 0:
+                aot.launch_all(aot.SIZES[place], torch.bfloat16, pdl=pdl)
+                aot.launch_sample(aot.VOCABULARIES[0], torch.bfloat16, pdl=pdl, most=True)
+        for name, kernel, _ in launches:
+            source = kernel.src
+            names = source.fn.arg_names
+            found.append({
+                "name": name,
+                "case": f"{name} {aot.SIZES[place].name} int8={int8}",
+                "int8": int8,
+                "dependent": kernel.metadata.launch_pdl,
+                "constants": {names[at[0]]: value for at, value in source.constants.items()},
+                "parameters": [arg for arg in names if source.signature[arg] != "constexpr"],
+                "ptx": kernel.asm["ptx"],
+                "sass": kernel.asm["sass"] if pdl and disassembles else None,
+            })
+print(json.dumps(found))
+"""
+    done = run("-c", code, *sorted(CHAIN))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def above_wait(ptx: str) -> list[str]:
+    """The instructions of a kernel's PTX up to its one wait."""
+    body = re.sub(r"//.*", "", ptx[ptx.index(".entry") :])
+    lines = [line.strip().rstrip(";") for line in body.splitlines() if line.strip()]
+    assert (
+        lines.count("griddepcontrol.wait") == lines.count("griddepcontrol.launch_dependents") == 1
+    )
+    return lines[lines.index("{") + 1 : lines.index("griddepcontrol.wait")]
+
+
+def loaded_from(instructions: list[str], parameters: list[str]) -> set[str]:
+    """The pointers among a kernel's parameters that the addresses of loads are made of.
+
+    Of instructions that follow one another, without a branch.
+    """
+    origins: dict[str, set[str]] = {}
+    loaded: set[str] = set()
+    for line in instructions:
+        operation, _, operands = re.sub(r"^@!?%p\d+\s+", "", line).partition(" ")
+        made, _, of = operands.strip().partition("}" if operands.strip().startswith("{") else ",")
+        places = [int(place) for place in re.findall(r"_param_(\d+)", of)]
+        source = {parameters[place] for place in places if place < len(parameters)}
+        source = source.union(*(origins.get(each, set()) for each in re.findall(r"%\w+", of)))
+        pointers = {name for name in source if name.endswith("_ptr")}
+        if operation.startswith("ld.global"):
+            assert pointers, line
+            loaded |= pointers
+        for register in re.findall(r"%\w+", made):
+            origins[register] = origins.get(register, set()) | source
+    return loaded
+
+
+def test_links_of_a_captured_step_wait_before_they_touch_the_chain(chain) -> None:
+    """Each once, before it branches, ends or stores, and above that only loads what no step writes.
+
+    Not launched as dependents, they do not wait.
+    """
+    assert {kernel["name"] for kernel in chain if kernel["dependent"]} == CHAIN
+    assert {kernel["name"] for kernel in chain if not kernel["dependent"]} == CHAIN
+    early: dict[str, set[str]] = {}
+    for kernel in chain:
+        name, case = kernel["name"], kernel["case"]
+        if not kernel["dependent"]:
+            assert "griddepcontrol" not in kernel["ptx"], case
+            continue
+        above = above_wait(kernel["ptx"])
+        assert "griddepcontrol.launch_dependents" in above, case
+        for line in above:
+            operation = re.sub(r"^@!?%p\d+\s+", "", line).split()[0]
+            assert not re.match(r"(st|atom|red|bra|ret|exit|call|cp|bar)\b", operation), line
+            assert not line.startswith("$L__BB"), line
+        loaded = loaded_from(above, kernel["parameters"])
+        assert loaded <= CONSTANT, (case, loaded)
+        early.setdefault(name, set()).update(loaded)
+    # And what can be early is.
+    assert {name for name, loaded in early.items() if loaded} == {*TILES, *LITTLE}
+    assert set().union(*early.values()) == CONSTANT
+
+
+def test_weights_are_under_way_before_the_wait(chain) -> None:
+    """As the assembler has left it: 16 bytes a thread, the whole first tile above the wait.
+
+    The following tiles are as many loads again in the loop, and nothing was taken up from below.
+    """
+    for kernel in chain:
+        if not kernel["dependent"]:
+            continue
+        if kernel["sass"] is None:
+            pytest.skip("the disassembler that triton brings is not there")
+        name, case, named = kernel["name"], kernel["case"], kernel["constants"]
+        lines = kernel["sass"].splitlines()
+        found = [re.search(r"(LDG|STG|ATOMG|REDG|ACQBULK|PREEXIT)[.\w]*", line) for line in lines]
+        marks = [mark[0] for mark in found if mark]
+        assert marks.count("ACQBULK") == marks.count("PREEXIT") == 1, case
+        wait = marks.index("ACQBULK")
+        above, below = marks[:wait], marks[wait:]
+        assert any(mark.startswith("LDG") for mark in below), case
+        above.remove("PREEXIT")
+        if name not in TILES:
+            loads = sum("ld.global" in line for line in above_wait(kernel["ptx"]))
+            assert len(above) == loads and all(mark.startswith("LDG") for mark in above), case
+            continue
+        tile = TILES[name] * named["BLOCK_N"] * named["BLOCK_K"] * (1 if kernel["int8"] else 2)
+        wanted = [tile // (16 * 128)] * 2
+        streamed = "LDG.E.EF.128"
+        assert [above.count(streamed), below.count(streamed)] == wanted, (case, above)
+        # The rest is the norm's weight and, three to a channel and odd of address, the taps.
+        rest = [mark for mark in above if mark != streamed]
+        taps = [mark for mark in rest if ".U16" in mark]
+        assert len(taps) <= named["BLOCK_N"] * (name == "norm_conv") * 4
+        assert all(mark == "LDG.E.128" for mark in rest if mark not in taps), (case, rest)

@@ -1,0 +1,224 @@
+"""How many kernels a decode step launches, counted where they are launched, and which of them may
+begin before the one before them has ended."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+import lfm2_fast
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.engine.step_buffers import Buffers
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.ops.base import has_dependent_launch
+from lfm2_fast.ops.sampling import SamplingParams
+from lfm2_fast.ops.triton_ops import TritonOps
+
+# The angles of rotary embedding, and the embedding's rows.
+START = ["rope", "embed"]
+CONV = ["norm_conv", "linear_add", "norm_swiglu", "linear_add"]
+ATTENTION = ["norm_linear", "flash_decode", "linear_add", "norm_swiglu", "linear_add"]
+END = ["head_argmax", "last_argmax"]
+ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+
+
+class Launches(TorchDispatchMode):
+    """Notes every Triton kernel and every PyTorch operation that is not a view or an allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.dependent: list[str] = []
+        self._patch = pytest.MonkeyPatch()
+        self._inside = False
+
+    def __enter__(self) -> Launches:
+        for owner, name in ((interpreter.GridExecutor, "__call__"), (triton.JITFunction, "run")):
+            self._patch.setattr(owner, name, self._noting(getattr(owner, name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
+
+    def _noting(self, launch: Any) -> Any:
+        def noted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            self.names.append(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
+            assert kwargs.get("PDL", False) == kwargs.get("launch_pdl", False)
+            self.dependent += self.names[-1:] * kwargs.get("PDL", False)
+            self._inside = True  # the interpreter is written in PyTorch, too
+            try:
+                return launch(kernel, *args, **kwargs)
+            finally:
+                self._inside = False
+
+        return noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        if not (self._inside or func.is_view or name in ALLOCATIONS):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint, kernel_device):
+    folder = random_checkpoint(layer_types=["conv", "full_attention", "conv"], num_hidden_layers=3)
+    return lfm2_fast.load(folder, device=kernel_device, backend="triton")
+
+
+@pytest.fixture
+def step(model, monkeypatch):
+    """Runs one token in each of so many slots, twice; gives the second's launches and answer."""
+
+    def step(rows: int, greedy: bool) -> tuple[list[str], torch.Tensor]:
+        words, norm_linear = model.ops, model.ops.norm_linear
+
+        def best(x: Any, norm: Any, linear: Any) -> torch.Tensor:
+            if linear is not model.lm_head:
+                return norm_linear(x, norm, linear)
+            monkeypatch.undo()
+            return words.head_argmax(x, norm, linear)
+
+        cache = model.new_cache(rows)
+        for last in (False, True):
+            batch = Batch.prepare([1] * rows, range(rows), cache, model.device)
+            tokens = torch.arange(9, 9 + rows, device=model.device)
+            if last and greedy:
+                monkeypatch.setattr(words, "norm_linear", best)
+            with Launches() as launches:
+                answer = model.run(tokens, batch, cache)
+        return launches.names, answer
+
+    return step
+
+
+@pytest.mark.parametrize("rows", [1, MOST_TOKENS])
+def test_a_decode_step(rows, step) -> None:
+    """4 launches a conv layer, 5 an attention layer, at most 3 at the end, and the start."""
+    greedy, tokens = step(rows, greedy=True)
+    assert greedy == START + CONV + ATTENTION + CONV + END
+    assert len(CONV) <= 4 and len(ATTENTION) <= 5 and len(END) <= 3
+    names, logits = step(rows, greedy=False)
+    assert names == [*greedy[: -len(END)], "norm_linear"]
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
+def test_more_rows_than_few(step) -> None:
+    """The library multiplies again, and the best token is the same one's."""
+    names, tokens = step(MOST_TOKENS + 1, greedy=True)
+    assert "norm_linear" not in names and names.count("aten::mm") == 3 * 4 + 1
+    assert tokens.tolist() == step(MOST_TOKENS + 1, greedy=False)[1].argmax(-1).tolist()
+
+
+@pytest.fixture
+def waits(model, monkeypatch) -> Iterator[None]:
+    """Follows, in the interpreter, what programs of dependent launches do before they wait.
+
+    Each waits once. Before, it stores nothing, and loads nothing but the model's weights and
+    frequencies: a step writes all else, or the host before it.
+    """
+    if model.device.type != "cpu":
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    constants = [*model.state_dict().values(), model.inv_freq]
+    begins = np.array([each.data_ptr() for each in constants])
+    ends = begins + [each.nbytes for each in constants]
+    waiting, waited = False, Counter()
+    launch, load = interpreter.GridExecutor.__call__, builder.create_masked_load
+
+    def launched(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal waiting
+        waiting = kwargs.get("PDL", False)
+        waited.clear()
+        launch(kernel, *args, **kwargs)
+        programs = math.prod(builder.grid_dim) if waiting else 0
+        assert len(waited) == programs and set(waited.values()) <= {1}, kernel.fn
+        waiting = False
+
+    def early() -> bool:
+        return waiting and not waited[tuple(builder.grid_idx)]
+
+    def loads(ptrs: Any, mask: Any, *args: Any) -> Any:
+        if early():
+            at = ptrs.data[mask.data.astype(bool)].astype(np.int64)[:, None]
+            assert ((begins <= at) & (at < ends)).any(1).all(), "loads of the chain before the wait"
+        return load(ptrs, mask, *args)
+
+    def late(write: Any) -> Any:
+        def written(*args: Any) -> Any:
+            assert not early(), "writes before the wait"
+            return write(*args)
+
+        return written
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(builder, "create_masked_load", loads)
+    for name in ("create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
+        monkeypatch.setattr(builder, name, late(getattr(builder, name)))
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: waited.update([tuple(builder.grid_idx)]))
+    yield
+
+
+CHOICES = {
+    "greedy": (SamplingParams(), END),
+    "drawn": (
+        SamplingParams(do_sample=True, top_k=5, repetition_penalty=1.1),
+        ["norm_linear", "sample_scores", "sample_cut", "sample_masses", "sample_draw"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkeypatch) -> None:
+    """All of a step, and of two, as they run to warm up and then; over several splits, too.
+
+    The model's own operations, which run everything else, launch nothing so.
+    """
+    if model.device.type == "cuda" and not has_dependent_launch(model.device):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(model, "ops", TritonOps(dependent=True))
+    params, last = CHOICES[choice]
+    kernels = START + CONV + ATTENTION + CONV + last + ["advance"]
+    tokens: dict[bool, list[list[int]]] = {False: [], True: []}
+    for captured, found in tokens.items():
+        cache = model.new_cache(2)
+        cache.make_room(300)
+        torch.manual_seed(0)
+        for layer in cache.layers:
+            for each in layer.tensors().values():
+                each.normal_()
+        buffers = Buffers(model, cache, 2, lambda graphs, body: SimpleNamespace(replay=body))
+        if not captured:
+            buffers.graphs = None
+        buffers.begin(cache, params, (), model.config.vocab_size)
+        batch = Batch.prepare([1, 1], [1, 0], cache, model.device)
+        buffers.load([9, 10], batch, cache)
+        buffers.finished[:] = False
+        for step, together in enumerate((2, 1, 1)):
+            if step == 2:
+                buffers.positions[0] = 280
+                buffers.lengths[0] = 281
+            with Launches() as launches:
+                buffers.run(model, cache, 2, choose=True, steps=together)
+            names = [name for name in launches.names if step or "::" not in name]
+            assert names == kernels * together
+            assert launches.dependent == (names if captured else [])
+            found.append(buffers.tokens.tolist())
+    assert tokens[True] == tokens[False]

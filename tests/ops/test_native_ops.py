@@ -1,0 +1,130 @@
+"""Whole models on the extension's bodies: what eager ones give, in threads too, and what runs."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import reference
+from lfm2_fast.ops.base import BackendError, choose
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+
+_lacking = native.why_not(CPU)
+pytestmark = [
+    pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
+    pytest.mark.usefixtures("threads"),
+]
+
+
+CHANGED = {
+    "plain": {},
+    "odd": {"conv_L_cache": 5, "conv_bias": True, "head_dim": 24, "num_key_value_heads": 3},
+    "wide": {"conv_L_cache": 11, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "attention_first": {
+        "conv_L_cache": 2,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "conv", "full_attention", "full_attention", "conv"],
+    },
+}
+# Tokens by slot: prompts; then a second turn, a chunk, a step and a new prompt in one batch; then
+# a step of all.
+STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]
+
+
+def logits(
+    model: lfm2_fast.Lfm2ForCausalLM, steps: list[dict[int, int]] = STEPS
+) -> list[torch.Tensor]:
+    cache = model.new_cache(4)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for step in steps:
+        batch = Batch.prepare(list(step.values()), list(step), cache, CPU)
+        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
+        found.append(model.run(tokens, batch, cache))
+    return found
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """New tensors begin as NaN, so that what no body wrote shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = new_empty(*args, **kwargs)
+        return made.fill_(NAN if made.is_floating_point() else -(2**40))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+
+
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED.keys())
+def test_models_equal_eager(random_checkpoint, poisoned, dtype, within_budget, changed) -> None:
+    def load(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        model = lfm2_fast.load(
+            random_checkpoint(**changed), device="cpu", dtype=dtype, backend=backend
+        )
+        assert model.ops.name == backend
+        return logits(model)
+
+    exact, plain = load("eager", torch.float64), load("eager", dtype)
+    for ours, a, b in zip(load("native", dtype), exact, plain, strict=True):
+        within_budget(ours, a, b)
+
+
+SERVING = ("attention_ref", "linear_ref", "scaled_ref", "embed_ref")
+
+
+def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
+    """Of the reference, only the projections and the attention of many tokens still serve."""
+    model = lfm2_fast.load(random_checkpoint(), device="cpu")
+    assert model.ops.name == "native"
+    expected = logits(model)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the reference ran")
+
+    for name in dir(reference):
+        if name.endswith("_ref") and name not in SERVING:
+            monkeypatch.setattr(reference, name, refuse)
+    for ours, same in zip(logits(model), expected, strict=True):
+        assert torch.equal(ours, same)
+    one = {slot: 1 for slot in range(4)}
+    monkeypatch.setattr(reference, "attention_ref", refuse)
+    monkeypatch.setattr(reference, "linear_ref", refuse)
+    logits(model, [one, one])
+
+
+def test_threads_do_not_meet(random_checkpoint) -> None:
+    """One model, two Python threads with a cache each: what each alone gives."""
+    model = lfm2_fast.load(random_checkpoint(), device="cpu")
+    steps = [{0: 30, 1: 3}] + [{0: 1, 1: 1, 2: 1}] * 12
+    expected = logits(model, steps)
+    found: list[Any] = [None, None]
+
+    def work(i: int) -> None:
+        found[i] = [logits(model, steps) for _ in range(3)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for run in found[0] + found[1]:
+        assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
+
+
+def test_what_cannot_run_is_said() -> None:
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        assert choose("auto", CPU, kind).name == choose("native", CPU, kind).name == "native"
+    assert choose("auto", CPU, torch.float64).name == "eager"
+    with pytest.raises(BackendError, match="float64"):
+        choose("native", CPU, torch.float64)
+    with pytest.raises(BackendError, match="mps"):
+        choose("native", torch.device("mps"), torch.float32)

@@ -1,0 +1,309 @@
+"""Whole models on the Triton kernels against the same models in eager PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.ops import reference
+from lfm2_fast.ops import triton_ops as ops_triton
+from lfm2_fast.ops.base import BackendError, Ops, choose
+from lfm2_fast.weights.formats import Matrix
+
+CHANGED = {
+    "plain": {},
+    "odd": {"conv_L_cache": 5, "conv_bias": True, "head_dim": 24, "num_key_value_heads": 3},
+    "attention_first": {
+        "conv_L_cache": 2,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "conv", "full_attention", "full_attention", "conv"],
+    },
+}
+# What every kind of step asks of a model: tokens by slot. Prompts, then a second turn, a chunk, a
+# decode step and a new prompt in one batch, then a decode step of all.
+STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned():
+    """Outputs begin as NaN, so that an element which no kernel wrote shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        patch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def load(kernel_device):
+    def load(
+        folder: Path, backend: str, dtype: torch.dtype, **options: Any
+    ) -> lfm2_fast.Lfm2ForCausalLM:
+        options |= {"device": kernel_device, "dtype": dtype, "backend": backend}
+        model = lfm2_fast.load(folder, **options)
+        assert model.ops.name == backend
+        return model
+
+    return load
+
+
+def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
+    cache = model.new_cache(4)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for step in STEPS:
+        batch = Batch.prepare(list(step.values()), list(step), cache, model.device)
+        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
+        found.append(model.run(tokens.to(model.device), batch, cache))
+    return found
+
+
+@pytest.mark.usefixtures("grid_order")
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED.keys())
+def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget, changed) -> None:
+    folder = random_checkpoint(**changed)
+    exact = logits(load(folder, "eager", torch.float64))
+    plain = logits(load(folder, "eager", kernel_dtype))
+    for ours, a, b in zip(logits(load(folder, "triton", kernel_dtype)), exact, plain, strict=True):
+        within_budget(ours, a, b)
+
+
+def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) -> None:
+    """The steps of few tokens multiply by the integers themselves."""
+    folder, int8 = random_checkpoint(), {"quantization": "int8"}
+    exact = logits(load(folder, "eager", torch.float64, **int8))
+    plain = logits(load(folder, "eager", torch.float32, **int8))
+    ours = load(folder, "triton", torch.float32, **int8)
+    for found, a, b in zip(logits(ours), exact, plain, strict=True):
+        within_budget(found, a, b)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the reference's product ran")
+
+    monkeypatch.setattr(reference, "linear_ref", refuse)
+    cache = ours.new_cache(2)
+    batch = Batch.prepare([1, 1], [1, 0], cache, ours.device)
+    ours.run(torch.tensor([9, 12], device=ours.device), batch, cache)
+
+
+def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
+    """Of the reference, only projections still serve."""
+    model = load(random_checkpoint(), "triton", torch.float32)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the reference ran")
+
+    for name in dir(reference):
+        if name.endswith("_ref") and name not in ("linear_ref", "scaled_ref"):
+            monkeypatch.setattr(reference, name, refuse)
+    assert all(step.isfinite().all() for step in logits(model))
+
+
+def test_a_decode_step_attends_in_one_launch_per_layer(
+    random_checkpoint, load, within_budget, monkeypatch
+) -> None:
+    """Over a context of more than one split, too; any other step in two."""
+    folder = random_checkpoint(layer_types=["full_attention"] * 2, num_hidden_layers=2)
+    ours = load(folder, "triton", torch.float32)
+    exact, plain = load(folder, "eager", torch.float64), load(folder, "eager", torch.float32)
+    launched: list[str] = []
+
+    def note(name: str, launch: Callable[..., None]) -> Callable[..., None]:
+        def noted(*args: Any, **kwargs: Any) -> None:
+            launched.append(name)
+            launch(*args, **kwargs)
+
+        return noted
+
+    for name in ("qk_norm_rope_triton", "flash_decode_triton", "flash_prefill_triton"):
+        monkeypatch.setattr(ops_triton, name, note(name, getattr(ops_triton, name)))
+    caches = [model.new_cache(2) for model in (ours, exact, plain)]
+    decode, other = ["flash_decode_triton"], ["qk_norm_rope_triton", "flash_prefill_triton"]
+    for step, expected in (({1: 140, 0: 3}, other), ({1: 1, 0: 1}, decode), ({0: 2, 1: 1}, other)):
+        tokens = torch.arange(10, 10 + sum(step.values()), device=ours.device)
+        found = []
+        launched.clear()
+        for model, cache in zip((ours, exact, plain), caches, strict=True):
+            batch = Batch.prepare(list(step.values()), list(step), cache, model.device)
+            found.append(model.run(tokens, batch, cache))
+        within_budget(*found)
+        assert launched == expected * 2
+
+
+def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
+    """Two may be stepped at once; what a cache counted with goes where it goes."""
+    model = load(random_checkpoint(), "triton", torch.float32)
+    caches = [model.new_cache(2) for _ in range(2)]
+    for cache in caches:
+        model.run(
+            torch.tensor([9], device=model.device),
+            Batch.prepare([1], [0], cache, model.device),
+            cache,
+        )
+    assert len(model.ops._arrivals) == 2
+    del caches, cache
+    gc.collect()
+    assert len(model.ops._arrivals) == 0
+
+
+def test_the_same_greedy_tokens_as_eager(tiny, load) -> None:
+    """On trained weights, where a token follows from what was read."""
+    from transformers import AutoTokenizer
+
+    text = (tiny / "heldout.txt").read_text(encoding="utf-8")
+    prompt = AutoTokenizer.from_pretrained(tiny)(text, return_tensors="pt").input_ids[:, :40]
+    expected, ours = (
+        load(tiny, backend, torch.float32).generate(prompt, max_new_tokens=24, do_sample=False)
+        for backend in ("eager", "triton")
+    )
+    assert ours.tolist() == expected.tolist()
+
+
+def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> None:
+    model = load(random_checkpoint(), "triton", torch.float32)
+    tokens = torch.arange(10, 29, device=model.device)
+    caches = [model.new_cache(1) for _ in range(2)]
+    batches = [Batch.prepare([19], [0], cache, model.device) for cache in caches]
+    whole = model.run(tokens, batches[0], caches[0])
+    last = model.run(tokens, batches[1], caches[1], batches[1].last_rows)
+    torch.testing.assert_close(last, whole[-1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [5, MOST_TOKENS + 1])
+def test_a_pending_addition_is_made_wherever_it_is_read(tokens, kernel_device) -> None:
+    """Also by few rows of many tokens."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, tokens, 96, device=kernel_device)
+    with torch.device(kernel_device), torch.no_grad():
+        linear, norm = Matrix(96, 96), torch.nn.RMSNorm(96, eps=1e-5)
+        linear.weight.normal_(std=0.1)
+        eager, ours = Ops(), choose("triton", kernel_device, x.dtype)
+        for steps in (1, 2):
+            streams = [x, x]
+            for _ in range(steps):
+                streams = [
+                    ops.linear_add(y, linear, stream)
+                    for ops, stream in zip((eager, ours), streams, strict=True)
+                ]
+            expected = eager.norm_linear(streams[0], norm, linear)
+            few = torch.tensor([3, 0], device=kernel_device)
+            picked = ours.norm_linear(streams[1][few], norm, linear)
+            torch.testing.assert_close(picked, expected[few])
+            # The second reading finds the sum that the first has made.
+            for _ in range(2):
+                torch.testing.assert_close(ours.norm_linear(streams[1], norm, linear), expected)
+
+
+def test_empty_rows(random_checkpoint, load) -> None:
+    model = load(random_checkpoint(), "triton", torch.float32)
+    tokens = torch.full((2, 3), 9, device=model.device)
+    assert model(tokens[:0]).logits.shape == (0, 3, 307)
+    answer = model(tokens, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    torch.testing.assert_close(answer.logits[1:], model(tokens[1:]).logits)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('os.environ["TRITON_INTERPRET"] = "0"', "TRITON_INTERPRET=1"),
+        ('sys.modules["triton"] = None', "pip install triton"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_what_to_do(setting: str, message: str) -> None:
+    """And "auto" then takes another, without a word."""
+    code = f"""
+import os, sys
+{setting}
+import torch
+from lfm2_fast.ops.base import choose
+cpu = torch.device("cpu")
+assert choose("auto", cpu, torch.float32).name in ("eager", "native")
+choose("triton", cpu, torch.float32)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    error = done.stderr.splitlines()[-1]
+    assert (
+        error.startswith("lfm2_fast.ops.base.BackendError: backend='triton'") and message in error
+    )
+
+
+def test_auto_takes_the_kernels_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose("auto", torch.device("cuda"), torch.bfloat16).name == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert choose("auto", torch.device("cuda"), torch.bfloat16).name == "eager"
+    with pytest.raises(BackendError, match=r"compute capability 8\.0"):
+        choose("triton", torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(BackendError, match="eager"):
+        choose("triton", torch.device("mps"), torch.bfloat16)
+    with pytest.raises(BackendError, match="'eager', 'triton'"):
+        choose("cublas", torch.device("cpu"), torch.bfloat16)
+
+
+def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> None:
+    """By operations of its own, which share the counters: a thread that captures disturbs none."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for capability, early in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
+        ops = choose("triton", torch.device("cuda"), torch.bfloat16)
+        assert isinstance(ops, ops_triton.TritonOps) and not ops.pdl
+        assert ops.captured.pdl == early and (ops.captured is ops) == (not early)
+        assert ops.captured is ops.captured.captured and ops.captured._arrivals is ops._arrivals
+    assert Ops().captured.name == "eager"
+
+
+@pytest.mark.usefixtures("graphs")
+def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
+    """Captured by a stand-in and done again, rows end at different times and write the same.
+
+    The host's numbers of a step mean nothing then, so a body that went by them would be wrong.
+    """
+    prompts, folder = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]], random_checkpoint()
+    ours, eager = (load(folder, backend, torch.float32) for backend in ("triton", "eager"))
+    kwargs = {"do_sample": True, "seed": 1, "top_k": 0, "min_p": 0.1, "repetition_penalty": 1.1}
+    kwargs["max_new_tokens"] = 5
+    written = eager.generate(prompts, eos_token_id=None, **kwargs)[:, 5:]
+    kwargs["eos_token_id"] = [int(written[0, 1]), int(written[1, 2])]
+    assert torch.equal(ours.generate(prompts, **kwargs), eager.generate(prompts, **kwargs))
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("length", [9, 40])
+def test_a_captured_prompt_is_padded_and_right(
+    random_checkpoint, load, within_budget, length: int
+) -> None:
+    """Over a prefix too, and as it is, captured and replayed; what padding makes reaches nobody."""
+    folder = random_checkpoint()
+    found = []
+    for backend, dtype in (
+        ("triton", torch.float32),
+        ("eager", torch.float64),
+        ("eager", torch.float32),
+    ):
+        model = load(folder, backend, dtype)
+        cache = model.new_cache(2)
+        decoder, logits = Decoder(model, cache), []
+        for start in (2, 3, 5):
+            tokens = [start + i % 97 for i in range(length)]
+            logits.append(decoder.prefill([tokens], [1]))
+            logits.append(decoder.step([7], [1]))
+        found.append(torch.cat(logits))
+    within_budget(*found)
