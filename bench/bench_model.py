@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.cpu.engines import prompt
-from lfm2_fast.cli.benchmark import Sequences, weight_bytes
+from lfm2_fast.cli.benchmark import Sequences, bytes_read_per_step
 
 STEPS = 8
 
@@ -44,7 +44,7 @@ def bench_decode(
     cached = model.config.cache_bytes(model.dtype.itemsize, batch * context)
     # The time of a round has generate's beginning in it, which is one more step.
     steps = STEPS + 1
-    note(benchmark, steps * batch, steps * (weight_bytes(model) + cached), bandwidth)
+    note(benchmark, steps * batch, steps * (bytes_read_per_step(model) + cached), bandwidth)
 
 
 @pytest.mark.parametrize("length", [32, 128, 512, 2048])
@@ -58,7 +58,7 @@ def bench_first_token(
     text = prompts(1, length, model)
     benchmark.group = f"{size} first token after {length}"
     benchmark.pedantic(lambda: Sequences(model).start(text, 1), rounds=5, warmup_rounds=1)
-    note(benchmark, length, weight_bytes(model), bandwidth)
+    note(benchmark, length, bytes_read_per_step(model), bandwidth)
 
 
 def prompts(batch: int, length: int, model: Any) -> list[list[int]]:

@@ -18,9 +18,9 @@ import lfm2_fast
 from bench.gate import logits, rounding, wrong_logits
 from bench.report.results import commit
 from bench.shapes import SIZES, checkpoint
-from lfm2_fast.cli.info import hardware, versions
+from lfm2_fast.cli.environment import hardware, versions
 from lfm2_fast.cli.machine_load import memory_speed
-from lfm2_fast.ops.base import why_not
+from lfm2_fast.ops.select import why_not
 
 DEFAULT = ("size_350M", "size_tiny")
 

@@ -13,9 +13,8 @@ import torch
 
 from bench.shapes import config_of, random_weights
 from lfm2_fast import Lfm2ForCausalLM
-from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
-from lfm2_fast.hf.causal_lm import AttentionBlock, ConvBlock
+from lfm2_fast.models.lfm2 import AttentionBlock, ConvBlock
 from lfm2_fast.ops.residual import settled
 
 Tensors = list[torch.Tensor]
@@ -58,12 +57,12 @@ class Setup:
         self.q = self.draw(total, config.num_attention_heads, config.head_dim)
         self.cache = self.model.new_cache(sequences, context + tokens)
         self.prepare(sequences, context)
-        self.cache.advance(self.batch)
+        self.cache.commit_batch(self.batch)
         self.prepare(sequences, tokens)
         self.fill(context + tokens)
         self.positions = self.batch.positions
-        self.rope = self.ops.rope(self.positions, self.model.inv_freq, dtype)
-        pairs = list(zip(self.model.layers, self.cache.layers, strict=True))
+        self.rope = self.ops.rope(self.positions, self.model.model.inv_freq, dtype)
+        pairs = list(zip(self.model.model.layers, self.cache.layers, strict=True))
         self.conv = [(block, state) for block, state in pairs if isinstance(block, ConvBlock)]
         self.attention = [(b, state) for b, state in pairs if isinstance(b, AttentionBlock)]
 
@@ -73,7 +72,7 @@ class Setup:
 
     def prepare(self, sequences: int, tokens: int) -> None:
         """Let the step be so many tokens a sequence, and the cache have room for them."""
-        self.batch = Batch.prepare([tokens] * sequences, range(sequences), self.cache, "cpu")
+        self.batch = self.cache.next_batch([tokens] * sequences, range(sequences), "cpu")
         self.cache.reserve(self.batch)
 
     def fill(self, length: int) -> None:
@@ -94,7 +93,7 @@ def norm_linear_qkv(s: Setup) -> Tensors:
 
 def norm_linear_head(s: Setup) -> Tensors:
     last = s.x[s.batch.last_rows]
-    return [s.ops.norm_linear(last, s.model.embedding_norm, s.model.lm_head)]
+    return [s.ops.norm_linear(last, s.model.model.embedding_norm, s.model.model.lm_head)]
 
 
 def linear_add_out(s: Setup) -> Tensors:
@@ -106,21 +105,21 @@ def attend(s: Setup) -> Tensors:
 
 
 def norm_swiglu(s: Setup) -> Tensors:
-    blocks = s.model.layers
+    blocks = s.model.model.layers
     return [s.ops.norm_swiglu(s.x, b.ffn_norm, b.feed_forward.gate_up_proj) for b in blocks]
 
 
 def linear_add_down(s: Setup) -> Tensors:
-    blocks = s.model.layers
+    blocks = s.model.model.layers
     return [settled(s.ops.linear_add(s.inner, b.feed_forward.down_proj, s.x)) for b in blocks]
 
 
 def rms_norm(s: Setup) -> Tensors:
-    return [s.ops.rms_norm(s.x, b.ffn_norm) for b in s.model.layers]
+    return [s.ops.rms_norm(s.x, b.ffn_norm) for b in s.model.model.layers]
 
 
 def swiglu(s: Setup) -> Tensors:
-    return [s.ops.swiglu(s.gate_up) for _ in s.model.layers]
+    return [s.ops.swiglu(s.gate_up) for _ in s.model.model.layers]
 
 
 def gated_conv(s: Setup) -> Tensors:
@@ -136,7 +135,7 @@ def attention(s: Setup) -> Tensors:
 
 
 def rope(s: Setup) -> Tensors:
-    return [*s.ops.rope(s.positions, s.model.inv_freq, s.dtype)]
+    return [*s.ops.rope(s.positions, s.model.model.inv_freq, s.dtype)]
 
 
 OPERATIONS: dict[str, Callable[[Setup], Tensors]] = {

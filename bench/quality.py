@@ -13,7 +13,7 @@ import lfm2_fast
 from bench.report import results
 from bench.shapes import TINY
 from lfm2_fast.cli.evaluation import evaluate
-from lfm2_fast.cli.session import load_tokenizer
+from lfm2_fast.text.tokenizer import load_tokenizer
 
 OUT = results.RESULTS / "quality.json"
 KINDS: tuple[tuple[str, str | None], ...] = (

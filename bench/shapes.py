@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lfm2_fast
-from lfm2_fast.weights.fusion import layout
+from lfm2_fast.weights.fusion import fusion_table
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = Path(os.environ.get("LFM2_FAST_BENCH_DIR", ROOT / "build" / "bench"))
@@ -31,14 +31,12 @@ def random_weights(
     """Weights of a fresh model, by our names."""
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
-    for name, parts in layout(config).items():
-        shape = (sum(part.rows for part in parts), *parts[0].shape[1:])
+    for name, fused in fusion_table(config).items():
         if "norm" in name:
-            made = torch.ones(shape, dtype=dtype, device=device)
+            weights[name] = torch.ones(fused.shape, dtype=dtype, device=device)
         else:
-            made = torch.empty(shape, dtype=dtype, device=device)
-            made.normal_(0, 0.02, generator=generator)
-        weights[name] = made.squeeze(1) if name.endswith("conv.conv.weight") else made
+            made = torch.empty(fused.shape, dtype=dtype, device=device)
+            weights[name] = made.normal_(0, 0.02, generator=generator)
     return weights
 
 

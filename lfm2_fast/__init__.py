@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from lfm2_fast.config import CheckpointError, Config
     from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
     from lfm2_fast.hf.load import load
-    from lfm2_fast.ops.base import BackendError
+    from lfm2_fast.ops.select import BackendError
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
         homes = {
             "Lfm2ForCausalLM": "hf.causal_lm",
-            "BackendError": "ops.base",
+            "BackendError": "ops.select",
             "Cache": "cache.kv_cache",
             "CacheError": "cache.kv_cache",
             "CheckpointError": "config",

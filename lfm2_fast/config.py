@@ -17,8 +17,8 @@ NOT_YET = {
 }
 # Classes whose weights these are, without regard to case; the second has no head of its own.
 CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
-# What save_pretrained says of 8-bit matrices.
-OWN_FORMAT = {"quant_method": "lfm2_fast", "format": "int8"}
+# The quant_method of checkpoints that save_pretrained wrote; "format" names a weight format.
+OWN_METHOD = "lfm2_fast"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -62,18 +62,6 @@ class Config:
     def num_hidden_layers(self) -> int:
         """How many blocks the model has."""
         return len(self.layer_types)
-
-    @property
-    def num_parameters(self) -> int:
-        """The model's parameters, a tied head counted once."""
-        hidden, bias = self.hidden_size, int(self.conv_bias)
-        conv = 4 * hidden * hidden + self.conv_L_cache * hidden + bias * 5 * hidden
-        heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
-        attention = heads * self.head_dim * hidden + 2 * self.head_dim
-        each = 3 * hidden * self.intermediate_size + 2 * hidden
-        operators = sum(conv if kind == "conv" else attention for kind in self.layer_types)
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
-        return embeddings + operators + each * self.num_hidden_layers + hidden
 
     def cache_bytes(self, item: int, tokens: int = 1) -> int:
         """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number."""
@@ -132,7 +120,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """A config.json that Hugging Face reads, in the spellings of transformers 4 and 5."""
         eos = self.eos_token_id
-        quantized = {} if self.quantization is None else {"quantization_config": {**OWN_FORMAT}}
+        quantized = {}
+        if self.quantization is not None:
+            own = {"quant_method": OWN_METHOD, "format": self.quantization}
+            quantized = {"quantization_config": own}
         return {
             "architectures": ["Lfm2ForCausalLM"],
             "model_type": self.model_type,
@@ -312,13 +303,14 @@ def _quantization(read: _Reader) -> str | None:
         raise read.error(f"quantization_config must be an object, not {found!r}")
     if not found:
         return None
-    if found != OWN_FORMAT:
+    format = found.get("format")
+    if found != {"quant_method": OWN_METHOD, "format": format} or not isinstance(format, str):
         method = found.get("quant_method", "unknown method")
         raise read.error(
             f"the checkpoint is quantized ({method}), which lfm2_fast does not read; load the "
             "unquantized checkpoint, with quantization='int8' if memory is short"
         )
-    return OWN_FORMAT["format"]
+    return format
 
 
 def _eos_token_id(read: _Reader) -> int | tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lfm2_fast import CheckpointError, Config
-from lfm2_fast.weights.fusion import layout
+from lfm2_fast.weights.fusion import fusion_table, num_parameters
 
 DATA = Path(__file__).parent / "data"
 
@@ -33,12 +33,12 @@ def published(name: str = "LFM2-350M", **changed: Any) -> dict[str, Any]:
 def test_published_sizes_come_out_exactly(name: str) -> None:
     parameters, inner, attention = PUBLISHED[name]
     config = Config.from_file(DATA / f"{name}.json")
-    assert config.num_parameters == parameters
+    assert num_parameters(config) == parameters
     assert config.intermediate_size == inner
     layers = enumerate(config.layer_types)
     assert tuple(i for i, kind in layers if kind == "full_attention") == attention
     assert config.head_dim == 64 and config.eos_token_id == 7 and config.dtype == "bfloat16"
-    parts = [part for made in layout(config).values() for part in made]
+    parts = [part for fused in fusion_table(config).values() for part in fused.parts]
     assert sum(torch.Size(part.shape).numel() for part in parts) == parameters
 
 
@@ -52,7 +52,8 @@ def test_hugging_face_builds_the_same_model(name: str) -> None:
         with torch.device("meta"):
             theirs = Lfm2ForCausalLM(Lfm2Config(**raw))
         shapes = {key: tuple(p.shape) for key, p in theirs.named_parameters()}
-        assert shapes == {p.name: p.shape for parts in layout(config).values() for p in parts}
+        table = fusion_table(config).values()
+        assert shapes == {p.name: p.shape for fused in table for p in fused.parts}
         assert theirs.model.rotary_emb.config.rope_parameters["rope_theta"] == config.rope_theta
     assert Config.from_dict(config.to_dict()) == config
 
@@ -92,8 +93,8 @@ def test_spellings(changed: dict[str, Any], field: str, expected: Any) -> None:
 
     with torch.device("meta"):
         theirs = Lfm2ForCausalLM(Lfm2Config(**published(**changed)))
-    assert theirs.num_parameters() == config.num_parameters
-    shapes = {p.name: p.shape for parts in layout(config).values() for p in parts}
+    assert theirs.num_parameters() == num_parameters(config)
+    shapes = {p.name: p.shape for fused in fusion_table(config).values() for p in fused.parts}
     assert {key: tuple(p.shape) for key, p in theirs.named_parameters()} == shapes
 
 

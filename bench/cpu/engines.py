@@ -1,6 +1,6 @@
 """The engines that are compared, each driven in its own best way through the same few calls.
 
-This file and ``llama.py`` alone know how an engine is called: ``lfm2_fast`` through its public
+This file and ``llama_cpp.py`` alone know how an engine is called: ``lfm2_fast`` through its public
 ``generate``; Hugging Face through the model's forward call, to which its own ``generate`` only adds
 time; llama.cpp through its C interface.
 """

@@ -4,8 +4,8 @@
 
 Both backends share one set of random weights. They take turns, a few steps each, so that whatever
 else the machine does falls on both. Whole steps and single operations are timed in separate turns,
-since timing every operation costs time itself. Operations are the model's words, with what they
-call, or what a tape replays. What is left of a step when they are taken out is Python between them:
+since timing every operation costs time itself. Operations are the fused ones, with what they call,
+or what a CPU graph replays. What is left of a step when they are taken out is Python between them:
 the model, the batch, the cache.
 """
 
@@ -23,26 +23,26 @@ from typing import Any
 import torch
 
 import lfm2_fast
-import lfm2_fast.engine.cpu_graph as tapes
 from bench.report import results
 from bench.report.tables import profile_table
 from bench.shapes import SIZES, config_of, random_weights
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cli.machine_load import Neighbours, quantile
-from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.engine import cpu_graph
+from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 
 BACKENDS = ("eager", "native")
-WORDS = ("embed", "rope", "norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu")
+OPERATIONS = ("embed", "rope", "norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu")
 
 
 class Side:
     """One backend: a model, a cache with some context, and the times of its steps."""
 
     def __init__(self, model: Any, context: int) -> None:
-        self.model = model
+        self.ops = model.ops
         self.cache: Cache = model.new_cache(1)
-        self.decoder = Decoder(model, self.cache)
+        self.runner = ModelRunner(model.model, self.cache)
         self.context = context
         self.steps: list[float] = []
         self.operations: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -60,10 +60,10 @@ class Side:
     def profiled_turn(self, steps: int) -> None:
         """The same, timing what the operations take of each step."""
         self._rewind()
-        self._step()  # which may record a tape
+        self._step()  # which may record a CPU graph
         for _ in range(steps):
             spent: dict[str, list[float]] = defaultdict(list)
-            with timed_words(self.model.ops, spent), timed_tapes(spent):
+            with timed_operations(self.ops, spent), timed_graphs(spent):
                 self._step(spent["sample"])
             for name, times in spent.items():
                 self.operations[name].append((len(times), sum(times)))
@@ -71,11 +71,11 @@ class Side:
     def _rewind(self) -> None:
         self.cache.reset()
         prompt = [1 + i % 97 for i in range(self.context)]
-        self.decoder.prefill([prompt], [0])
+        self.runner.prefill([prompt], [0])
 
     def _step(self, spent: list[float] | None = None) -> None:
-        logits = self.decoder.step([self.token], [0])
-        choose = timed(self.model.ops.sample, [] if spent is None else spent)
+        logits = self.runner.step([self.token], [0])
+        choose = timed(self.ops.sample, [] if spent is None else spent)
         self.token = int(choose(logits, self.state))
 
 
@@ -92,8 +92,8 @@ def timed(body: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 
 
 @contextmanager
-def timed_words(ops: Any, spent: dict[str, list[float]]) -> Iterator[None]:
-    """Note the seconds of the model's words; what a word calls is part of it."""
+def timed_operations(ops: Any, spent: dict[str, list[float]]) -> Iterator[None]:
+    """Note the seconds of the fused operations, each with what it calls."""
     inside: list[str] = []
 
     def wrapped(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,32 +108,32 @@ def timed_words(ops: Any, spent: dict[str, list[float]]) -> Iterator[None]:
 
         return call
 
-    for name in WORDS:
+    for name in OPERATIONS:
         setattr(ops, name, wrapped(name, getattr(ops, name)))
     try:
         yield
     finally:
-        for name in WORDS:
+        for name in OPERATIONS:
             delattr(ops, name)
 
 
 @contextmanager
-def timed_tapes(spent: dict[str, list[float]]) -> Iterator[None]:
-    """Note the seconds of each operation that is replayed from a tape, where no word is called."""
+def timed_graphs(spent: dict[str, list[float]]) -> Iterator[None]:
+    """Note the seconds of each operation that a CPU graph replays."""
 
-    def replay(tape: Any) -> None:
-        for operation, arguments, named in tape._calls or ():
+    def replay(graph: Any) -> None:
+        for operation, arguments, named in graph._calls or ():
             # A result that is renewed in place is told by the operation that makes it.
-            made_by = arguments[1] if operation is tapes._renew else operation
+            made_by = arguments[1] if operation is cpu_graph._renew else operation
             name = made_by._schema.name.split("::")[1].removesuffix("_native")
             timed(operation, spent[name])(*arguments, **named)
 
-    kept = tapes.Tape.replay
-    tapes.Tape.replay = replay  # type: ignore[method-assign]
+    kept = cpu_graph.CpuGraph.replay
+    cpu_graph.CpuGraph.replay = replay  # type: ignore[method-assign]
     try:
         yield
     finally:
-        tapes.Tape.replay = kept  # type: ignore[method-assign]
+        cpu_graph.CpuGraph.replay = kept  # type: ignore[method-assign]
 
 
 def call_cost() -> dict[str, float]:

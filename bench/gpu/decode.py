@@ -32,7 +32,7 @@ from bench.gpu.limits import copy_bandwidth, empty_kernels, matmul_rate, told_by
 from bench.gpu.steps import STEPS, TURN_STEPS, TURNS
 from bench.report.results import header, made_here, write
 from bench.shapes import SIZES, TINY, config_of
-from lfm2_fast.ops.base import has_dependent_launch
+from lfm2_fast.ops.select import has_dependent_launch
 
 CONTEXTS = (128, 2048, 8192, 32768)
 BATCHES = (64, 16, 2, 4, 8, 32)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import bench.cpu.engines
+from lfm2_fast.weights.fusion import fusion_table
 
 
 class Ours:
@@ -27,9 +28,9 @@ class Ours:
         from bench import shapes
         from bench.gpu import limits as gpu_limits
         from bench.gpu import steps as gpu_steps
-        from lfm2_fast.engine.prefill import Decoder
+        from lfm2_fast.engine.model_runner import ModelRunner
 
-        self.torch, self.package, self.decoder = torch, lfm2_fast, Decoder
+        self.torch, self.package, self.runner = torch, lfm2_fast, ModelRunner
         self.limits, self.timed, self.shapes = gpu_limits, gpu_steps, shapes
         self.shape: tuple[int, int, int] | None = None
 
@@ -56,9 +57,10 @@ class Ours:
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
         """Of captured steps, where there are any: the first is run, the second captured."""
-        decoder = self.decoder(self.model, self.model.new_cache(1, len(tokens) + steps))
-        rows = [decoder.prefill([tokens], [0])]
-        rows += [decoder.step([1], [0]) for _ in range(steps - 1)]
+        cache = self.model.new_cache(1, len(tokens) + steps)
+        runner = self.runner(self.model.model, cache)
+        rows = [runner.prefill([tokens], [0])]
+        rows += [runner.step([1], [0]) for _ in range(steps - 1)]
         return np.stack([row[0].float().cpu().numpy() for row in rows])
 
     def versions(self) -> dict[str, str]:
@@ -75,17 +77,14 @@ class HuggingFace(bench.cpu.engines.HuggingFace):
         from bench.gpu.limits import Clock
         from bench.shapes import random_weights
         from lfm2_fast import Config
-        from lfm2_fast.weights.fusion import layout
 
         torch, self.device = self.torch, device
         torch.set_grad_enabled(False)
         config = Config.from_file(path)
         ours = random_weights(config, torch.bfloat16, device)
         weights = {}
-        for name, parts in layout(config).items():
-            pieces = ours[name].split([part.rows for part in parts])
-            for part, piece in zip(parts, pieces, strict=True):
-                weights[part.name] = piece.reshape(part.shape)
+        for name, fused in fusion_table(config).items():
+            weights.update((part.name, rows) for part, rows in fused.split(ours[name]))
         theirs = self.package.Lfm2Config.from_json_file(path)
         with torch.device("meta"):
             model = self.package.Lfm2ForCausalLM(theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,13 @@ import lfm2_fast
 from bench.gpu.limits import Clock, quantiles
 from bench.report.stats import ratio
 from bench.shapes import random_weights
-from lfm2_fast.cli.benchmark import Sequences, weight_bytes
-from lfm2_fast.engine.decode import Row, Steps
-from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.cli.benchmark import Sequences, bytes_read_per_step
+from lfm2_fast.engine.decode import DecodeLoop, Request
+from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 from lfm2_fast.ops.triton_ops import TritonOps
-from lfm2_fast.weights.formats import quantize_int8
-from lfm2_fast.weights.fusion import is_matrix, layout
+from lfm2_fast.weights.formats import INT8
+from lfm2_fast.weights.fusion import fusion_table
 
 STEPS = 100
 # Steps as they are, the capture, and some to warm up: as all counts here, some launches of four.
@@ -53,7 +54,7 @@ class Decoding:
         self.model, self.params = model, params or SamplingParams()
         self.batch, self.context, self.room = batch, context, room
         self.cache = model.new_cache(batch, context + room)
-        self.steps: Steps | None = None
+        self.steps: DecodeLoop | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -61,9 +62,9 @@ class Decoding:
         device, context = self.model.device, self.context
         self.end()
         self.cache.reset()
-        steps = Steps(self.model, self.cache, self.params, ())
-        rows = [Row(i, slot=i, start=context, limit=self.room) for i in range(self.batch)]
-        logits = Decoder(self.model, self.cache).prefill([prompt(context)], [0])
+        steps = DecodeLoop(self.model.model, self.cache, self.params, ())
+        rows = [Request(i, slot=i, start=context, limit=self.room) for i in range(self.batch)]
+        logits = ModelRunner(self.model.model, self.cache).prefill([prompt(context)], [0])
         for slot in range(1, self.batch):
             self.cache.copy(0, slot)
         positions = torch.full((self.batch,), context, device=device)
@@ -108,7 +109,7 @@ class Decoding:
     def nbytes(self) -> int:
         """What a step reads at the least: every weight, and the context's keys and values."""
         config, item = self.model.config, self.model.dtype.itemsize
-        return weight_bytes(self.model) + config.cache_bytes(item, self.batch * self.context)
+        return bytes_read_per_step(self.model) + config.cache_bytes(item, self.batch * self.context)
 
     def kernels(self) -> int:
         """How many kernels a step has, as the profiler counts them in a replay.
@@ -171,7 +172,8 @@ def sampled(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
 def dependent(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
     """Steps whose few-token kernels are launched before their predecessors' end, over plain."""
     room, plain = WARM + TURN_STEPS + 2, copy.copy(model)
-    plain.ops = TritonOps()
+    plain._modules = {"model": copy.copy(model.model)}  # the copy shares its dictionary
+    plain.model.ops = TritonOps()
     return compare(Decoding(model, 1, context, room), Decoding(plain, 1, context, room))
 
 
@@ -188,9 +190,9 @@ def quantized(
 ) -> dict[str, torch.Tensor]:
     """The weights with their matrices in 8-bit integers, as loading makes them."""
     made = dict(weights)
-    for name, parts in layout(config).items():
-        if is_matrix(parts):
-            made[name], made[f"{name}_scale"] = quantize_int8(weights[name])
+    for name, fused in fusion_table(config).items():
+        if fused.is_matrix:
+            made[name], made[f"{name}_scale"] = INT8.quantize(weights[name])
     return made
 
 
@@ -202,7 +204,7 @@ def prefill(model: lfm2_fast.Lfm2ForCausalLM, length: int, rate: float) -> dict[
         cache.reset()
         clock = Clock(model.device)
         clock.mark()
-        Decoder(model, cache).prefill([prompt(length)], [0])
+        ModelRunner(model.model, cache).prefill([prompt(length)], [0])
         clock.mark()
         times += clock.microseconds()
     found = quantiles(times[1:])
@@ -217,9 +219,9 @@ def prefill_flops(config: lfm2_fast.Config, length: int) -> int:
     """
     head = config.vocab_size * config.hidden_size
     matrices = sum(
-        sum(part.rows for part in parts) * parts[0].shape[1]
-        for name, parts in layout(config).items()
-        if is_matrix(parts) and name.startswith("layers.")
+        math.prod(fused.shape)
+        for name, fused in fusion_table(config).items()
+        if fused.is_matrix and name.startswith("layers.")
     )
     width = config.num_attention_heads * config.head_dim
     pairs = config.layer_types.count("full_attention") * length * (length + 1) // 2
@@ -238,7 +240,10 @@ def first_token(model: lfm2_fast.Lfm2ForCausalLM, length: int, copied: float) ->
         times.append(1e6 * (time.perf_counter() - begin))
     # The first call runs as it is, the second captures.
     found = quantiles(times[2:])
-    return {"us": found, "over_floor": round(found["p50"] * copied * 1e3 / weight_bytes(model), 2)}
+    return {
+        "us": found,
+        "over_floor": round(found["p50"] * copied * 1e3 / bytes_read_per_step(model), 2),
+    }
 
 
 def as_host_sees(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:

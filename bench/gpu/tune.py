@@ -32,7 +32,7 @@ from bench.shapes import SIZES, config_of
 from lfm2_fast import Config
 from lfm2_fast.kernels import tuned
 from lfm2_fast.kernels.plan import Plan, chip
-from lfm2_fast.ops.base import has_dependent_launch
+from lfm2_fast.ops.select import has_dependent_launch
 
 TABLE = ROOT / "kernels" / "tuned.py"
 # Several times the cache of any GPU.

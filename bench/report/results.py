@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cli.info import hardware, versions
+from lfm2_fast.cli.environment import hardware, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"

@@ -1,84 +1,101 @@
-"""Batch: which tokens of which sequences run in this step."""
+"""Batch: the tokens that run in one step, and which sequences they belong to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from lfm2_fast.cache.kv_cache import Cache
+
+@dataclass(frozen=True)
+class HostBatch:
+    """Numbers of a batch on the host, one of each for every sequence.
+
+    ``query_lengths`` counts a sequence's tokens in this step, ``starts`` its context before it,
+    ``slots`` names its slot in the cache.
+    """
+
+    query_lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Yield slot, start and query length of each sequence."""
+        return zip(self.slots, self.starts, self.query_lengths, strict=True)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one forward pass, packed end to end without padding.
-
-    Tokens after the last sequence touch nothing; a captured prompt has such, up to its fixed size.
+    """Tokens of one forward pass, packed end to end without padding.
 
     With T tokens of B sequences: ``positions [T]`` int64 is each token's place in its sequence,
     ``cu_seqlens [B + 1]`` int32 where each sequence starts in the packed axis, ``slots [B]`` int64
     its slot in the cache, ``lengths [B]`` int32 its context after this step. All four lie on the
-    model's device. ``query_lengths``, ``starts`` (context before this step) and ``host_slots`` are
-    the host's copies, so that no body has to wait for the device to learn them.
+    model's device. ``max_query`` is the most tokens that any sequence runs in this step.
+
+    ``host`` has the same numbers on the host, for implementations that need them there. It is None
+    for captured work, whose numbers are known on the device alone. Tokens after the last sequence
+    are padding and touch nothing; a captured prompt has them, up to its fixed size.
     """
 
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     slots: torch.Tensor
     lengths: torch.Tensor
-    query_lengths: tuple[int, ...]
-    starts: tuple[int, ...]
-    host_slots: tuple[int, ...]
-
-    @property
-    def max_query(self) -> int:
-        """The most tokens that any sequence runs in this step."""
-        return max(self.query_lengths, default=0)
+    max_query: int
+    host: HostBatch | None = None
 
     @classmethod
     def prepare(
         cls,
         query_lengths: Sequence[int],
+        starts: Sequence[int],
         slots: Sequence[int],
-        cache: Cache,
         device: torch.device | str,
     ) -> Batch:
-        """Continue each ``slots[i]`` of ``cache`` by ``query_lengths[i]`` tokens.
+        """Continue the sequence in ``slots[i]`` from ``starts[i]`` by ``query_lengths[i]`` tokens.
 
-        Sequences that run no token are left out. Raises ValueError for a slot that the cache does
-        not have or that is named twice, and for a negative length.
+        Sequences that run no token are left out. Raises ValueError for a slot that is named twice
+        and for a negative length.
         """
-        if len(query_lengths) != len(slots):
+        if not len(query_lengths) == len(slots) == len(starts):
             raise ValueError(f"{len(query_lengths)} query lengths for {len(slots)} slots")
         if min(query_lengths, default=0) < 0:
             raise ValueError(f"query lengths must not be negative, got {list(query_lengths)}")
         if len(set(slots)) != len(slots):
             raise ValueError(f"a slot may stand in a batch once, got slots {list(slots)}")
-        for slot in slots:
-            if not 0 <= slot < cache.slots:
-                raise ValueError(f"slot {slot} is not one of the cache's {cache.slots} slots")
-        live = [(n, slot) for n, slot in zip(query_lengths, slots, strict=True) if n]
-        counts = tuple(n for n, _ in live)
-        host_slots = tuple(slot for _, slot in live)
-        starts = tuple(cache.lengths[slot] for slot in host_slots)
-
-        ends = [start + n for start, n in zip(starts, counts, strict=True)]
-        positions = [p for start, end in zip(starts, ends, strict=True) for p in range(start, end)]
+        every = zip(query_lengths, starts, slots, strict=True)
+        live = [(n, start, slot) for n, start, slot in every if n]
+        host = HostBatch(
+            query_lengths=tuple(n for n, _, _ in live),
+            starts=tuple(start for _, start, _ in live),
+            slots=tuple(slot for _, _, slot in live),
+        )
         bounds = [0]
-        for n in counts:
+        for n in host.query_lengths:
             bounds.append(bounds[-1] + n)
-
+        positions = [p for _, start, n in host for p in range(start, start + n)]
         return cls(
             positions=on_device(positions, torch.int64, device),
             cu_seqlens=on_device(bounds, torch.int32, device),
-            slots=on_device(host_slots, torch.int64, device),
-            lengths=on_device(ends, torch.int32, device),
-            query_lengths=counts,
-            starts=starts,
-            host_slots=host_slots,
+            slots=on_device(host.slots, torch.int64, device),
+            lengths=on_device([start + n for _, start, n in host], torch.int32, device),
+            max_query=max(host.query_lengths, default=0),
+            host=host,
         )
+
+    @property
+    def on_host(self) -> HostBatch:
+        """``host``. Raises RuntimeError where the numbers are on the device alone."""
+        if self.host is None:
+            raise RuntimeError(
+                "this batch has its numbers on the device alone, but the implementation needs them "
+                "on the host: it cannot run captured work"
+            )
+        return self.host
 
     @property
     def last_rows(self) -> torch.Tensor:
@@ -86,16 +103,34 @@ class Batch:
         return self.cu_seqlens[1:].long() - 1
 
 
+class DecodeInputs(NamedTuple):
+    """Inputs of a decode step, a row for each of B sequences, on the device.
+
+    ``tokens, slots, positions [B]`` int64, ``lengths [B]`` int32, which is the position plus one,
+    and ``finished [B]`` bool. A finished row runs on without effect.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    finished: torch.Tensor
+
+    def first(self, count: int) -> DecodeInputs:
+        """Return the first ``count`` rows, sharing their memory."""
+        return DecodeInputs(*(each[:count] for each in self))
+
+
 def on_device(
     values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """``values`` on the device, for which the host does not wait."""
+    """Return ``values`` on the device, without waiting for the device."""
     return torch.tensor(list(values), dtype=dtype).to(device, non_blocking=True)
 
 
 @contextmanager
 def host_by_default() -> Iterator[None]:
-    """Let tensors lie on the host unless a device is named, whatever ``set_default_device`` says.
+    """Make new tensors on the host unless a device is named, despite ``set_default_device``.
 
     torch does this with a mode that every operation goes through, so only where it is needed.
     """

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lfm2_fast.cache.batch import Batch
 from lfm2_fast.config import Config
-
-if TYPE_CHECKING:
-    from lfm2_fast.cache.batch import Batch
 
 MIN_PAGE = 64
 MARKS = 16
@@ -67,14 +65,14 @@ class Cache:
     taken back by ``rollback``. ``lengths[slot]``, on the host, is the truth of how much context
     every slot holds; whatever lies beyond it in the tensors is never read.
 
-    ``history[slot]`` lists the token ids that a slot holds, as far as ``record`` was told. Unlike
-    keys and values, conv rows that a ring has passed over are gone; ``mark`` keeps a slot's window
-    at its present length (60 to 270 kB at the published sizes), and ``resume`` goes back to the
-    newest such place.
+    ``history[slot]`` lists the token ids that a slot holds, as far as ``record_tokens`` was told.
+    Unlike keys and values, conv rows that a ring has passed over are gone; ``mark`` keeps a slot's
+    window at its present length (60 to 270 kB at the published sizes), and ``resume`` goes back to
+    the newest such place.
 
-    ``scrap`` is the number of a slot more, which sequences that have ended write to while others
-    still run, or None. ``grown`` counts how often the pages have moved, and ``kept`` is for whoever
-    keeps something that points at them.
+    ``dummy_slot`` is the index of an extra slot, which finished sequences write to while others
+    still run, or None. ``reallocations`` counts how often the pages have moved. ``kept`` holds the
+    decode buffers and graphs that use these pages.
     """
 
     kept: Any = None
@@ -88,17 +86,17 @@ class Cache:
         device: torch.device | str,
         dtype: torch.dtype,
         spare: int = 1,
-        scrap: bool = False,
+        dummy_slot: bool = False,
     ) -> None:
         if slots < 0 or max_length < 1 or spare < 1:
             raise ValueError(
                 "a cache needs slots >= 0, max_length >= 1 and spare >= 1, got "
                 f"slots={slots}, max_length={max_length}, spare={spare}"
             )
-        self.form = form(config, dtype, device)
+        self.signature = signature(config, dtype, device)
         self.slots = slots
-        self.scrap = slots if scrap else None
-        self.grown = 0
+        self.dummy_slot = slots if dummy_slot else None
+        self.reallocations = 0
         self.max_length = max_length
         self.past = config.conv_L_cache - 1
         self.ring = self.past + spare
@@ -111,7 +109,7 @@ class Cache:
         self._marks: list[dict[int, Mark]] = [{} for _ in range(slots)]
         self._capacity = min(MIN_PAGE, max_length)
         self.layers: list[KVPages | ConvWindow] = []
-        places = slots + scrap
+        places = slots + dummy_slot
         page = (places, config.num_key_value_heads, self._capacity, config.head_dim)
         window = (places, self.ring, config.hidden_size)
         # A cache made inside torch.inference_mode must stay writable outside of it.
@@ -138,13 +136,28 @@ class Cache:
         """Bytes that the pages and windows take on their device."""
         return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
 
+    def next_batch(
+        self,
+        query_lengths: Sequence[int],
+        slots: Sequence[int],
+        device: torch.device | str,
+    ) -> Batch:
+        """Return the batch that continues each ``slots[i]`` by ``query_lengths[i]`` tokens.
+
+        Raises ValueError for a slot that the cache does not have, and as ``Batch.prepare`` does.
+        """
+        for slot in slots:
+            if not 0 <= slot < self.slots:
+                raise ValueError(f"slot {slot} is not one of the cache's {self.slots} slots")
+        return Batch.prepare(query_lengths, [self.lengths[slot] for slot in slots], slots, device)
+
     def reserve(self, batch: Batch) -> None:
         """Make room for ``batch`` and note which conv rows it will overwrite.
 
         Called before a step runs. Raises CacheError when a sequence would pass ``max_length`` or
         the conv rows that it continues from are gone; then nothing has changed.
         """
-        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        for slot, start, n in batch.on_host:
             if start != self.lengths[slot]:
                 raise CacheError(
                     f"the batch continues slot {slot} at token {start}, but the cache holds "
@@ -156,15 +169,14 @@ class Cache:
                     f"max_length of {self.max_length}; start a cache with a larger max_length"
                 )
             self._check_window(slot, start)
-        ends = [s + n for s, n in zip(batch.starts, batch.query_lengths, strict=True)]
-        self._grow(max(ends, default=0))
-        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        self._grow(max((start + n for _, start, n in batch.on_host), default=0))
+        for slot, start, n in batch.on_host:
             kept = self._first_kept(slot) if start else 0
             self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0
 
-    def advance(self, batch: Batch) -> None:
+    def commit_batch(self, batch: Batch) -> None:
         """Count the tokens of ``batch`` as held. Called after a step has run."""
-        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        for slot, start, n in batch.on_host:
             self.lengths[slot] = start + n
 
     def make_room(self, tokens: int) -> None:
@@ -179,25 +191,25 @@ class Cache:
             )
         self._grow(tokens)
 
-    def expect(self, slot: int, length: int) -> None:
+    def begin_steps(self, slot: int, length: int) -> None:
         """Note that steps are launched which may take a slot's context to ``length`` tokens.
 
         They overwrite rows of the window. What is noted later, when more is known, counts.
         """
         self._expected[slot] = length
 
-    def note(self, slot: int, token: int) -> None:
+    def commit_token(self, slot: int, token: int) -> None:
         """Count one more token that an expected step has run in ``slot``."""
         if len(self.history[slot]) == self.lengths[slot]:
             self.history[slot].append(token)
         self.lengths[slot] += 1
 
-    def record(self, batch: Batch, chunks: Iterable[Sequence[int]]) -> None:
+    def record_tokens(self, batch: Batch, chunks: Iterable[Sequence[int]]) -> None:
         """Note which tokens ``batch`` ran, one chunk per sequence, in the slots' histories.
 
         A slot whose history already lacks earlier tokens stays as it is: a prefix is all it tells.
         """
-        for slot, start, chunk in zip(batch.host_slots, batch.starts, chunks, strict=True):
+        for (slot, start, _), chunk in zip(batch.on_host, chunks, strict=True):
             if len(self.history[slot]) == start:
                 self.history[slot].extend(chunk)
 
@@ -219,12 +231,12 @@ class Cache:
                 )
             self._check_window(slot, length)
         for slot in chosen:
-            self._cut(slot, self.lengths[slot] - tokens)
+            self._truncate(slot, self.lengths[slot] - tokens)
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
         """Forget every token of the given slots (default: all)."""
         for slot in range(self.slots) if slots is None else slots:
-            self._cut(slot, 0)
+            self._truncate(slot, 0)
 
     def mark(self, slot: int) -> None:
         """Keep the slot's conv windows as they are now, so that ``resume`` can come back here.
@@ -248,19 +260,19 @@ class Cache:
             marks = self._marks[slot]
             length = max((marked for marked in marks if marked <= length), default=0)
             # First the bookkeeping: if the copies break off, the window still counts as gone.
-            self._cut(slot, length)
+            self._truncate(slot, length)
             if length:
                 windows = (layer for layer in self.layers if isinstance(layer, ConvWindow))
                 for window, rows in zip(windows, marks[length].rows, strict=True):
                     window.rows[slot] = rows
                 self._oldest[slot], self._expected[slot] = marks[length].oldest, 0
-        self._cut(slot, length)
+        self._truncate(slot, length)
         return length
 
     def copy(self, source: int, target: int) -> None:
         """Make slot ``target`` hold what slot ``source`` holds."""
         held = self.lengths[source]
-        self._cut(target, 0)
+        self._truncate(target, 0)
         for layer in self.layers:
             if isinstance(layer, ConvWindow):
                 layer.rows[target] = layer.rows[source]
@@ -322,7 +334,7 @@ class Cache:
         self.history = [part.tolist() for part in parts]
         self._marks = [{} for _ in range(self.slots)]
 
-    def _cut(self, slot: int, length: int) -> None:
+    def _truncate(self, slot: int, length: int) -> None:
         """Hold only the first ``length`` tokens of a slot whose windows fit that length."""
         self.lengths[slot] = length
         del self.history[slot][length:]
@@ -360,10 +372,10 @@ class Cache:
                     k, v = (_longer(pages, capacity, held) for pages in (layer.k, layer.v))
                     layer.k, layer.v = k, v
         self._capacity = capacity
-        self.grown += 1
+        self.reallocations += 1
 
 
-def form(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
+def signature(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
     """What a cache must have in common with the model that runs on it."""
     heads = (config.num_key_value_heads, config.head_dim)
     sizes = (*heads, config.hidden_size, config.conv_L_cache)

@@ -1,4 +1,4 @@
-"""What ``lfm2-fast bench`` measures: how a model answers, over prompt, output and batch.
+"""Measurements of ``lfm2-fast bench``: how a model answers, over prompt, output and batch.
 
 Everything goes through ``generate``, as a caller's text does. The floor of a step is what it must
 read at the least, every weight once and the keys and values of the context, over the speed of the
@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.cli.info import hardware, versions
+from lfm2_fast.cli.environment import hardware, versions
 from lfm2_fast.cli.machine_load import Neighbours, doubts, memory, memory_speed, spread
 from lfm2_fast.cli.session import summary
 from lfm2_fast.cli.terminal import Terminal
@@ -95,10 +95,10 @@ def prompt(row: int, length: int, vocab_size: int) -> list[int]:
     return [(7 * row + 31 * i) % (vocab_size - 2) + 2 for i in range(length)]
 
 
-def weight_bytes(model: Lfm2ForCausalLM) -> int:
+def bytes_read_per_step(model: Lfm2ForCausalLM) -> int:
     """Bytes of weights that a step reads: all, but of an untied embedding only a row."""
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    embedding = model.embed_tokens.weight
+    embedding = model.model.embed_tokens.weight
     tied = model.config.tie_word_embeddings
     return sum(held.values()) - (0 if tied else embedding.nbytes)
 
@@ -194,7 +194,7 @@ def measure(
     bandwidth = max(speed.values())
     rows = []
     for case in wanted:
-        least = weight_bytes(model)
+        least = bytes_read_per_step(model)
         item = model.dtype.itemsize
         least += case.batch * model.config.cache_bytes(item, case.prompt + case.output // 2)
         rate = len(steps[case]) / sum(steps[case])
@@ -215,7 +215,7 @@ def measure(
         "model": {
             "name": model.name_or_path,
             "parameters": model.num_parameters(),
-            "weight_bytes": weight_bytes(model),
+            "weight_bytes": bytes_read_per_step(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.config.quantization,
             "backend": model.ops.name,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lfm2_fast.cli.info import readable
+from lfm2_fast.cli.environment import readable
 
 COLUMNS = ("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "of")
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lfm2_fast.cli.session import load_tokenizer, summary
+from lfm2_fast.cli.session import summary
 from lfm2_fast.cli.terminal import Terminal
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import check_options, load
+from lfm2_fast.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

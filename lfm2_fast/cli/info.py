@@ -1,199 +1,31 @@
-"""What ``lfm2-fast info`` tells: the machine, the bodies of the operations, and a checkpoint."""
+"""``lfm2-fast info``: what runs here, and what a checkpoint is."""
 
 from __future__ import annotations
 
-import json
-import platform
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 
-import lfm2_fast
-from lfm2_fast.cli.session import millions
-from lfm2_fast.config import Config, read_json
-from lfm2_fast.hf.load import find_device
-from lfm2_fast.ops import base as ops
-from lfm2_fast.ops import native_library as native
-from lfm2_fast.ops.native_ops import NativeOps, int8_products_are_exact, multiplies
-from lfm2_fast.text.presets import sampling
-from lfm2_fast.weights import hub
-from lfm2_fast.weights.checkpoint import GENERATION_CONFIG
-from lfm2_fast.weights.fusion import weight_bytes
-
-Facts = dict[str, dict[str, Any]]
-
-# Words are made of the other operations, where a backend brings no body for the whole of one.
-WORDS = ("norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "head_argmax")
-# The instructions that make a difference to the CPU's bodies, as Linux calls them.
-FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
+from lfm2_fast.cli import options as opt
 
 
-def machine(device: str = "auto", backend: str = "auto") -> Facts:
-    """Versions, the device, which body each operation will use, and which backends run.
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder to tell about.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+) -> None:
+    """Tell what runs here: versions, device, the body of each operation, and why no faster one.
 
-    Raises ValueError or BackendError for a device or a backend that is not there.
+    Of MODEL, only the config is read.
     """
-    where = find_device(device)
-    chosen = ops.choose(backend, where, torch.bfloat16)
-    return {
-        "versions": versions(),
-        "device": {**hardware(where), "backend": chosen.name},
-        "operations": bodies(chosen),
-        "backends": backends(where),
-    }
+    from lfm2_fast.cli.environment import checkpoint, machine, show
 
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What ``device`` is, and what makes a difference to speed there."""
-    return {"device": str(device), **(_cpu() if device.type == "cpu" else _gpu(device))}
-
-
-def versions() -> dict[str, str]:
-    """What is installed of the packages that matter."""
-    found = {"lfm2_fast": lfm2_fast.__version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "safetensors"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def bodies(chosen: ops.Ops) -> dict[str, str]:
-    """The name of the backend whose body each operation of ``chosen`` is."""
-    lines = [cls for cls in type(chosen).__mro__ if issubclass(cls, ops.Ops)]
-    found = {}
-    for name, value in vars(ops.Ops).items():
-        if callable(value) and not name.startswith("_"):
-            owner = next(cls for cls in lines if name in vars(cls))
-            if owner is not ops.Ops or name not in WORDS:
-                found[name] = owner.name
-    if isinstance(chosen, NativeOps):
-        prompts = "in bfloat16 alone" if native.prefills(torch.bfloat16) else "eager"
-        found["attention"] += f", of prompts {prompts}"
-    return found
-
-
-def backends(device: torch.device) -> dict[str, str]:
-    """For every backend "yes", or what it lacks to run, or to run fast, on ``device``."""
-    names = [name for name in ops.BACKENDS if name != "auto"]
-    found = {
-        name: f"no: {lacking}" if (lacking := ops.why_not(name, device, torch.float32)) else "yes"
-        for name in names
-    }
-    if slow := native.why_slow(device):
-        found["native"] = f"yes, but slowly: {slow}"
-    return found
-
-
-def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Facts:
-    """What a checkpoint's config says, and what that means in bytes, if it tells the dtype.
-
-    Raises CheckpointError.
-    """
-    folder = hub.resolve(name, revision=revision, local_files_only=local_files_only, weights=False)
-    config = Config.from_file(folder / "config.json")
-    stored = folder / GENERATION_CONFIG
-    attention = config.layer_types.count("full_attention")
-    conv = config.layer_types.count("conv")
-    _, words = sampling(name, file=read_json(stored) if stored.is_file() else None)
-    return {
-        "model": {
-            "name": name,
-            "parameters": config.num_parameters,
-            "dtype": config.dtype,
-            "quantization": config.quantization,
-            **(_bytes(config, getattr(torch, config.dtype)) if config.dtype else {}),
-            "layers": config.num_hidden_layers,
-            "conv_layers": conv,
-            "attention_layers": attention,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "attention_heads": config.num_attention_heads,
-            "key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "conv_width": config.conv_L_cache,
-            "vocab_size": config.vocab_size,
-            "context": config.max_position_embeddings,
-            "sampling": words,
-        }
-    }
-
-
-def _bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
-    window = config.conv_L_cache * config.hidden_size * dtype.itemsize
-    return {
-        "weight_bytes": weight_bytes(config, dtype),
-        "cache_bytes_per_token": config.cache_bytes(dtype.itemsize),
-        "conv_bytes_per_sequence": config.layer_types.count("conv") * window,
-    }
-
-
-def show(facts: Facts, *, as_json: bool = False) -> None:
-    """Write facts to stdout: JSON, a table on a terminal, else one fact a line."""
-    console = Console(highlight=False)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    elif console.is_terminal:
-        for section, entries in facts.items():
-            table = Table(title=section, title_justify="left", title_style="bold", box=None)
-            table.show_header = False
-            table.add_column(style="dim", no_wrap=True)
-            table.add_column(overflow="fold")
-            for key, value in entries.items():
-                table.add_row(f"  {key}", readable(key, value))
-            console.print(table)
-    else:
-        for section, entries in facts.items():
-            for key, value in entries.items():
-                print(f"{section}.{key}: {readable(key, value)}")
-
-
-def readable(key: str, value: Any) -> str:
-    """A fact for people: bytes in units, large counts in words, and "-" for what is not there."""
-    if value is None:
-        return "-"
-    if key.endswith(("bytes", "bytes_per_token", "bytes_per_sequence")):
-        units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-        unit, name = next((unit for unit in units if value >= unit[0]), (1, "bytes"))
-        return f"{value / unit:.4g} {name}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return millions(value) if key == "parameters" else str(value)
-
-
-def _cpu() -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": platform.processor() or platform.machine()}
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        lines = (line.partition(":") for line in listing.read_text().splitlines())
-        first: dict[str, str] = {}
-        for key, _, value in lines:
-            first.setdefault(key.strip(), value.strip())
-        facts["name"] = first.get("model name", facts["name"])
-        flags = (first.get("flags") or first.get("Features") or "").split()
-        facts["features"] = " ".join(name for name in FEATURES if name in flags)
-    products = ["float32"] + ["bfloat16"] * multiplies(torch.bfloat16)
-    return {
-        **facts,
-        "torch_uses": torch.backends.cpu.get_cpu_capability(),
-        "products": " ".join(products + ["int8"] * int8_products_are_exact()),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _gpu(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        facts = {
-            "name": found.name,
-            "compute_capability": f"{found.major}.{found.minor}",
-            "memory_bytes": found.total_memory,
-            "cuda": torch.version.cuda,
-        }
-    return facts
+    facts = machine(device, backend)
+    if model is not None:
+        facts |= checkpoint(model, revision=revision, local_files_only=local_files_only)
+    show(facts, as_json=json)

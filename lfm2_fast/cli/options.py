@@ -1,6 +1,7 @@
 """The options that several commands have in common."""
 
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -54,3 +55,16 @@ LOADING = (
     "max_length",
     "local_files_only",
 )
+
+
+def loading_options(context: typer.Context) -> dict[str, Any]:
+    """Return the options of a command that go to ``load``."""
+    return {name: value for name, value in context.params.items() if name in LOADING}
+
+
+def read_text(file: Path) -> str:
+    """Return a file's text, without the line feed that ends it."""
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error

@@ -7,22 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import typer
 
+from lfm2_fast.cli.options import loading_options
 from lfm2_fast.cli.terminal import Terminal
-from lfm2_fast.config import CheckpointError, Config
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
-from lfm2_fast.hf.generation_args import understand
+from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.hf.load import check_options, load
-from lfm2_fast.text.conversation import Answer, Conversation, check_template, write
-from lfm2_fast.text.presets import sampling
-from lfm2_fast.weights import hub
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from lfm2_fast.text.conversation import Answer, Conversation, check_template, stream_answer
+from lfm2_fast.text.presets import SAMPLING, sampling
+from lfm2_fast.text.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -50,8 +44,8 @@ class Session:
         max_new_tokens: int,
         stopped: Callable[[], bool],
     ) -> Answer:
-        """Continue a text as it stands; see ``chat.write``."""
-        return write(
+        """Continue a text as it stands; see ``stream_answer``."""
+        return stream_answer(
             self.model,
             self.tokenizer,
             self.tokenizer(text).input_ids,
@@ -82,7 +76,7 @@ def open_session(
     arguments, _ = sampling(name, preset=preset, given=given)
     if stop:
         arguments["stop_strings"] = stop
-    understand(arguments, None, {}, vocab_size=1)
+    resolve_args(arguments, None, {}, vocab_size=1)
     check_options(**options)
     terminal.note(f"loading {name}")
     tokenizer = load_tokenizer(
@@ -104,39 +98,10 @@ def open_session(
     return Session(model, tokenizer, arguments)
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, local_files_only: bool = False
-) -> Any:
-    """The checkpoint's tokenizer. Raises CheckpointError when there is none that can be loaded.
-
-    Of a folder that is no checkpoint it says that instead.
-    """
-    from transformers import AutoTokenizer
-
-    folder = hub.resolve(
-        name,
-        revision=revision,
-        local_files_only=local_files_only,
-        weights=False,
-        also=TOKENIZER_FILES,
-    )
-    Config.from_file(folder / "config.json")
-    if not (folder / TOKENIZER_FILES[0]).is_file():
-        raise CheckpointError(
-            f"{folder} has no {TOKENIZER_FILES[0]}; if it is on the hub, connect once to download "
-            "it, else save the tokenizer into the checkpoint's folder"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason})") from error
-
-
 def summary(model: Lfm2ForCausalLM) -> str:
     """A model in a line: its size, and where and how it runs."""
     dtype = str(model.dtype).removeprefix("torch.")
-    size = millions(model.config.num_parameters)
+    size = millions(model.num_parameters())
     numbers = f"{model.config.quantization} and {dtype}" if model.config.quantization else dtype
     return f"{size} parameters in {numbers}, on {model.device} with {model.ops.name} bodies"
 
@@ -144,3 +109,18 @@ def summary(model: Lfm2ForCausalLM) -> str:
 def millions(count: int) -> str:
     """A count of parameters in words: "3.6 million"."""
     return f"{count / 1e6:.3g} million" if count < 999.5e6 else f"{count / 1e9:.3g} billion"
+
+
+def session_of(terminal: Terminal, context: typer.Context, *, chat: bool) -> Session:
+    """Open the session that a command's options ask for."""
+    asked = context.params
+    return open_session(
+        terminal,
+        asked["model"],
+        chat=chat,
+        preset=asked["preset"],
+        given={name: asked[name] for name in SAMPLING},
+        stop=asked["stop"],
+        seed=asked["seed"],
+        **loading_options(context),
+    )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from lfm2_fast.text.token_stream import ANSWER, PASSAGES, TOOL_CALL, Kind, Segment
+from lfm2_fast.text.segments import ANSWER, PASSAGES, TOOL_CALL, Kind, Segment
 
 STYLES: dict[Kind, str] = {"answer": "", "thinking": "dim italic", "tool call": "cyan"}
 # What a terminal would act on, but for line feeds and tabs.

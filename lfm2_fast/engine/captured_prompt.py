@@ -1,4 +1,4 @@
-"""Short prompts whose forward pass is captured: launching it would take longer than running it."""
+"""Short prompts whose forward pass is captured: launching it takes longer than running it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, HostBatch
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.engine.step_buffers import Buffers
-from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.models.lfm2 import Lfm2
 
 # Tokens that a captured prompt is padded to. Launched one by one, the kernels of some hundreds of
 # tokens take the host longer than the device; which prompts gain is for a GPU to say.
 SIZES = (32, 128, 512)
 
 
-class Prompt:
+class CapturedPrompt:
     """The tensors of a prompt of up to ``size`` tokens in one slot, the rest padding.
 
     ``inputs`` int64 has the ``size`` tokens, their positions, where the prompt begins and ends
@@ -24,20 +24,20 @@ class Prompt:
     one copy brings it. ``logits [1, V]`` are those of the last token.
     """
 
-    def __init__(self, model: Lfm2ForCausalLM, size: int) -> None:
+    def __init__(self, model: Lfm2, size: int) -> None:
         self.size = size
         self.inputs = torch.zeros(2 * size + 4, dtype=torch.int64, device=model.device)
         shape = (1, model.config.vocab_size)
         self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
 
     @classmethod
-    def of(cls, model: Lfm2ForCausalLM, cache: Cache, tokens: int) -> Prompt | None:
+    def of(cls, model: Lfm2, cache: Cache, tokens: int) -> CapturedPrompt | None:
         """The cache's tensors for a prompt of so many tokens, or None if it is not captured."""
         size = min((size for size in SIZES if size >= tokens), default=0)
         # One token is a step's.
         if not model.ops.captures or tokens < 2 or not size:
             return None
-        kept = Buffers.of(model, cache).prompts
+        kept = StepBuffers.of(model, cache).prompts
         if size not in kept:
             kept[size] = cls(model, size)
         return kept[size]
@@ -47,8 +47,8 @@ class Prompt:
         """Bytes that the tensors take."""
         return self.inputs.nbytes + self.logits.nbytes
 
-    def run(
-        self, model: Lfm2ForCausalLM, cache: Cache, tokens: Sequence[int], slot: int, start: int
+    def prefill(
+        self, model: Lfm2, cache: Cache, tokens: Sequence[int], slot: int, start: int
     ) -> None:
         """Fill ``logits``, going on from ``start`` in ``slot``."""
         count = len(tokens)
@@ -60,21 +60,24 @@ class Prompt:
         self.inputs.copy_(host, non_blocking=True)
 
         def body() -> None:
-            batch = self.batch()
+            batch = self.batch(on_host=not model.ops.device_only)
             padded = self.inputs[: self.size]
-            self.logits.copy_(model.compute(padded, batch, cache, batch.last_rows))
+            self.logits.copy_(model.forward(padded, batch, cache, batch.last_rows))
 
-        Buffers.of(model, cache).do(cache, ("prompt", self.size), body)
+        StepBuffers.of(model, cache).run_captured(cache, ("prompt", self.size), body)
 
-    def batch(self) -> Batch:
-        """The prompt, for bodies that go by tensors: of the host's numbers only ``size`` holds."""
+    def batch(self, *, on_host: bool) -> Batch:
+        """Return the prompt as a batch; ``on_host`` waits for its numbers."""
         positions, ends = self.inputs[self.size :].split((self.size, 4))
+        host = None
+        if on_host:
+            _, count, slot, length = ends.tolist()
+            host = HostBatch((count,), (length - count,), (slot,))
         return Batch(
             positions=positions,
             cu_seqlens=ends[:2].int(),
             slots=ends[2:3],
             lengths=ends[3:].int(),
-            query_lengths=(self.size,),
-            starts=(0,),
-            host_slots=(0,),
+            max_query=self.size,
+            host=host,
         )

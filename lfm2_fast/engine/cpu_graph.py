@@ -1,7 +1,7 @@
-"""Tape: operations on fixed tensors, recorded once and replayed without the Python between them.
+"""CpuGraph: operations on fixed tensors, recorded once and replayed without Python between them.
 
-What a captured graph is to a GPU, this is to a CPU, where a step's matrices are so fast that the
-model's Python shows.
+It does for a CPU what a captured graph does for a GPU. A decode step's matrices are so fast there
+that the model's Python would show.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _EMPTY = (
 )
 
 
-class Tape:
-    """What ``body`` does to fixed tensors: run and recorded once, then replayed.
+class CpuGraph:
+    """Operations of ``body`` on fixed tensors: run and recorded once, then replayed.
 
     Between replays the caller renews the inputs in place; all that the body made is renewed in
     place too. What Python decided while the body was recorded stays decided.
@@ -36,7 +36,7 @@ class Tape:
         self._calls: list[Call] | None = None
 
     def replay(self) -> None:
-        """Do what the body does: the first time by running it.
+        """Replay the recorded operations. The first call runs and records the body.
 
         Raises ValueError then for an operation whose result has a size, or is a Python number, that
         depends on what tensors hold: no later replay could repeat it.

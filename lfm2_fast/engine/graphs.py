@@ -1,4 +1,4 @@
-"""Captured work: what a function launches, recorded once and replayed as a CUDA graph or a tape."""
+"""Captured work: operations recorded once and replayed, as a CUDA graph or a CPU graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lfm2_fast.engine.cpu_graph import Tape
+from lfm2_fast.engine.cpu_graph import CpuGraph
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _capturing = threading.Lock()
 
 
 class Replayable(Protocol):
-    """What a capture gives."""
+    """A captured graph."""
 
     def replay(self) -> None: ...
 
@@ -36,7 +36,7 @@ class Graphs:
     ) -> None:
         self.device = device
         self.capture = capture
-        # Kept for good: torch has few streams to give, and libraries keep memory for each.
+        # Never released: torch's stream pool is small, and libraries keep a workspace per stream.
         self.stream: Any = None
         self.clear()
 
@@ -62,9 +62,9 @@ class Graphs:
         graph.replay()
 
 
-def capture_tape(graphs: Graphs, body: Callable[[], None]) -> Replayable:
-    """A tape of ``body``, for CPUs; its first replay records it."""
-    return Tape(body)
+def capture_cpu(graphs: Graphs, body: Callable[[], None]) -> Replayable:
+    """Return the CPU graph of ``body``; its first replay records it."""
+    return CpuGraph(body)
 
 
 def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:

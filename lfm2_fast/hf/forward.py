@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cache.batch import Batch, host_by_default
-from lfm2_fast.cache.kv_cache import Cache, form
-from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.cache.batch import host_by_default
+from lfm2_fast.cache.kv_cache import Cache, signature
+from lfm2_fast.engine.model_runner import run_batch
+from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 
 @dataclass(eq=False)
@@ -45,7 +46,7 @@ class CausalLMOutput(Mapping[Any, Any]):
 @torch.no_grad()
 @host_by_default()
 def forward(
-    model: Lfm2ForCausalLM,
+    model: Lfm2PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
@@ -69,7 +70,7 @@ def forward(
         cache = model.new_cache(count)
     check_cache(model, cache, count)
     counts = mask.sum(-1).tolist()
-    batch = Batch.prepare(counts, range(count), cache, model.device)
+    batch = cache.next_batch(counts, range(count), model.device)
     tokens = input_ids[mask]
 
     if isinstance(logits_to_keep, int):
@@ -78,8 +79,8 @@ def forward(
         columns = logits_to_keep.to(mask.device)
     packed = mask.flatten().cumsum(0).view_as(mask) - 1
     shown = mask[:, columns]
-    logits = model.run(tokens, batch, cache, packed[:, columns][shown])
-    cache.record(batch, (c.tolist() for c in tokens.cpu().split([n for n in counts if n])))
+    logits = run_batch(model.model, tokens, batch, cache, packed[:, columns][shown])
+    cache.record_tokens(batch, (c.tolist() for c in tokens.cpu().split([n for n in counts if n])))
 
     if bool(shown.all()):
         full = logits.view(*shown.shape, model.config.vocab_size)
@@ -91,7 +92,7 @@ def forward(
     return answer if return_dict else answer.to_tuple()
 
 
-def check_ids(model: Lfm2ForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """``input_ids`` on the model's device. Raises ValueError unless ``[B, T]`` and in range."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
         raise ValueError(
@@ -108,7 +109,7 @@ def check_ids(model: Lfm2ForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids.to(model.device, torch.int64)
 
 
-def check_cache(model: Lfm2ForCausalLM, cache: Cache, rows: int) -> None:
+def check_cache(model: Lfm2PreTrainedModel, cache: Cache, rows: int) -> None:
     """Raise TypeError unless a caller's cache is ours, ValueError unless it fits the model.
 
     It must have ``rows`` slots.
@@ -121,7 +122,7 @@ def check_cache(model: Lfm2ForCausalLM, cache: Cache, rows: int) -> None:
         raise ValueError(
             f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be run"
         )
-    if cache.form != form(model.config, model.dtype, model.device):
+    if cache.signature != signature(model.config, model.dtype, model.device):
         raise ValueError(
             "past_key_values is of another model, dtype or device; make one with new_cache() of "
             "the model that is called, and anew when that was moved"

@@ -13,10 +13,10 @@ import torch
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.forward import check_ids, unpadded
-from lfm2_fast.hf.generate_loop import write
-from lfm2_fast.hf.generation_args import Arguments, understand, warn, whole_number
+from lfm2_fast.hf.generate_loop import run_generate_loop
+from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, warn, whole_number
+from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 
 # Not in a caller's inference mode either: what a cache keeps must be writable outside of it.
@@ -24,7 +24,7 @@ from lfm2_fast.hf.generation_args import Arguments, understand, warn, whole_numb
 @torch.no_grad()
 @host_by_default()
 def generate(
-    model: Lfm2ForCausalLM,
+    model: Lfm2PreTrainedModel,
     inputs: Any = None,
     generation_config: Any = None,
     logits_processor: Any = None,
@@ -70,7 +70,7 @@ def generate(
     lower, for what does not fit.
     """
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
-    asked = understand(
+    asked = resolve_args(
         kwargs, generation_config, model.generation_defaults(), model.config.vocab_size
     )
     if ids is None:
@@ -82,8 +82,8 @@ def generate(
     empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"input_ids row {empty[0]} has no tokens; every row needs one at least")
-    asked, processors = _stood_in(asked, list(logits_processor or ()))
-    output = write(
+    asked, processors = _replace_by_processors(asked, list(logits_processor or ()))
+    output = run_generate_loop(
         model,
         asked,
         ids,
@@ -104,7 +104,7 @@ def generate(
 
 
 def _prompts(
-    model: Lfm2ForCausalLM, inputs: Any, attention_mask: Any, kwargs: dict[str, Any]
+    model: Lfm2PreTrainedModel, inputs: Any, attention_mask: Any, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device | None]:
     """Ids ``[B, T]``, mask and the caller's device, from whatever form the prompts came in."""
     if "input_ids" in kwargs:
@@ -153,7 +153,7 @@ def _left_padded(
     return ids, mask
 
 
-def _inferred_mask(ids: torch.Tensor, asked: Arguments) -> torch.Tensor:
+def _inferred_mask(ids: torch.Tensor, asked: GenerationArgs) -> torch.Tensor:
     """Hugging Face's guess: the pad token, if there is one, is padding unless it ends texts."""
     if not asked.pad_is_named or asked.pad_token_id in asked.eos_token_id:
         return unpadded(ids, None)
@@ -166,7 +166,9 @@ def _inferred_mask(ids: torch.Tensor, asked: Arguments) -> torch.Tensor:
         ) from None
 
 
-def _stood_in(asked: Arguments, processors: list[Any]) -> tuple[Arguments, list[Any]]:
+def _replace_by_processors(
+    asked: GenerationArgs, processors: list[Any]
+) -> tuple[GenerationArgs, list[Any]]:
     """Let callers' processors take the place of those that arguments make, as Hugging Face does."""
     passed = {type(processor).__name__ for processor in processors}
     ours = {
@@ -198,7 +200,7 @@ def _seed(seed: int | None, generator: torch.Generator | None) -> int:
     return found
 
 
-def _criteria(asked: Arguments, stopping_criteria: Any, tokenizer: Any) -> list[Any]:
+def _criteria(asked: GenerationArgs, stopping_criteria: Any, tokenizer: Any) -> list[Any]:
     criteria = list(stopping_criteria or ())
     if asked.stop_strings:
         if tokenizer is None:

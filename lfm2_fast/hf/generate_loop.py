@@ -1,8 +1,9 @@
 """The loop of ``generate``: prompts are run, then rows are written token by token until they stop.
 
-Rows run at their own lengths and leave when they stop; padding exists only in what callers see. A
-caller's own Python, which looks at every step of all rows, stands outside of the steps; without,
-they follow one another without it, and prompts may be more than the rows that run at a time.
+Rows run at their own lengths and leave when they stop; padding exists only in what callers see.
+With logits processors, stopping criteria, scores or min_new_tokens, Python runs between steps and
+all rows run at once (``run_with_hooks``). Without them, steps run back to back and prompts may wait
+for a free row (``run_without_hooks``).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import torch
 
 from lfm2_fast.cache.batch import on_device
 from lfm2_fast.cache.kv_cache import Cache, common_prefix
-from lfm2_fast.engine.decode import Row, Steps
-from lfm2_fast.engine.prefill import Decoder
-from lfm2_fast.engine.step_buffers import TOGETHER
-from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.engine.decode import DecodeLoop, Request
+from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.hf.forward import check_cache
-from lfm2_fast.hf.generation_args import Arguments
+from lfm2_fast.hf.generation_args import GenerationArgs
+from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.ops.sampling import SamplingState, draw, penalize, warp
 
 
-def write(
-    model: Lfm2ForCausalLM,
-    asked: Arguments,
+def run_generate_loop(
+    model: Lfm2PreTrainedModel,
+    asked: GenerationArgs,
     ids: torch.Tensor,
     mask: torch.Tensor,
     cache: Cache | None,
@@ -56,18 +57,18 @@ def write(
         cache = model.borrow_cache(at_a_time)
     else:
         check_cache(model, cache, rows)
-    writing = _Writing(model, asked, ids, mask, cache, seed, at_a_time)
+    loop = _GenerateLoop(model, asked, ids, mask, cache, seed, at_a_time)
     try:
         if streamer is not None:
             streamer.put(ids.repeat_interleave(asked.num_return_sequences, 0).cpu())
         if outside:
-            output = writing.with_calls(processors, criteria, streamer)
+            output = loop.run_with_hooks(processors, criteria, streamer)
         else:
-            output = writing.alone(streamer)
+            output = loop.run_without_hooks(streamer)
     except torch.OutOfMemoryError as error:
         held = cache.nbytes + (0 if cache.kept is None else cache.kept.nbytes)
         raise torch.OutOfMemoryError(
-            f"{at_a_time} rows of up to {writing.longest + writing.budget} tokens do not fit into "
+            f"{at_a_time} rows of up to {loop.longest + loop.budget} tokens do not fit into "
             f"the device's memory (the cache and its buffers have {held / 2**20:.0f} MiB so far); "
             "lower max_batch_size, max_new_tokens, num_return_sequences or the length of the "
             f"prompts, or load a smaller dtype or quantization ({error})"
@@ -80,13 +81,13 @@ def write(
     return output
 
 
-class _Writing:
+class _GenerateLoop:
     """One call of generate: its prompts, its cache, and what has been written so far."""
 
     def __init__(
         self,
-        model: Lfm2ForCausalLM,
-        asked: Arguments,
+        model: Lfm2PreTrainedModel,
+        asked: GenerationArgs,
         ids: torch.Tensor,
         mask: torch.Tensor,
         cache: Cache,
@@ -113,19 +114,23 @@ class _Writing:
                 f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
                 f"{self.longest} tokens and {self.budget} new ones need {needed}"
             )
-        self.decoder = Decoder(model, cache)
+        self.runner = ModelRunner(model.model, cache)
 
-    def alone(self, streamer: Any) -> dict[str, Any]:
+    def run_without_hooks(self, streamer: Any) -> dict[str, Any]:
         """Write without looking at any step; rows that wait take the slots of those that stop."""
         asked = self.asked
         rows = [
-            Row(number, slot=0, start=len(self.prompts[number // self.copies]), limit=self.budget)
+            Request(
+                number, slot=0, start=len(self.prompts[number // self.copies]), limit=self.budget
+            )
             for number in range(self.rows)
         ]
         waiting, free = deque(rows), list(range(self.at_a_time))
         # Who watches the tokens come gets each when it is there.
-        together = TOGETHER if streamer is None else 1
-        steps = Steps(self.model, self.cache, asked.sampling, asked.eos_token_id, together=together)
+        max_steps = MAX_STEPS if streamer is None else 1
+        steps = DecodeLoop(
+            self.model.model, self.cache, asked.sampling, asked.eos_token_id, max_steps=max_steps
+        )
         progress = _progress(self.rows) if self.at_a_time < self.rows else None
 
         def read(keep: int) -> None:
@@ -167,14 +172,14 @@ class _Writing:
             text[row.number, self.width :][: len(row.written)] = torch.tensor(row.written)
         return self._output(text, [], [])
 
-    def with_calls(
+    def run_with_hooks(
         self, processors: list[Any], criteria: list[Any], streamer: Any
     ) -> dict[str, Any]:
         """Write with the caller's Python between the steps, or what it wants to see of them."""
         asked, device = self.asked, self.model.device
         shown = asked.output_scores or asked.output_logits
         rows = [
-            Row(number, slot=number, start=len(self.prompts[number // self.copies]), limit=0)
+            Request(number, slot=number, start=len(self.prompts[number // self.copies]), limit=0)
             for number in range(self.rows)
         ]
         text = torch.full((self.rows, self.width + self.budget), asked.pad_token_id, device=device)
@@ -205,7 +210,7 @@ class _Writing:
                     tokens = draw(scores, state.uniforms())
                 else:
                     tokens = scores.argmax(-1)
-                state.advance(tokens)
+                state.record(tokens)
                 if asked.output_logits:
                     kept_logits.append(self._whole(logits, here))
                 if asked.output_scores:
@@ -227,13 +232,13 @@ class _Writing:
                 state = state.pick([live.index(row) for row in going])
             if going and written < self.budget:
                 told = dict(zip(live, tokens.tolist(), strict=True))
-                logits = self.decoder.step([told[row] for row in going], going)
+                logits = self.runner.step([told[row] for row in going], going)
             live = going
         return self._output(text[:, : self.width + written], kept_scores, kept_logits)
 
-    def _prefill(self, rows: Sequence[Row]) -> torch.Tensor:
+    def _prefill(self, rows: Sequence[Request]) -> torch.Tensor:
         """Run what the cache does not hold of each row's prompt, a prompt of several rows once."""
-        firsts: dict[int, Row] = {}
+        firsts: dict[int, Request] = {}
         for row in rows:
             firsts.setdefault(row.number // self.copies, row)
         rest = []
@@ -241,7 +246,7 @@ class _Writing:
             # The last token runs in any case: its logits are what comes next.
             shared = common_prefix(prompt[:-1], self.cache.history[row.slot])
             rest.append(prompt[self.cache.resume(row.slot, shared) :])
-        logits = self.decoder.prefill(rest, [row.slot for row in firsts.values()])
+        logits = self.runner.prefill(rest, [row.slot for row in firsts.values()])
         order = {number: place for place, number in enumerate(firsts)}
         for row in rows:
             first = firsts[row.number // self.copies]
@@ -252,7 +257,7 @@ class _Writing:
         at = [order[row.number // self.copies] for row in rows]
         return logits[on_device(at, torch.int64, logits.device)]
 
-    def _state(self, rows: Sequence[Row]) -> SamplingState:
+    def _state(self, rows: Sequence[Request]) -> SamplingState:
         """How the rows' next tokens are chosen, after their prompts."""
         device, sampling = self.model.device, self.asked.sampling
         seen = None

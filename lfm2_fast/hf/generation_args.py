@@ -103,7 +103,7 @@ SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
-class Arguments:
+class GenerationArgs:
     """What a call of ``generate`` asks for, checked; names and meanings are Hugging Face's."""
 
     sampling: SamplingParams
@@ -137,9 +137,9 @@ class Arguments:
         return self.max_length - width
 
 
-def understand(
+def resolve_args(
     call: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any], vocab_size: int
-) -> Arguments:
+) -> GenerationArgs:
     """Merge and check the arguments of one call.
 
     ``call`` holds what the caller wrote, ``generation_config`` an object of transformers or a
@@ -196,7 +196,7 @@ def understand(
             f"num_return_sequences={count} needs do_sample=True: greedy decoding would write "
             f"the same text {count} times"
         )
-    return Arguments(
+    return GenerationArgs(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         max_length=max_length,
@@ -214,7 +214,7 @@ def understand(
 
 
 def warn(message: str) -> None:
-    """Warn whoever called ``model.generate``, when what that calls itself calls this."""
+    """Warn at the caller of ``model.generate``: the stack level skips our own frames."""
     warnings.warn(message, stacklevel=8)
 
 

@@ -12,9 +12,9 @@ import torch
 
 from lfm2_fast.config import Config, read_json
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
-from lfm2_fast.ops.base import choose
+from lfm2_fast.ops.select import choose
 from lfm2_fast.weights import checkpoint, hub
-from lfm2_fast.weights.formats import QUANTIZATIONS
+from lfm2_fast.weights.formats import FORMATS
 
 Device = str | int | torch.device
 
@@ -58,7 +58,7 @@ def load(
         device_map=device_map,
         torch_dtype=torch_dtype,
     )
-    folder = hub.resolve(
+    folder = hub.find_checkpoint(
         model,
         revision=revision,
         cache_dir=cache_dir,
@@ -106,7 +106,7 @@ def check_options(
         dtype = torch_dtype
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    if quantization is not None and quantization not in QUANTIZATIONS:
+    if quantization is not None and quantization not in FORMATS:
         raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
     where, named = find_device(device), None if dtype == "auto" else _dtype(dtype)
     choose(backend, where, named or torch.float32)

@@ -70,8 +70,8 @@ SCHEMAS = (
     "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
     # chosen, tokens, slots and positions [B] int64, eos [E] int64, lengths [B] int32, finished [B]
     # bool
-    "advance_native(Tensor chosen, Tensor eos, int? scrap, Tensor(a!) tokens, Tensor(b!) slots, "
-    "Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) finished) -> ()",
+    "advance_native(Tensor chosen, Tensor eos, int? dummy_slot, Tensor(a!) tokens, "
+    "Tensor(b!) slots, Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) finished) -> ()",
 )
 
 # Whether the processor has what flash_prefill_native is made of: AVX512_BF16.

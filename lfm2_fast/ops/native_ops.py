@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops import reference as ref
-from lfm2_fast.ops.base import Attention, Depthwise, Linear, Ops, Rope, epsilon
-from lfm2_fast.ops.residual import StreamOps, settled
+from lfm2_fast.ops.base import AttentionLike, Ops, Rope, TapsLike, epsilon
+from lfm2_fast.ops.residual import PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
+from lfm2_fast.weights.formats import DENSE, INT8, Projection
 
 # Looked up once: a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
@@ -41,15 +42,9 @@ _draw = torch.ops.lfm2_fast.draw_native.default
 _advance = torch.ops.lfm2_fast.advance_native.default
 
 
-# Up to as many tokens the extension multiplies matrices itself, at the memory's speed where they
-# are few; for more, PyTorch's products are faster.
-FEW_TOKENS = 32
-FEW_TOKENS_INT8 = 16
-
-
-def few_tokens(linear: Linear) -> int:
-    """How many tokens the extension multiplies by this matrix itself."""
-    return FEW_TOKENS if linear.weight_scale is None else FEW_TOKENS_INT8
+# Most tokens that the extension multiplies by a matrix of each format itself, at the memory's speed
+# where they are few. For more, PyTorch's products are faster.
+FEW_TOKENS = {DENSE: 32, INT8: 16}
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -82,7 +77,7 @@ class NativeStepOps(Ops):
     name = "native"
 
     def gated_conv(
-        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+        self, bcx: torch.Tensor, conv: TapsLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         if batch.max_query != 1:
             return super().gated_conv(bcx, conv, window, batch)
@@ -93,7 +88,7 @@ class NativeStepOps(Ops):
         return out
 
 
-class NativeOps(StreamOps):
+class NativeOps(PendingResidualOps):
     """The CPU's bodies: for a few tokens of whole words, for more of all but the projections.
 
     For float32 and 16-bit types. What a few tokens' words compute of a token does not depend on
@@ -101,10 +96,11 @@ class NativeOps(StreamOps):
     """
 
     name = "native"
-    tapes = FEW_TOKENS_INT8
+    cpu_graph_rows = min(FEW_TOKENS.values())
+    device_only = True
 
-    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
-        if len(x) > few_tokens(linear):
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
+        if len(x) > FEW_TOKENS[linear.format]:
             return super().norm_linear(x, norm, linear)
         x = settled(x)
         out = x.new_empty(len(x), len(linear.weight))
@@ -112,16 +108,16 @@ class NativeOps(StreamOps):
         _norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
         return out
 
-    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
-        if len(y) > few_tokens(linear):
+    def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
+        if len(y) > FEW_TOKENS[linear.format]:
             return super().linear_add(y, linear, residual)
         residual = settled(residual)
         out = residual.new_empty(residual.shape)
         _linear_add(y, linear.weight, linear.weight_scale, linear.bias, residual, out)
         return out
 
-    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
-        if len(x) > few_tokens(gate_up):
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
+        if len(x) > FEW_TOKENS[gate_up.format]:
             return super().norm_swiglu(x, norm, gate_up)
         x = settled(x)
         out = x.new_empty(len(x), len(gate_up.weight) // 2)
@@ -129,15 +125,15 @@ class NativeOps(StreamOps):
         _norm_swiglu(x, norm.weight, epsilon(norm), *matrix, out)
         return out
 
-    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         logits = self.norm_linear(x, norm, linear)
         tokens = logits.new_empty(len(logits), dtype=torch.int64)
         _argmax(logits, tokens)
         return tokens
 
-    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """A projection of many tokens, by PyTorch's products."""
-        if linear.weight_scale is not None and int8_products_are_exact():
+        if linear.format is INT8 and int8_products_are_exact():
             numbers = x.new_empty(x.shape, dtype=torch.int8)
             scales = x.new_empty(len(x), dtype=torch.float32)
             _quantize(x, numbers, scales)
@@ -147,9 +143,9 @@ class NativeOps(StreamOps):
             return out
         if multiplies(x.dtype):
             return super().linear(x, linear)
-        weight = ref.scaled_ref(linear.weight, linear.weight_scale, x.dtype)
+        weight = linear.dequantized(x.dtype).float()
         bias = None if linear.bias is None else linear.bias.float()
-        return ref.linear_ref(x.float(), weight.float(), bias).to(x.dtype)
+        return ref.linear_ref(x.float(), weight, bias).to(x.dtype)
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
         shape = (len(positions), 1, 2 * len(inv_freq))
@@ -157,7 +153,9 @@ class NativeOps(StreamOps):
         _rope(positions, inv_freq, cos, sin)
         return cos, sin
 
-    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+    def embed(
+        self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
+    ) -> torch.Tensor:
         weight = embedding.weight
         out = weight.new_empty(len(tokens), weight.shape[1], dtype=dtype)
         _embed(tokens, weight, embedding.weight_scale, out)
@@ -182,7 +180,7 @@ class NativeOps(StreamOps):
         return out
 
     def gated_conv(
-        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+        self, bcx: torch.Tensor, conv: TapsLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         tokens, size = bcx.shape
         out = bcx.new_empty(tokens, size // 3)
@@ -195,7 +193,7 @@ class NativeOps(StreamOps):
         return out
 
     def qk_norm_rope(
-        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+        self, qkv: torch.Tensor, attention: AttentionLike, rope: Rope, pages: KVPages, batch: Batch
     ) -> torch.Tensor:
         tokens, size = qkv.shape
         _, kv_heads, _, head_dim = pages.k.shape
@@ -217,7 +215,7 @@ class NativeOps(StreamOps):
         return q
 
     def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
-        if batch.max_query != 1 and not native.prefills(q.dtype):
+        if batch.max_query != 1 and not native_library.prefills(q.dtype):
             return super().attention(q, pages, batch)
         tokens, heads, head_dim = q.shape
         out = q.new_empty(tokens, heads * head_dim)
@@ -236,7 +234,7 @@ class NativeOps(StreamOps):
         tokens = torch.empty_like(state.positions)
         if not state.all_drawn:
             _argmax(scores, tokens)
-        if "do_sample" in state.wanted:
+        if "do_sample" in state.active:
             warped = logits.new_empty(shape, dtype=torch.float32)
             _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
             drawn = torch.empty_like(tokens)
@@ -244,8 +242,14 @@ class NativeOps(StreamOps):
             _philox(state.seeds, state.rows, state.positions, uniform)
             _draw(warped, uniform, drawn)
             tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
-        state.advance(tokens)
+        state.record(tokens)
         return tokens
 
-    def advance(self, *args: Any) -> None:
-        _advance(*args)
+    def advance(
+        self,
+        chosen: torch.Tensor,
+        eos: torch.Tensor,
+        dummy_slot: int | None,
+        inputs: DecodeInputs,
+    ) -> None:
+        _advance(chosen, eos, dummy_slot, *inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, DecodeInputs
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -24,32 +24,10 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 
 
 def linear_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]``, result ``[T, N]``.
-
-    A ``scale [N]`` belongs to an int8 weight, whose rows it multiplies.
-    """
-    return F.linear(x, scaled_ref(weight, scale, x.dtype), bias)
-
-
-def scaled_ref(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``rows [N, K]`` of a matrix in ``dtype``, times ``scale [N]`` where they are int8."""
-    if scale is None:
-        return rows
-    wide = torch.promote_types(dtype, torch.float32)
-    return (rows.to(wide) * scale.to(wide)[:, None]).to(dtype)
-
-
-def embed_ref(
-    tokens: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """The rows ``[T, K]`` of ``weight [N, K]`` that ``tokens [T]`` name."""
-    scale = None if scale is None else scale.index_select(0, tokens)
-    return scaled_ref(weight.index_select(0, tokens), scale, dtype)
+    """``x @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]``, result ``[T, N]``."""
+    return F.linear(x, weight, bias)
 
 
 def dynamic_linear_ref(
@@ -57,7 +35,8 @@ def dynamic_linear_ref(
 ) -> torch.Tensor:
     """``linear_ref`` of an int8 weight where every token of ``x`` is rounded to int8 too.
 
-    The products are exact; each is multiplied by its token's and its row's scale.
+    The products are exact; each is multiplied by its token's and its row's scale. This is the
+    meaning of the native int8 bodies and the oracle of their tests.
     """
     numbers, scales = quantize_ref(x)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -99,7 +78,7 @@ def gated_conv_ref(
     bx = b * x
     out = torch.empty_like(bx)
     first = 0
-    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+    for slot, start, n in batch.on_host:
         rows = bx[first : first + n]
         before = torch.arange(start - past, start, device=bx.device)
         old = window[slot, before % ring].masked_fill(before[:, None] < 0, 0)
@@ -176,7 +155,7 @@ def qk_norm_rope_ref(
     q = rotate_ref(rms_norm_ref(q, q_weight, eps), *rope)
     k = rotate_ref(rms_norm_ref(k, k_weight, eps), *rope)
     first = 0
-    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+    for slot, start, n in batch.on_host:
         here, there = slice(first, first + n), slice(start, start + n)
         k_pages[slot, :, there] = k[here].transpose(0, 1)
         v_pages[slot, :, there] = v[here].transpose(0, 1)
@@ -194,7 +173,7 @@ def attention_ref(
     """
     out = torch.empty_like(q)
     first = 0
-    for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+    for slot, start, n in batch.on_host:
         here, end = slice(first, first + n), start + n
         keys, values = k_pages[slot, :, :end], v_pages[slot, :, :end]
         out[here] = _attend_one(q[here], keys, values, start)
@@ -228,26 +207,19 @@ def _attend_one(
 
 
 def advance_ref(
-    chosen: torch.Tensor,
-    eos: torch.Tensor,
-    scrap: int | None,
-    tokens: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    lengths: torch.Tensor,
-    finished: torch.Tensor,
+    chosen: torch.Tensor, eos: torch.Tensor, dummy_slot: int | None, inputs: DecodeInputs
 ) -> None:
-    """Make the next decode step's inputs of this one's, and of the tokens ``chosen [B]``, in place.
+    """Turn the ``inputs`` of a decode step into the next step's, in place, by ``chosen [B]``.
 
-    ``tokens, slots, positions [B]`` int64, ``lengths [B]`` int32, which is the position and one,
-    ``finished [B]`` bool. Who chooses one of ``eos [E]`` is finished, and runs on without effect:
-    at the first position of slot ``scrap``, or, if that is None, at the one after its text, where
-    every further step writes what nobody reads.
+    A row that chose one of ``eos [E]`` is finished. It runs on without effect: at the first
+    position of ``dummy_slot``, or, if that is None, at the position after its text, where every
+    further step writes and nobody reads.
     """
+    tokens, slots, positions, lengths, finished = inputs
     positions += ~finished
     finished |= (chosen[:, None] == eos).any(-1)
     tokens.copy_(chosen)
-    if scrap is not None:
+    if dummy_slot is not None:
         positions.masked_fill_(finished, 0)
-        slots.masked_fill_(finished, scrap)
+        slots.masked_fill_(finished, dummy_slot)
     lengths.copy_(positions + 1)

@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from lfm2_fast.ops.base import Linear, Ops
+from lfm2_fast.ops.base import Ops
+from lfm2_fast.weights.formats import Projection
 
 
 @dataclass
-class Stream:
+class PendingResidual:
     """The sum ``x + delta``, to be made by the norm that reads it first."""
 
     x: torch.Tensor
     delta: torch.Tensor | None
 
-    def __getitem__(self, rows: torch.Tensor) -> Stream:
-        return Stream(self.x[rows], None if self.delta is None else self.delta[rows])
+    def __getitem__(self, rows: torch.Tensor) -> PendingResidual:
+        return PendingResidual(self.x[rows], None if self.delta is None else self.delta[rows])
 
     def __len__(self) -> int:
         return len(self.x)
 
 
-def settled(x: torch.Tensor | Stream) -> torch.Tensor:
-    """A tensor as it is; of a Stream the sum, which is made once."""
+def settled(x: torch.Tensor | PendingResidual) -> torch.Tensor:
+    """A tensor as it is; of a PendingResidual the sum, which is made once."""
     if isinstance(x, torch.Tensor):
         return x
     if x.delta is not None:
@@ -34,17 +35,17 @@ def settled(x: torch.Tensor | Stream) -> torch.Tensor:
     return x.x
 
 
-class StreamOps(Ops):
+class PendingResidualOps(Ops):
     """Words that leave the addition at the end of one to the norm at the beginning of the next.
 
-    ``x`` and ``residual`` may be a tensor or a ``Stream``, which ``linear_add`` gives.
+    ``x`` and ``residual`` may be a tensor or a ``PendingResidual``, which ``linear_add`` gives.
     """
 
-    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         return self.linear(self._norm(x, norm), linear)
 
-    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
-        return Stream(settled(residual), self.linear(y, linear))
+    def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
+        return PendingResidual(settled(residual), self.linear(y, linear))
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
@@ -53,7 +54,7 @@ class StreamOps(Ops):
         raise NotImplementedError
 
     def _norm(self, x: Any, norm: nn.RMSNorm) -> torch.Tensor:
-        """RMSNorm of a tensor or a Stream, which is settled by it."""
+        """RMSNorm of a tensor or a PendingResidual, which is settled by it."""
         if isinstance(x, torch.Tensor) or x.delta is None:
             return self.rms_norm(settled(x), norm)
         x.x, normed = self.add_rms_norm(x.x, x.delta, norm)

@@ -44,7 +44,7 @@ class SamplingState:
     a position is the place that the next token will have. ``seen [B, V]`` bool marks what was
     written or read before, or is None where no row penalises that. ``sample`` marks and moves on.
 
-    ``wanted`` names, on the host, the parameters that some row sets, so that a body can leave out
+    ``active`` names, on the host, the parameters that some row sets, so that a body can leave out
     what none asks for without waiting for the device.
     """
 
@@ -85,20 +85,20 @@ class SamplingState:
         """Note on the host what the rows want."""
         drawn = [row for row in self.params if row.do_sample]
         self.all_drawn = len(drawn) == len(self.params)
-        wanted = {
+        active = {
             field.name
             for field in fields(SamplingParams)
             for row in drawn
             if getattr(row, field.name) != getattr(NEUTRAL, field.name)
         }
         if self.seen is not None:
-            wanted.add("repetition_penalty")
-        self.wanted = frozenset(wanted)
+            active.add("repetition_penalty")
+        self.active = frozenset(active)
 
     @property
     def greedy(self) -> bool:
         """Whether every row takes the likeliest token of the logits as they are."""
-        return not self.wanted
+        return not self.active
 
     def pick(self, places: Sequence[int]) -> SamplingState:
         """The state of some rows, in that order, as a copy."""
@@ -123,8 +123,8 @@ class SamplingState:
         shared._plan()
         return shared
 
-    def put(self, places: Sequence[int], other: SamplingState) -> None:
-        """Let ``places`` go on as the rows of ``other`` do."""
+    def copy_rows(self, places: Sequence[int], other: SamplingState) -> None:
+        """Copy the rows of ``other`` into ``places``."""
         at = on_device(places, torch.int64, self.seeds.device)
         params = list(self.params)
         for place, row in zip(places, other.params, strict=True):
@@ -146,15 +146,15 @@ class SamplingState:
             self._first = self._steps
         return self._ahead[:, self._steps - self._first]
 
-    def advance(self, tokens: torch.Tensor) -> None:
+    def record(self, tokens: torch.Tensor) -> None:
         """Mark ``tokens [B]`` as seen and go on to the next position."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         self.positions += 1
-        self.moved()
+        self.count_step()
 
-    def moved(self) -> None:
-        """Note on the host that a body has done on the device what ``advance`` does."""
+    def count_step(self) -> None:
+        """Note on the host that a body has done on the device what ``record`` does."""
         self._steps += 1
 
 
@@ -169,13 +169,13 @@ def sample_ref(logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
     scores = logits.float()
     if state.seen is not None:
         scores = penalize(scores, state.seen, state.repetition_penalty)
-    if "do_sample" not in state.wanted:
+    if "do_sample" not in state.active:
         tokens = scores.argmax(-1)
     else:
         tokens = draw(warp(scores, state), state.uniforms())
         if not state.all_drawn:
             tokens = torch.where(state.do_sample, tokens, scores.argmax(-1))
-    state.advance(tokens)
+    state.record(tokens)
     return tokens
 
 
@@ -196,21 +196,21 @@ def warp(scores: torch.Tensor, state: SamplingState) -> torch.Tensor:
     et al., 2024) keeps what is at least ``min_p`` times as likely as the best. The best always
     stays.
     """
-    if "temperature" in state.wanted:
+    if "temperature" in state.active:
         scores = scores / state.temperature.to(scores.dtype)[:, None]
-    if "top_k" in state.wanted:
+    if "top_k" in state.active:
         most = min(max(row.top_k for row in state.params), scores.shape[-1])
         best = scores.topk(most).values
         kth = best.gather(1, (state.top_k.clamp(1, most) - 1)[:, None])
         scores = scores.masked_fill((scores < kth) & (state.top_k > 0)[:, None], -math.inf)
-    if "top_p" in state.wanted:
+    if "top_p" in state.active:
         ascending, order = scores.sort(stable=True)
         # Compared in float32, as Hugging Face does: of ten equal scores, 0.9 cuts one.
         mass = ascending.double().softmax(-1).cumsum(-1).float()
         tail = (mass <= (1 - state.top_p).float()[:, None]) & (state.top_p < 1)[:, None]
         tail[:, -1] = False
         scores = scores.masked_fill(tail.scatter(1, order, tail), -math.inf)
-    if "min_p" in state.wanted:
+    if "min_p" in state.active:
         best = scores.amax(-1, keepdim=True)
         least = best + state.min_p.log().to(scores.dtype)[:, None]
         scores = scores.masked_fill(scores < least, -math.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.embed import embed_triton
@@ -28,24 +28,25 @@ from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
-from lfm2_fast.ops.base import Attention, Depthwise, Linear, Rope, ShortConv, epsilon
-from lfm2_fast.ops.residual import Stream, StreamOps, settled
+from lfm2_fast.ops.base import AttentionLike, ConvLike, Rope, TapsLike, epsilon
+from lfm2_fast.ops.residual import PendingResidual, PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
+from lfm2_fast.weights.formats import Projection
 
 
-class TritonOps(StreamOps):
+class TritonOps(PendingResidualOps):
     """T tokens packed, H hidden.
 
     A few tokens take one launch a word, their projection included. More take kernels between the
     projections, which remain the library's, and leave the residual addition pending.
 
-    With ``dependent``, which needs compute capability 9.0, ``captured`` launches every kernel of a
-    step of few tokens such that it begins before its predecessor's end (``kernels/dependent.py``).
+    With ``dependent``, which needs compute capability 9.0, ``for_capture`` launches every kernel of
+    a step of few tokens so that it begins before its predecessor's end (``kernels/dependent.py``).
     Launched one by one that would cost the host more than it gains, so nothing else does.
     """
 
     name = "triton"
-    captures = True
+    captures = device_only = True
     pdl = False
 
     def __init__(self, *, dependent: bool = False) -> None:
@@ -60,10 +61,10 @@ class TritonOps(StreamOps):
             self._dependent.pdl = True
 
     @property
-    def captured(self) -> TritonOps:
+    def for_capture(self) -> TritonOps:
         return self._dependent or self
 
-    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+    def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x)
         if few is None:
             return super().norm_linear(x, norm, linear)
@@ -72,7 +73,7 @@ class TritonOps(StreamOps):
         return out
 
     def norm_conv(
-        self, x: Any, norm: nn.RMSNorm, conv: ShortConv, window: ConvWindow, batch: Batch
+        self, x: Any, norm: nn.RMSNorm, conv: ConvLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         few = _few(x)
         if few is None or batch.max_query != 1:
@@ -92,7 +93,7 @@ class TritonOps(StreamOps):
         )
         return out
 
-    def linear_add(self, y: torch.Tensor, linear: Linear, residual: Any) -> Any:
+    def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
         few = _few(residual)
         if few is None:
             return super().linear_add(y, linear, residual)
@@ -100,7 +101,7 @@ class TritonOps(StreamOps):
         linear_add_triton(y, *_linear(linear), few, out, pdl=self.pdl)
         return out
 
-    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Linear) -> torch.Tensor:
+    def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
         few = _few(x)
         if few is None:
             return super().norm_swiglu(x, norm, gate_up)
@@ -108,7 +109,7 @@ class TritonOps(StreamOps):
         norm_swiglu_triton(few, *_norm(norm), *_linear(gate_up), out, pdl=self.pdl)
         return out
 
-    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Linear) -> torch.Tensor:
+    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         """Two launches for a few tokens, whose logits are never written."""
         few = _few(x)
         if few is None:
@@ -120,12 +121,18 @@ class TritonOps(StreamOps):
         last_argmax_triton(best, tokens, pdl=self.pdl)
         return tokens
 
-    def advance(self, *args: Any) -> None:
-        advance_triton(*args, pdl=self.pdl)
+    def advance(
+        self,
+        chosen: torch.Tensor,
+        eos: torch.Tensor,
+        dummy_slot: int | None,
+        inputs: DecodeInputs,
+    ) -> None:
+        advance_triton(chosen, eos, dummy_slot, *inputs, pdl=self.pdl)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-        draws = "do_sample" in state.wanted
-        cuts = not state.wanted.isdisjoint({"top_k", "top_p"})
+        draws = "do_sample" in state.active
+        cuts = not state.active.isdisjoint({"top_k", "top_p"})
         tokens = torch.empty_like(state.positions)
         sample_triton(
             logits,
@@ -145,7 +152,7 @@ class TritonOps(StreamOps):
             cuts=cuts,
             pdl=self.pdl,
         )
-        state.moved()
+        state.count_step()
         return tokens
 
     def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
@@ -155,7 +162,9 @@ class TritonOps(StreamOps):
         rope_triton(positions, inv_freq, cos, sin, pdl=self.pdl)
         return cos, sin
 
-    def embed(self, tokens: torch.Tensor, embedding: Linear, dtype: torch.dtype) -> torch.Tensor:
+    def embed(
+        self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
+    ) -> torch.Tensor:
         weight, scale = embedding.weight, embedding.weight_scale
         out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
         embed_triton(tokens, weight, scale, out, pdl=self.pdl)
@@ -180,7 +189,7 @@ class TritonOps(StreamOps):
         return out
 
     def gated_conv(
-        self, bcx: torch.Tensor, conv: Depthwise, window: ConvWindow, batch: Batch
+        self, bcx: torch.Tensor, conv: TapsLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         tokens, hidden = len(bcx), len(conv.weight)
         out = torch.empty(tokens, hidden, dtype=bcx.dtype, device=bcx.device)
@@ -202,7 +211,7 @@ class TritonOps(StreamOps):
         return out
 
     def qk_norm_rope(
-        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+        self, qkv: torch.Tensor, attention: AttentionLike, rope: Rope, pages: KVPages, batch: Batch
     ) -> torch.Tensor:
         tokens, width = qkv.shape
         _, kv_heads, _, head_dim = pages.k.shape
@@ -225,7 +234,7 @@ class TritonOps(StreamOps):
         return q
 
     def attend(
-        self, qkv: torch.Tensor, attention: Attention, rope: Rope, pages: KVPages, batch: Batch
+        self, qkv: torch.Tensor, attention: AttentionLike, rope: Rope, pages: KVPages, batch: Batch
     ) -> torch.Tensor:
         """One launch where every sequence runs one token, two elsewhere."""
         if batch.max_query != 1:
@@ -278,8 +287,8 @@ class TritonOps(StreamOps):
         return self._arrivals[table]
 
 
-def _few(x: torch.Tensor | Stream) -> torch.Tensor | None:
-    """The rows of a tensor or a Stream, with nothing pending, if they are few."""
+def _few(x: torch.Tensor | PendingResidual) -> torch.Tensor | None:
+    """The rows of a tensor or a PendingResidual, with nothing pending, if they are few."""
     return None if len(x) > MOST_TOKENS else settled(x)
 
 
@@ -287,5 +296,5 @@ def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:
     return norm.weight, epsilon(norm)
 
 
-def _linear(linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _linear(linear: Projection) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     return linear.weight, linear.bias, linear.weight_scale

@@ -1,29 +1,19 @@
-"""Conversations: messages, the cache that holds them, and the loop that reads and answers."""
+"""Conversations: messages in a chat template, and the cache that holds what was run of them."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lfm2_fast.cache.kv_cache import Cache, common_prefix
-from lfm2_fast.cli.terminal import Terminal, interruptible
-from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
-from lfm2_fast.hf.generation_args import understand
-from lfm2_fast.text.token_stream import PASSAGES, Segment, Splitter, Stopped, Timing, TokenStream
-
-HELP = """\
-/reset          start anew, with the same system prompt
-/system TEXT    start anew with this system prompt, or with none
-/help           this list
-/exit           leave, as Ctrl-D does
-A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+from lfm2_fast.hf.generation_args import resolve_args
+from lfm2_fast.text.segments import PASSAGES, Segment, Splitter
+from lfm2_fast.text.token_stream import Stopped, Timing, TokenStream
 
 
 @dataclass
@@ -44,7 +34,7 @@ class Answer:
         return "; ".join([*parts, self.end] if self.end else parts)
 
 
-def write(
+def stream_answer(
     model: Lfm2ForCausalLM,
     tokenizer: Any,
     ids: list[int],
@@ -71,7 +61,7 @@ def write(
     if cache is not None:
         kept = cache.resume(0, common_prefix(ids[:-1], cache.history[0]))
         if kept < stable:
-            Decoder(model, cache).prefill([ids[kept:stable]], [0])
+            ModelRunner(model.model, cache).prefill([ids[kept:stable]], [0])
     end = ""
     try:
         model.generate(
@@ -95,7 +85,7 @@ def _ends(model: Lfm2ForCausalLM, arguments: Mapping[str, Any]) -> tuple[int, ..
     given = {"eos_token_id": arguments["eos_token_id"]} if "eos_token_id" in arguments else {}
     config = arguments.get("generation_config")
     defaults, vocab_size = model.generation_defaults(), model.config.vocab_size
-    return understand(given, config, defaults, vocab_size).eos_token_id
+    return resolve_args(given, config, defaults, vocab_size).eos_token_id
 
 
 def check_template(tokenizer: Any, name: str) -> None:
@@ -157,7 +147,7 @@ class Conversation:
                     said |= segment.kind != "thinking"
                     show(segment)
 
-            answer = write(
+            answer = stream_answer(
                 self.model,
                 self.tokenizer,
                 ids,
@@ -205,86 +195,3 @@ class Conversation:
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-
-def converse(conversation: Conversation, terminal: Terminal, messages: Iterable[str]) -> None:
-    """Answer messages, and do what those that begin with a slash and a word say."""
-    for message in messages:
-        command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", message, re.DOTALL)
-        match command and command[1]:
-            case None:
-                _answer(conversation, terminal, message)
-            case "exit":
-                return
-            case "help":
-                terminal.note(HELP)
-            case "reset":
-                conversation.reset(conversation.system)
-                terminal.note("a new conversation")
-            case "system":
-                conversation.reset(command[2] if command else None)
-                terminal.note(f"a new conversation; system prompt: {conversation.system or 'none'}")
-            case unknown:
-                terminal.note(f"there is no command /{unknown}; /help lists them")
-
-
-def _answer(conversation: Conversation, terminal: Terminal, message: str) -> None:
-    """Answer a message. Where nobody types, Ctrl-C and errors end the conversation: they raise."""
-    typing = sys.stdin.isatty()
-    try:
-        with interruptible() as stopped:
-            answer = conversation.ask(message, terminal.show, stopped)
-    except KeyboardInterrupt:
-        terminal.finish()
-        terminal.note("stopped; the message is taken back")
-        if not typing:
-            raise
-    except (ValueError, RuntimeError) as error:
-        terminal.finish()
-        if not typing:
-            raise
-        terminal.note(f"{error}; /reset starts a new conversation")
-    else:
-        terminal.finish()
-        terminal.note(str(answer))
-        if answer.stopped and not typing:
-            raise KeyboardInterrupt
-
-
-def typed(terminal: Terminal) -> Iterator[str]:
-    """Messages typed at a prompt, until Ctrl-D, or Ctrl-C twice."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives input() line editing and a history)
-
-    def line(prompt: str) -> str:
-        if terminal.out.is_terminal:
-            return input(prompt)
-        terminal.err.print(prompt, end="")
-        return input()
-
-    leaving = False
-    while True:
-        try:
-            message = line("> ")
-            while message.endswith("\\"):
-                message = f"{message[:-1]}\n{line('. ')}"
-        except EOFError:
-            terminal.err.print()
-            return
-        except KeyboardInterrupt:
-            terminal.err.print()
-            if leaving:
-                return
-            leaving = True
-            terminal.note("Ctrl-C again, Ctrl-D or /exit leaves")
-            continue
-        leaving = False
-        if message.strip():
-            yield message
-
-
-def piped() -> Iterator[str]:
-    """Messages from stdin, one a line."""
-    for line in sys.stdin:
-        if line.strip():
-            yield line.removesuffix("\n")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lfm2_fast.hf.generation_args import understand
+from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.ops.sampling import NEUTRAL, SamplingParams
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -95,7 +95,7 @@ def sampling(
         arguments.update(dict.fromkeys(FILTERS))
     if asked:
         why = f"{why}; changed by options" if found or stored else "as the options say"
-    holds = understand(arguments, None, stored, vocab_size=1).sampling
+    holds = resolve_args(arguments, None, stored, vocab_size=1).sampling
     return arguments, f"{described(holds)} ({why})"
 
 

@@ -18,17 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lfm2_fast.config import CheckpointError, Config, read_json
-from lfm2_fast.weights.formats import quantize_int8
-from lfm2_fast.weights.fusion import Part, is_matrix, layout, stored_dtype
+from lfm2_fast.weights.formats import Format, find_format
+from lfm2_fast.weights.fusion import HEAD, NORM, Fused, dtype_tensor, fusion_table
 
 T = TypeVar("T")
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-
-# Under a name of its own: programs that do not know the format would take integers for weights.
-QUANTIZED_WEIGHTS = "model.int8.safetensors"
 
 # Numbers that are quantized at once: few enough to stay in the caches on the way.
 BLOCK = 1 << 18
@@ -43,11 +39,6 @@ FLOATS = {
 }
 
 
-def weights_file(config: Config) -> str:
-    """The name of the file that holds all tensors, where they are not spread over shards."""
-    return WEIGHTS if config.quantization is None else QUANTIZED_WEIGHTS
-
-
 def load_weights(
     folder: Path,
     config: Config,
@@ -58,39 +49,38 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
 
-    Where tensors are stored in several, None is the embedding's, or, if that is in 8 bits, the last
+    Where tensors are stored in several, None is the embedding's, or, if that is quantized, the last
     norm's. The files are mapped, and every tensor is copied from the map straight into its place.
-    With ``quantization="int8"`` matrices become 8-bit integers on the way, each with its scales;
-    those of a checkpoint that is stored so (``config.quantization``) are so in any case. All names,
-    shapes and dtypes are checked before the first copy. Raises CheckpointError, which names the
-    file and the tensor, for whatever does not fit.
+    With ``quantization`` the matrices of a dense checkpoint become that format on the way; those of
+    a quantized one (``config.quantization``) stay as they are. All names, shapes and dtypes are
+    checked before the first copy. Raises CheckpointError, which names the file and the tensor, for
+    whatever does not fit.
     """
-    plan = layout(config)
-    found = _with_a_head(plan, _open_tensors(folder, weights_file(config)))
-    _check_tensors(folder, config, plan, found)
+    table = fusion_table(config)
+    found = _with_a_head(table, _open_tensors(folder, find_format(config.quantization).file))
+    _check_tensors(folder, config, table, found)
     if dtype is None:
-        telling = "embed_tokens.weight" if config.quantization is None else "embedding_norm.weight"
-        dtype = FLOATS[found[plan[telling][0].name].dtype]
+        dtype = FLOATS[found[table[dtype_tensor(config)].parts[0].name].dtype]
+    target = find_format(quantization if config.quantization is None else None)
     weights = {}
-    with _progress(plan.items()) as tensors:
-        for name, parts in tensors:
-            rows = sum(part.rows for part in parts)
-            shrinks = quantization is not None and config.quantization is None and is_matrix(parts)
-            kind = torch.int8 if shrinks else stored_dtype(config, parts) or dtype
-            whole = _empty((rows, *parts[0].shape[1:]), kind, device)
-            scales = torch.empty(rows if shrinks else 0, dtype=torch.float32, device=device)
+    with _progress(table.items()) as tensors:
+        for name, fused in tensors:
+            parts = {"": (fused.shape, fused.dtype)}
+            if fused.is_matrix and fused.dtype is None:
+                parts = target.parts(fused.shape)
+            made = {
+                name + suffix: _empty(shape, own or dtype, device)
+                for suffix, (shape, own) in parts.items()
+            }
             first = 0
-            for part in parts:
-                here = slice(first, first + part.rows)
-                if shrinks:
-                    _quantize(found[part.name], whole[here], scales[here])
+            for part in fused.parts:
+                places = [tensor[first : first + part.rows] for tensor in made.values()]
+                if len(places) > 1:
+                    _quantize(found[part.name], target, places)
                 else:
-                    whole[here].copy_(found[part.name].read())
+                    places[0].copy_(found[part.name].read().reshape(places[0].shape))
                 first += part.rows
-            if shrinks:
-                weights[f"{name}_scale"] = scales
-            # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
-            weights[name] = whole.squeeze(1) if name.endswith("conv.conv.weight") else whole
+            weights.update(made)
     return weights
 
 
@@ -133,13 +123,13 @@ def save(
     full. Raises OSError as the file system does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    split = {}
-    for name, parts in layout(config).items():
-        whole = weights[name]
-        for part, rows in zip(parts, whole.split([part.rows for part in parts]), strict=True):
-            split[part.name] = rows.reshape(part.shape).contiguous()
-    dtype = str(weights["embedding_norm.weight"].dtype).removeprefix("torch.")
-    target = folder / weights_file(config)
+    split = {
+        part.name: rows.contiguous()
+        for name, fused in fusion_table(config).items()
+        for part, rows in fused.split(weights[name])
+    }
+    dtype = str(weights[NORM].dtype).removeprefix("torch.")
+    target = folder / find_format(config.quantization).file
     with _complete(target) as path:
         try:
             save_file(split, path, metadata={"format": "pt"})
@@ -241,12 +231,12 @@ def shards(index: Path) -> list[str]:
     return sorted({str(name) for name in places.values()})
 
 
-def _with_a_head(plan: dict[str, list[Part]], found: dict[str, _Stored]) -> dict[str, _Stored]:
+def _with_a_head(table: dict[str, Fused], found: dict[str, _Stored]) -> dict[str, _Stored]:
     """``found`` by the names of the class with a head, where it was saved without one.
 
     Hugging Face's ``from_pretrained`` takes either, tensor by tensor.
     """
-    full = {part.base_name: part.name for parts in plan.values() for part in parts}
+    full = {part.base_name: part.name for fused in table.values() for part in fused.parts}
     return {
         name if (named := full.get(name, name)) in found else named: stored
         for name, stored in found.items()
@@ -254,15 +244,9 @@ def _with_a_head(plan: dict[str, list[Part]], found: dict[str, _Stored]) -> dict
 
 
 def _check_tensors(
-    folder: Path, config: Config, plan: dict[str, list[Part]], found: dict[str, _Stored]
+    folder: Path, config: Config, table: dict[str, Fused], found: dict[str, _Stored]
 ) -> None:
-    wanted = {part.name: part for parts in plan.values() for part in parts}
-    eight_bit = {
-        part.name
-        for parts in plan.values()
-        for part in parts
-        if stored_dtype(config, parts) == torch.int8
-    }
+    wanted = {part.name: (part, fused) for fused in table.values() for part in fused.parts}
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(
@@ -270,7 +254,7 @@ def _check_tensors(
             "is incomplete or its config belongs to another one"
         )
     # A tied head is sometimes stored all the same; as in Hugging Face's class the embedding counts.
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {HEAD} if config.tie_word_embeddings else set()
     unexpected = sorted(found.keys() - wanted.keys() - tied)
     if unexpected:
         where = found[unexpected[0]].path
@@ -278,24 +262,26 @@ def _check_tensors(
             f"{where} holds {_listed(unexpected)}, which an LFM2 of this config does not have; "
             "its config belongs to another checkpoint, or an adapter was saved with it"
         )
-    for name, part in wanted.items():
+    for name, (part, fused) in wanted.items():
         stored = found[name]
         if stored.shape != part.shape:
             raise CheckpointError(
                 f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json "
                 f"asks for {list(part.shape)}"
             )
-        if stored.dtype not in (("I8",) if name in eight_bit else FLOATS):
+        if stored.dtype not in (("I8",) if fused.dtype == torch.int8 else FLOATS):
             raise CheckpointError(
                 f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
                 "config.json does not speak of; load the unquantized checkpoint"
             )
 
 
-def _quantize(stored: _Stored, whole: torch.Tensor, scales: torch.Tensor) -> None:
-    """Fill ``whole`` and ``scales`` with a tensor's numbers in 8 bits, some rows at a time."""
-    for here, block in stored.blocks(max(1, BLOCK // whole.shape[1])):
-        whole[here], scales[here] = quantize_int8(block.to(whole.device))
+def _quantize(stored: _Stored, target: Format, places: list[torch.Tensor]) -> None:
+    """Fill the parts ``places`` of the ``target`` format from a tensor, some rows at a time."""
+    for here, block in stored.blocks(max(1, BLOCK // stored.shape[1])):
+        made = target.quantize(block.to(places[0].device))
+        for place, part in zip(places, made, strict=True):
+            place[here] = part
     # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,8 @@
-"""Matrix: a projection's or an embedding's weight, dense or in 8-bit integers."""
+"""Weight formats: how the matrix of a projection is allocated, quantized, stored and read back.
+
+A format is one object here, one body in each implementation that is fast for it, and its tests.
+Implementations choose by ``projection.format``; nothing else asks whether a matrix is quantized.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +11,126 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-QUANTIZATIONS = ("int8",)
+from lfm2_fast.config import CheckpointError
+
+# Name suffix of a tensor -> its shape, and its dtype or None for the model's.
+Parts = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 
-class Matrix(nn.Module):
-    """``weight [N, K]`` and, of a projection, maybe ``bias [N]``.
+class Format:
+    """A dense matrix ``[N, K]`` in the model's dtype; subclasses store it in fewer bits.
 
-    With ``quantization="int8"`` the weight is int8 and ``weight_scale [N]`` float32 is what each
-    row must be multiplied by; else ``weight_scale`` is None.
+    ``name`` is the value of ``load(quantization=)`` and of a checkpoint's config. ``file`` is the
+    name of a saved checkpoint's weights.
+    """
+
+    name: str | None = None
+    file = "model.safetensors"
+
+    def parts(self, shape: tuple[int, ...]) -> Parts:
+        """Return the tensors that hold a matrix of ``shape``; the first has the numbers.
+
+        All have the matrix's rows as their first axis: projections are stacked and split by rows.
+        """
+        return {"": (shape, None)}
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return rows ``weight [n, K]`` in this format, in the order of ``parts``."""
+        return (weight,)
+
+    def dequantize(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the rows ``[n, K]`` that these parts stand for, in ``dtype``."""
+        return weight
+
+
+class Int8Rows(Format):
+    """8-bit integers and one float32 scale a row: ``weight [N, K]`` int8, ``scale [N]``.
+
+    Symmetric: the largest magnitude of a row becomes 127.
+    """
+
+    name = "int8"
+    # A name of its own: other programs would read the integers as weights.
+    file = "model.int8.safetensors"
+
+    def parts(self, shape: tuple[int, ...]) -> Parts:
+        return {"": (shape, torch.int8), "_scale": (shape[:1], torch.float32)}
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = weight.to(torch.float32, copy=True)
+        largest = wide.abs().amax(-1)
+        # A scale below the smallest normal number would be too coarse to divide by.
+        scale = (largest / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+        wide /= scale[:, None]
+        return wide.round_().to(torch.int8), scale.masked_fill_(largest == 0, 0)
+
+    def dequantize(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        assert scale is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        return (weight.to(wide) * scale.to(wide)[:, None]).to(dtype)
+
+
+DENSE, INT8 = Format(), Int8Rows()
+FORMATS = {each.name: each for each in (DENSE, INT8)}
+
+
+def find_format(name: str | None) -> Format:
+    """Return the format of that name; None is dense. Raises CheckpointError for an unknown one."""
+    if name not in FORMATS:
+        known = ", ".join(repr(each) for each in FORMATS if each)
+        raise CheckpointError(
+            f"quantization format {name!r} is not in this version of lfm2_fast, which has {known}"
+        )
+    return FORMATS[name]
+
+
+class Projection(nn.Module):
+    """The matrix ``[N, K]`` of a projection or embedding in some ``format``.
+
+    ``weight [N, K]`` holds the numbers and ``weight_scale [N]`` their scales, None where the format
+    has none. ``bias [N]`` or None is added to the product.
     """
 
     bias: nn.Parameter | None
     weight_scale: torch.Tensor | None
 
     def __init__(
-        self, rows: int, columns: int, *, bias: bool = False, quantization: str | None = None
+        self, rows: int, columns: int, *, bias: bool = False, format: Format = DENSE
     ) -> None:
         super().__init__()
-        dtype = None if quantization is None else torch.int8
-        weight = torch.empty(rows, columns, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        scale = None if quantization is None else torch.empty(rows, dtype=torch.float32)
-        self.register_buffer("weight_scale", scale)
+        self.format = format
+        made = {
+            suffix: torch.empty(shape, dtype=dtype)
+            for suffix, (shape, dtype) in format.parts((rows, columns)).items()
+        }
+        self.weight = nn.Parameter(made.pop(""), requires_grad=False)
+        self.register_buffer("weight_scale", made.pop("_scale", None))
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Matrix:
-        """As any module's, but the scales stay float32 whatever the model's dtype becomes."""
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix ``[N, K]`` in ``dtype``; a dense one as it is."""
+        return self.format.dequantize(self.weight, self.weight_scale, dtype)
+
+    def rows(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows ``[T, K]`` at ``places [T]``, in ``dtype``; dense ones as they are."""
+        scale = self.weight_scale
+        scale = None if scale is None else scale.index_select(0, places)
+        return self.format.dequantize(self.weight.index_select(0, places), scale, dtype)
+
+    def share(self, other: Projection) -> None:
+        """Use the numbers and scales of ``other``, as a tied head does."""
+        self.weight, self.weight_scale = other.weight, other.weight_scale
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> Projection:
+        """As any module's, but the scales keep their dtype when the model's changes."""
         scale = self.weight_scale
         super()._apply(fn, recurse)
         if scale is not None:
             self.weight_scale = scale.to(self.weight.device)
         return self
-
-
-def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``weight [N, K]`` as int8 and a float32 scale ``[N]``: symmetric, a row's largest is 127."""
-    wide = weight.to(torch.float32, copy=True)
-    largest = wide.abs().amax(-1)
-    # A scale below the smallest normal number would be too coarse to divide by.
-    scale = (largest / 127).clamp_min_(torch.finfo(torch.float32).tiny)
-    wide /= scale[:, None]
-    return wide.round_().to(torch.int8), scale.masked_fill_(largest == 0, 0)

@@ -1,25 +1,28 @@
-"""The layout of a checkpoint: which of our tensors is made of which of Hugging Face's, stored how.
+"""The fusion table: which of our tensors is made of which of Hugging Face's, stored how.
 
 Fused: q, k and v into ``qkv_proj``; gate (``w1``) and up (``w3``) into ``gate_up_proj``. This is
-the one place that knows the names.
+the one place that knows tensor names. Sizes and parameter counts come from it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from lfm2_fast.config import Config
+from lfm2_fast.weights.formats import Format, find_format
 
-# What the class with a head puts before the names of the class that it wraps.
+# Hugging Face's class with a head puts this before the names of the class that it wraps.
 BASE = "model."
+EMBEDDING, NORM, HEAD = "embed_tokens.weight", "embedding_norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of Hugging Face's tensors, its shape there, and how many rows of ours it fills."""
+    """One of Hugging Face's tensors: its name and its shape there."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,76 +38,112 @@ class Part:
         return self.shape[0]
 
 
-def layout(config: Config) -> dict[str, list[Part]]:
-    """Our tensors' names, each with the parts that it is made of, stacked along the first axis."""
+@dataclass(frozen=True)
+class Fused:
+    """One of our tensors: ``parts`` stacked along the first axis.
+
+    ``shape`` is ours. ``dtype`` is what it is stored in, None for the model's dtype. ``is_matrix``
+    says that it holds the numbers of a projection or embedding, which a format may quantize.
+    """
+
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    is_matrix: bool = False
+
+    def split(self, whole: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
+        """Yield each part with its rows of ``whole``, in Hugging Face's shape."""
+        rows = whole.split([part.rows for part in self.parts])
+        for part, own in zip(self.parts, rows, strict=True):
+            yield part, own.reshape(part.shape)
+
+
+def fusion_table(config: Config) -> dict[str, Fused]:
+    """Return every tensor of ours by its name, in the order of a checkpoint."""
+    format = find_format(config.quantization)
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
-    made = {
-        "embed_tokens.weight": [Part(f"{BASE}embed_tokens.weight", (config.vocab_size, hidden))]
-    }
+    table: dict[str, Fused] = {}
 
-    def put(name: str, *parts: tuple[str, tuple[int, ...]]) -> None:
-        made[name] = [Part(f"{BASE}{part}", shape) for part, shape in parts]
+    def vector(name: str, length: int) -> None:
+        table[name] = Fused((Part(BASE + name, (length,)),), (length,))
 
+    def matrix(name: str, columns: int, *stacked: tuple[str, int], base: str = BASE) -> None:
+        parts = tuple(Part(base + theirs, (rows, columns)) for theirs, rows in stacked)
+        table.update(_stored(name, parts, format))
+
+    matrix(EMBEDDING, hidden, (EMBEDDING, config.vocab_size))
     for i, kind in enumerate(config.layer_types):
         at = f"layers.{i}."
-        for norm in ("operator_norm.weight", "ffn_norm.weight"):
-            put(at + norm, (at + norm, (hidden,)))
+        vector(at + "operator_norm.weight", hidden)
+        vector(at + "ffn_norm.weight", hidden)
         if kind == "conv":
             at += "conv."
-            put(at + "in_proj.weight", (at + "in_proj.weight", (3 * hidden, hidden)))
-            put(at + "conv.weight", (at + "conv.weight", (hidden, 1, config.conv_L_cache)))
-            put(at + "out_proj.weight", (at + "out_proj.weight", (hidden, hidden)))
+            matrix(at + "in_proj.weight", hidden, (at + "in_proj.weight", 3 * hidden))
+            # Hugging Face keeps a depthwise kernel as [H, 1, W]; ours is [H, W].
+            taps = Part(f"{BASE}{at}conv.weight", (hidden, 1, config.conv_L_cache))
+            table[at + "conv.weight"] = Fused((taps,), (hidden, config.conv_L_cache))
+            matrix(at + "out_proj.weight", hidden, (at + "out_proj.weight", hidden))
             if config.conv_bias:
-                put(at + "in_proj.bias", (at + "in_proj.bias", (3 * hidden,)))
-                put(at + "conv.bias", (at + "conv.bias", (hidden,)))
-                put(at + "out_proj.bias", (at + "out_proj.bias", (hidden,)))
+                vector(at + "in_proj.bias", 3 * hidden)
+                vector(at + "conv.bias", hidden)
+                vector(at + "out_proj.bias", hidden)
         else:
             at += "self_attn."
-            put(
+            matrix(
                 at + "qkv_proj.weight",
-                (at + "q_proj.weight", (heads, hidden)),
-                (at + "k_proj.weight", (kv_heads, hidden)),
-                (at + "v_proj.weight", (kv_heads, hidden)),
+                hidden,
+                (at + "q_proj.weight", heads),
+                (at + "k_proj.weight", kv_heads),
+                (at + "v_proj.weight", kv_heads),
             )
-            put(at + "out_proj.weight", (at + "out_proj.weight", (hidden, heads)))
-            for norm in ("q_layernorm.weight", "k_layernorm.weight"):
-                put(at + norm, (at + norm, (size,)))
+            matrix(at + "out_proj.weight", heads, (at + "out_proj.weight", hidden))
+            vector(at + "q_layernorm.weight", size)
+            vector(at + "k_layernorm.weight", size)
         at = f"layers.{i}.feed_forward."
-        put(
-            at + "gate_up_proj.weight",
-            (at + "w1.weight", (inner, hidden)),
-            (at + "w3.weight", (inner, hidden)),
+        matrix(
+            at + "gate_up_proj.weight", hidden, (at + "w1.weight", inner), (at + "w3.weight", inner)
         )
-        put(at + "down_proj.weight", (at + "w2.weight", (hidden, inner)))
-    put("embedding_norm.weight", ("embedding_norm.weight", (hidden,)))
+        matrix(at + "down_proj.weight", inner, (at + "w2.weight", hidden))
+    vector(NORM, hidden)
     if not config.tie_word_embeddings:
-        made["lm_head.weight"] = [Part("lm_head.weight", (config.vocab_size, hidden))]
-    if config.quantization is not None:
-        for name in [name for name, parts in made.items() if is_matrix(parts)]:
-            scales = [Part(f"{part.name}_scale", part.shape[:1]) for part in made[name]]
-            made[f"{name}_scale"] = scales
+        matrix(HEAD, hidden, (HEAD, config.vocab_size), base="")
+    return table
+
+
+def _stored(name: str, parts: tuple[Part, ...], format: Format) -> dict[str, Fused]:
+    """Return the tensors that hold a matrix of these dense parts in ``format``."""
+    rows, columns = sum(part.rows for part in parts), parts[0].shape[1]
+    made = {}
+    for suffix, (shape, dtype) in format.parts((rows, columns)).items():
+        own = tuple(Part(part.name + suffix, format.parts(part.shape)[suffix][0]) for part in parts)
+        made[name + suffix] = Fused(own, shape, dtype, is_matrix=not suffix)
     return made
 
 
-def is_matrix(parts: list[Part]) -> bool:
-    """Whether a tensor of these parts is one of those that quantization is about."""
-    return len(parts[0].shape) == 2
+def tie(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return ``weights`` with the embedding's tensors as the head's too, where they are tied."""
+    if not config.tie_word_embeddings:
+        return weights
+    suffixes = find_format(config.quantization).parts((0, 0))
+    heads = {HEAD + suffix: weights[EMBEDDING + suffix] for suffix in suffixes}
+    return {**weights, **heads}
 
 
-def stored_dtype(config: Config, parts: list[Part]) -> torch.dtype | None:
-    """What a quantized checkpoint's tensor is stored as whatever the model's dtype, else None."""
-    if config.quantization is not None:
-        if is_matrix(parts):
-            return torch.int8
-        if parts[0].name.endswith("_scale"):
-            return torch.float32
-    return None
+def dtype_tensor(config: Config) -> str:
+    """Return the name of the tensor whose dtype is the model's: the embedding, else a norm."""
+    return EMBEDDING if fusion_table(config)[EMBEDDING].dtype is None else NORM
 
 
-def weight_bytes(config: Config, dtype: torch.dtype) -> int:
-    """Bytes of all tensors of a checkpoint, what is not in 8 bits being in ``dtype``."""
+def num_parameters(config: Config) -> int:
+    """Return the number of parameters of the dense model, a tied head counted once."""
+    table = fusion_table(replace(config, quantization=None))
+    return sum(math.prod(fused.shape) for fused in table.values())
+
+
+def checkpoint_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Return the bytes of all tensors; those stored in no dtype of their own are in ``dtype``."""
     return sum(
-        (stored_dtype(config, parts) or dtype).itemsize * sum(math.prod(p.shape) for p in parts)
-        for parts in layout(config).values()
+        (fused.dtype or dtype).itemsize * math.prod(fused.shape)
+        for fused in fusion_table(config).values()
     )

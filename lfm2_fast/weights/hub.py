@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from lfm2_fast.config import CheckpointError, Config
-from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards, weights_file
+from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards
+from lfm2_fast.weights.formats import find_format
 
 
-def resolve(
+def find_checkpoint(
     model: str | os.PathLike[str],
     *,
     revision: str | None = None,
@@ -96,7 +97,7 @@ def _download(
     path = fetch("config.json")
     if path is None:
         raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
-    whole = weights_file(Config.from_file(path))
+    whole = find_format(Config.from_file(path).quantization).file
     revision = path.parent.name
     for name in (GENERATION_CONFIG, *also):
         fetch(name)

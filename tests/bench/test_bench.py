@@ -27,10 +27,10 @@ from bench.report.stats import ratio
 from bench.shapes import SIZES, config_of
 from bench.worker import EngineError, Remote
 from lfm2_fast import __main__ as cli
-from lfm2_fast.cli.benchmark import weight_bytes
+from lfm2_fast.cli.benchmark import bytes_read_per_step
 from lfm2_fast.cli.benchmark_report import cells, show
 from lfm2_fast.cli.machine_load import Neighbours, doubts, quantile, spread
-from lfm2_fast.ops.base import why_not
+from lfm2_fast.ops.select import why_not
 
 STEP = {"tokens": 1, "sequences": 2, "context": 24, "layers": 3}
 
@@ -217,7 +217,7 @@ def test_floor_counts_the_tied_head_once(size: str) -> None:
 def test_weight_bytes_leave_an_untied_embedding_out(random_checkpoint: Any) -> None:
     tied = lfm2_fast.load(random_checkpoint(), device="cpu")
     untied = lfm2_fast.load(random_checkpoint(tie_word_embeddings=False), device="cpu")
-    assert weight_bytes(tied) == weight_bytes(untied) == tied.num_parameters() * 4
+    assert bytes_read_per_step(tied) == bytes_read_per_step(untied) == tied.num_parameters() * 4
 
 
 @pytest.fixture(scope="module")

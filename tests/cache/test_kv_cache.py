@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lfm2_fast import Cache, CacheError
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.engine.model_runner import run_batch
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def model(random_checkpoint, pair):
 
 def run(model, cache: Cache, work: dict[int, torch.Tensor]) -> list[torch.Tensor]:
     counts = [len(tokens) for tokens in work.values()]
-    batch = Batch.prepare(counts, list(work), cache, "cpu")
-    return list(model.run(torch.cat(list(work.values())), batch, cache).split(counts))
+    batch = cache.next_batch(counts, list(work), "cpu")
+    return list(run_batch(model.model, torch.cat(list(work.values())), batch, cache).split(counts))
 
 
 def ids(count: int, seed: int = 1) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_a_step_that_broke_off_cannot_be_continued_silently(model, monkeypatch) 
 
 def test_a_first_step_that_broke_off_leaves_an_empty_slot_sound(model) -> None:
     cache = model.new_cache(1)
-    cache.reserve(Batch.prepare([10], [0], cache, "cpu"))
+    cache.reserve(cache.next_batch([10], [0], "cpu"))
     run(model, cache, {0: ids(2)})
     assert torch.isfinite(run(model, cache, {0: ids(1)})[0]).all()
 
@@ -169,14 +169,14 @@ def test_a_cache_made_in_inference_mode_works_outside(model) -> None:
 def test_bad_batches_are_named(model) -> None:
     cache = model.new_cache(2)
     with pytest.raises(ValueError, match="slot 2 is not one of the cache's 2"):
-        Batch.prepare([1], [2], cache, "cpu")
+        cache.next_batch([1], [2], "cpu")
     with pytest.raises(ValueError, match="once"):
-        Batch.prepare([1, 1], [0, 0], cache, "cpu")
+        cache.next_batch([1, 1], [0, 0], "cpu")
     with pytest.raises(ValueError, match="negative"):
-        Batch.prepare([-1], [0], cache, "cpu")
+        cache.next_batch([-1], [0], "cpu")
     with pytest.raises(ValueError, match="1 query lengths for 2 slots"):
-        Batch.prepare([1], [0, 1], cache, "cpu")
-    stale = Batch.prepare([1], [0], cache, "cpu")
-    model.run(ids(1), stale, cache)
+        cache.next_batch([1], [0, 1], "cpu")
+    stale = cache.next_batch([1], [0], "cpu")
+    run_batch(model.model, ids(1), stale, cache)
     with pytest.raises(CacheError, match="prepare a new batch"):
-        model.run(ids(1), stale, cache)
+        run_batch(model.model, ids(1), stale, cache)

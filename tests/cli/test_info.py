@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lfm2_fast
-from lfm2_fast.cli import info
+from lfm2_fast.cli import environment as info
 
 
 @pytest.mark.parametrize("kind", ["conv", "full_attention"])

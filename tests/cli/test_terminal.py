@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lfm2_fast.cli.terminal import Terminal
-from lfm2_fast.text.token_stream import Segment
+from lfm2_fast.text.segments import Segment
 
 
 def show(segments: list[tuple[str, str]], *, cut: bool = False) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 
 EPS = 1e-5
 BODIES = torch.ops.lfm2_fast
 
-_lacking = native.why_not(torch.device("cpu"))
+_lacking = native_library.why_not(torch.device("cpu"))
 pytestmark = [
     pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
     pytest.mark.usefixtures("threads"),
@@ -72,7 +72,7 @@ def arguments() -> dict[str, dict[str, Any]]:
             "q": torch.randn(3, 2, 8), **paged, "slots": ints, "lengths": runs["lengths"],
             "out": torch.zeros(3, 16),
         },
-        **({"flash_prefill": prefill} if native.prefills(torch.bfloat16) else {}),
+        **({"flash_prefill": prefill} if native_library.prefills(torch.bfloat16) else {}),
         "norm_linear": {
             "x": x, "norm": torch.randn(8), "eps": EPS, **matrix, "bias": torch.randn(6),
             "out": torch.zeros(3, 6),
@@ -100,7 +100,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "philox": {"seeds": ints, "rows": ints, "positions": ints, "out": floats.clone()},
         "draw": {"scores": x, "uniform": floats, "out": torch.zeros(3, dtype=torch.int64)},
         "advance": {
-            "chosen": ints, "eos": torch.tensor([2, 5]), "scrap": 3, "tokens": ints.clone(),
+            "chosen": ints, "eos": torch.tensor([2, 5]), "dummy_slot": 3, "tokens": ints.clone(),
             "slots": ints.clone(), "positions": ints.clone(), "lengths": ints.int(),
             "finished": ints > 1,
         },

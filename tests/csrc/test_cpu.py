@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,17 +11,18 @@ from hypothesis import strategies as st
 
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
-from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.formats import INT8
+from tests.batches import batch_of
 
 CPU = torch.device("cpu")
 EPS = 1e-5
 NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
 
-_lacking = native.why_not(CPU)
+_lacking = native_library.why_not(CPU)
 pytestmark = [
     pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
     pytest.mark.usefixtures("threads"),
@@ -34,8 +34,7 @@ def a_batch(data: st.DataObject, tokens: int, slots: int = 5) -> Batch:
     live = data.draw(st.permutations(range(slots)))[: data.draw(st.integers(1, slots))]
     counts = [data.draw(st.integers(1, tokens)) for _ in live]
     held = [data.draw(st.sampled_from([0, 1, 2, 7, 15, 16, 17, 40])) for _ in range(slots)]
-    cache: Any = SimpleNamespace(slots=slots, lengths=held)
-    return Batch.prepare(counts, live, cache, CPU)
+    return batch_of(held, counts, live, CPU)
 
 
 def fold_table(slots: int, per_slot: int) -> torch.Tensor:
@@ -86,12 +85,13 @@ def test_embed(width, int8, tokens, dtype, framed, intact, same_bits) -> None:
     torch.manual_seed(0)
     weight, scale = torch.randn(37, width).to(dtype), None
     if int8:
-        weight, scale = quantize_int8(weight)
+        weight, scale = INT8.quantize(weight)
     weight = torch.cat([weight, weight], 1)[:, :width]
     at = torch.tensor(tokens)
     out = framed(torch.full((len(tokens), width), NAN, dtype=dtype))
     BODIES.embed_native(at, weight, scale, out)
-    assert same_bits(out, ref.embed_ref(at, weight, scale, dtype)) and intact(out)
+    rows = weight[at] if scale is None else INT8.dequantize(weight[at], scale[at], dtype)
+    assert same_bits(out, rows) and intact(out)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4608), (3, 150), (60, 200)], ids=str)
@@ -293,7 +293,7 @@ def test_flash_decode_of_sharp_scores(size: float, dtype, within_budget) -> None
     within_budget(decode(case), exact, plain)
 
 
-@pytest.mark.skipif(native.prefills(torch.bfloat16), reason="test_native_prefill.py's part")
+@pytest.mark.skipif(native_library.prefills(torch.bfloat16), reason="test_native_prefill.py's part")
 def test_prompts_need_avx512_bf16() -> None:
     """The body says so, and PyTorch's attention serves; the models above show that."""
     q = torch.randn(3, 2, 8).bfloat16()
@@ -309,8 +309,8 @@ def test_pages_of_one_slot_are_enough() -> None:
     torch.manual_seed(0)
     k, v = torch.randn(2, 3, 1, 8, 16)
     pages = KVPages(k, v, torch.tensor([[2, 0]], dtype=torch.int32))
-    cache: Any = SimpleNamespace(slots=1, lengths=[11])
-    batch = Batch.prepare([1], [0], cache, CPU)
+    lengths = [11]
+    batch = batch_of(lengths, [1], [0], CPU)
     q = torch.randn(1, 2, 16)
     whole = KVPages(torch.cat([k[2:], k[:1]], 2), torch.cat([v[2:], v[:1]], 2), pages.table)
     expected = ref.attention_ref(q, whole.k, whole.v, batch)

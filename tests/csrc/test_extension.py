@@ -17,7 +17,7 @@ import torch
 
 import lfm2_fast
 from lfm2_fast.cache.batch import Batch
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops import reference as ref
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def package(tmp_path: Path) -> Path:
 ASK = """
 import logging, torch
 logging.basicConfig(format="%(name)s %(message)s")
-from lfm2_fast.ops.base import BackendError, choose, why_not
+from lfm2_fast.ops.select import BackendError, choose, why_not
 where = torch.device("cpu"), torch.float32
 print(why_not("native", *where))
 print(choose("auto", *where).name)
@@ -83,10 +83,10 @@ def test_without_an_extension_the_rest_works(package, content, said, logged) -> 
 
 
 def test_an_extension_without_cuda_is_said() -> None:
-    cpu_alone = native.why_not(torch.device("cpu")) is None and torch.version.cuda is None
+    cpu_alone = native_library.why_not(torch.device("cpu")) is None and torch.version.cuda is None
     if not cpu_alone:
         pytest.skip("needs an extension that was built without CUDA")
-    assert "built without CUDA" in str(native.why_not(torch.device("cuda")))
+    assert "built without CUDA" in str(native_library.why_not(torch.device("cuda")))
 
 
 @compiles
@@ -114,7 +114,7 @@ def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
 
 
 @x86
-@pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="no extension")
+@pytest.mark.skipif(native_library.why_not(torch.device("cpu")) is not None, reason="no extension")
 def test_the_extension_holds_every_instruction_set() -> None:
     (library,) = Path(lfm2_fast.__file__).parent.glob("_C*.so")
     assert {b".arch_x86_64_v3", b".arch_x86_64_v4", b".default"} <= set(
@@ -256,12 +256,8 @@ def test_cuda_kernel_computes_what_the_reference_does(
     dtype, emulated, same_bits, within_budget
 ) -> None:
     library, count = emulated(dtype), 6
-
-    class Held:
-        slots = 9
-        lengths = [0, 1, 2, 3, 9, 40, 127_000, 8, 7]
-
-    batch = Batch.prepare([1] * count, [4, 0, 6, 1, 8, 2], Held(), "cpu")  # type: ignore[arg-type]
+    starts, slots = [9, 0, 127_000, 1, 7, 2], [4, 0, 6, 1, 8, 2]
+    batch = Batch.prepare([1] * count, starts, slots, "cpu")
     for width in (2, 3, 8):
         for hidden, whole in ((96, True), (96, False), (37, False)):
             for bias in (None, torch.randn(hidden).to(dtype)):
@@ -269,7 +265,7 @@ def test_cuda_kernel_computes_what_the_reference_does(
                 bcx = torch.randn(count, 3 * hidden).to(dtype)
                 weight = torch.randn(hidden, width).to(dtype)
                 window = torch.full((9, width + 1, hidden), float("nan"), dtype=dtype)
-                for slot, start in zip(batch.host_slots, batch.starts, strict=True):
+                for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
                     for position in range(max(0, start - width + 1), start):
                         window[slot, position % (width + 1)] = torch.randn(hidden).to(dtype)
 

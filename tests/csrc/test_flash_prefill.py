@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +13,18 @@ from hypothesis import strategies as st
 import lfm2_fast
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
-from lfm2_fast.ops import native_library as native
-from lfm2_fast.ops import reference
+from lfm2_fast.engine.model_runner import run_batch
+from lfm2_fast.ops import native_library, reference
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
+from tests.batches import batch_of
 
 CPU = torch.device("cpu")
 NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
 
 pytestmark = [
-    pytest.mark.skipif(not native.prefills(torch.bfloat16), reason="needs AVX512_BF16"),
+    pytest.mark.skipif(not native_library.prefills(torch.bfloat16), reason="needs AVX512_BF16"),
     pytest.mark.usefixtures("threads"),
 ]
 
@@ -32,10 +32,7 @@ pytestmark = [
 def a_batch(starts: Sequence[int], counts: Sequence[int]) -> Batch:
     """Some tokens after each of ``starts``, in slots of another order; two more slots are empty."""
     slots = torch.randperm(len(starts) + 2).tolist()
-    cache: Any = SimpleNamespace(slots=len(slots), lengths=[0] * len(slots))
-    for slot, start in zip(slots, starts, strict=False):
-        cache.lengths[slot] = start
-    return Batch.prepare(counts, slots[: len(starts)], cache, CPU)
+    return Batch.prepare(counts, starts, slots[: len(starts)], CPU)
 
 
 class Case:
@@ -44,7 +41,7 @@ class Case:
     def __init__(self, batch: Batch, heads: int, kv_heads: int, head_dim: int) -> None:
         self.batch, slots = batch, len(batch.slots) + 2
         self.lengths = [0] * slots
-        for slot, length in zip(batch.host_slots, batch.lengths.tolist(), strict=True):
+        for slot, length in zip(batch.on_host.slots, batch.lengths.tolist(), strict=True):
             self.lengths[slot] = length
         self.q = torch.randn(len(batch.positions), heads, head_dim).bfloat16()
         longest = max(self.lengths)
@@ -62,9 +59,8 @@ class Case:
         """The same without the other sequences."""
         made, batch = object.__new__(Case), self.batch
         first, last = batch.cu_seqlens[i : i + 2].tolist()
-        cache: Any = SimpleNamespace(slots=len(self.lengths), lengths=[0] * len(self.lengths))
-        cache.lengths[batch.host_slots[i]] = batch.starts[i]
-        made.batch = Batch.prepare([last - first], [batch.host_slots[i]], cache, CPU)
+        host = batch.on_host
+        made.batch = Batch.prepare([last - first], [host.starts[i]], [host.slots[i]], CPU)
         made.q, made.k, made.v, made.lengths = self.q[first:last], self.k, self.v, self.lengths
         return made
 
@@ -130,16 +126,16 @@ def test_a_prompt_may_be_cut_anywhere(same_bits) -> None:
     """Two steps give the bits of one, whatever shares a tile with a token then."""
     torch.manual_seed(0)
     case = Case(a_batch([0], [150]), 6, 2, 16)
-    (slot,), pages = case.batch.host_slots, case.whole()
+    (slot,), pages = case.batch.on_host.slots, case.whole()
     whole = attend(case, pages)
     for cut in range(1, 150):
         parts = []
         for first, last in ((0, cut), (cut, 150)):
             part = case.alone(0)
-            cache: Any = SimpleNamespace(slots=3, lengths=[first] * 3)
+            lengths = [first] * 3
             part.q, part.batch = (
                 case.q[first:last],
-                Batch.prepare([last - first], [slot], cache, CPU),
+                batch_of(lengths, [last - first], [slot], CPU),
             )
             parts.append(attend(part, pages))
         assert same_bits(torch.cat(parts), whole), cut
@@ -176,7 +172,7 @@ def test_what_is_no_number_stays_in_its_sequence(poison: float, same_bits) -> No
     first, last = case.batch.cu_seqlens[1:3].tolist()
     case.q[first:last] = poison
     for pages in (case.k, case.v):
-        pages[case.batch.host_slots[1]] = poison
+        pages[case.batch.on_host.slots[1]] = poison
     out = attend(case, case.whole())
     assert same_bits(out[:first], clean[0]) and same_bits(out[last:], clean[2])
     assert not out[first:last].isfinite().any()
@@ -186,7 +182,7 @@ def test_nan_of_a_seen_key_or_value_is_not_hidden() -> None:
     torch.manual_seed(0)
     for tensor in ("k", "v"):
         case = Case(a_batch([0], [20]), 2, 1, 16)
-        getattr(case, tensor)[case.batch.host_slots[0], 0, 5, 3] = NAN
+        getattr(case, tensor)[case.batch.on_host.slots[0], 0, 5, 3] = NAN
         out = attend(case, case.whole()).unflatten(1, (2, 16))
         hit = out[5:] if tensor == "k" else out[5:, :, 3]
         assert hit.isnan().all()
@@ -251,6 +247,6 @@ def test_prompts_in_bfloat16_are_its(random_checkpoint, monkeypatch) -> None:
         assert isinstance(model.ops, NativeOps)
         cache = model.new_cache(2)
         for counts in ([9], [1, 40], [1]):
-            batch = Batch.prepare(counts, range(len(counts)), cache, CPU)
-            model.run(torch.randint(8, 307, (sum(counts),)), batch, cache)
+            batch = cache.next_batch(counts, range(len(counts)), CPU)
+            run_batch(model.model, torch.randint(8, 307, (sum(counts),)), batch, cache)
     assert served == [torch.float32] * 4 + [torch.float16] * 4

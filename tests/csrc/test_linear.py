@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
-from lfm2_fast.weights.formats import Matrix, quantize_int8
+from lfm2_fast.weights.formats import DENSE, INT8, Projection
 
 EPS = 1e-5
 NAN = float("nan")
@@ -17,7 +17,7 @@ TOKENS = [1, 2, 3, 5, 8, 15, 33]
 # Whole steps of every instruction set, what is left of them, single numbers, rows left over.
 SHAPES = [(1, 1), (3, 5), (64, 64), (66, 100), (130, 1024), (7, 4608)]
 
-_lacking = native.why_not(torch.device("cpu"))
+_lacking = native_library.why_not(torch.device("cpu"))
 pytestmark = [
     pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
     pytest.mark.usefixtures("threads"),
@@ -26,14 +26,14 @@ pytestmark = [
 
 def factors(
     tokens: int, rows: int, size: int, dtype: torch.dtype, int8: bool
-) -> tuple[torch.Tensor, Matrix]:
+) -> tuple[torch.Tensor, Projection]:
     """Tokens of very different size, and a matrix with a bias."""
     torch.manual_seed(rows + tokens)
     x = (torch.randn(tokens, size) * torch.logspace(-2, 2, tokens)[:, None]).to(dtype)
-    matrix = Matrix(rows, size, bias=True, quantization="int8" if int8 else None)
+    matrix = Projection(rows, size, bias=True, format=INT8 if int8 else DENSE)
     weight = torch.randn(rows, size) / size**0.5
     if int8:
-        matrix.weight.data, matrix.weight_scale = quantize_int8(weight)
+        matrix.weight.data, matrix.weight_scale = INT8.quantize(weight)
     else:
         matrix.weight.data = weight.to(dtype)
     assert matrix.bias is not None
@@ -41,10 +41,10 @@ def factors(
     return x, matrix.requires_grad_(False)
 
 
-def linear(x: torch.Tensor, matrix: Matrix, bias: bool = True) -> torch.Tensor:
+def linear(x: torch.Tensor, matrix: Projection, bias: bool = True) -> torch.Tensor:
     """What the reference says, with everything in the dtype of ``x``."""
     added = matrix.bias.to(x.dtype) if bias else None
-    if matrix.weight_scale is not None:
+    if matrix.format is INT8:
         return ref.dynamic_linear_ref(x, matrix.weight, matrix.weight_scale, added)
     return ref.linear_ref(x, matrix.weight.to(x.dtype), added)
 
@@ -162,13 +162,13 @@ def test_products_of_many_tokens_are_finished(dtype, within_budget) -> None:
 def test_many_tokens_are_right(dtype) -> None:
     """By PyTorch's product of 8-bit integers, or without it where it overflows."""
     torch.manual_seed(0)
-    matrix = Matrix(200, 512, quantization="int8")
-    matrix.weight.data, matrix.weight_scale = quantize_int8(torch.randn(200, 512))
+    matrix = Projection(200, 512, format=INT8)
+    matrix.weight.data, matrix.weight_scale = INT8.quantize(torch.randn(200, 512))
     x = torch.randn(64, 512)
     x[3, 100] = 300  # an outlier, which must leave other tokens alone
     x = x.to(dtype)
     ours = NativeOps().linear(x, matrix).double()
-    exact = ref.linear_ref(x.double(), matrix.weight, None, matrix.weight_scale)
+    exact = ref.linear_ref(x.double(), matrix.dequantized(torch.float64))
     error = (ours - exact).norm(dim=-1) / exact.norm(dim=-1)
     # Rounding to 8 bits costs a token about its largest number over 127 * sqrt(12) * its rms.
     wide = x.double()

@@ -9,14 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2_fast.ops import native_library as native
-from lfm2_fast.ops import sampling
+from lfm2_fast.ops import native_library, sampling
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 
 NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
 
-_lacking = native.why_not(torch.device("cpu"))
+_lacking = native_library.why_not(torch.device("cpu"))
 pytestmark = [
     pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
     pytest.mark.usefixtures("threads"),

@@ -14,8 +14,8 @@ import torch
 
 import lfm2_fast
 from lfm2_fast.engine import graphs
-from lfm2_fast.engine.cpu_graph import Tape
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.engine.cpu_graph import CpuGraph
+from lfm2_fast.ops import native_library
 
 
 def test_what_was_made_is_made_again() -> None:
@@ -29,7 +29,7 @@ def test_what_was_made_is_made_again() -> None:
         total.add_(best + at)
         seen.append((best, at))
 
-    tape = Tape(body)
+    tape = CpuGraph(body)
     expected = torch.zeros(2)
     for step in range(3):
         x.copy_(torch.randn(2, 3))
@@ -47,7 +47,7 @@ def test_what_was_made_is_made_again() -> None:
 )
 def test_what_depends_on_what_tensors_hold_is_refused(waits) -> None:
     x = torch.ones(3)
-    tape = Tape(lambda: waits(x))
+    tape = CpuGraph(lambda: waits(x))
     for _ in range(2):
         with pytest.raises(ValueError, match="cannot be replayed"):
             tape.replay()
@@ -58,7 +58,7 @@ def test_what_was_recorded_does_not_hold_the_body() -> None:
         pass
 
     owner, x = Owner(), torch.ones(2)
-    owner.tape = Tape(lambda held=owner: x.add_(1))
+    owner.tape = CpuGraph(lambda held=owner: x.add_(1))
     owner.tape.replay()
     alive = weakref.ref(owner)
     gc.disable()
@@ -70,7 +70,7 @@ def test_what_was_recorded_does_not_hold_the_body() -> None:
 
 
 needs_native = pytest.mark.skipif(
-    native.why_not(torch.device("cpu")) is not None, reason="no extension"
+    native_library.why_not(torch.device("cpu")) is not None, reason="no extension"
 )
 
 
@@ -79,32 +79,34 @@ needs_native = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "sampling", [{}, {"do_sample": True, "seed": 7, "repetition_penalty": 1.1}]
 )
-def test_generation_is_taped_and_writes_the_same(tiny, quantization, sampling, monkeypatch) -> None:
+def test_generation_is_recorded_and_writes_the_same(
+    tiny, quantization, sampling, monkeypatch
+) -> None:
     """Rows that end at different times, beyond the place where the cache grows."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization=quantization)
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]]
     ask = {"max_new_tokens": 300, **sampling}
     replays = []
-    replay = Tape.replay
-    monkeypatch.setattr(Tape, "replay", lambda tape: (replays.append(tape), replay(tape))[1])
+    replay = CpuGraph.replay
+    monkeypatch.setattr(CpuGraph, "replay", lambda tape: (replays.append(tape), replay(tape))[1])
     taped = model.generate(prompts, **ask)
     assert len(replays) > 100 and len(set(map(id, replays))) < 12
-    monkeypatch.setattr(model.ops, "tapes", 0)
+    monkeypatch.setattr(model.ops, "cpu_graph_rows", 0)
     count = len(replays)
     assert torch.equal(model.generate(prompts, **ask), taped)
     assert len(replays) == count
 
 
 @needs_native
-def test_a_step_for_the_callers_own_python_is_taped_too(tiny, monkeypatch) -> None:
+def test_a_step_for_the_callers_own_python_is_recorded_too(tiny, monkeypatch) -> None:
     model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
     ask = {"max_new_tokens": 20, "logits_processor": [lambda ids, scores: scores * 1.0]}
     made = []
-    capture = graphs.Tape
-    monkeypatch.setattr(graphs, "Tape", lambda body: made.append(capture(body)) or made[-1])
+    capture = graphs.CpuGraph
+    monkeypatch.setattr(graphs, "CpuGraph", lambda body: made.append(capture(body)) or made[-1])
     taped = model.generate([[1, 40, 41]], **ask)
     assert made
-    monkeypatch.setattr(model.ops, "tapes", 0)
+    monkeypatch.setattr(model.ops, "cpu_graph_rows", 0)
     assert torch.equal(model.generate([[1, 40, 41]], **ask), taped)
 
 
@@ -139,7 +141,7 @@ from lfm2_fast.engine import graphs
 from lfm2_fast.engine import decode as steps
 from lfm2_fast.cli.machine_load import memory
 
-class Tape(graphs.Tape):
+class CpuGraph(graphs.CpuGraph):
     def __init__(self, body):
         super().__init__(body)
         made.append(weakref.ref(self))
@@ -157,7 +159,7 @@ class Watch:
         pass
 
 made, alive, resident = [], [], []
-graphs.Tape = Tape
+graphs.CpuGraph = CpuGraph
 model = lfm2_fast.load(sys.argv[1], device="cpu", dtype="bfloat16")
 options = dict(do_sample=True, seed=0, repetition_penalty=1.1, eos_token_id=None)
 # Pages that move as often as they can, and then, since the system counts them as it likes, never.

@@ -1,4 +1,4 @@
-"""Steps on static buffers: lag, buckets, scrap slot and queue, on the CPU; graphs with a stand-in.
+"""Decode steps on static buffers, on the CPU: lag, buckets, dummy slot, queue, stand-in graphs.
 
 What a GPU alone shows, that a capture succeeds and replays the same launches, is not shown here.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,16 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import DecodeInputs
 from lfm2_fast.cache.kv_cache import Cache, CacheError, ConvWindow, KVPages
 from lfm2_fast.engine import step_buffers as buffers
-from lfm2_fast.engine.captured_prompt import SIZES, Prompt
-from lfm2_fast.engine.decode import Row, Steps
-from lfm2_fast.engine.prefill import Decoder
-from lfm2_fast.engine.step_buffers import Buffers, bucket
-from lfm2_fast.hf import generate_loop as writing
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.engine.captured_prompt import SIZES
+from lfm2_fast.engine.decode import DecodeLoop, Request
+from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.engine.step_buffers import StepBuffers, bucket
+from lfm2_fast.hf import generate_loop
+from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops
 from lfm2_fast.ops.reference import advance_ref
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
@@ -53,24 +53,11 @@ def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
 
 
 @pytest.fixture
-def ahead(tiny: Path, monkeypatch) -> Iterator[lfm2_fast.Lfm2ForCausalLM]:
-    """A model whose steps are launched one ahead, in buckets, with a scrap slot."""
+def ahead(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
+    """A model whose steps are launched one ahead, in buckets, with a dummy slot."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
-    model.ops = Capturing()
-    # The eager bodies go by the host's numbers, which a captured step does not have.
-    steps, prompt = Buffers.batch, Prompt.batch
-    monkeypatch.setattr(
-        Buffers, "batch", lambda self, count, on_host: steps(self, count, on_host=True)
-    )
-
-    def on_host(self: Prompt) -> Batch:
-        made = prompt(self)
-        _, count = made.cu_seqlens.tolist()
-        starts, slots = (made.lengths - count).tolist(), made.slots.tolist()
-        return replace(made, query_lengths=(count,), starts=tuple(starts), host_slots=tuple(slots))
-
-    monkeypatch.setattr(Prompt, "batch", on_host)
-    yield model
+    model.model.ops = Capturing()
+    return model
 
 
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
@@ -97,17 +84,17 @@ def test_a_step_ahead_writes_the_same(
         assert torch.equal(ahead.generate(PROMPTS, **kwargs), expected)
 
 
-def test_buckets_shrink_and_rows_beyond_write_to_scrap(plain, ahead, monkeypatch) -> None:
+def test_buckets_shrink_and_rows_beyond_write_to_the_dummy_slot(plain, ahead, monkeypatch) -> None:
     counts, slots = [], []
-    run = Buffers.run
+    run = StepBuffers.run_steps
 
-    def noted(self: Buffers, model: Any, cache: Any, count: int, **kwargs: Any) -> None:
+    def noted(self: StepBuffers, model: Any, cache: Any, count: int, **kwargs: Any) -> None:
         counts.append(count)
-        slots.append(self.slots[:count].tolist())
+        slots.append(self.inputs.slots[:count].tolist())
         run(self, model, cache, count, **kwargs)
 
     ends = ends_at(plain, 2, 5, 9, 14)
-    monkeypatch.setattr(Buffers, "run", noted)
+    monkeypatch.setattr(StepBuffers, "run_steps", noted)
     ahead.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends)
     assert counts[0] == 8 and slots[0] == [0, 1, 2, 3, 4, 5, 5, 5]
     assert sorted(set(counts), reverse=True) == counts[:1] + sorted(set(counts[1:]) - {8})[::-1]
@@ -122,7 +109,7 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
         ahead.generate([PROMPTS[0]], max_new_tokens=tokens, eos_token_id=None)
     assert len(graphs) == 1, "the second call did not reuse the cache of the first"
     keys = set(graphs[0]._graphs)
-    assert {key[:3] for key in keys} == {(True, 1, 1), (True, 1, buffers.TOGETHER)}
+    assert {key[:3] for key in keys} == {(True, 1, 1), (True, 1, buffers.MAX_STEPS)}
     # The first of all, and the first after pages moved, run as they are.
     assert sum(key[2] * graph.replays for key, graph in graphs[0]._graphs.items()) >= 100
     ahead.generate([PROMPTS[1]], max_new_tokens=9, do_sample=True, eos_token_id=None)
@@ -135,7 +122,7 @@ def test_pages_that_move_drop_the_graphs(ahead, graphs, monkeypatch) -> None:
     ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
     before = list(graphs[0]._graphs.values())
     ahead.generate([PROMPTS[0]], max_new_tokens=400, eos_token_id=None, past_key_values=cache)
-    assert cache.grown > 0 and before
+    assert cache.reallocations > 0 and before
     assert not set(map(id, before)) & set(map(id, graphs[0]._graphs.values()))
 
 
@@ -151,10 +138,10 @@ def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
 
 def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
     cache = ahead.new_cache(2)
-    first = Buffers.of(ahead, cache)
-    assert Buffers.of(ahead, cache) is first
-    ahead.ops = Capturing()
-    assert Buffers.of(ahead, cache) is not first
+    first = StepBuffers.of(ahead, cache)
+    assert StepBuffers.of(ahead, cache) is first
+    ahead.model.ops = Capturing()
+    assert StepBuffers.of(ahead, cache) is not first
 
 
 def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, graphs) -> None:
@@ -201,7 +188,7 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
     assert torch.equal(continued, plain.generate(turn, **kwargs))
 
 
-@pytest.mark.parametrize("step", range(2, 2 + 2 * buffers.TOGETHER))
+@pytest.mark.parametrize("step", range(2, 2 + 2 * buffers.MAX_STEPS))
 def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: int) -> None:
     """Wherever among the steps that are launched together a text ends: the next turn is right."""
     cache, reference = ahead.new_cache(1), plain.new_cache(1)
@@ -220,30 +207,30 @@ def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: i
     )
 
 
-@pytest.mark.parametrize("seen", range(1, 2 * buffers.TOGETHER + 1))
+@pytest.mark.parametrize("seen", range(1, 2 * buffers.MAX_STEPS + 1))
 def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
     """Steps that were launched together are read one after another; the rest is counted later."""
     cache = ahead.new_cache(1)
-    row = Row(0, slot=0, start=4, limit=30)
-    steps = Steps(ahead, cache, SamplingParams(), ())
-    logits = Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    row = Request(0, slot=0, start=4, limit=30)
+    steps = DecodeLoop(ahead.model, cache, SamplingParams(), ())
+    logits = ModelRunner(ahead.model, cache).prefill([PROMPTS[0]], [0])
     steps.admit([row], logits, steps.buffers.state.pick([0]))
-    assert steps.launch() == steps.launch() == buffers.TOGETHER
+    assert steps.launch() == steps.launch() == buffers.MAX_STEPS
     for _ in zip(range(seen), steps.read(0), strict=False):
         pass
     assert len(row.written) >= seen
     steps.settle()
     expected = plain.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None)[0].tolist()
-    assert row.written == expected[4 : 4 + 1 + 2 * buffers.TOGETHER]
+    assert row.written == expected[4 : 4 + 1 + 2 * buffers.MAX_STEPS]
     assert cache.history[0] == expected[: cache.lengths[0]]
-    assert cache.lengths == [4 + 2 * buffers.TOGETHER]
+    assert cache.lengths == [4 + 2 * buffers.MAX_STEPS]
 
 
 def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> None:
     together = []
-    run = Buffers.run
+    run = StepBuffers.run_steps
 
-    def noted(self: Buffers, *args: Any, steps: int, **kwargs: Any) -> None:
+    def noted(self: StepBuffers, *args: Any, steps: int, **kwargs: Any) -> None:
         together.append(steps)
         run(self, *args, steps=steps, **kwargs)
 
@@ -254,8 +241,8 @@ def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> Non
         def end(self) -> None:
             pass
 
-    monkeypatch.setattr(Buffers, "run", noted)
-    for streamer, steps in ((Streamer(), {1}), (None, {1, buffers.TOGETHER})):
+    monkeypatch.setattr(StepBuffers, "run_steps", noted)
+    for streamer, steps in ((Streamer(), {1}), (None, {1, buffers.MAX_STEPS})):
         together.clear()
         ahead.generate([PROMPTS[0]], max_new_tokens=20, eos_token_id=None, streamer=streamer)
         assert set(together) == steps
@@ -307,11 +294,11 @@ def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: i
     cache, expected = ahead.new_cache(2), plain.new_cache(2)
     chunks = [[1 + i % 97 for i in range(n)] for n in (prefix, length) if n]
     for chunk in chunks:
-        wanted = Decoder(plain, expected).prefill([chunk], [1])
+        wanted = ModelRunner(plain.model, expected).prefill([chunk], [1])
     for _ in range(3):
         cache.reset()
         for chunk in chunks:
-            found = Decoder(ahead, cache).prefill([chunk], [1])
+            found = ModelRunner(ahead.model, cache).prefill([chunk], [1])
         torch.testing.assert_close(found, wanted)
         assert cache.lengths == expected.lengths and cache.history == expected.history
         same_contents(cache, expected, 1)
@@ -339,11 +326,11 @@ def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
     """The device failed: nothing is known of the slots, and so nothing is claimed."""
     cache = ahead.new_cache(1)
 
-    def fail(self: Buffers, *args: Any, **kwargs: Any) -> None:
-        self.tokens = None
+    def fail(self: StepBuffers, *args: Any, **kwargs: Any) -> None:
+        self.inputs = None
         raise RuntimeError("device")
 
-    monkeypatch.setattr(Steps, "_await", fail)
+    monkeypatch.setattr(DecodeLoop, "_copy_to_host", fail)
     with pytest.raises((RuntimeError, AttributeError)):
         ahead.generate([PROMPTS[0]], max_new_tokens=5, past_key_values=cache)
     monkeypatch.undo()
@@ -383,15 +370,15 @@ def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahea
 
 def test_rows_stay_busy(plain, monkeypatch) -> None:
     sizes = []
-    compute = lfm2_fast.Lfm2ForCausalLM.compute
+    forward = Lfm2.forward
 
     def counted(self: Any, tokens: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if batch.max_query == 1:
             sizes.append(len(tokens))
-        return compute(self, tokens, batch, *args, **kwargs)
+        return forward(self, tokens, batch, *args, **kwargs)
 
     ends = ends_at(plain, 2, 5, 9, 14)
-    monkeypatch.setattr(lfm2_fast.Lfm2ForCausalLM, "compute", counted)
+    monkeypatch.setattr(Lfm2, "forward", counted)
     plain.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends, max_batch_size=2)
     assert max(sizes) == 2
     assert 1 not in sizes[: sizes.index(1)] and set(sizes[sizes.index(1) :]) == {1}
@@ -420,7 +407,7 @@ def test_progress_is_told(plain, monkeypatch) -> None:
         def close(self) -> None:
             told.append(0)
 
-    monkeypatch.setattr(writing, "_progress", lambda rows: told.append(rows) or Bar())
+    monkeypatch.setattr(generate_loop, "_progress", lambda rows: told.append(rows) or Bar())
     plain.generate(PROMPTS, max_new_tokens=3, max_batch_size=2)
     assert told == [5, 1, 1, 1, 1, 1, 0]
 
@@ -442,9 +429,9 @@ def test_contexts_grow_across_pages(plain, ahead, monkeypatch) -> None:
 
 def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
     cache = ahead.new_cache(1, 12)
-    row = Row(0, slot=0, start=4, limit=100)
-    steps = Steps(ahead, cache, SamplingParams(), ())
-    logits = Decoder(ahead, cache).prefill([PROMPTS[0]], [0])
+    row = Request(0, slot=0, start=4, limit=100)
+    steps = DecodeLoop(ahead.model, cache, SamplingParams(), ())
+    logits = ModelRunner(ahead.model, cache).prefill([PROMPTS[0]], [0])
     steps.admit([row], logits, steps.buffers.state.pick([0]))
     with pytest.raises(CacheError, match="max_length of 12"):
         while steps.launch():
@@ -458,7 +445,7 @@ def test_threads_and_models_do_not_disturb_each_other(tiny, plain, ahead, graphs
     kwargs = {"do_sample": True, "max_new_tokens": 15}
     expected = [plain.generate(PROMPTS, seed=seed, **kwargs) for seed in range(4)]
     other = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
-    other.ops = Capturing()
+    other.model.ops = Capturing()
     found: dict[int, torch.Tensor] = {}
 
     def work(seed: int) -> None:
@@ -474,14 +461,14 @@ def test_threads_and_models_do_not_disturb_each_other(tiny, plain, ahead, graphs
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
 
 
-def test_state_and_copies_leave_out_scrap_and_graphs(plain, ahead, graphs) -> None:
+def test_state_and_copies_leave_out_dummy_slot_and_graphs(plain, ahead, graphs) -> None:
     import copy
 
     caches = [plain.new_cache(2), ahead.new_cache(2)]
     for model, cache in zip((plain, ahead), caches, strict=True):
         kwargs = {"max_new_tokens": 5, "eos_token_id": None}
         model.generate(PROMPTS[:2], past_key_values=cache, **kwargs)
-    assert caches[1].scrap == 2 and len(caches[1].layers[0].rows) == 3
+    assert caches[1].dummy_slot == 2 and len(caches[1].layers[0].rows) == 3
     assert caches[1].kept is not None and copy.deepcopy(caches[1]).kept is None
     state = caches[1].state_dict()
     fresh = ahead.new_cache(2)
@@ -490,12 +477,12 @@ def test_state_and_copies_leave_out_scrap_and_graphs(plain, ahead, graphs) -> No
     assert all(len(tensor) != 3 for name, tensor in state.items() if name.startswith("layers"))
 
 
-@pytest.mark.parametrize("scrap", [None, 7])
+@pytest.mark.parametrize("dummy_slot", [None, 7])
 @pytest.mark.parametrize("body", ["triton", "native"])
-def test_advance(body: str, scrap: int | None, kernel_device) -> None:
+def test_advance(body: str, dummy_slot: int | None, kernel_device) -> None:
     from lfm2_fast.kernels.advance import advance_triton
 
-    if body == "native" and native.why_not(torch.device("cpu")):
+    if body == "native" and native_library.why_not(torch.device("cpu")):
         pytest.skip("the extension was not built")
     device = kernel_device if body == "triton" else torch.device("cpu")
     advance = advance_triton if body == "triton" else torch.ops.lfm2_fast.advance_native
@@ -508,8 +495,8 @@ def test_advance(body: str, scrap: int | None, kernel_device) -> None:
         inputs += [(positions + 1).int(), finished]
         ours = [each.clone().to(device) for each in inputs]
         before, eos = [each.clone() for each in inputs], torch.tensor([3, -1, 1])
-        advance_ref(chosen, eos, scrap, *inputs)
-        advance(chosen.to(device), eos.to(device), scrap, *ours)
+        advance_ref(chosen, eos, dummy_slot, DecodeInputs(*inputs))
+        advance(chosen.to(device), eos.to(device), dummy_slot, *ours)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(inputs, ours, strict=True))
         tokens, slots, positions, lengths, ended = inputs
         expected = before[4] | torch.isin(chosen, eos)
@@ -517,15 +504,17 @@ def test_advance(body: str, scrap: int | None, kernel_device) -> None:
         assert torch.equal(lengths, (positions + 1).int())
         # Who ends goes past its text once: its last token was run where it stood.
         goes = before[2] + ~before[4]
-        assert torch.equal(positions, goes if scrap is None else goes.where(~expected, 0))
-        assert torch.equal(slots, before[1] if scrap is None else before[1].where(~expected, scrap))
+        assert torch.equal(positions, goes if dummy_slot is None else goes.where(~expected, 0))
+        assert torch.equal(
+            slots, before[1] if dummy_slot is None else before[1].where(~expected, dummy_slot)
+        )
 
 
 def test_buckets() -> None:
     class Some:
-        scrap: int | None = 9
+        dummy_slot: int | None = 9
 
     assert [bucket(n, Some()) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
-    Some.scrap = None
+    Some.dummy_slot = None
     assert [bucket(n, Some()) for n in range(5)] == [0, 1, 2, 3, 4]
-    assert buffers.ENDS >= 1
+    assert buffers.EOS_TOKENS >= 1

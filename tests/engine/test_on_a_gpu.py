@@ -20,8 +20,8 @@ import lfm2_fast
 from lfm2_fast.cache.kv_cache import MIN_PAGE
 from lfm2_fast.cli.evaluation import evaluate
 from lfm2_fast.engine.captured_prompt import SIZES
-from lfm2_fast.engine.decode import FEW, Launch, Steps
-from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.engine.decode import MULTI_STEP_ROWS, DecodeLoop, Launch
+from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.text.conversation import Conversation
 from tests.engine.stand_in_gpu import GPU, OnGpu, Refused, StandInGpu
 
@@ -93,7 +93,7 @@ class Sink:
 
 # Steps in the interpreter are slow: few tokens, and as few rows as show it.
 ONE, TWO = [[1, 50, 60, 70, 80]], [[1, 40, 41], [1, 50, 60, 70, 80]]
-MANY = [[1, 20 + i, 30 + i] for i in range(FEW + 1)]
+MANY = [[1, 20 + i, 30 + i] for i in range(MULTI_STEP_ROWS + 1)]
 PADDED = torch.tensor([[0, 0, 1, 40, 41], [1, 50, 60, 70, 80]])
 LONG = [[2 + i % 300 for i in range(SIZES[0] + 9)]]
 DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
@@ -151,7 +151,7 @@ def stepped(model: Model) -> Any:
 
 
 def decoded(model: Model) -> Any:
-    decoder = Decoder(model, model.new_cache(3))
+    decoder = ModelRunner(model.model, model.new_cache(3))
     decoder.prefill(TWO, [0, 2])
     return torch.cat([decoder.step([5, 6], [0, 2]) for _ in range(4)])
 
@@ -209,19 +209,19 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
     """However long the text; and only for tokens of launches before the newest."""
     model = lfm2_fast.load(folder, dtype="float32")
     waits, launched = [], []
-    launch, rest = Steps.launch, Launch.rest
+    launch, unread = DecodeLoop.launch, Launch.unread_tokens
 
-    def noted(steps: Steps) -> int:
+    def noted(steps: DecodeLoop) -> int:
         launched.append("launch")
         return launch(steps)
 
     def read(under_way: Launch) -> list[list[int]]:
         launched.append("read")
-        return rest(under_way)
+        return unread(under_way)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Steps, "launch", noted)
-        patch.setattr(Launch, "rest", read)
+        patch.setattr(DecodeLoop, "launch", noted)
+        patch.setattr(Launch, "unread_tokens", read)
         for count in (10, 18):
             gpu.waits.clear()
             write(TWO, max_new_tokens=count)(model)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.engine import prefill as decoder
-from lfm2_fast.engine.step_buffers import Buffers
+from lfm2_fast.engine import model_runner
+from lfm2_fast.engine.model_runner import run_batch
+from lfm2_fast.engine.step_buffers import StepBuffers
 
 PROMPTS = [
     "The first argument",
@@ -286,13 +287,13 @@ def test_rows_that_stopped_cost_nothing(models, batch, monkeypatch) -> None:
     ours = models[1]
     kwargs = resolve({"max_new_tokens": 25, "eos": True}, models, batch)
     sizes = []
-    run = Buffers.run
+    run = StepBuffers.run_steps
 
-    def counted(self: Buffers, model: Any, cache: Any, count: int, **kwargs: Any) -> None:
+    def counted(self: StepBuffers, model: Any, cache: Any, count: int, **kwargs: Any) -> None:
         sizes.append(count)
         run(self, model, cache, count, **kwargs)
 
-    monkeypatch.setattr(Buffers, "run", counted)
+    monkeypatch.setattr(StepBuffers, "run_steps", counted)
     output = ours.generate(**batch, **kwargs)
     new = output[:, batch["input_ids"].shape[1] :]
     stops = torch.isin(new, torch.tensor(kwargs["eos_token_id"])).int().cumsum(1)
@@ -357,13 +358,13 @@ def test_two_threads_do_not_disturb_each_other(ours, batch) -> None:
 def ran(monkeypatch) -> list[int]:
     """How many tokens each prefill ran."""
     counts: list[int] = []
-    prefill = decoder.Decoder.prefill
+    prefill = model_runner.ModelRunner.prefill
 
     def counted(self: Any, prompts: Any, slots: Any) -> torch.Tensor:
         counts.append(sum(map(len, prompts)))
         return prefill(self, prompts, slots)
 
-    monkeypatch.setattr(decoder.Decoder, "prefill", counted)
+    monkeypatch.setattr(model_runner.ModelRunner, "prefill", counted)
     return counts
 
 
@@ -417,12 +418,11 @@ def test_a_batch_keeps_its_cache(ours, tokenizer, batch, ran: list[int]) -> None
 
 
 def test_unrecorded_tokens_in_the_cache_are_run_again(ours, tokenizer) -> None:
-    from lfm2_fast.cache.batch import Batch
 
     ids = tokenizer(PROMPTS[2], return_tensors="pt").input_ids
     cache = ours.new_cache(1)
     wrong = torch.tensor([9, 10, 11])
-    ours.run(wrong, Batch.prepare([3], [0], cache, "cpu"), cache)
+    run_batch(ours.model, wrong, cache.next_batch([3], [0], "cpu"), cache)
     expected = ours.generate(ids, max_new_tokens=10)
     assert torch.equal(ours.generate(ids, max_new_tokens=10, past_key_values=cache), expected)
 
@@ -432,7 +432,7 @@ def test_long_prompts_run_in_chunks(ours, tiny: Path, tokenizer, monkeypatch) ->
     ids = tokenizer(text, return_tensors="pt").input_ids
     long, short = ids[:, :500], ids[:, 500:700]
     expected = [ours.generate(p, max_new_tokens=5)[0, -5:] for p in (long, short)]
-    monkeypatch.setattr(decoder, "CHUNK", 64)
+    monkeypatch.setattr(model_runner, "CHUNK", 64)
     for prompt, tail in zip((long, short), expected, strict=True):
         assert torch.equal(ours.generate(prompt, max_new_tokens=5)[0, -5:], tail)
     both = ours.generate([long[0].tolist(), short[0].tolist()], max_new_tokens=5)[:, -5:]

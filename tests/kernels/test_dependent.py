@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import lfm2_fast
-from lfm2_fast.cache.batch import Batch
-from lfm2_fast.engine.step_buffers import Buffers
+from lfm2_fast.engine.model_runner import run_batch
+from lfm2_fast.engine.step_buffers import StepBuffers
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.ops.base import has_dependent_launch
 from lfm2_fast.ops.sampling import SamplingParams
+from lfm2_fast.ops.select import has_dependent_launch
 from lfm2_fast.ops.triton_ops import TritonOps
 
 # The angles of rotary embedding, and the embedding's rows.
@@ -87,19 +87,19 @@ def step(model, monkeypatch):
         words, norm_linear = model.ops, model.ops.norm_linear
 
         def best(x: Any, norm: Any, linear: Any) -> torch.Tensor:
-            if linear is not model.lm_head:
+            if linear is not model.model.lm_head:
                 return norm_linear(x, norm, linear)
             monkeypatch.undo()
             return words.head_argmax(x, norm, linear)
 
         cache = model.new_cache(rows)
         for last in (False, True):
-            batch = Batch.prepare([1] * rows, range(rows), cache, model.device)
+            batch = cache.next_batch([1] * rows, range(rows), model.device)
             tokens = torch.arange(9, 9 + rows, device=model.device)
             if last and greedy:
                 monkeypatch.setattr(words, "norm_linear", best)
             with Launches() as launches:
-                answer = model.run(tokens, batch, cache)
+                answer = run_batch(model.model, tokens, batch, cache)
         return launches.names, answer
 
     return step
@@ -135,7 +135,7 @@ def waits(model, monkeypatch) -> Iterator[None]:
         return
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    constants = [*model.state_dict().values(), model.inv_freq]
+    constants = [*model.state_dict().values(), model.model.inv_freq]
     begins = np.array([each.data_ptr() for each in constants])
     ends = begins + [each.nbytes for each in constants]
     waiting, waited = False, Counter()
@@ -193,7 +193,7 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
     """
     if model.device.type == "cuda" and not has_dependent_launch(model.device):
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(model, "ops", TritonOps(dependent=True))
+    monkeypatch.setattr(model.model, "ops", TritonOps(dependent=True))
     params, last = CHOICES[choice]
     kernels = START + CONV + ATTENTION + CONV + last + ["advance"]
     tokens: dict[bool, list[list[int]]] = {False: [], True: []}
@@ -204,21 +204,23 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
         for layer in cache.layers:
             for each in layer.tensors().values():
                 each.normal_()
-        buffers = Buffers(model, cache, 2, lambda graphs, body: SimpleNamespace(replay=body))
+        buffers = StepBuffers(
+            model.model, cache, 2, lambda graphs, body: SimpleNamespace(replay=body)
+        )
         if not captured:
             buffers.graphs = None
         buffers.begin(cache, params, (), model.config.vocab_size)
-        batch = Batch.prepare([1, 1], [1, 0], cache, model.device)
-        buffers.load([9, 10], batch, cache)
-        buffers.finished[:] = False
+        batch = cache.next_batch([1, 1], [1, 0], model.device)
+        buffers.load_inputs([9, 10], batch, cache)
+        buffers.inputs.finished[:] = False
         for step, together in enumerate((2, 1, 1)):
             if step == 2:
-                buffers.positions[0] = 280
-                buffers.lengths[0] = 281
+                buffers.inputs.positions[0] = 280
+                buffers.inputs.lengths[0] = 281
             with Launches() as launches:
-                buffers.run(model, cache, 2, choose=True, steps=together)
+                buffers.run_steps(model.model, cache, 2, choose=True, steps=together)
             names = [name for name in launches.names if step or "::" not in name]
             assert names == kernels * together
             assert launches.dependent == (names if captured else [])
-            found.append(buffers.tokens.tolist())
+            found.append(buffers.inputs.tokens.tolist())
     assert tokens[True] == tokens[False]

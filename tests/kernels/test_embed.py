@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lfm2_fast.kernels.embed import embed_triton
-from lfm2_fast.ops import reference as ref
-from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.formats import INT8
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -23,7 +22,7 @@ def test_rows_are_moved(
     out = framed(torch.full_like(weight[at], float("nan")))
     with traced([at, weight], [out]):
         embed_triton(at, weight, None, out)
-    assert same_bits(out, ref.embed_ref(at, weight, None, kernel_dtype)) and intact(out)
+    assert same_bits(out, weight[at]) and intact(out)
 
 
 @pytest.mark.parametrize("width", [1, 96, 1500])
@@ -32,11 +31,11 @@ def test_int8_rows_are_scaled(
 ) -> None:
     """To the bit: a product of two numbers in float32, rounded once."""
     at = torch.tensor([36, 0, 5, 5, 17], device=kernel_device)
-    weight, scale = quantize_int8(torch.randn(37, width, device=kernel_device))
+    weight, scale = INT8.quantize(torch.randn(37, width, device=kernel_device))
     out = framed(torch.full((5, width), float("nan"), dtype=kernel_dtype, device=kernel_device))
     with traced([at, weight, scale], [out]):
         embed_triton(at, weight, scale, out)
-    assert same_bits(out, ref.embed_ref(at, weight, scale, kernel_dtype)) and intact(out)
+    assert same_bits(out, INT8.dequantize(weight[at], scale[at], kernel_dtype)) and intact(out)
 
 
 def test_no_tokens(kernel_device) -> None:

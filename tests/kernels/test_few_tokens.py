@@ -14,7 +14,7 @@ from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
 from lfm2_fast.kernels.plan import Plan
 from lfm2_fast.ops import reference as ref
-from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.formats import INT8
 
 EPS = 1e-5
 NAN = float("nan")
@@ -65,16 +65,19 @@ class Case:
         }
         self.inputs["scale"] = None
         if int8:
-            numbers, scale = quantize_int8(inputs["weight"])
+            numbers, scale = INT8.quantize(inputs["weight"])
             self.inputs |= {"weight": numbers.to(device), "scale": scale.to(device)}
 
     def meaning(self, dtype: torch.dtype) -> torch.Tensor:
-        kept = ("weight", "scale") if self.inputs["scale"] is not None else ()
-        wide = {k: v if v is None or k in kept else v.to(dtype) for k, v in self.inputs.items()}
-        x, norm, weight, bias, residual, scale = wide.values()
+        inputs = {**self.inputs}
+        scale = inputs.pop("scale")
+        if scale is not None:
+            inputs["weight"] = INT8.dequantize(inputs["weight"], scale, dtype)
+        wide = (value if value is None else value.to(dtype) for value in inputs.values())
+        x, norm, weight, bias, residual = wide
         if self.word == "linear_add":
-            return residual + ref.linear_ref(x, weight, bias, scale)
-        out = ref.linear_ref(ref.rms_norm_ref(x, norm, EPS), weight, bias, scale)
+            return residual + ref.linear_ref(x, weight, bias)
+        out = ref.linear_ref(ref.rms_norm_ref(x, norm, EPS), weight, bias)
         return out if self.word == "norm_linear" else ref.swiglu_ref(out)
 
     def launch(self, out: torch.Tensor, plan: Plan | None) -> None:

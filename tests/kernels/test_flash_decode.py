@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, HostBatch
 from lfm2_fast.cache.kv_cache import KVPages
 from lfm2_fast.kernels import flash_decode
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.ops import reference as ref
+from tests.batches import batch_of
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -34,17 +34,17 @@ class Case:
     ) -> None:
         device = batch.positions.device
         self.batch, self.shape = batch, (group * kv_heads, kv_heads, head_dim)
-        longest = max(batch.starts, default=0) + 1
+        longest = max(batch.on_host.starts, default=0) + 1
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape).to(dtype).to(device)
 
-        self.qkv = random(len(batch.starts), (group + 2) * kv_heads * head_dim)
+        self.qkv = random(len(batch.on_host.starts), (group + 2) * kv_heads * head_dim)
         self.weights = [random(head_dim) for _ in range(2)]
         self.inv_freq = 1e6 ** (-torch.arange(head_dim // 2, device=device) * 2 / head_dim)
         self.k, self.v = (random(slots, kv_heads, longest, head_dim) for _ in "kv")
         self.lengths = [0] * slots
-        for slot, start in zip(batch.host_slots, batch.starts, strict=True):
+        for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
             self.lengths[slot] = start
 
     def reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,10 +149,7 @@ def seed() -> None:
 def a_batch(starts: list[int], device: torch.device, spare: int = 2) -> Batch:
     """One token after each of ``starts``, in slots of another order, ``spare`` slots besides."""
     slots = torch.randperm(len(starts) + spare).tolist()
-    cache: Any = SimpleNamespace(slots=len(slots), lengths=[0] * len(slots))
-    for slot, start in zip(slots, starts, strict=False):
-        cache.lengths[slot] = start
-    return Batch.prepare([1] * len(starts), slots[: len(starts)], cache, device)
+    return Batch.prepare([1] * len(starts), starts, slots[: len(starts)], device)
 
 
 @pytest.fixture
@@ -205,10 +202,10 @@ def test_bits_depend_on_neither_grid_nor_batch(
     for count in (1, 2, 9):
         programs(count)
         assert same_bits(run(case, 64)[0], whole)
-    qkv, slots = case.qkv, case.batch.host_slots
-    cache: Any = SimpleNamespace(slots=3, lengths=case.lengths)
+    qkv, slots = case.qkv, case.batch.on_host.slots
+    lengths = case.lengths
     for i, slot in enumerate(slots):
-        case.batch, case.qkv = Batch.prepare([1], [slot], cache, kernel_device), qkv[i : i + 1]
+        case.batch, case.qkv = batch_of(lengths, [1], [slot], kernel_device), qkv[i : i + 1]
         assert same_bits(run(case, 64)[0], whole[i : i + 1])
 
 
@@ -241,8 +238,8 @@ def test_one_key_above_all(chosen, kernel_device, kernel_dtype, run, same_bits) 
     ids=["whole", "written", "read"],
 )
 def test_pages_beyond_32_bits(slots, page_size, order, kernel_device, far_apart, compare) -> None:
-    cache: Any = SimpleNamespace(slots=slots, lengths=[70] * slots)
-    batch = Batch.prepare([1], [0], cache, kernel_device)
+    lengths = [70] * slots
+    batch = batch_of(lengths, [1], [0], kernel_device)
     case = Case(batch, slots, 2, 1, 32, torch.float16)
     compare(case, page_size, place_pages=far_apart, order=order)
 
@@ -255,9 +252,8 @@ def test_first_tokens_may_share_a_slot(kernel_device, kernel_dtype, run, same_bi
         cu_seqlens=torch.arange(4, dtype=torch.int32, device=kernel_device),
         slots=positions + 1,
         lengths=(positions + 1).int(),
-        query_lengths=(1, 1, 1),
-        starts=(0, 0, 0),
-        host_slots=(1, 1, 1),
+        max_query=1,
+        host=HostBatch((1, 1, 1), (0, 0, 0), (1, 1, 1)),
     )
     case = Case(batch, 2, 3, 1, 32, kernel_dtype)
     out, _, _ = run(case, 16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.ops import reference as ref
+from tests.batches import batch_of
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -27,9 +27,9 @@ class Case:
     def __init__(
         self, batch: Batch, slots: int, group: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:
-        self.batch, tokens = batch, sum(batch.query_lengths)
+        self.batch, tokens = batch, sum(batch.on_host.query_lengths)
         self.lengths = [0] * slots
-        for slot, start, n in zip(batch.host_slots, batch.starts, batch.query_lengths, strict=True):
+        for slot, start, n in batch.on_host:
             self.lengths[slot] = start + n
 
         def random(*shape: int) -> torch.Tensor:
@@ -93,10 +93,7 @@ def seed() -> None:
 def a_batch(starts: list[int], counts: list[int], device: torch.device) -> Batch:
     """Some tokens after each of ``starts``, in slots of another order; two more slots are empty."""
     slots = torch.randperm(len(starts) + 2).tolist()
-    cache: Any = SimpleNamespace(slots=len(slots), lengths=[0] * len(slots))
-    for slot, start in zip(slots, starts, strict=False):
-        cache.lengths[slot] = start
-    return Batch.prepare(counts, slots[: len(starts)], cache, device)
+    return Batch.prepare(counts, starts, slots[: len(starts)], device)
 
 
 @pytest.mark.parametrize("most", [1, 5, 90], ids=lambda most: f"up_to_{most}_tokens")
@@ -140,8 +137,8 @@ def test_one_token_and_many_on_short_and_long_prefixes(
     ids=["whole", "second_page", "first_page"],
 )
 def test_pages_beyond_32_bits(slots, page_size, order, kernel_device, far_apart, compare) -> None:
-    cache: Any = SimpleNamespace(slots=slots, lengths=[70] * slots)
-    batch = Batch.prepare([3], [0], cache, kernel_device)
+    lengths = [70] * slots
+    batch = batch_of(lengths, [3], [0], kernel_device)
     case = Case(batch, slots, 2, 1, 32, torch.float16)
     compare(case, page_size, place_pages=far_apart, order=order)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from hypothesis import strategies as st
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops import reference as ref
+from tests.batches import batch_of
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -27,13 +27,13 @@ class Case:
     def __init__(
         self, batch: Batch, hidden: int, width: int, ring: int, bias: bool, dtype: torch.dtype
     ) -> None:
-        tokens = sum(batch.query_lengths)
+        tokens = sum(batch.on_host.query_lengths)
         self.batch = batch
         self.bcx = torch.randn(tokens, 3 * hidden).to(dtype)
         self.weight = torch.randn(hidden, width).to(dtype)
         self.bias = torch.randn(hidden).to(dtype) if bias else None
         self.window = torch.full((6, ring, hidden), NAN, dtype=dtype)
-        for slot, start in zip(batch.host_slots, batch.starts, strict=True):
+        for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
             for position in range(max(0, start - width + 1), start):
                 self.window[slot, position % ring] = torch.randn(hidden).to(dtype)
         device = batch.positions.device
@@ -69,7 +69,7 @@ def bodies() -> list[tuple[str, torch.dtype]]:
     ids=lambda pair: f"{pair[0]}-{str(pair[1]).removeprefix('torch.')}",
 )
 def body(request: pytest.FixtureRequest, kernel_device: torch.device) -> tuple[str, torch.dtype]:
-    if request.param[0] == "native" and (lacking := native.why_not(kernel_device)):
+    if request.param[0] == "native" and (lacking := native_library.why_not(kernel_device)):
         pytest.skip(lacking)
     return request.param
 
@@ -137,9 +137,9 @@ def test_any_batch(step, kernel_dtype, draw_batch, run, same_bits, within_budget
 @pytest.mark.parametrize("step", [False, True], ids=["many", "step"])
 def test_one_channel(step, kernel_device, kernel_dtype, run, same_bits, within_budget) -> None:
     torch.manual_seed(0)
-    cache = SimpleNamespace(slots=6, lengths=[7] * 6)
-    batch = Batch.prepare(
-        [1] * 5 if step else [40, 1, 3], range(5 if step else 3), cache, kernel_device
+    lengths = [7] * 6
+    batch = batch_of(
+        lengths, [1] * 5 if step else [40, 1, 3], range(5 if step else 3), kernel_device
     )
     case = Case(batch, 1, 3, 3, True, kernel_dtype)
     plain, plain_window = case.reference(kernel_dtype)
@@ -152,8 +152,8 @@ def test_one_channel(step, kernel_device, kernel_dtype, run, same_bits, within_b
 def test_rounds_where_the_reference_does(step, kernel_device, kernel_dtype, run, same_bits) -> None:
     """On short numbers, whose sums are exact in any order, all bits are the reference's."""
     torch.manual_seed(0)
-    cache = SimpleNamespace(slots=6, lengths=[7] * 6)
-    batch = Batch.prepare([1] * 3 if step else [40, 1, 3], [2, 0, 1], cache, kernel_device)
+    lengths = [7] * 6
+    batch = batch_of(lengths, [1] * 3 if step else [40, 1, 3], [2, 0, 1], kernel_device)
     case = Case(batch, 100, 3, 3, True, kernel_dtype)
     for tensor in (case.bcx, case.weight, case.bias, case.window):
         tensor.copy_((12 * tensor).round() / 8)
@@ -162,8 +162,8 @@ def test_rounds_where_the_reference_does(step, kernel_device, kernel_dtype, run,
 
 
 def test_step_and_many_give_the_same_bits(kernel_device, kernel_dtype, run, same_bits) -> None:
-    cache = SimpleNamespace(slots=6, lengths=[0, 1, 2, 3, 9, 40])
-    batch = Batch.prepare([1] * 6, [4, 0, 5, 1, 3, 2], cache, kernel_device)
+    lengths = [0, 1, 2, 3, 9, 40]
+    batch = batch_of(lengths, [1] * 6, [4, 0, 5, 1, 3, 2], kernel_device)
     case = Case(batch, 130, 4, 5, True, kernel_dtype)
     for many, step in zip(run(case, step=False), run(case, step=True), strict=True):
         assert same_bits(many, step)
@@ -174,31 +174,31 @@ def test_every_split_gives_the_same_bits(
     split, kernel_device, kernel_dtype, run, same_bits
 ) -> None:
     """A prompt of 70 tokens at once, or as two chunks of which the second may be a step."""
-    cache = SimpleNamespace(slots=6, lengths=[0] * 6)
-    case = Case(Batch.prepare([70], [3], cache, kernel_device), 64, 5, 5, False, kernel_dtype)
+    lengths = [0] * 6
+    case = Case(batch_of(lengths, [70], [3], kernel_device), 64, 5, 5, False, kernel_dtype)
     whole, end = run(case, step=False)
     bcx, outs = case.bcx, []
     for chunk in bcx.split([split, 70 - split]):
-        case.batch, case.bcx = Batch.prepare([len(chunk)], [3], cache, kernel_device), chunk
+        case.batch, case.bcx = batch_of(lengths, [len(chunk)], [3], kernel_device), chunk
         out, window = run(case, step=len(chunk) == 1)
         outs.append(out)
         case.window = window.clone()
-        cache.lengths[3] += len(chunk)
+        lengths[3] += len(chunk)
     assert same_bits(torch.cat(outs), whole)
     assert same_bits(window, end)
 
 
 @pytest.mark.parametrize("step", [False, True], ids=["many", "step"])
 def test_no_tokens(step, kernel_device, kernel_dtype, run, same_bits) -> None:
-    cache = SimpleNamespace(slots=6, lengths=[0] * 6)
-    case = Case(Batch.prepare([], [], cache, kernel_device), 64, 3, 3, False, kernel_dtype)
+    lengths = [0] * 6
+    case = Case(batch_of(lengths, [], [], kernel_device), 64, 3, 3, False, kernel_dtype)
     out, window = run(case, step)
     assert out.shape == (0, 64) and same_bits(window, case.window)
 
 
 def test_wrong_layouts_are_refused(kernel_device) -> None:
-    cache = SimpleNamespace(slots=6, lengths=[0] * 6)
-    batch = Batch.prepare([3], [0], cache, kernel_device)
+    lengths = [0] * 6
+    batch = batch_of(lengths, [3], [0], kernel_device)
 
     def launch(**changed: torch.Tensor) -> None:
         case = Case(batch, 64, 4, 4, False, torch.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,8 @@ from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.plan import Plan
 from lfm2_fast.ops import reference as ref
-from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.formats import INT8
+from tests.batches import batch_of
 
 EPS = 1e-5
 NAN = float("nan")
@@ -47,12 +46,12 @@ class Case:
         self.h, self.norm = some(tokens, k).abs(), some(k).abs()
         self.weight, self.scale = some(3 * size, k).abs() / k, None
         if int8:
-            self.weight, self.scale = quantize_int8(self.weight)
+            self.weight, self.scale = INT8.quantize(self.weight)
         self.in_bias = some(3 * size) if biases[0] else None
         self.taps, self.bias = some(size, width), some(size) if biases[1] else None
-        slots = max([0, *batch.host_slots]) + 1
+        slots = max([0, *batch.on_host.slots]) + 1
         self.window = torch.full((slots, ring, size), NAN, dtype=dtype, device=device)
-        for slot, start in zip(batch.host_slots, batch.starts, strict=True):
+        for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
             for position in range(max(0, start - width + 1), start):
                 self.window[slot, position % ring] = some(size)
 
@@ -63,8 +62,10 @@ class Case:
             return None if tensor is None else tensor.to(dtype, copy=True)
 
         normed = ref.rms_norm_ref(wide(self.h), wide(self.norm), EPS)
-        weight = wide(self.weight) if self.scale is None else self.weight
-        bcx = ref.linear_ref(normed, weight, wide(self.in_bias), self.scale)
+        weight = self.weight.to(dtype)
+        if self.scale is not None:
+            weight = INT8.dequantize(self.weight, self.scale, dtype)
+        bcx = ref.linear_ref(normed, weight, wide(self.in_bias))
         window = wide(self.window)
         step = ref.gated_conv_step_ref
         return step(bcx, wide(self.taps), wide(self.bias), window, self.batch), window
@@ -123,8 +124,8 @@ def test_a_row_does_not_depend_on_its_company(kernel_device, kernel_dtype, run, 
     """Alone, among sixteen in slots of any order, and beside a row that is NaN."""
     torch.manual_seed(0)
     slots = torch.randperm(MOST_TOKENS).tolist()
-    cache = SimpleNamespace(slots=MOST_TOKENS, lengths=list(range(MOST_TOKENS)))
-    batch = Batch.prepare([1] * MOST_TOKENS, slots, cache, kernel_device)
+    lengths = list(range(MOST_TOKENS))
+    batch = batch_of(lengths, [1] * MOST_TOKENS, slots, kernel_device)
     case = Case(batch, 40, 3, 3, (True, True), kernel_dtype)
     case.h[3] = NAN
     out, window = run(case, Plan(8, 4, 2))
@@ -132,21 +133,21 @@ def test_a_row_does_not_depend_on_its_company(kernel_device, kernel_dtype, run, 
     h = case.h
     for token in (0, 9, MOST_TOKENS - 1):
         case.h = h[token : token + 1]
-        case.batch = Batch.prepare([1], slots[token : token + 1], cache, kernel_device)
+        case.batch = batch_of(lengths, [1], slots[token : token + 1], kernel_device)
         alone, alone_window = run(case, Plan(8, 4, 2))
         assert same_bits(alone, out[token : token + 1])
         assert same_bits(alone_window[slots[token]], window[slots[token]])
 
 
 def test_no_tokens(kernel_device, kernel_dtype, run, same_bits) -> None:
-    batch = Batch.prepare([], [], SimpleNamespace(slots=1, lengths=[0]), kernel_device)
+    batch = Batch.prepare([], [], [], kernel_device)
     case = Case(batch, 16, 3, 3, (False, False), kernel_dtype)
     out, window = run(case, None)
     assert out.shape == (0, 16) and same_bits(window, case.window)
 
 
 def test_wrong_layouts_are_refused(kernel_device) -> None:
-    batch = Batch.prepare([1, 1], [0, 1], SimpleNamespace(slots=2, lengths=[0, 4]), kernel_device)
+    batch = Batch.prepare([1, 1], [0, 4], [0, 1], kernel_device)
     names = ("weight", "in_bias", "scale", "taps", "bias", "window")
 
     def launch(**changed: torch.Tensor) -> None:
@@ -175,8 +176,8 @@ def test_wrong_layouts_are_refused(kernel_device) -> None:
 
 def test_one_channel(kernel_device, kernel_dtype, run, within_budget) -> None:
     torch.manual_seed(0)
-    cache = SimpleNamespace(slots=5, lengths=[7, 0, 1, 2, 30])
-    batch = Batch.prepare([1] * 5, [2, 0, 4, 1, 3], cache, kernel_device)
+    lengths = [7, 0, 1, 2, 30]
+    batch = batch_of(lengths, [1] * 5, [2, 0, 4, 1, 3], kernel_device)
     case = Case(batch, 1, 3, 3, (True, True), kernel_dtype)
     out, _ = run(case, Plan(1, 4, 1))
     within_budget(out, case.meaning(torch.float64)[0], case.meaning(kernel_dtype)[0])
@@ -184,8 +185,8 @@ def test_one_channel(kernel_device, kernel_dtype, run, within_budget) -> None:
 
 def test_int8_against_the_widened_matrix(kernel_device, kernel_dtype, run, within_budget) -> None:
     torch.manual_seed(0)
-    cache = SimpleNamespace(slots=5, lengths=[7, 0, 1, 2, 30])
-    batch = Batch.prepare([1] * 5, [2, 0, 4, 1, 3], cache, kernel_device)
+    lengths = [7, 0, 1, 2, 30]
+    batch = batch_of(lengths, [1] * 5, [2, 0, 4, 1, 3], kernel_device)
     case = Case(batch, 40, 3, 4, (True, True), kernel_dtype, int8=True)
     exact, exact_window = case.meaning(torch.float64)
     plain, plain_window = case.meaning(kernel_dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lfm2_fast.cache.batch import Batch
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.ops import reference as ref
+from tests.batches import batch_of
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -34,7 +34,7 @@ class Case:
         page_size: int,
         dtype: torch.dtype,
     ) -> None:
-        device, tokens = batch.positions.device, sum(batch.query_lengths)
+        device, tokens = batch.positions.device, sum(batch.on_host.query_lengths)
         self.batch, self.shape = batch, (heads, kv_heads, head_dim)
         qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
         qkv[::2] *= 50
@@ -130,9 +130,9 @@ def test_across_page_ends(
     page_size, kernel_device, kernel_dtype, run, same_bits, within_budget
 ) -> None:
     """One token as the last of a page, the first of the next, and a chunk over three of them."""
-    cache = SimpleNamespace(slots=SLOTS, lengths=[15, 16, 14, 0, 111])
+    lengths = [15, 16, 14, 0, 111]
     for counts in ([1] * 5, [1, 1, 34, 16, 9]):
-        batch = Batch.prepare(counts, [2, 0, 1, 4, 3], cache, kernel_device)
+        batch = batch_of(lengths, counts, [2, 0, 1, 4, 3], kernel_device)
         case = Case(batch, 4, 2, 64, page_size, kernel_dtype)
         compare(case, run, same_bits, within_budget, sliced=False)
 
@@ -143,8 +143,8 @@ def test_tokens_after_the_last_sequence_touch_nothing(
 ) -> None:
     """A captured prompt is padded to a fixed size: whatever stands there, no page sees it."""
     torch.manual_seed(0)
-    cache = SimpleNamespace(slots=SLOTS, lengths=[15, 16, 14, 0, 63])
-    batch = Batch.prepare(counts, [4, 0, 1][: len(counts)], cache, kernel_device)
+    lengths = [15, 16, 14, 0, 63]
+    batch = batch_of(lengths, counts, [4, 0, 1][: len(counts)], kernel_device)
     case = Case(batch, 4, 2, 64, 16, kernel_dtype)
     alone = run(case)
     beyond = torch.tensor([0, 7, 15, 2**40, -1], device=kernel_device)
@@ -156,6 +156,6 @@ def test_tokens_after_the_last_sequence_touch_nothing(
 
 
 def test_no_tokens(kernel_device, kernel_dtype, run) -> None:
-    batch = Batch.prepare([], [], SimpleNamespace(slots=1, lengths=[0]), kernel_device)
+    batch = Batch.prepare([], [], [], kernel_device)
     q, k, v = run(Case(batch, 2, 1, 64, 16, kernel_dtype))
     assert q.shape == (0, 2, 64) and k.isnan().all() and v.isnan().all()

@@ -13,7 +13,7 @@ import torch
 
 from lfm2_fast.kernels import sample
 from lfm2_fast.kernels.sample import TILE, Scratch, sample_triton
-from lfm2_fast.ops import native_library as native
+from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops, choose
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState, sample_ref
 
@@ -54,7 +54,7 @@ def logits_of(kind: str, vocab: int) -> torch.Tensor:
 @pytest.fixture(scope="module", params=["triton", "native"])
 def ops(request: pytest.FixtureRequest, kernel_device: torch.device) -> Ops:
     device = torch.device("cpu") if request.param == "native" else kernel_device
-    if request.param == "native" and (reason := native.why_not(device)):
+    if request.param == "native" and (reason := native_library.why_not(device)):
         pytest.skip(reason)
     return choose(request.param, device, torch.float32)
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config import Config
 from lfm2_fast.ops import reference as ref
@@ -64,12 +63,12 @@ def test_gated_conv_over_any_batches(data: st.DataObject, width: int, spare: int
         slots = data.draw(st.permutations([0, 1, 2]))[: data.draw(st.integers(1, 3))]
         top = data.draw(st.sampled_from([1, 3, 12]))
         counts = [data.draw(st.integers(1, top)) for _ in slots]
-        batch = Batch.prepare(counts, slots, cache, "cpu")
+        batch = cache.next_batch(counts, slots, "cpu")
         bcx = torch.randn(sum(counts), 3 * HIDDEN, generator=generator, dtype=torch.float64)
         cache.reserve(batch)
         body = ref.gated_conv_step_ref if batch.max_query == 1 else ref.gated_conv_ref
         out = body(bcx, weight, bias, window, batch)
-        cache.advance(batch)
+        cache.commit_batch(batch)
         for slot, part, result in zip(slots, bcx.split(counts), out.split(counts), strict=True):
             inputs[slot].append(part)
             outputs[slot].append(result)
@@ -90,7 +89,7 @@ def test_step_and_many_token_bodies_are_equal_to_the_bit() -> None:
     bcx = torch.randn(3, 3 * HIDDEN, dtype=torch.float64)
     weight, window = torch.randn(HIDDEN, width).double(), torch.randn(3, 4, HIDDEN).double()
     other, cache = window.clone(), a_cache(3, width, 1)
-    batch = Batch.prepare(counts, [2, 0, 1], cache, "cpu")
+    batch = cache.next_batch(counts, [2, 0, 1], "cpu")
     many = ref.gated_conv_ref(bcx, weight, None, window, batch)
     assert torch.equal(many, ref.gated_conv_step_ref(bcx, weight, None, other, batch))
     assert torch.equal(window, other)
@@ -130,7 +129,7 @@ def test_attention_against_a_sum_over_keys(group: int, start: int, count: int) -
     kv_heads, dim = 2, 4
     cache = a_cache(2, 3, 1)
     cache.lengths[1] = start
-    batch = Batch.prepare([count], [1], cache, "cpu")
+    batch = cache.next_batch([count], [1], "cpu")
     pages = torch.full((2, 2, kv_heads, 12, dim), math.nan, dtype=torch.float64)
     heads = kv_heads * group
     qkv = torch.randn(count, (heads + 2 * kv_heads) * dim, dtype=torch.float64)

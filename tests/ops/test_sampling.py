@@ -159,7 +159,7 @@ def test_draws_are_a_function_of_row_and_position() -> None:
         expected = philox(torch.tensor(11), rows[places], positions[places] + step)
         assert torch.equal(state.uniforms(), expected)
         found += state.uniforms().tolist()
-        state.advance(token)
+        state.record(token)
     assert len(set(found)) == len(found) and 0 < min(found) and max(found) < 1
 
 

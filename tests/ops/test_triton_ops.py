@@ -13,13 +13,12 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.cache.batch import Batch
-from lfm2_fast.engine.prefill import Decoder
+from lfm2_fast.engine.model_runner import ModelRunner, run_batch
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.ops import reference
 from lfm2_fast.ops import triton_ops as ops_triton
-from lfm2_fast.ops.base import BackendError, Ops, choose
-from lfm2_fast.weights.formats import Matrix
+from lfm2_fast.ops.select import BackendError, Ops, choose
+from lfm2_fast.weights.formats import Projection
 
 CHANGED = {
     "plain": {},
@@ -67,9 +66,9 @@ def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for step in STEPS:
-        batch = Batch.prepare(list(step.values()), list(step), cache, model.device)
+        batch = cache.next_batch(list(step.values()), list(step), model.device)
         tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
-        found.append(model.run(tokens.to(model.device), batch, cache))
+        found.append(run_batch(model.model, tokens.to(model.device), batch, cache))
     return found
 
 
@@ -97,8 +96,8 @@ def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) 
 
     monkeypatch.setattr(reference, "linear_ref", refuse)
     cache = ours.new_cache(2)
-    batch = Batch.prepare([1, 1], [1, 0], cache, ours.device)
-    ours.run(torch.tensor([9, 12], device=ours.device), batch, cache)
+    batch = cache.next_batch([1, 1], [1, 0], ours.device)
+    run_batch(ours.model, torch.tensor([9, 12], device=ours.device), batch, cache)
 
 
 def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
@@ -109,7 +108,7 @@ def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None
         raise AssertionError("the reference ran")
 
     for name in dir(reference):
-        if name.endswith("_ref") and name not in ("linear_ref", "scaled_ref"):
+        if name.endswith("_ref") and name != "linear_ref":
             monkeypatch.setattr(reference, name, refuse)
     assert all(step.isfinite().all() for step in logits(model))
 
@@ -139,8 +138,8 @@ def test_a_decode_step_attends_in_one_launch_per_layer(
         found = []
         launched.clear()
         for model, cache in zip((ours, exact, plain), caches, strict=True):
-            batch = Batch.prepare(list(step.values()), list(step), cache, model.device)
-            found.append(model.run(tokens, batch, cache))
+            batch = cache.next_batch(list(step.values()), list(step), model.device)
+            found.append(run_batch(model.model, tokens, batch, cache))
         within_budget(*found)
         assert launched == expected * 2
 
@@ -150,9 +149,10 @@ def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
     model = load(random_checkpoint(), "triton", torch.float32)
     caches = [model.new_cache(2) for _ in range(2)]
     for cache in caches:
-        model.run(
+        run_batch(
+            model.model,
             torch.tensor([9], device=model.device),
-            Batch.prepare([1], [0], cache, model.device),
+            cache.next_batch([1], [0], model.device),
             cache,
         )
     assert len(model.ops._arrivals) == 2
@@ -178,9 +178,9 @@ def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> No
     model = load(random_checkpoint(), "triton", torch.float32)
     tokens = torch.arange(10, 29, device=model.device)
     caches = [model.new_cache(1) for _ in range(2)]
-    batches = [Batch.prepare([19], [0], cache, model.device) for cache in caches]
-    whole = model.run(tokens, batches[0], caches[0])
-    last = model.run(tokens, batches[1], caches[1], batches[1].last_rows)
+    batches = [cache.next_batch([19], [0], model.device) for cache in caches]
+    whole = run_batch(model.model, tokens, batches[0], caches[0])
+    last = run_batch(model.model, tokens, batches[1], caches[1], batches[1].last_rows)
     torch.testing.assert_close(last, whole[-1:], rtol=1e-4, atol=1e-4)
 
 
@@ -190,7 +190,7 @@ def test_a_pending_addition_is_made_wherever_it_is_read(tokens, kernel_device) -
     torch.manual_seed(0)
     x, y = torch.randn(2, tokens, 96, device=kernel_device)
     with torch.device(kernel_device), torch.no_grad():
-        linear, norm = Matrix(96, 96), torch.nn.RMSNorm(96, eps=1e-5)
+        linear, norm = Projection(96, 96), torch.nn.RMSNorm(96, eps=1e-5)
         linear.weight.normal_(std=0.1)
         eager, ours = Ops(), choose("triton", kernel_device, x.dtype)
         for steps in (1, 2):
@@ -230,7 +230,7 @@ def test_a_request_that_cannot_be_met_says_what_to_do(setting: str, message: str
 import os, sys
 {setting}
 import torch
-from lfm2_fast.ops.base import choose
+from lfm2_fast.ops.select import choose
 cpu = torch.device("cpu")
 assert choose("auto", cpu, torch.float32).name in ("eager", "native")
 choose("triton", cpu, torch.float32)
@@ -300,7 +300,7 @@ def test_a_captured_prompt_is_padded_and_right(
     ):
         model = load(folder, backend, dtype)
         cache = model.new_cache(2)
-        decoder, logits = Decoder(model, cache), []
+        decoder, logits = ModelRunner(model.model, cache), []
         for start in (2, 3, 5):
             tokens = [start + i % 97 for i in range(length)]
             logits.append(decoder.prefill([tokens], [1]))

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import lfm2_fast
+from lfm2_fast.cli.chat import converse, piped
 from lfm2_fast.cli.terminal import Terminal, interruptible
-from lfm2_fast.text.conversation import Answer, Conversation, converse, piped, write
-from lfm2_fast.text.token_stream import Segment
+from lfm2_fast.text.conversation import Answer, Conversation, stream_answer
+from lfm2_fast.text.segments import Segment
 
 QUESTIONS = ["What is a generator?", "How do I create an index?", "What does it return?"]
 
@@ -49,7 +50,7 @@ def after(tokens: int) -> Callable[[], bool]:
 def afresh(conversation: Conversation) -> str:
     """What greedy decoding without a cache answers to the messages so far."""
     ids, _, _ = conversation._prompt()
-    answer = write(
+    answer = stream_answer(
         conversation.model,
         conversation.tokenizer,
         ids,
@@ -132,11 +133,13 @@ def test_only_an_end_token_is_no_cut(
     with torch.no_grad():
         likeliest = model(torch.tensor([ids])).logits[0, -1].argmax()
     changed = lfm2_fast.load(model.name_or_path, device="cpu", dtype="float32")
-    rows = changed.embed_tokens.weight
+    rows = changed.model.embed_tokens.weight
     rows[special] = 2 * rows[likeliest]
     arguments = {"eos_token_id": [special if ends else 5]}
     texts: list[str] = []
-    answer = write(changed, tokenizer, ids, texts.append, max_new_tokens=1, arguments=arguments)
+    answer = stream_answer(
+        changed, tokenizer, ids, texts.append, max_new_tokens=1, arguments=arguments
+    )
     assert (answer.text, answer.timing.tokens) == ("", 1)
     assert answer.end == ("" if ends else "cut at 1 tokens")
 
@@ -146,13 +149,15 @@ def test_arguments_that_are_no_settings(model: lfm2_fast.Lfm2ForCausalLM, tokeni
     ids = tokenizer("What is a list?").input_ids
     arguments = {"seed": 3, "logits_processor": [], "top_k": 5, "do_sample": False}
     with pytest.warns(UserWarning, match="top_k without do_sample") as seen:
-        answer = write(
+        answer = stream_answer(
             model, tokenizer, ids, lambda text: None, max_new_tokens=2, arguments=arguments
         )
     assert (answer.end, len(seen)) == ("cut at 2 tokens", 1)
     ends = {"generation_config": {"eos_token_id": list(range(2, 4000)), "do_sample": False}}
     written: list[str] = []
-    assert not write(model, tokenizer, ids, written.append, max_new_tokens=1, arguments=ends).end
+    assert not stream_answer(
+        model, tokenizer, ids, written.append, max_new_tokens=1, arguments=ends
+    ).end
 
 
 def test_a_full_context(tiny: Path, tokenizer: Any) -> None:

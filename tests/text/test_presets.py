@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lfm2_fast.hf.generation_args import understand
+from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.ops.sampling import SamplingParams
 from lfm2_fast.text.presets import PRESETS, described, preset_of, sampling
 
@@ -49,7 +49,7 @@ def test_names(name: str, preset: str | None) -> None:
 def test_presets_are_arguments_of_generate_whatever_the_file_says(preset: str) -> None:
     file = {"do_sample": True, "temperature": 2.0, "top_k": 3, "top_p": 0.4, "min_p": 0.5}
     arguments, words = sampling("any", preset=preset, file=file)
-    asked = understand(arguments, None, file, vocab_size=10).sampling
+    asked = resolve_args(arguments, None, file, vocab_size=10).sampling
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     assert asked.do_sample == (preset != "greedy")
     for name, value in {**neutral, "repetition_penalty": 1.0, **PRESETS[preset]}.items():
@@ -122,7 +122,7 @@ def test_presets_are_arguments_of_generate_whatever_the_file_says(preset: str) -
 def test_sampling(name: str, file: dict[str, Any], given: dict[str, Any], words: str) -> None:
     arguments, said = sampling(name, file=file, given=given)
     assert said == words
-    holds = understand(arguments, None, file, vocab_size=10).sampling
+    holds = resolve_args(arguments, None, file, vocab_size=10).sampling
     assert said.startswith(f"{described(holds)} (")
 
 

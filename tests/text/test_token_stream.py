@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm2_fast.text.token_stream import MARKERS, Segment, Splitter, Stopped, TokenStream
+from lfm2_fast.text.segments import MARKERS, Segment, Splitter
+from lfm2_fast.text.token_stream import Stopped, TokenStream
 
 # Markers, parts of them and what looks like them, between words and white space.
 PIECES = [

@@ -57,9 +57,9 @@ def test_one_file_and_shards_give_the_same_model(random_checkpoint, broken: Path
 def test_saving_over_shards_is_what_loads(broken: Path) -> None:
     shard(broken)
     model = load(broken)
-    model.embedding_norm.weight.zero_()
+    model.model.embedding_norm.weight.zero_()
     model.save_pretrained(broken)
-    assert not load(broken).embedding_norm.weight.any()
+    assert not load(broken).model.embedding_norm.weight.any()
 
 
 def test_without_a_generation_config_the_config_tells_the_end(broken: Path) -> None:
@@ -74,8 +74,8 @@ def test_without_a_generation_config_the_config_tells_the_end(broken: Path) -> N
 def test_a_stored_tied_head_is_no_error(random_checkpoint, broken: Path) -> None:
     rewrite(broken, lambda t: t.update({"lm_head.weight": torch.zeros(307, 96)}))
     model = load(broken)
-    assert model.lm_head.weight is model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight, load(random_checkpoint()).lm_head.weight)
+    assert model.model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.model.lm_head.weight, load(random_checkpoint()).model.lm_head.weight)
 
 
 def test_what_the_class_without_a_head_saved_is_the_same_model(

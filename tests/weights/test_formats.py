@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.ops import reference as ref
-from lfm2_fast.weights.formats import quantize_int8
+from lfm2_fast.weights.formats import INT8
 
 PROMPT = torch.arange(20, 60)[None]
 
@@ -25,10 +24,10 @@ def test_numbers_are_the_nearest(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(300, 40) * torch.logspace(-30, 30, 300)[:, None]).to(dtype)
     weight[5] = 0
-    numbers, scale = quantize_int8(weight)
+    numbers, scale = INT8.quantize(weight)
     assert numbers.dtype == torch.int8 and scale.dtype == torch.float32
     assert int(numbers.min()) == -127 and int(numbers.max()) == 127
-    back = ref.scaled_ref(numbers, scale, torch.float64)
+    back = INT8.dequantize(numbers, scale, torch.float64)
     assert ((back - weight.double()).abs() <= 0.5001 * scale.double()[:, None]).all()
     assert (back[5] == 0).all() and scale[5] == 0
 
@@ -36,7 +35,7 @@ def test_numbers_are_the_nearest(dtype: torch.dtype) -> None:
 def test_small_numbers_keep_their_size() -> None:
     """Those of which float32 has 1/127 as a normal number; smaller ones never overflow."""
     weight = torch.tensor([1e-34, 2e-36, 2e-43, 1e-45])[:, None]
-    numbers, scale = quantize_int8(weight)
+    numbers, scale = INT8.quantize(weight)
     assert numbers[:2].tolist() == [[127], [127]]
     back = numbers.double() * scale.double()[:, None]
     assert torch.allclose(back[:2], weight[:2].double(), rtol=1e-6, atol=0)
@@ -53,7 +52,7 @@ def test_every_matrix_and_nothing_else(random_checkpoint) -> None:
         assert (f"{name}_scale" in state) == matrix
     for kind in ("in_proj", "qkv_proj", "out_proj", "gate_up_proj", "down_proj", "embed_tokens"):
         assert any(f"{kind}.weight_scale" in name for name in state)
-    assert state["lm_head.weight"].dtype == torch.int8
+    assert state["model.lm_head.weight"].dtype == torch.int8
 
 
 @pytest.mark.parametrize("changed", [{}, {"tie_word_embeddings": False, "conv_bias": True}])
@@ -81,7 +80,7 @@ def test_other_programs_do_not_take_integers_for_weights(tiny, tmp_path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "lfm2_fast", "format": "int3"}, "quantized"),
+        ({"quant_method": "lfm2_fast", "format": "int3"}, "quantization format 'int3'"),
         ("int8", "must be an object"),
         (None, r"holds neither model\.safetensors"),
     ],
@@ -103,12 +102,12 @@ def test_an_unknown_quantization_is_named(tiny) -> None:
 
 def test_the_model_moves_and_keeps_its_scales(tiny) -> None:
     model = quantized(tiny, dtype="bfloat16")
-    scale = model.lm_head.weight_scale.clone()
+    scale = model.model.lm_head.weight_scale.clone()
     model.to(torch.float32)
     assert model.dtype == torch.float32
-    assert model.embed_tokens.weight.dtype == torch.int8
-    assert torch.equal(model.embed_tokens.weight_scale, scale)
-    assert model.lm_head.weight_scale is model.embed_tokens.weight_scale
+    assert model.model.embed_tokens.weight.dtype == torch.int8
+    assert torch.equal(model.model.embed_tokens.weight_scale, scale)
+    assert model.model.lm_head.weight_scale is model.model.embed_tokens.weight_scale
     assert model(PROMPT).logits.dtype == torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Decoder: runs the sequences of a cache, a prompt at once and then token by token."""
+"""ModelRunner: runs sequences of a cache, a prompt at once and then token by token."""
 
 from __future__ import annotations
 
@@ -8,23 +8,41 @@ import torch
 
 from lfm2_fast.cache.batch import Batch, on_device
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.engine.captured_prompt import Prompt
-from lfm2_fast.engine.step_buffers import Buffers, bucket
-from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.engine.captured_prompt import CapturedPrompt
+from lfm2_fast.engine.step_buffers import StepBuffers, bucket
+from lfm2_fast.models.lfm2 import Lfm2
 
 # Tokens per forward pass of a prefill: enough to keep the matrices busy, few enough that the
 # feed-forward's intermediate values stay small beside the weights.
 CHUNK = 2048
 
 
-class Decoder:
+def run_batch(
+    model: Lfm2,
+    tokens: torch.Tensor,
+    batch: Batch,
+    cache: Cache,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run packed ``tokens [T]`` int64 and count them in the cache; return logits ``[R, V]``.
+
+    ``rows [R]`` are packed indices, None means all T. Token ids are not checked. Raises CacheError
+    when the cache cannot take the tokens; it is unchanged then.
+    """
+    cache.reserve(batch)
+    logits = model(tokens, batch, cache, rows)
+    cache.commit_batch(batch)
+    return logits
+
+
+class ModelRunner:
     """``prefill``, then ``step`` until done, over the slots of one cache.
 
     Every slot can be at another place in another sequence. The cache's ``history`` follows what
     was run, so that a later call can tell which prefix it holds.
     """
 
-    def __init__(self, model: Lfm2ForCausalLM, cache: Cache) -> None:
+    def __init__(self, model: Lfm2, cache: Cache) -> None:
         self.model = model
         self.cache = cache
 
@@ -54,16 +72,16 @@ class Decoder:
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
-        if not self.model.ops.by_tensors:
+        if not self.model.ops.uses_graphs:
             return self._run([[token] for token in tokens], slots)
         model, cache, count = self.model, self.cache, len(tokens)
-        batch = Batch.prepare([1] * count, slots, cache, model.device)
+        batch = cache.next_batch([1] * count, slots, model.device)
         cache.reserve(batch)
-        buffers = Buffers.of(model, cache)
-        buffers.load(tokens, batch, cache)
-        buffers.run(model, cache, bucket(count, cache), choose=False)
-        cache.advance(batch)
-        cache.record(batch, [[token] for token in tokens])
+        buffers = StepBuffers.of(model, cache)
+        buffers.load_inputs(tokens, batch, cache)
+        buffers.run_steps(model, cache, bucket(count, cache), choose=False)
+        cache.commit_batch(batch)
+        cache.record_tokens(batch, [[token] for token in tokens])
         assert buffers.logits is not None
         return buffers.logits[:count].clone()
 
@@ -71,18 +89,18 @@ class Decoder:
         """Run the chunks; the logits of each one's last token."""
         model, cache = self.model, self.cache
         counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
-        prompt = Prompt.of(model, cache, total) if len(chunks) == 1 else None
-        batch = Batch.prepare(counts, slots, cache, model.device if prompt is None else "cpu")
+        prompt = CapturedPrompt.of(model, cache, total) if len(chunks) == 1 else None
+        batch = cache.next_batch(counts, slots, model.device if prompt is None else "cpu")
         if prompt is None:
             packed = on_device(
                 [token for chunk in chunks for token in chunk], torch.int64, model.device
             )
             rows = None if batch.max_query == 1 else batch.last_rows
-            logits = model.run(packed, batch, cache, rows)
+            logits = run_batch(model, packed, batch, cache, rows)
         else:
             cache.reserve(batch)
-            prompt.run(model, cache, chunks[0], slots[0], batch.starts[0])
-            cache.advance(batch)
+            prompt.prefill(model, cache, chunks[0], slots[0], batch.on_host.starts[0])
+            cache.commit_batch(batch)
             logits = prompt.logits.clone()
-        cache.record(batch, chunks)
+        cache.record_tokens(batch, chunks)
         return logits

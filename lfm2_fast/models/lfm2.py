@@ -1,0 +1,215 @@
+"""LFM2: gated short convolutions and grouped-query attention, top to bottom.
+
+The network is written once, in the fused operations of ``ops``. It runs packed tokens against a
+cache. Prefill, decode, chunked prefill and mixed batches are the same call with other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
+from lfm2_fast.config import Config
+from lfm2_fast.ops.base import Ops, Rope
+from lfm2_fast.ops.select import choose
+from lfm2_fast.weights.formats import Projection, find_format
+from lfm2_fast.weights.fusion import tie
+
+
+def projection(config: Config, rows: int, columns: int, *, bias: bool = False) -> Projection:
+    """Return an empty projection or embedding in the weight format that the config names."""
+    return Projection(rows, columns, bias=bias, format=find_format(config.quantization))
+
+
+class ShortConvTaps(nn.Module):
+    """Taps of a short convolution: ``weight [H, W]``, newest last, and optional ``bias [H]``."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.conv_L_cache))
+        bias = nn.Parameter(torch.empty(config.hidden_size)) if config.conv_bias else None
+        self.register_parameter("bias", bias)
+
+
+class ShortConv(nn.Module):
+    """Weights of ``out_proj(C * conv(B * x))``, with ``B, C, x = in_proj(h)``."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, bias = config.hidden_size, config.conv_bias
+        self.in_proj = projection(config, 3 * hidden, hidden, bias=bias)
+        self.conv = ShortConvTaps(config)
+        self.out_proj = projection(config, hidden, hidden, bias=bias)
+
+
+class Attention(nn.Module):
+    """Weights of grouped-query attention; q, k and v are one projection."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        hidden, width = config.hidden_size, config.head_dim
+        rows = (self.num_heads + 2 * self.num_kv_heads) * width
+        self.qkv_proj = projection(config, rows, hidden)
+        self.q_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.k_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.out_proj = projection(config, hidden, self.num_heads * width)
+
+
+class FeedForward(nn.Module):
+    """Weights of ``down(silu(gate) * up)``; gate and up are one projection."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = projection(config, 2 * inner, hidden)
+        self.down_proj = projection(config, hidden, inner)
+
+
+class Block(nn.Module):
+    """``x += operator(norm(x)); x += feed_forward(norm(x))``; the operator is the subclass's."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.operator_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def add_feed_forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        y = ops.norm_swiglu(x, self.ffn_norm, self.feed_forward.gate_up_proj)
+        return ops.linear_add(y, self.feed_forward.down_proj, x)
+
+
+class ConvBlock(Block):
+    """A block whose operator is the gated short convolution."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.conv = ShortConv(config)
+
+    def forward(
+        self, x: torch.Tensor, ops: Ops, rope: Rope, window: ConvWindow, batch: Batch
+    ) -> torch.Tensor:
+        y = ops.norm_conv(x, self.operator_norm, self.conv, window, batch)
+        return self.add_feed_forward(ops.linear_add(y, self.conv.out_proj, x), ops)
+
+
+class AttentionBlock(Block):
+    """A block whose operator is attention."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.self_attn = Attention(config)
+
+    def forward(
+        self, x: torch.Tensor, ops: Ops, rope: Rope, pages: KVPages, batch: Batch
+    ) -> torch.Tensor:
+        qkv = ops.norm_linear(x, self.operator_norm, self.self_attn.qkv_proj)
+        y = ops.attend(qkv, self.self_attn, rope, pages, batch)
+        return self.add_feed_forward(ops.linear_add(y, self.self_attn.out_proj, x), ops)
+
+
+class Lfm2(nn.Module):
+    """The network: embedding, blocks, last norm and head, on one device.
+
+    ``weights`` are the fused tensors of ``weights.fusion`` by name; they are taken over, not
+    copied. ``backend`` is one of ``ops.select.BACKENDS``. ``ops`` are the chosen operations. Moving
+    or casting the module chooses them anew.
+    """
+
+    def __init__(
+        self, config: Config, weights: dict[str, torch.Tensor], *, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.embed_tokens = projection(config, config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(
+                ConvBlock(config) if kind == "conv" else AttentionBlock(config)
+                for kind in config.layer_types
+            )
+            self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.lm_head = projection(config, config.vocab_size, config.hidden_size)
+        self.load_state_dict(tie(config, weights), strict=True, assign=True)
+        self.tie_weights()
+        self.requires_grad_(False).eval()
+        self._backend = backend
+        self._fit()
+
+    def _fit(self) -> None:
+        """Choose operations and make frequencies for the weights' present device and dtype."""
+        self.ops = choose(self._backend, self.device, self.dtype)
+        # Always float32 (or wider): positions reach 128,000, which 16 bits cannot count.
+        dim = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32)
+        freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
+        self.inv_freq = freq.to(self.device, torch.promote_types(self.dtype, torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Lfm2:
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        self._fit()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations and of the cache; quantized weights have their own."""
+        return self.embedding_norm.weight.dtype
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding, if the config says that they are one."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.share(self.embed_tokens)
+
+    def run_blocks(
+        self, tokens: torch.Tensor, batch: Batch, cache: Cache, ops: Ops | None = None
+    ) -> torch.Tensor:
+        """Return the residual stream ``[T, H]`` of packed ``tokens [T]`` after the last block.
+
+        Writes keys, values and conv rows of the tokens into the tensors of ``cache``. The caller
+        makes room in the cache before and counts the tokens after. ``ops`` replaces ``self.ops``.
+        The last norm and the head are still to come; where ``ops`` leaves a residual addition
+        pending, the result holds it (``ops.residual``).
+        """
+        ops = ops or self.ops
+        rope = ops.rope(batch.positions, self.inv_freq, self.dtype)
+        x = ops.embed(tokens, self.embed_tokens, self.dtype)
+        for layer, state in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, ops, rope, state, batch)
+        return x
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        batch: Batch,
+        cache: Cache,
+        rows: torch.Tensor | None = None,
+        *,
+        argmax: bool = False,
+        ops: Ops | None = None,
+    ) -> torch.Tensor:
+        """Return logits ``[R, V]`` at the packed indices ``rows [R]`` of ``tokens [T]`` int64.
+
+        ``rows=None`` means all T. ``argmax`` asks for the likeliest tokens ``[R]`` int64 instead of
+        logits, which are then never written. The cache is used as by ``run_blocks``. Token ids are
+        not checked. Captured work passes ``ops.for_capture``; where ``ops.device_only``, only
+        tensors of ``batch`` are read and nothing waits for the device.
+        """
+        ops = ops or self.ops
+        x = self.run_blocks(tokens, batch, cache, ops)
+        if rows is not None:
+            x = x[rows]
+        head = ops.head_argmax if argmax else ops.norm_linear
+        return head(x, self.embedding_norm, self.lm_head)

@@ -1,0 +1,82 @@
+"""The choice of an implementation: by device, and by what is importable."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from lfm2_fast.ops.base import Ops
+
+BACKENDS = ("auto", "eager", "triton", "native")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run here."""
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    """The operations that ``backend`` names, for a model of ``dtype`` on ``device``.
+
+    "eager" is plain PyTorch and runs anything anywhere, "triton" runs on GPUs, "native" is C++ for
+    CPUs (on GPUs: for the convolution's step); "auto" takes the fastest that can run, Triton on
+    GPUs and C++ on CPUs. Raises BackendError for a name that is unknown or cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(
+            f"backend={backend!r} is not in this version of lfm2_fast; "
+            f"choose one of {', '.join(map(repr, BACKENDS))}"
+        )
+    if backend == "auto":
+        best = {"cuda": "triton", "cpu": "native"}.get(device.type, "eager")
+        backend = "eager" if why_not(best, device, dtype) else best
+    elif lacking := why_not(backend, device, dtype):
+        raise BackendError(f"backend={backend!r} cannot run on {device}: {lacking}")
+    if backend == "triton":
+        from lfm2_fast.ops.triton_ops import TritonOps
+
+        return TritonOps(dependent=has_dependent_launch(device))
+    if backend == "native":
+        from lfm2_fast.ops.native_ops import NativeOps, NativeStepOps
+
+        return NativeOps() if device.type == "cpu" else NativeStepOps()
+    return Ops()
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What ``backend`` lacks to run ``dtype`` on ``device`` and what to do, or None."""
+    if backend == "eager":
+        return None
+    if dtype == torch.float64:
+        return "it has no float64; choose backend='eager'"
+    if backend == "triton":
+        return why_not_triton(device)
+    from lfm2_fast.ops import native_library
+
+    return native_library.why_not(device)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """What Triton's kernels lack to run on ``device`` and how to get it, or None."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    if device.type == "cuda":
+        if torch.version.hip:
+            return "the kernels are written for NVIDIA's GPUs; choose backend='eager'"
+        if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+            return "Triton needs compute capability 8.0 or higher; choose backend='eager'"
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return None
+    return (
+        "Triton runs on GPUs, and on the CPU in its interpreter alone, for tests: start Python "
+        "with TRITON_INTERPRET=1, or choose backend='eager'"
+    )
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether ``device`` can begin a kernel while the one before it runs: Hopper GPUs and later."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
