@@ -93,7 +93,7 @@ def extension() -> dict[str, Any]:
 
 
 def lacks_clones(compiler: list[str]) -> bool:
-    """Whether ``compiler`` makes code for one kind of x86-64 alone, as csrc/target.h has it."""
+    """Return True if ``compiler`` builds for one kind of x86-64 alone (csrc/cpu_features.h)."""
     ask = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
     told = subprocess.run(ask, text=True, capture_output=True).stdout
     known = dict(re.findall(r"^#define (\w+) (\d+)$", told, re.MULTILINE))

@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

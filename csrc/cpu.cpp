@@ -8,11 +8,11 @@
 #include <optional>
 #include <vector>
 
+#include "cache_checks.h"
 #include "checks.h"
 #include "embed.h"
 #include "flash_decode.h"
 #include "gated_conv.h"
-#include "places.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "rope.h"
@@ -142,13 +142,13 @@ GatedConv<T> conv_of(const Tensor& bcx, const Tensor& weight, const std::optiona
 }
 
 template <class T>
-void convolve(const GatedConv<T>& conv, const std::vector<Run>& runs, int64_t tokens) {
-  const int64_t sequences = static_cast<int64_t>(runs.size());
+void convolve(const GatedConv<T>& conv, const std::vector<Sequence>& sequences, int64_t tokens) {
+  const int64_t count = static_cast<int64_t>(sequences.size());
   if (tokens == 0) return;
-  const int64_t each = kConvTile * tokens * conv.width / sequences;
-  parallel_for(0, conv_tiles(conv.hidden) * sequences, grain(each),
+  const int64_t each = kConvTile * tokens * conv.width / count;
+  parallel_for(0, conv_tiles(conv.hidden) * count, grain(each),
                [&](int64_t first, int64_t last) {
-                 gated_conv(conv, runs.data(), sequences, first, last);
+                 gated_conv(conv, sequences.data(), count, first, last);
                });
 }
 
@@ -158,7 +158,8 @@ void gated_conv_native(const Tensor& bcx, const Tensor& weight, const std::optio
   with_type(bcx, [&](auto number) {
     using T = decltype(number);
     const auto conv = conv_of<T>(bcx, weight, bias, window, out);
-    convolve(conv, runs_of(cu_seqlens, slots, lengths, out.size(0), window.size(0)), out.size(0));
+    convolve(conv, sequences_of(cu_seqlens, slots, lengths, out.size(0), window.size(0)),
+             out.size(0));
   });
 }
 
@@ -171,17 +172,17 @@ void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
     const int64_t count = out.size(0);
     expect_packed(slots, "slots", ScalarType::Long, {count});
     expect_packed(positions, "positions", ScalarType::Long, {count});
-    std::vector<Run> runs;
-    runs.reserve(count);
+    std::vector<Sequence> sequences;
+    sequences.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = read<int64_t>(slots)[i];
       const int64_t position = read<int64_t>(positions)[i];
       STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " is none of ",
                       window.size(0));
       STD_TORCH_CHECK(position >= 0, "position ", position, " is negative");
-      runs.push_back({slot, position, i, 1});
+      sequences.push_back({slot, position, i, 1});
     }
-    convolve(conv, runs, count);
+    convolve(conv, sequences, count);
   });
 }
 
@@ -236,17 +237,17 @@ void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor
                            heads,
                            kv_heads,
                            write<T>(q)};
-    const auto runs = runs_of(cu_seqlens, slots, lengths, tokens, table.size(0));
-    for (const Run& run : runs) {
-      expect_pages(op.k, k_pages.size(0), table.size(1), run.slot, run.position,
-                   run.position + run.count);
+    const auto sequences = sequences_of(cu_seqlens, slots, lengths, tokens, table.size(0));
+    for (const Sequence& sequence : sequences) {
+      expect_pages(op.k, k_pages.size(0), table.size(1), sequence.slot, sequence.position,
+                   sequence.position + sequence.count);
     }
     parallel_for(0, tokens, grain(qkv.size(1)), [&](int64_t first, int64_t last) {
-      for (const Run& run : runs) {
-        const int64_t begin = std::max(first, run.token);
-        const int64_t end = std::min(last, run.token + run.count);
+      for (const Sequence& sequence : sequences) {
+        const int64_t begin = std::max(first, sequence.token);
+        const int64_t end = std::min(last, sequence.token + sequence.count);
         for (int64_t token = begin; token < end; ++token) {
-          qk_norm_rope(op, token, run.slot, run.position + token - run.token);
+          qk_norm_rope(op, token, sequence.slot, sequence.position + token - sequence.token);
         }
       }
     });

@@ -6,9 +6,9 @@
 // from its length alone, so a token's results do not depend on which others run beside it.
 #pragma once
 
-#include "lanes.h"
-#include "number.h"
-#include "target.h"
+#include "cpu_features.h"
+#include "dtypes.h"
+#include "simd.h"
 
 namespace lfm2 {
 

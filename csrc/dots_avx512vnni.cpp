@@ -2,7 +2,7 @@
 //
 // Its instruction wants one side unsigned: w + 128 is multiplied, and 128 times the sum of the
 // token's numbers taken off again. As in the other file of this kind, everything here is inlined.
-#include "target.h"
+#include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86
 #pragma GCC target("arch=x86-64-v4,avx512vnni")

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

@@ -10,10 +10,10 @@
 #include <cmath>
 #include <limits>
 
-#include "exponential.h"
-#include "lanes.h"
-#include "number.h"
+#include "dtypes.h"
+#include "exp.h"
 #include "pages.h"
+#include "simd.h"
 
 namespace lfm2 {
 

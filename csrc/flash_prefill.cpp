@@ -8,8 +8,8 @@
 #include <atomic>
 #include <vector>
 
-#include "places.h"
-#include "target.h"
+#include "cache_checks.h"
+#include "cpu_features.h"
 #include "threads.h"
 
 namespace {
@@ -19,14 +19,15 @@ using namespace lfm2;
 bool has_flash_prefill_native() { return LFM2_HAS_AVX512BF16; }
 
 // The tiles of all sequences and KV heads, those with most keys first.
-std::vector<Tile> tiles_of(const std::vector<Run>& runs, int64_t kv_heads, int64_t group) {
+std::vector<Tile> tiles_of(const std::vector<Sequence>& sequences, int64_t kv_heads,
+                           int64_t group) {
   std::vector<Tile> tiles;
-  for (const Run& run : runs) {
-    const int64_t rows = run.count * group;
+  for (const Sequence& sequence : sequences) {
+    const int64_t rows = sequence.count * group;
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int64_t here = std::min(kTileRows, rows - first);
       for (int64_t head = 0; head < kv_heads; ++head) {
-        tiles.push_back({run.slot, head, run.position, run.token, first, here});
+        tiles.push_back({sequence.slot, head, sequence.position, sequence.token, first, here});
       }
     }
   }
@@ -48,12 +49,13 @@ void flash_prefill_native(const Tensor& q, const Tensor& k_pages, const Tensor& 
   const FlashPrefill op{rows_of<const bf16>(q), pages_of<const bf16>(k_pages, "k_pages", table),
                         pages_of<const bf16>(v_pages, "v_pages", table), heads / kv_heads,
                         rows_of<bf16>(out)};
-  const auto runs = runs_of(cu_seqlens, slots, lengths, tokens, table.size(0));
-  for (const Run& run : runs) {
-    expect_pages(op.k, k_pages.size(0), table.size(1), run.slot, 0, run.position + run.count);
+  const auto sequences = sequences_of(cu_seqlens, slots, lengths, tokens, table.size(0));
+  for (const Sequence& sequence : sequences) {
+    expect_pages(op.k, k_pages.size(0), table.size(1), sequence.slot, 0,
+                 sequence.position + sequence.count);
   }
   STD_TORCH_CHECK(has_flash_prefill_native(), "this processor has no AVX512_BF16");
-  const auto tiles = tiles_of(runs, kv_heads, op.group);
+  const auto tiles = tiles_of(sequences, kv_heads, op.group);
   const int64_t count = static_cast<int64_t>(tiles.size());
   if (count == 0) return;
   int64_t work = 0;  // what a tile reads, as often as it has vectors of rows

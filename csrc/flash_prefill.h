@@ -8,9 +8,9 @@
 // the other rows nor on how a prompt was cut into steps. (A weight of 0 times an infinity is NaN.)
 #pragma once
 
-#include "number.h"
+#include "cpu_features.h"
+#include "dtypes.h"
 #include "pages.h"
-#include "target.h"
 
 namespace lfm2 {
 

@@ -6,7 +6,7 @@
 //
 // The whole file is compiled for it, headers included, so it must hold nothing that the linker
 // could take for older machines: no function that is not inlined, but the one that bears its name.
-#include "target.h"
+#include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86
 #pragma GCC target("arch=x86-64-v4,avx512bf16")

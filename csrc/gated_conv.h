@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "number.h"
-#include "run.h"
+#include "dtypes.h"
+#include "sequence.h"
 
 namespace lfm2 {
 
@@ -15,9 +15,9 @@ constexpr int64_t kConvTile = 128;
 template <class T>
 struct GatedConv {
   Rows<const T> bcx;  // [tokens, 3 * hidden]: B, C and x side by side
-  const T* weight;  // [hidden, width], newest tap last
-  const T* bias;    // [hidden], or null
-  T* window;        // [slots, ring, hidden]
+  const T* weight;    // [hidden, width], newest tap last
+  const T* bias;      // [hidden], or null
+  T* window;          // [slots, ring, hidden]
   int64_t slot_stride;
   int64_t ring_stride;
   int64_t ring;
@@ -39,11 +39,11 @@ LFM2_INLINE void conv_taps(const GatedConv<T>& conv, int64_t channel, int64_t ti
 // All old rows of these channels are read before the first new one is written, and nobody else
 // touches them. `past` holds B * x of the last `width` positions, each at its position modulo that.
 template <class T>
-LFM2_INLINE void conv_run(const GatedConv<T>& conv, const Run& run, int64_t channel, int64_t tile,
-                          const float* taps, float* past) {
+LFM2_INLINE void conv_sequence(const GatedConv<T>& conv, const Sequence& sequence, int64_t channel,
+                               int64_t tile, const float* taps, float* past) {
   const int64_t width = conv.width;
-  T* window = conv.window + run.slot * conv.slot_stride + channel;
-  for (int64_t source = run.position - width + 1; source < run.position; ++source) {
+  T* window = conv.window + sequence.slot * conv.slot_stride + channel;
+  for (int64_t source = sequence.position - width + 1; source < sequence.position; ++source) {
     float* wide = past + (source + width) % width * kConvTile;
     if (source < 0) {
       std::fill_n(wide, tile, 0.0f);
@@ -53,15 +53,15 @@ LFM2_INLINE void conv_run(const GatedConv<T>& conv, const Run& run, int64_t chan
       for (int64_t i = 0; i < tile; ++i) wide[i] = widen(old[i]);
     }
   }
-  for (int64_t n = 0; n < run.count; ++n) {
-    const int64_t position = run.position + n;
-    const T* b = conv.bcx[run.token + n] + channel;
+  for (int64_t n = 0; n < sequence.count; ++n) {
+    const int64_t position = sequence.position + n;
+    const T* b = conv.bcx[sequence.token + n] + channel;
     const T* c = b + conv.hidden;
     const T* x = c + conv.hidden;
     float* newest = past + position % width * kConvTile;
 #pragma omp simd
     for (int64_t i = 0; i < tile; ++i) newest[i] = rounded<T>(widen(b[i]) * widen(x[i]));
-    if (n >= run.count - conv.ring) {
+    if (n >= sequence.count - conv.ring) {
       T* kept = window + position % conv.ring * conv.ring_stride;
 #pragma omp simd
       for (int64_t i = 0; i < tile; ++i) narrow(newest[i], kept[i]);
@@ -78,7 +78,7 @@ LFM2_INLINE void conv_run(const GatedConv<T>& conv, const Run& run, int64_t chan
 #pragma omp simd
       for (int64_t i = 0; i < tile; ++i) sums[i] += widen(bias[i]);
     }
-    T* out = conv.out[run.token + n] + channel;
+    T* out = conv.out[sequence.token + n] + channel;
 #pragma omp simd
     for (int64_t i = 0; i < tile; ++i) narrow(widen(c[i]) * rounded<T>(sums[i]), out[i]);
   }
@@ -86,19 +86,19 @@ LFM2_INLINE void conv_run(const GatedConv<T>& conv, const Run& run, int64_t chan
 
 inline int64_t conv_tiles(int64_t hidden) { return (hidden + kConvTile - 1) / kConvTile; }
 
-// Tasks from `first` to before `last` of conv_tiles(hidden) * sequences, all sequences of a tile in
-// a row.
+// Tasks from `first` to before `last` of conv_tiles(hidden) * count, all sequences of a tile in a
+// row.
 template <class T>
-LFM2_CLONES void gated_conv(const GatedConv<T>& conv, const Run* runs, int64_t sequences,
+LFM2_CLONES void gated_conv(const GatedConv<T>& conv, const Sequence* sequences, int64_t count,
                             int64_t first, int64_t last) {
   std::vector<float> scratch(2 * conv.width * kConvTile);
   float* taps = scratch.data();
   float* past = taps + conv.width * kConvTile;
   for (int64_t task = first; task < last; ++task) {
-    const int64_t channel = task / sequences * kConvTile;
+    const int64_t channel = task / count * kConvTile;
     const int64_t tile = std::min(kConvTile, conv.hidden - channel);
-    if (task == first || task % sequences == 0) conv_taps(conv, channel, tile, taps);
-    conv_run(conv, runs[task % sequences], channel, tile, taps, past);
+    if (task == first || task % count == 0) conv_taps(conv, channel, tile, taps);
+    conv_sequence(conv, sequences[task % count], channel, tile, taps, past);
   }
 }
 

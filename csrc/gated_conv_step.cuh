@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

@@ -1,7 +1,7 @@
 // Tokens in 8-bit integers: round(x * 127 / max|x|), a scale for each.
 #pragma once
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "dots.h"
-#include "exponential.h"
-#include "number.h"
+#include "dtypes.h"
+#include "exp.h"
 
 namespace lfm2 {
 

@@ -1,7 +1,7 @@
 // Where the keys or values of a sequence lie: [pages, kv_heads, page_size, head_dim].
 #pragma once
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "number.h"
+#include "dtypes.h"
 #include "pages.h"
 #include "rms_norm.h"
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "lanes.h"
-#include "number.h"
+#include "dtypes.h"
+#include "simd.h"
 
 namespace lfm2 {
 

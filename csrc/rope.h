@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

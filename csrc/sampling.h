@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "exponential.h"
-#include "number.h"
+#include "dtypes.h"
+#include "exp.h"
 
 namespace lfm2 {
 

@@ -1,8 +1,8 @@
 // silu(gate) * up, where a row holds its gates and then its ups.
 #pragma once
 
-#include "exponential.h"
-#include "number.h"
+#include "dtypes.h"
+#include "exp.h"
 
 namespace lfm2 {
 

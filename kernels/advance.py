@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after, dependent
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 
 
 @triton.jit(do_not_specialize=["sequences", "ends", "scrap"])
@@ -30,7 +30,7 @@ def _advance_kernel(
 ):
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = offs_s < sequences
-    after(PDL)
+    pdl_wait(PDL)
     chosen = tl.load(chosen_ptr + offs_s, mask=mask, other=0)
     finished = tl.load(finished_ptr + offs_s, mask=mask, other=0) != 0
     position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
@@ -87,5 +87,5 @@ def advance_triton(
             len(eos),
             BLOCK_S=block_s,
             num_warps=4,
-            **dependent(pdl),
+            **pdl_options(pdl),
         )

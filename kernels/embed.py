@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after, dependent
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _embed_kernel(
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = offs_k < K
     # The weight was there before, but the step before this one writes which of its rows to read.
-    after(PDL)
+    pdl_wait(PDL)
     token = tl.load(tokens_ptr + place)
     row = tl.load(weight_ptr + token * K + offs_k, mask=mask, other=0)
     if scale_ptr is not None:
@@ -64,5 +64,5 @@ def embed_triton(
             K=width,
             BLOCK_K=block_k,
             num_warps=4,
-            **dependent(pdl),
+            **pdl_options(pdl),
         )

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after, dependent
 from lfm2_fast.kernels.online_softmax import (
     attend_to_keys,
     check_pages,
@@ -29,6 +28,7 @@ from lfm2_fast.kernels.online_softmax import (
     score_scale,
     stages,
 )
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 
 SHORTEST_SPLIT = 128
 MOST_SPLITS = 64
@@ -79,7 +79,7 @@ def _flash_decode_kernel(
     k_norm = _norm_weight(k_weight_ptr, HEAD_DIM, BLOCK_D)
     # Above the loop over keys, which is pipelined, and above the early end: the step before writes
     # the lengths, so who has nothing to do is known after the wait alone.
-    after(PDL)
+    pdl_wait(PDL)
     past = tl.load(lengths_ptr + sequence) - 1
     size = tl.maximum(tl.cdiv(tl.cdiv(past, MOST), BLOCK_N) * BLOCK_N, SHORTEST)
     splits = tl.maximum(tl.cdiv(past, size), 1)
@@ -350,7 +350,7 @@ def flash_decode_triton(
             WHOLE=table.shape[1] == 1,
             num_warps=4,
             num_stages=stages(table),
-            **dependent(pdl),
+            **pdl_options(pdl),
         )
 
 

@@ -8,7 +8,7 @@ in use, the next is under way.
 A weight of the tokens' dtype has no ``scale``. One of int8 has ``scale [N]`` float32, by which the
 sum of a row is multiplied in float32, so its numbers are used as they are.
 
-The first tile, like the norms and the taps, is loaded above ``after`` (dependent.py), so it is
+The first tile, like the norms and the taps, is loaded above ``pdl_wait`` (pdl.py), so it is
 under way while the previous kernel still runs: without that, launching early would gain nothing.
 """
 
@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import dependent
-from lfm2_fast.kernels.plan import Plan
+from lfm2_fast.kernels.pdl import pdl_options
+from lfm2_fast.kernels.tiling import Tiling
 
 MOST_TOKENS = 16
 
@@ -63,15 +63,15 @@ def dots(tile, x, bias_ptr, scale_ptr, rows, count, DTYPE: tl.constexpr):
     return out.to(DTYPE).to(tl.float32)
 
 
-def options(x: torch.Tensor, plan: Plan, block_k: int, pdl: bool) -> dict[str, Any]:
+def options(x: torch.Tensor, tiling: Tiling, block_k: int, pdl: bool) -> dict[str, Any]:
     """What every such launch on tokens ``x [T, K]`` is told besides its tensors and sizes."""
     return {
         "K": x.shape[1],
         "MOST": MOST_TOKENS,
-        "BLOCK_N": plan.block_n,
+        "BLOCK_N": tiling.block_n,
         "BLOCK_K": block_k,
-        "num_warps": plan.warps,
-        **dependent(pdl),
+        "num_warps": tiling.warps,
+        **pdl_options(pdl),
     }
 
 

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after, dependent
 from lfm2_fast.kernels.gemv import (
     MOST_TOKENS,
     check_tokens,
@@ -23,7 +22,8 @@ from lfm2_fast.kernels.gemv import (
     options,
     rows_of,
 )
-from lfm2_fast.kernels.plan import Plan, choose_plan
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
+from lfm2_fast.kernels.tiling import Tiling, choose_tiling
 
 LAST_ROW = 2**31 - 1
 BELOW_ALL = 1 - 2**63
@@ -54,7 +54,7 @@ def _head_argmax_kernel(
     step = tl.num_programs(0) * BLOCK_N
     tile = rows_of(weight_ptr, rows, count, offs_k, K)
     norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
-    after(PDL)
+    pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K, MOST)
     best = tl.full([MOST], BELOW_ALL, tl.int64)
     for _ in range(tl.program_id(0) * BLOCK_N, count, step):
@@ -93,7 +93,7 @@ def _last_argmax_kernel(
 ):
     token = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
-    after(PDL)
+    pdl_wait(PDL)
     best = tl.load(best_ptr + offs * MOST + token, mask=offs < programs, other=BELOW_ALL)
     row = LAST_ROW - (tl.max(best, axis=0) & LAST_ROW)
     tl.store(tokens_ptr + token, row)
@@ -109,22 +109,22 @@ def head_argmax_triton(
     best: torch.Tensor,
     *,
     pdl: bool = False,
-    plan: Plan | None = None,
+    tiling: Tiling | None = None,
 ) -> None:
     """Fill ``best``; rows of ``x`` may stand apart.
 
-    ``pdl``, ``plan``: as in norm_linear.py.
+    ``pdl``, ``tiling``: as in norm_linear.py.
     """
     tokens, count = len(x), weight.shape[0]
     check_tokens(x, norm, weight, bias, scale, tokens, count)
-    plan = plan or head_plan(weight)
-    assert best.shape == (plan.programs, MOST_TOKENS)
+    tiling = tiling or head_tiling(weight)
+    assert best.shape == (tiling.programs, MOST_TOKENS)
     assert best.dtype == torch.int64 and best.is_contiguous()
     if tokens == 0:
         return
     block_k = triton.next_power_of_2(x.shape[1])
     with torch.cuda.device_of(x):
-        _head_argmax_kernel[(plan.programs,)](
+        _head_argmax_kernel[(tiling.programs,)](
             x,
             norm,
             weight,
@@ -137,7 +137,7 @@ def head_argmax_triton(
             x.stride(0),
             BELOW_ALL=BELOW_ALL,
             LAST_ROW=LAST_ROW,
-            **options(x, plan, block_k, pdl),
+            **options(x, tiling, block_k, pdl),
         )
 
 
@@ -158,11 +158,11 @@ def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = 
             BELOW_ALL=BELOW_ALL,
             LAST_ROW=LAST_ROW,
             num_warps=4,
-            **dependent(pdl),
+            **pdl_options(pdl),
         )
 
 
-def head_plan(weight: torch.Tensor) -> Plan:
-    """The plan for a head, whose ``programs`` are the rows of ``best``."""
+def head_tiling(weight: torch.Tensor) -> Tiling:
+    """The tiling for a head, whose ``programs`` are the rows of ``best``."""
     block_k = triton.next_power_of_2(weight.shape[1])
-    return choose_plan("head_argmax", weight.shape[0], weight, block_k)
+    return choose_tiling("head_argmax", weight.shape[0], weight, block_k)

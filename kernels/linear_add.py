@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after
 from lfm2_fast.kernels.gemv import check_tokens, options, rows_of
-from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
+from lfm2_fast.kernels.pdl import pdl_wait
+from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -41,7 +41,7 @@ def _linear_add_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.num_programs(0) * BLOCK_N
     tile = rows_of(weight_ptr, rows, count, offs_k, K)
-    after(PDL)
+    pdl_wait(PDL)
     for _ in range(tl.program_id(0) * BLOCK_N, count, step):
         acc = tl.zeros([MOST, BLOCK_N], tl.float32)
         for first in range(0, K, BLOCK_K):
@@ -84,11 +84,11 @@ def linear_add_triton(
     out: torch.Tensor,
     *,
     pdl: bool = False,
-    plan: Plan | None = None,
+    tiling: Tiling | None = None,
 ) -> None:
     """Fill ``out``; rows of all but the weight may stand apart.
 
-    ``pdl``, ``plan``: as in norm_linear.py.
+    ``pdl``, ``tiling``: as in norm_linear.py.
     """
     tokens, count = out.shape
     check_tokens(x, None, weight, bias, scale, tokens, count)
@@ -97,9 +97,9 @@ def linear_add_triton(
     if tokens == 0:
         return
     block_k = min(triton.next_power_of_2(x.shape[1]), 1024)
-    plan = plan or choose_plan("linear_add", count, weight, block_k)
+    tiling = tiling or choose_tiling("linear_add", count, weight, block_k)
     with torch.cuda.device_of(x):
-        _linear_add_kernel[(plan.programs,)](
+        _linear_add_kernel[(tiling.programs,)](
             x,
             weight,
             bias,
@@ -113,5 +113,5 @@ def linear_add_triton(
             out.stride(0),
             # Of int8 the compiler would take 64 registers, and spill.
             maxnreg=None if scale is None else REGISTERS,
-            **options(x, plan, block_k, pdl),
+            **options(x, tiling, block_k, pdl),
         )

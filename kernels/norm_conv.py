@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after
 from lfm2_fast.kernels.gemv import (
     check_tokens,
     dots,
@@ -24,7 +23,8 @@ from lfm2_fast.kernels.gemv import (
     options,
     rows_of,
 )
-from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
+from lfm2_fast.kernels.pdl import pdl_wait
+from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens", "ring"])
@@ -75,7 +75,7 @@ def _norm_conv_kernel(
     x_tile = rows_of(x_ptr, rows, size, offs_k, K)
     taps = rows_of(taps_ptr, rows, size, offs_w, WIDTH)
     norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
-    after(PDL)
+    pdl_wait(PDL)
     scales = inverse_rms(h_ptr, tokens, stride_h_t, eps, offs_k, K, MOST)
     for _ in range(tl.program_id(0) * BLOCK_N, size, step):
         following_b = rows_of(weight_ptr, rows + step, size, offs_k, K)
@@ -126,11 +126,11 @@ def norm_conv_triton(
     out: torch.Tensor,
     *,
     pdl: bool = False,
-    plan: Plan | None = None,
+    tiling: Tiling | None = None,
 ) -> None:
     """Fill ``out`` and move ``window``; rows of ``h`` may stand apart.
 
-    A slot stands in a launch once. ``pdl``, ``plan``: as in norm_linear.py.
+    A slot stands in a launch once. ``pdl``, ``tiling``: as in norm_linear.py.
     """
     tokens, size = out.shape
     ring, width = window.shape[1], taps.shape[1]
@@ -145,9 +145,9 @@ def norm_conv_triton(
     if tokens == 0:
         return
     block_k = triton.next_power_of_2(h.shape[1])
-    plan = plan or choose_plan("norm_conv", size, weight, block_k, together=3)
+    tiling = tiling or choose_tiling("norm_conv", size, weight, block_k, together=3)
     with torch.cuda.device_of(h):
-        _norm_conv_kernel[(plan.programs,)](
+        _norm_conv_kernel[(tiling.programs,)](
             h,
             norm,
             weight,
@@ -170,5 +170,5 @@ def norm_conv_triton(
             WIDTH=width,
             BLOCK_W=triton.next_power_of_2(width),
             maxnreg=REGISTERS,
-            **options(h, plan, block_k, pdl),
+            **options(h, tiling, block_k, pdl),
         )

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after
 from lfm2_fast.kernels.gemv import (
     check_tokens,
     dots,
@@ -18,7 +17,8 @@ from lfm2_fast.kernels.gemv import (
     options,
     rows_of,
 )
-from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
+from lfm2_fast.kernels.pdl import pdl_wait
+from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -46,7 +46,7 @@ def _norm_linear_kernel(
     step = tl.num_programs(0) * BLOCK_N
     tile = rows_of(weight_ptr, rows, count, offs_k, K)
     norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
-    after(PDL)
+    pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K, MOST)
     for _ in range(tl.program_id(0) * BLOCK_N, count, step):
         following = rows_of(weight_ptr, rows + step, count, offs_k, K)
@@ -69,11 +69,11 @@ def norm_linear_triton(
     out: torch.Tensor,
     *,
     pdl: bool = False,
-    plan: Plan | None = None,
+    tiling: Tiling | None = None,
 ) -> None:
     """Fill ``out``; rows of ``x`` and ``out`` may stand apart.
 
-    ``pdl`` lets the launch start while the one before it ends, ``plan`` replaces the usual one.
+    ``pdl`` lets the launch start while the one before it ends, ``tiling`` replaces the usual one.
     """
     tokens, count = out.shape
     check_tokens(x, norm, weight, bias, scale, tokens, count)
@@ -81,9 +81,9 @@ def norm_linear_triton(
     if tokens == 0:
         return
     block_k = triton.next_power_of_2(x.shape[1])
-    plan = plan or choose_plan("norm_linear", count, weight, block_k)
+    tiling = tiling or choose_tiling("norm_linear", count, weight, block_k)
     with torch.cuda.device_of(x):
-        _norm_linear_kernel[(plan.programs,)](
+        _norm_linear_kernel[(tiling.programs,)](
             x,
             norm,
             weight,
@@ -96,5 +96,5 @@ def norm_linear_triton(
             x.stride(0),
             out.stride(0),
             maxnreg=REGISTERS,
-            **options(x, plan, block_k, pdl),
+            **options(x, tiling, block_k, pdl),
         )

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after
 from lfm2_fast.kernels.gemv import (
     check_tokens,
     dots,
@@ -19,7 +18,8 @@ from lfm2_fast.kernels.gemv import (
     options,
     rows_of,
 )
-from lfm2_fast.kernels.plan import REGISTERS, Plan, choose_plan
+from lfm2_fast.kernels.pdl import pdl_wait
+from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -54,7 +54,7 @@ def _norm_swiglu_kernel(
     gate_tile = rows_of(weight_ptr, rows, size, offs_k, K)
     up_tile = rows_of(up_ptr, rows, size, offs_k, K)
     norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
-    after(PDL)
+    pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K, MOST)
     for _ in range(tl.program_id(0) * BLOCK_N, size, step):
         following_gate = rows_of(weight_ptr, rows + step, size, offs_k, K)
@@ -81,11 +81,11 @@ def norm_swiglu_triton(
     out: torch.Tensor,
     *,
     pdl: bool = False,
-    plan: Plan | None = None,
+    tiling: Tiling | None = None,
 ) -> None:
     """Fill ``out``; rows of ``x`` and ``out`` may stand apart.
 
-    ``pdl``, ``plan``: as in norm_linear.py.
+    ``pdl``, ``tiling``: as in norm_linear.py.
     """
     tokens, size = out.shape
     check_tokens(x, norm, weight, bias, scale, tokens, 2 * size)
@@ -93,9 +93,9 @@ def norm_swiglu_triton(
     if tokens == 0:
         return
     block_k = triton.next_power_of_2(x.shape[1])
-    plan = plan or choose_plan("norm_swiglu", size, weight, block_k, together=2)
+    tiling = tiling or choose_tiling("norm_swiglu", size, weight, block_k, together=2)
     with torch.cuda.device_of(x):
-        _norm_swiglu_kernel[(plan.programs,)](
+        _norm_swiglu_kernel[(tiling.programs,)](
             x,
             norm,
             weight,
@@ -108,5 +108,5 @@ def norm_swiglu_triton(
             x.stride(0),
             out.stride(0),
             maxnreg=REGISTERS,
-            **options(x, plan, block_k, pdl),
+            **options(x, tiling, block_k, pdl),
         )

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after, dependent
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -27,7 +27,7 @@ def _rope_kernel(
     token = offs // HALF
     mask = token < tokens
     inv_freq = tl.load(inv_freq_ptr + offs % HALF)
-    after(PDL)
+    pdl_wait(PDL)
     position = tl.load(positions_ptr + token, mask=mask, other=0)
     angle = position.to(tl.float32) * inv_freq
     tl.store(cos_ptr + offs, tl.cos(angle), mask=mask)
@@ -61,5 +61,5 @@ def rope_triton(
             HALF=half,
             BLOCK=block,
             num_warps=4,
-            **dependent(pdl),
+            **pdl_options(pdl),
         )

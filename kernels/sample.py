@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after, dependent
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 from lfm2_fast.kernels.sample_cut import BLOCK, _sample_cut_kernel, place_of
 from lfm2_fast.kernels.sample_draw import _sample_draw_kernel, _sample_masses_kernel
 
@@ -88,7 +88,7 @@ def _sample_scores_kernel(
     offs_v = offs_b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = offs_v < vocab
     # A row's parameters may have been written just before the step, so they too are read below.
-    after(PDL)
+    pdl_wait(PDL)
     logits_ptr += row * stride_logits_s
     score = tl.load(logits_ptr + offs_v, mask=mask, other=0).to(tl.float32)
     if seen_ptr is not None:
@@ -171,7 +171,7 @@ def sample_triton(
             stride_seen,
             DRAWS=draws,
             BLOCKS=TILE // BLOCK.value,
-            **dependent(pdl),
+            **pdl_options(pdl),
         )
         if draws and cuts:
             _sample_cut_kernel[(sequences,)](
@@ -191,7 +191,7 @@ def sample_triton(
                 BLOCK_B=block_b,
                 BLOCK_C=8,
                 num_warps=8,
-                **dependent(pdl),
+                **pdl_options(pdl),
             )
         if draws:
             _sample_masses_kernel[(tiles, sequences)](
@@ -208,7 +208,7 @@ def sample_triton(
                 CUT=cuts,
                 BLOCK_B=block_b,
                 BLOCK_V=TILE,
-                **dependent(pdl),
+                **pdl_options(pdl),
             )
         _sample_draw_kernel[(sequences,)](
             scratch.keys,
@@ -234,5 +234,5 @@ def sample_triton(
             BLOCK_T=triton.next_power_of_2(tiles),
             BLOCK_V=TILE,
             num_warps=8,
-            **dependent(pdl),
+            **pdl_options(pdl),
         )

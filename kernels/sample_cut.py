@@ -10,7 +10,7 @@ mass, and go without being looked at again.
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after
+from lfm2_fast.kernels.pdl import pdl_wait
 
 BLOCK = tl.constexpr(128)
 LEAST = tl.constexpr(-(2**31))
@@ -73,7 +73,7 @@ def _sample_cut_kernel(
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    after(PDL)
+    pdl_wait(PDL)
     scores_ptr += row * vocab
     few_ptr += row * vocab
     few_masses_ptr += row * vocab

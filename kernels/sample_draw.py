@@ -8,7 +8,7 @@ token is the first of the best. Masses are float64 and end in the vocabulary's o
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.dependent import after
+from lfm2_fast.kernels.pdl import pdl_wait
 from lfm2_fast.kernels.sample_cut import (
     LEAST,
     best_key,
@@ -49,7 +49,7 @@ def _sample_masses_kernel(
     PDL: tl.constexpr,
 ):
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    after(PDL)
+    pdl_wait(PDL)
     key, _ = best_key(keys_ptr + row * blocks, blocks, BLOCK_B)
     best = (key >> 32).to(tl.int32)
     if (tl.load(do_sample_ptr + row) == 0) | (not is_defined(best)):
@@ -92,7 +92,7 @@ def _sample_draw_kernel(
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    after(PDL)
+    pdl_wait(PDL)
     key, _ = best_key(keys_ptr + row * blocks, blocks, BLOCK_B)
     best = (key >> 32).to(tl.int32)
     token = 0x7FFFFFFF - (key & 0x7FFFFFFF)

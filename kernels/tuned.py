@@ -1,4 +1,4 @@
-"""Plans measured on GPUs, by the name that torch gives a GPU; ``plan.py`` has the rule for others.
+"""Tilings measured on GPUs, by torch's name for a GPU; ``tiling.py`` has the rule for others.
 
 A GPU's entry maps ``(operation, N, K)`` to ``(BLOCK_N, warps, programs)``. The table is written by
 ``bench/tune.py`` (``make tune-gpu``); what it lacks goes by the rule.

@@ -151,10 +151,10 @@ def test_a_checkout_lends_the_package_its_kernels_alone() -> None:
 import importlib.util, lfm2_fast
 for name in ("setup", "lfm2_fast", "tests", "bench", "csrc", "docs"):
     assert importlib.util.find_spec(f"lfm2_fast.{name}") is None, name
-import lfm2_fast.kernels.plan
-print(lfm2_fast.kernels.plan.__name__)
+import lfm2_fast.kernels.tiling
+print(lfm2_fast.kernels.tiling.__name__)
 """
-    assert python(code) == "lfm2_fast.kernels.plan\n"
+    assert python(code) == "lfm2_fast.kernels.tiling\n"
 
 
 def test_public_names() -> None:

@@ -29,7 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lfm2_fast.kernels import plan
+from lfm2_fast.kernels import tiling
 from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.embed import embed_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
@@ -37,7 +37,7 @@ from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
@@ -115,7 +115,7 @@ def compiling(
     Where ``only`` names any kernels, others are passed over.
     """
     launches: list[tuple[str, Any, str]] = []
-    run, chip = triton.runtime.jit.JITFunction.run, plan.chip
+    run, chip = triton.runtime.jit.JITFunction.run, tiling.chip
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         name = self.fn.__name__.strip("_").removesuffix("_kernel")
@@ -130,11 +130,11 @@ def compiling(
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.runtime.jit.JITFunction.run = compile_only
-    plan.chip = lambda device: (f"sm_{arch}", ARCHITECTURES[arch])
+    tiling.chip = lambda device: (f"sm_{arch}", ARCHITECTURES[arch])
     try:
         yield launches
     finally:
-        triton.runtime.jit.JITFunction.run, plan.chip = run, chip
+        triton.runtime.jit.JITFunction.run, tiling.chip = run, chip
 
 
 def launch_all(
@@ -242,7 +242,7 @@ def launch_few(
     norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
     head = weight(size.vocabulary, hidden)
     embed_triton(some(tokens, dtype=torch.int64), head[0], head[2], x, pdl=pdl)
-    best = some(head_plan(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
+    best = some(head_tiling(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
     head_argmax_triton(x, *norm, *head, best, pdl=pdl)
     last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
 

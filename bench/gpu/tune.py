@@ -1,11 +1,12 @@
-"""Measure plans of the few-token words on the GPU at hand, and write ``kernels/tuned.py`` anew.
+"""Measure tilings of the few-token words on the GPU at hand, and write ``kernels/tuned.py`` anew.
 
     python -m bench.gpu.tune --seconds 500
 
 For every shape that a published size uses, those that read most first: a graph of launches over
-weights that do not fit into the cache together, one graph a plan, in turns. The fastest plan takes
-turns with the rule's own once more, and is kept only if it wins by more than chance and MARGIN.
-Tables and timings are written after each shape. A plan whose result is wrong is not timed.
+weights that do not fit into the cache together, one graph a tiling, in turns. The fastest tiling
+takes turns with the rule's own once more, and is kept only if it wins by more than chance and
+MARGIN.
+Tables and timings are written after each shape. A tiling whose result is wrong is not timed.
 
 ``--device cpu --config FILE`` runs the same code in Triton's interpreter, to see that it runs.
 """
@@ -31,7 +32,7 @@ from bench.report.stats import ratio
 from bench.shapes import SIZES, config_of
 from lfm2_fast import Config
 from lfm2_fast.kernels import tuned
-from lfm2_fast.kernels.plan import Plan, chip
+from lfm2_fast.kernels.tiling import Tiling, chip
 from lfm2_fast.ops.select import has_dependent_launch
 
 TABLE = ROOT / "kernels" / "tuned.py"
@@ -44,52 +45,52 @@ TURNS, CONFIRMED, REPLAYS = 7, 15, 5
 Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int]]]
 
 
-def replayed(word: Word, plan: Plan, pdl: bool) -> Callable[[], None]:
+def replayed(word: Word, tiling: Tiling, pdl: bool) -> Callable[[], None]:
     """What launches every copy once: on a GPU the replay of a graph."""
     if word.device.type == "cpu":
-        return lambda: word.launch_all(plan, False)
-    word.launch_all(plan, pdl)
+        return lambda: word.launch_all(tiling, False)
+    word.launch_all(tiling, pdl)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        word.launch_all(plan, pdl)
+        word.launch_all(tiling, pdl)
     return graph.replay
 
 
 def in_turns(
-    word: Word, runs: dict[Plan, Callable[[], None]], turns: int
-) -> dict[Plan, list[float]]:
-    """Microseconds a launch of each plan, a sample a turn, back and forth."""
-    found: dict[Plan, list[float]] = {plan: [] for plan in runs}
+    word: Word, runs: dict[Tiling, Callable[[], None]], turns: int
+) -> dict[Tiling, list[float]]:
+    """Microseconds a launch of each tiling, a sample a turn, back and forth."""
+    found: dict[Tiling, list[float]] = {tiling: [] for tiling in runs}
     again = REPLAYS if word.device.type == "cuda" else 1
     for turn in range(turns):
-        for plan, run in runs.items() if turn % 2 else reversed(list(runs.items())):
+        for tiling, run in runs.items() if turn % 2 else reversed(list(runs.items())):
             run()
             clock = Clock(word.device)
             clock.mark()
             for _ in range(again):
                 run()
             clock.mark()
-            found[plan].append(clock.microseconds()[0] / again / len(word.weights))
+            found[tiling].append(clock.microseconds()[0] / again / len(word.weights))
     return found
 
 
 def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[str, Any]:
-    """What was found for a key; ``kept`` is the plan that beats the rule's, or None."""
+    """What was found for a key; ``kept`` is the tiling that beats the rule's, or None."""
     nbytes = key.rows * key.columns * dtype.itemsize
     copies = min(MOST_COPIES, max(2, -(-ROTATED // nbytes))) if device.type == "cuda" else 2
     word = Word(key, dtype, device, copies)
     processors = chip(device)[1] or 1
-    runs: dict[Plan, Callable[[], None]] = {}
+    runs: dict[Tiling, Callable[[], None]] = {}
     failed = {}
-    for plan in key.candidates(processors, dtype.itemsize):
+    for tiling in key.candidates(processors, dtype.itemsize):
         try:
-            wrong = word.wrong(plan)
+            wrong = word.wrong(tiling)
             if wrong is None:
-                runs[plan] = replayed(word, plan, pdl)
+                runs[tiling] = replayed(word, tiling, pdl)
         except Exception as error:  # a tile for which a program has not the room
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
-            failed[plan] = wrong
+            failed[tiling] = wrong
     rule = key.default(processors, dtype.itemsize)
     found: dict[str, Any] = {
         "operation": key.operation,
@@ -98,24 +99,24 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
         "nbytes": nbytes,
         "rule": fields(rule),
         "kept": None,
-        "failed": [{"plan": fields(plan), "why": why} for plan, why in failed.items()],
+        "failed": [{"tiling": fields(tiling), "why": why} for tiling, why in failed.items()],
     }
     if rule not in runs:
         return found
     times = in_turns(word, runs, TURNS)
-    found["us"] = [{"plan": fields(plan), **quantiles(us)} for plan, us in times.items()]
-    best = min(times, key=lambda plan: quantiles(times[plan])["p50"])
+    found["us"] = [{"tiling": fields(tiling), **quantiles(us)} for tiling, us in times.items()]
+    best = min(times, key=lambda tiling: quantiles(times[tiling])["p50"])
     if best != rule:
         # The luckiest of many looks better than it is.
-        again = in_turns(word, {plan: runs[plan] for plan in (best, rule)}, CONFIRMED)
+        again = in_turns(word, {tiling: runs[tiling] for tiling in (best, rule)}, CONFIRMED)
         value, low, high = ratio(again[best], again[rule], paired=True)
         found |= {"best": fields(best), "ratio": value, "interval": [low, high]}
         found["kept"] = fields(best) if high < 1 - MARGIN else None
     return found
 
 
-def fields(plan: Plan) -> list[int]:
-    return [plan.block_n, plan.warps, plan.programs]
+def fields(tiling: Tiling) -> list[int]:
+    return [tiling.block_n, tiling.warps, tiling.programs]
 
 
 def table_text(text: str, table: Table) -> str:
@@ -123,8 +124,8 @@ def table_text(text: str, table: Table) -> str:
     lines = []
     for name in sorted(name for name in table if table[name]):
         lines.append(f'    "{name}": {{')
-        for (operation, rows, columns), plan in sorted(table[name].items()):
-            lines.append(f'        ("{operation}", {rows}, {columns}): {plan},')
+        for (operation, rows, columns), tiling in sorted(table[name].items()):
+            lines.append(f'        ("{operation}", {rows}, {columns}): {tiling},')
         lines.append("    },")
     body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
     head, found, _ = text.partition("TUNED: dict[str, Tuned] = ")
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sample": "microseconds a launch of one turn, of a graph of launches over other weights",
         "kept": f"where the interval of {CONFIRMED} more turns is below {1 - MARGIN}",
     }
-    results = header("plans of the few-token words", protocol, device)
+    results = header("tilings of the few-token words", protocol, device)
     results |= {"gpu": name, "rows": [], "late": []}
     if device.type == "cuda":
         results["driver"] = told_by_driver()

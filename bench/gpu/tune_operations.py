@@ -19,7 +19,7 @@ from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
-from lfm2_fast.kernels.plan import PROCESSOR_BYTES, Plan, default_plan
+from lfm2_fast.kernels.tiling import PROCESSOR_BYTES, Tiling, default_tiling
 from lfm2_fast.ops import reference as ref
 
 EPS = 1e-5
@@ -50,11 +50,11 @@ class Key:
         """Bytes of an output's rows in a tile."""
         return MAX_STEPS.get(self.operation, 1) * self.block_k * item
 
-    def default(self, processors: int, item: int) -> Plan:
-        return default_plan(self.outputs, self.row_bytes(item), processors)
+    def default(self, processors: int, item: int) -> Tiling:
+        return default_tiling(self.outputs, self.row_bytes(item), processors)
 
-    def candidates(self, processors: int, item: int) -> list[Plan]:
-        """The default plan, then others around it: tiles, warps, and programs of a processor."""
+    def candidates(self, processors: int, item: int) -> list[Tiling]:
+        """The default tiling, then others around it: tiles, warps, and programs of a processor."""
         first = self.default(processors, item)
         found = {first: None}
         sizes = [int(first.block_n * by) for by in (0.25, 0.5, 1, 2, 4)]
@@ -64,7 +64,7 @@ class Key:
                 continue
             tiles = triton.cdiv(self.outputs, block_n)
             programs = triton.cdiv(tiles, triton.cdiv(tiles, each * processors))
-            found[Plan(block_n, warps, programs)] = None
+            found[Tiling(block_n, warps, programs)] = None
         return list(found)
 
 
@@ -112,13 +112,13 @@ class Word:
         self.slots = torch.zeros_like(self.positions)
         self.out = torch.empty(1, outputs, dtype=dtype, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        # As many rows as the plan with the most programs has.
+        # As many rows as the tiling with the most programs has.
         self.best = torch.empty(outputs, MOST_TOKENS, dtype=torch.int64, device=device)
 
-    def launch(self, weight: torch.Tensor, plan: Plan, pdl: bool) -> None:
+    def launch(self, weight: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
         """One launch: of the head the large one of its two."""
         operation, normed = self.key.operation, (self.x, self.norm, EPS)
-        more: dict[str, Any] = {"pdl": pdl, "plan": plan}
+        more: dict[str, Any] = {"pdl": pdl, "tiling": tiling}
         if operation == "norm_linear":
             norm_linear_triton(*normed, weight, None, None, self.out, **more)
         elif operation == "norm_swiglu":
@@ -131,21 +131,21 @@ class Word:
                 *normed, weight, None, None, self.taps, None, *places, self.out, **more
             )
         else:
-            best = self.best[: plan.programs]
+            best = self.best[: tiling.programs]
             head_argmax_triton(*normed, weight, None, None, best, **more)
 
-    def launch_all(self, plan: Plan, pdl: bool) -> None:
+    def launch_all(self, tiling: Tiling, pdl: bool) -> None:
         for weight in self.weights:
-            self.launch(weight, plan, pdl)
+            self.launch(weight, tiling, pdl)
 
-    def wrong(self, plan: Plan) -> str | None:
-        """Why a plan's result is not the operation's, or None."""
+    def wrong(self, tiling: Tiling) -> str | None:
+        """Why a tiling's result is not the operation's, or None."""
         self.out.fill_(float("nan"))
-        self.launch(self.weights[0], plan, False)
+        self.launch(self.weights[0], tiling, False)
         exact, plain = (self.meaning(dtype) for dtype in (torch.float64, self.x.dtype))
         if self.key.operation != "head_argmax":
             return wrong_operation(self.out, exact, plain)
-        last_argmax_triton(self.best[: plan.programs], self.token)
+        last_argmax_triton(self.best[: tiling.programs], self.token)
         # Where two logits are a rounding apart, either may be the larger.
         chosen, largest = exact[0, int(self.token)], exact.max()
         step = torch.finfo(self.x.dtype).eps * largest.abs()

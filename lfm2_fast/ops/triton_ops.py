@@ -18,7 +18,7 @@ from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_plan, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
@@ -115,7 +115,7 @@ class TritonOps(PendingResidualOps):
         if few is None:
             return super().head_argmax(x, norm, linear)
         tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
-        programs = head_plan(linear.weight).programs
+        programs = head_tiling(linear.weight).programs
         best = torch.empty(programs, MOST_TOKENS, dtype=torch.int64, device=few.device)
         head_argmax_triton(few, *_norm(norm), *_linear(linear), best, pdl=self.pdl)
         last_argmax_triton(best, tokens, pdl=self.pdl)

@@ -29,7 +29,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lfm2_fast.kernels.plan import chip
+from lfm2_fast.kernels.tiling import chip
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten

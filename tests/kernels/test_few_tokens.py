@@ -12,21 +12,21 @@ from lfm2_fast.kernels.head_argmax import head_argmax_triton, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
-from lfm2_fast.kernels.plan import Plan
+from lfm2_fast.kernels.tiling import Tiling
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.weights.formats import INT8
 
 EPS = 1e-5
 NAN = float("nan")
 WORDS = ("norm_linear", "norm_swiglu", "linear_add")
-# N, K and a plan: one of everything; rows and columns that fill no tile; whole tiles; programs that
-# take several tiles, unequally many; K of more than one tile of linear_add's.
+# N, K and a tiling: one of everything; rows and columns that fill no tile; whole tiles; programs
+# that take several tiles, unequally many; K of more than one tile of linear_add's.
 SHAPES = [
-    (1, 1, Plan(1, 4, 1)),
-    (7, 100, Plan(2, 4, 3)),
-    (32, 64, Plan(8, 4, 4)),
-    (21, 96, Plan(2, 4, 3)),
-    (5, 1500, Plan(4, 4, 2)),
+    (1, 1, Tiling(1, 4, 1)),
+    (7, 100, Tiling(2, 4, 3)),
+    (32, 64, Tiling(8, 4, 4)),
+    (21, 96, Tiling(2, 4, 3)),
+    (5, 1500, Tiling(4, 4, 2)),
 ]
 ids = dict(ids=lambda value: "x".join(map(str, value[:2])) if isinstance(value, tuple) else None)
 
@@ -80,17 +80,17 @@ class Case:
         out = ref.linear_ref(ref.rms_norm_ref(x, norm, EPS), weight, bias)
         return out if self.word == "norm_linear" else ref.swiglu_ref(out)
 
-    def launch(self, out: torch.Tensor, plan: Plan | None) -> None:
+    def launch(self, out: torch.Tensor, tiling: Tiling | None) -> None:
         x, norm, weight, bias, residual, scale = self.inputs.values()
         if self.word == "linear_add":
-            linear_add_triton(x, weight, bias, scale, residual, out, plan=plan)
+            linear_add_triton(x, weight, bias, scale, residual, out, tiling=tiling)
         else:
             body = norm_linear_triton if self.word == "norm_linear" else norm_swiglu_triton
-            body(x, norm, EPS, weight, bias, scale, out, plan=plan)
+            body(x, norm, EPS, weight, bias, scale, out, tiling=tiling)
 
-    def run(self, plan: Plan | None) -> torch.Tensor:
+    def run(self, tiling: Tiling | None) -> torch.Tensor:
         out = torch.full(self.shape, NAN).to(self.inputs["x"])
-        self.launch(out, plan)
+        self.launch(out, tiling)
         return out
 
     def reads(self) -> list[torch.Tensor]:
@@ -106,14 +106,14 @@ def test_against_the_reference(
     word, shape, tokens, kernel_device, kernel_dtype, framed, intact, traced, within_budget
 ) -> None:
     torch.manual_seed(tokens)
-    n, k, plan = shape
+    n, k, tiling = shape
     case = Case(word, tokens, n, k, tokens == 1, kernel_dtype, kernel_device)
     exact, plain = case.meaning(torch.float64), case.meaning(kernel_dtype)
     for name in ("x", "residual"):
         case.inputs[name] = framed(case.inputs[name])
     out = framed(torch.full_like(plain, NAN))
     with traced(case.reads(), [out]):
-        case.launch(out, plan)
+        case.launch(out, tiling)
     assert intact(out)
     within_budget(out, exact, plain, by_row=True)
 
@@ -126,16 +126,16 @@ def test_a_row_does_not_depend_on_its_company(
     torch.manual_seed(0)
     case = Case(word, MOST_TOKENS, 21, 1100, True, kernel_dtype, kernel_device)
     exact, plain = case.meaning(torch.float64), case.meaning(kernel_dtype)
-    within_budget(case.run(Plan(4, 4, 3)), exact, plain, by_row=True)
+    within_budget(case.run(Tiling(4, 4, 3)), exact, plain, by_row=True)
     case.inputs["x"][3] = NAN
-    together = case.run(Plan(4, 4, 3))
+    together = case.run(Tiling(4, 4, 3))
     assert together[3].isnan().all()
     for token in (0, 7, MOST_TOKENS - 2):
         alone = Case(word, 1, 21, 1100, True, kernel_dtype, kernel_device)
         alone.inputs = dict(case.inputs)
         for name in ("x", "residual"):
             alone.inputs[name] = case.inputs[name][token : token + 1]
-        assert same_bits(alone.run(Plan(4, 4, 3)), together[token : token + 1])
+        assert same_bits(alone.run(Tiling(4, 4, 3)), together[token : token + 1])
 
 
 def test_the_projection_is_rounded_before_the_addition(
@@ -172,8 +172,8 @@ def test_no_tokens(word, kernel_device, kernel_dtype) -> None:
 
 def test_the_residual_may_be_what_is_written(kernel_device, same_bits) -> None:
     case = Case("linear_add", 4, 12, 40, False, torch.float32, kernel_device)
-    expected = case.run(Plan(4, 4, 2))
-    case.launch(case.inputs["residual"], Plan(4, 4, 2))
+    expected = case.run(Tiling(4, 4, 2))
+    case.launch(case.inputs["residual"], Tiling(4, 4, 2))
     assert same_bits(case.inputs["residual"], expected)
 
 
@@ -206,27 +206,27 @@ def test_int8_against_the_widened_matrix(
 ) -> None:
     """And a row's bits are the same alone."""
     torch.manual_seed(0)
-    n, k, plan = shape
+    n, k, tiling = shape
     case = Case(word, 4, n, k, True, kernel_dtype, kernel_device, int8=True)
     exact, plain = case.meaning(torch.float64), case.meaning(kernel_dtype)
     out = framed(torch.full_like(plain, NAN))
     with traced(case.reads(), [out]):
-        case.launch(out, plan)
+        case.launch(out, tiling)
     assert intact(out)
     within_budget(out, exact, plain, by_row=True)
     for name in ("x", "residual"):
         case.inputs[name] = case.inputs[name][1:2]
     case.shape = (1, n)
-    assert same_bits(case.run(plan), out[1:2])
+    assert same_bits(case.run(tiling), out[1:2])
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_int8_head_argmax(tokens, kernel_device, kernel_dtype, traced) -> None:
     torch.manual_seed(0)
-    n, k, plan = SHAPES[3]
+    n, k, tiling = SHAPES[3]
     case = Case("norm_linear", tokens, n, k, True, kernel_dtype, kernel_device, int8=True)
-    expected = case.run(plan).argmax(-1)
-    assert best_tokens(case, plan, traced).tolist() == expected.tolist()
+    expected = case.run(tiling).argmax(-1)
+    assert best_tokens(case, tiling, traced).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -244,12 +244,12 @@ def test_scales_that_do_not_fit_are_refused(word, kernel_device) -> None:
         dense.run(None)
 
 
-def best_tokens(case: Case, plan: Plan, traced: Any) -> torch.Tensor:
+def best_tokens(case: Case, tiling: Tiling, traced: Any) -> torch.Tensor:
     x, norm, weight, bias, _, scale = case.inputs.values()
-    best = torch.full((plan.programs, MOST_TOKENS), 2**62, device=x.device)
+    best = torch.full((tiling.programs, MOST_TOKENS), 2**62, device=x.device)
     tokens = torch.full((len(x),), -1, device=x.device)
     with traced(case.reads(), [best]):
-        head_argmax_triton(x, norm, EPS, weight, bias, scale, best, plan=plan)
+        head_argmax_triton(x, norm, EPS, weight, bias, scale, best, tiling=tiling)
     with traced([best], [tokens]):
         last_argmax_triton(best, tokens)
     return tokens
@@ -261,10 +261,10 @@ def best_tokens(case: Case, plan: Plan, traced: Any) -> torch.Tensor:
 def test_head_argmax(shape, tokens, kernel_device, kernel_dtype, traced) -> None:
     """The tokens of the logits that norm_linear gives, to the bit, so ties are among them."""
     torch.manual_seed(0)
-    n, k, plan = shape
+    n, k, tiling = shape
     case = Case("norm_linear", tokens, n, k, tokens == 1, kernel_dtype, kernel_device)
-    expected = case.run(plan).argmax(-1)
-    assert best_tokens(case, plan, traced).tolist() == expected.tolist()
+    expected = case.run(tiling).argmax(-1)
+    assert best_tokens(case, tiling, traced).tolist() == expected.tolist()
 
 
 def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, traced) -> None:
@@ -283,16 +283,16 @@ def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, trac
         case.inputs["bias"][list(equals)] = value
         if value != value:  # a NaN's sign and the rest of its bits say nothing
             case.inputs["bias"][equals[0]] = -value
-        assert best_tokens(case, Plan(2, 4, 3), traced).tolist() == [equals[0]] * 3
+        assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [equals[0]] * 3
     case.inputs["bias"].fill_(-inf)
-    assert best_tokens(case, Plan(2, 4, 3), traced).tolist() == [0] * 3
+    assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [0] * 3
     case.inputs["bias"][[5, 8]] = 0
     case.inputs["weight"][5, 0] = -torch.finfo(kernel_dtype).smallest_normal
     case.inputs["norm"].fill_(2**-14)
     case.inputs["x"].fill_(1)
     logits = case.run(None)
     assert kernel_dtype != torch.float16 or (logits[:, 5].signbit() & (logits[:, 5] == 0)).all()
-    assert best_tokens(case, Plan(2, 4, 3), traced).tolist() == logits.argmax(-1).tolist()
+    assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == logits.argmax(-1).tolist()
     case.inputs["weight"].zero_()
     case.inputs["x"][1] = NAN
-    assert best_tokens(case, Plan(2, 4, 3), traced).tolist() == [5, 0, 5]
+    assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [5, 0, 5]

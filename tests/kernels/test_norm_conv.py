@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
-from lfm2_fast.kernels.plan import Plan
+from lfm2_fast.kernels.tiling import Tiling
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.weights.formats import INT8
 from tests.batches import batch_of
@@ -78,14 +78,14 @@ class Case:
 def run(framed, intact, traced):
     """Launches a case; gives output and window, both of which stood in a frame."""
 
-    def run(case: Case, plan: Plan | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(case: Case, tiling: Tiling | None) -> tuple[torch.Tensor, torch.Tensor]:
         h, window = framed(case.h), framed(case.window)
         out = framed(torch.full((len(h), len(case.taps)), NAN).to(h))
         weights = (case.weight, case.in_bias, case.scale, case.taps, case.bias)
         places = (case.batch.positions, case.batch.slots)
         reads = [h, case.norm, *(w for w in weights if w is not None), *places]
         with traced(reads, [window, out]):
-            norm_conv_triton(h, case.norm, EPS, *weights, window, *places, out, plan=plan)
+            norm_conv_triton(h, case.norm, EPS, *weights, window, *places, out, tiling=tiling)
         assert intact(window) and intact(out)
         return out, window
 
@@ -108,8 +108,8 @@ def test_any_batch(kernel_dtype, draw_batch, run, same_bits, within_budget) -> N
         case = Case(batch, size, width, width - 1 + spare, biases, kernel_dtype)
         exact, exact_window = case.meaning(torch.float64)
         plain, plain_window = case.meaning(kernel_dtype)
-        plan = Plan(data.draw(st.sampled_from([8, 32]), "rows"), 4, 3)
-        out, window = run(case, plan)
+        tiling = Tiling(data.draw(st.sampled_from([8, 32]), "rows"), 4, 3)
+        out, window = run(case, tiling)
         within_budget(out, exact, plain)
         new = case.new_rows(window)
         within_budget(new, case.new_rows(exact_window), case.new_rows(plain_window))
@@ -128,13 +128,13 @@ def test_a_row_does_not_depend_on_its_company(kernel_device, kernel_dtype, run, 
     batch = batch_of(lengths, [1] * MOST_TOKENS, slots, kernel_device)
     case = Case(batch, 40, 3, 3, (True, True), kernel_dtype)
     case.h[3] = NAN
-    out, window = run(case, Plan(8, 4, 2))
+    out, window = run(case, Tiling(8, 4, 2))
     assert out[3].isnan().all() and not out[torch.arange(MOST_TOKENS) != 3].isnan().any()
     h = case.h
     for token in (0, 9, MOST_TOKENS - 1):
         case.h = h[token : token + 1]
         case.batch = batch_of(lengths, [1], slots[token : token + 1], kernel_device)
-        alone, alone_window = run(case, Plan(8, 4, 2))
+        alone, alone_window = run(case, Tiling(8, 4, 2))
         assert same_bits(alone, out[token : token + 1])
         assert same_bits(alone_window[slots[token]], window[slots[token]])
 
@@ -179,7 +179,7 @@ def test_one_channel(kernel_device, kernel_dtype, run, within_budget) -> None:
     lengths = [7, 0, 1, 2, 30]
     batch = batch_of(lengths, [1] * 5, [2, 0, 4, 1, 3], kernel_device)
     case = Case(batch, 1, 3, 3, (True, True), kernel_dtype)
-    out, _ = run(case, Plan(1, 4, 1))
+    out, _ = run(case, Tiling(1, 4, 1))
     within_budget(out, case.meaning(torch.float64)[0], case.meaning(kernel_dtype)[0])
 
 
@@ -190,6 +190,6 @@ def test_int8_against_the_widened_matrix(kernel_device, kernel_dtype, run, withi
     case = Case(batch, 40, 3, 4, (True, True), kernel_dtype, int8=True)
     exact, exact_window = case.meaning(torch.float64)
     plain, plain_window = case.meaning(kernel_dtype)
-    out, window = run(case, Plan(8, 4, 3))
+    out, window = run(case, Tiling(8, 4, 3))
     within_budget(out, exact, plain)
     within_budget(case.new_rows(window), case.new_rows(exact_window), case.new_rows(plain_window))

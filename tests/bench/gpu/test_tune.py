@@ -16,7 +16,7 @@ from bench.gpu import tune
 from bench.gpu.tune_operations import Key, Word, keys
 from bench.shapes import SIZES, config_of
 from lfm2_fast import Config
-from lfm2_fast.kernels.plan import Plan
+from lfm2_fast.kernels.tiling import Tiling
 
 ROOT = Path(__file__).resolve().parents[3]
 ON_CPU = torch.device("cpu")
@@ -64,10 +64,10 @@ def test_candidates_stand_around_the_rule(key: Key) -> None:
     first, *others = key.candidates(H100, 2)
     assert first == key.default(H100, 2)
     assert 4 <= len(others) <= 40 and len({first, *others}) == len(others) + 1
-    for plan in (first, *others):
-        tiles = -(-key.outputs // plan.block_n)
-        assert 1 <= plan.programs <= tiles
-        assert -(-plan.programs // H100) * plan.warps <= 16
+    for tiling in (first, *others):
+        tiles = -(-key.outputs // tiling.block_n)
+        assert 1 <= tiling.programs <= tiles
+        assert -(-tiling.programs // H100) * tiling.warps <= 16
 
 
 @interpreted
@@ -77,12 +77,12 @@ def test_candidates_stand_around_the_rule(key: Key) -> None:
 def test_what_is_wrong_is_not_timed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     word = Word(Key(operation, 42, 24), torch.float32, ON_CPU, 2)
     assert not torch.equal(*word.weights)
-    plan = Plan(4, 4, 2)
-    assert word.wrong(plan) is None
+    tiling = Tiling(4, 4, 2)
+    assert word.wrong(tiling) is None
     # It is held against the first weight; the second gives something else.
     launch = Word.launch
     monkeypatch.setattr(Word, "launch", lambda self, w, *more: launch(self, word.weights[1], *more))
-    assert "wrong" in str(word.wrong(plan))
+    assert "wrong" in str(word.wrong(tiling))
 
 
 def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,15 +91,15 @@ def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPa
     noise = [1.0, 1.02, 0.98, 1.01, 0.99]
 
     def kept(first: float, again: float) -> Any:
-        def in_turns(word: Word, runs: dict[Plan, Any], turns: int) -> dict[Plan, list[float]]:
+        def in_turns(word: Word, runs: dict[Tiling, Any], turns: int) -> dict[Tiling, list[float]]:
             factor = first if turns == tune.TURNS else again
-            us = {plan: [10 * n for n in noise * 3] for plan in runs}
-            other = next(plan for plan in runs if plan != rule)
+            us = {tiling: [10 * n for n in noise * 3] for tiling in runs}
+            other = next(tiling for tiling in runs if tiling != rule)
             us[other] = [10 * factor * n for n in noise[::-1] * 3]
             return us
 
         monkeypatch.setattr(tune, "in_turns", in_turns)
-        monkeypatch.setattr(Word, "wrong", lambda self, plan: None)
+        monkeypatch.setattr(Word, "wrong", lambda self, tiling: None)
         return tune.tune(key, torch.float32, ON_CPU, False)
 
     found = kept(0.8, 0.8)
@@ -109,7 +109,7 @@ def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPa
 
 
 def test_plans_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(self: Word, weight: torch.Tensor, plan: Plan, pdl: bool) -> None:
+    def launch(self: Word, weight: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
         raise RuntimeError("out of resources: shared memory")
 
     monkeypatch.setattr(Word, "launch", launch)
@@ -126,7 +126,9 @@ def test_a_dry_run_writes_both_files(
     monkeypatch.setattr(tune, "CONFIRMED", 1)
     monkeypatch.setattr(tune, "MARGIN", -9.0)  # whatever is fastest
     out = tmp_path / "tune.json"
-    monkeypatch.setattr(Key, "candidates", lambda key, *given: [key.default(*given), Plan(8, 4, 1)])
+    monkeypatch.setattr(
+        Key, "candidates", lambda key, *given: [key.default(*given), Tiling(8, 4, 1)]
+    )
     call = ["--device", "cpu", "--config", str(small), "--table", str(table), "--out", str(out)]
     tune.main(call)
     found = json.loads(out.read_text(encoding="utf-8"))

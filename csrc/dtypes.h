@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "target.h"
+#include "cpu_features.h"
 
 // A function under LFM2_CLONES is compiled once for each instruction set, with everything that is
 // inlined into it, and the loader takes the best one that the machine has. LFM2_NO_CLONES leaves

@@ -1,7 +1,7 @@
 // e^x without branches or calls, so that loops over it are vectorised.
 #pragma once
 
-#include "number.h"
+#include "dtypes.h"
 
 namespace lfm2 {
 

@@ -1,4 +1,4 @@
-// Where sequences lie in the cache, and what is made sure of before anything goes there.
+// Checks of what a step reads and writes in the cache, made before it does.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,13 +8,14 @@
 
 #include "checks.h"
 #include "pages.h"
-#include "run.h"
+#include "sequence.h"
 
 namespace lfm2 {
 
-// What each sequence runs in this step; `slots` is how many the cache has.
-inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots,
-                                const Tensor& lengths, int64_t tokens, int64_t cache_slots) {
+// Tokens of each sequence in this step; the cache has `cache_slots` slots.
+inline std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, const Tensor& slots,
+                                          const Tensor& lengths, int64_t tokens,
+                                          int64_t cache_slots) {
   const int64_t count = slots.numel();
   expect_packed(slots, "slots", ScalarType::Long, {count});
   expect_packed(lengths, "lengths", ScalarType::Int, {count});
@@ -24,8 +25,8 @@ inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots,
   const int32_t* bounds = read<int32_t>(cu_seqlens);
   STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == tokens, "cu_seqlens must go from 0 to ",
                   tokens);
-  std::vector<Run> runs;
-  runs.reserve(count);
+  std::vector<Sequence> sequences;
+  sequences.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t number = bounds[i + 1] - bounds[i];
     STD_TORCH_CHECK(number >= 0, "cu_seqlens must not fall");
@@ -33,9 +34,9 @@ inline std::vector<Run> runs_of(const Tensor& cu_seqlens, const Tensor& slots,
                     cache_slots);
     STD_TORCH_CHECK(length[i] >= number, "a context of ", length[i], " cannot end in ", number,
                     " tokens");
-    runs.push_back({slot[i], length[i] - number, bounds[i], number});
+    sequences.push_back({slot[i], length[i] - number, bounds[i], number});
   }
-  return runs;
+  return sequences;
 }
 
 template <class T>

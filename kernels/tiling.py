@@ -27,7 +27,7 @@ REGISTERS = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """``programs`` share out tiles of ``block_n`` rows of outputs, with ``warps`` each."""
 
     block_n: int
@@ -35,22 +35,24 @@ class Plan:
     programs: int
 
 
-def choose_plan(
+def choose_tiling(
     operation: str, rows: int, weight: torch.Tensor, block_k: int, *, together: int = 1
-) -> Plan:
-    """The plan for ``rows`` outputs, of ``together`` rows of ``weight``, ``block_k`` at a time.
+) -> Tiling:
+    """The tiling for ``rows`` outputs, of ``together`` rows of ``weight``, ``block_k`` at a time.
 
     It does not depend on how many tokens there are, so neither do the bits of a result.
     """
     name, processors = chip(weight.device)
     if processors == 0:  # the interpreter takes its time for every tile, whatever its size
-        return Plan(min(triton.next_power_of_2(rows), tl.TRITON_MAX_TENSOR_NUMEL // block_k), 4, 1)
+        return Tiling(
+            min(triton.next_power_of_2(rows), tl.TRITON_MAX_TENSOR_NUMEL // block_k), 4, 1
+        )
     int8 = weight.dtype == torch.int8
     # What is best for wider numbers, which the table has, would spill.
     if not int8 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
-        return Plan(*tuned)
+        return Tiling(*tuned)
     row_bytes = together * block_k * weight.element_size()
-    return default_plan(rows, row_bytes, processors, INT8_TILE_BYTES if int8 else TILE_BYTES)
+    return default_tiling(rows, row_bytes, processors, INT8_TILE_BYTES if int8 else TILE_BYTES)
 
 
 @lru_cache
@@ -63,8 +65,8 @@ def chip(device: torch.device) -> tuple[str, int]:
 
 
 @lru_cache
-def default_plan(rows: int, row_bytes: int, processors: int, most: int = TILE_BYTES) -> Plan:
-    """The plan whose busiest processor should be done first, of equals that with fewest programs.
+def default_tiling(rows: int, row_bytes: int, processors: int, most: int = TILE_BYTES) -> Tiling:
+    """The tiling whose busiest processor should be done first, of equals that with fewest programs.
 
     Its time is taken to grow with its rows, and where too few bytes are under way, with the lack.
     A tile of several rows has at most ``most`` bytes.
@@ -82,4 +84,4 @@ def default_plan(rows: int, row_bytes: int, processors: int, most: int = TILE_BY
         under_way = min(programs * tile / processors, PROCESSOR_BYTES)
         found.append((busiest / under_way, programs, block_n))
     _, programs, block_n = min(found)
-    return Plan(block_n, 4 if row_bytes <= TILE_BYTES else 8, programs)
+    return Tiling(block_n, 4 if row_bytes <= TILE_BYTES else 8, programs)

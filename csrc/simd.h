@@ -3,7 +3,7 @@
 // part of a calling convention that differs between instruction sets.
 #pragma once
 
-#include "number.h"
+#include "dtypes.h"
 
 // Lanes of two vectors, by number, those of the second after those of the first. GCC 11 knows its
 // own word alone, clang the other alone.

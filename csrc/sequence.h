@@ -6,7 +6,7 @@
 namespace lfm2 {
 
 // The tokens of one sequence in this step.
-struct Run {
+struct Sequence {
   int64_t slot;
   int64_t position;  // of its first token
   int64_t token;     // its first row
