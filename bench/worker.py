@@ -52,9 +52,14 @@ class EngineError(RuntimeError):
 
 
 class Remote:
-    """An engine in another process, started by ``python``. Raises EngineError if it cannot be."""
+    """An engine in another process, started by ``python``. Raises EngineError if it cannot be.
 
-    def __init__(self, name: str, python: str | None = None, *, gpu: bool = False) -> None:
+    ``root`` is the checkout whose package and benchmarks run.
+    """
+
+    def __init__(
+        self, name: str, python: str | None = None, *, gpu: bool = False, root: Path = ROOT
+    ) -> None:
         self.name = name
         self.process = subprocess.Popen(
             [python or sys.executable, "-m", "bench.worker", name, *(["gpu"] if gpu else [])],
@@ -62,7 +67,7 @@ class Remote:
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL,
             text=True,
-            cwd=ROOT,
+            cwd=root,
             env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
         )
         self.versions: dict[str, str] = self._answer()

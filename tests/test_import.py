@@ -140,6 +140,22 @@ def test_files_do_not_import_one_another_in_a_circle() -> None:
         left = {(name, other) for name, other in left if other not in bottom}
 
 
+def test_the_architecture_page_draws_these_rooms() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.partition("\n    cli -> ")[2].partition("\n")[0]
+    assert (
+        f"cli -> {drawn}" == " -> ".join(ROOMS).replace("cache weights", "cache, weights") + ".py"
+    )
+    listed, room = set(), ""
+    table = page.partition("| folder | file | holds |\n")[2].partition("\n\n")[0]
+    for line in table.splitlines()[1:]:
+        folder, files = (cell.strip() for cell in line.split("|")[1:3])
+        room = folder.strip("`/") or room
+        at = "" if room == "lfm2_fast" else f"{room}."
+        listed |= {f"{at}{name}" for name in re.findall(r"`(\w+)\.py`", files)}
+    assert {name for name in listed if not name.startswith("__")} == modules().keys()
+
+
 def test_kernels_import_kernels_alone() -> None:
     for file in (ROOT / "kernels").glob("*.py"):
         for other in imported(ast.parse(file.read_text(encoding="utf-8"))):
