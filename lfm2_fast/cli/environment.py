@@ -33,7 +33,7 @@ FUSED = ("norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "hea
 FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
 
 
-def machine(device: str = "auto", backend: str = "auto") -> Facts:
+def machine_facts(device: str = "auto", backend: str = "auto") -> Facts:
     """Versions, the device, which body each operation will use, and which backends run.
 
     Raises ValueError or BackendError for a device or a backend that is not there.
@@ -91,7 +91,9 @@ def backends(device: torch.device) -> dict[str, str]:
     return found
 
 
-def checkpoint(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Facts:
+def checkpoint_facts(
+    name: str, *, revision: str | None = None, local_files_only: bool = False
+) -> Facts:
     """What a checkpoint's config says, and what that means in bytes, if it tells the dtype.
 
     Raises CheckpointError.

@@ -23,9 +23,9 @@ def info(
 
     Of MODEL, only the config is read.
     """
-    from lfm2_fast.cli.environment import checkpoint, machine, show
+    from lfm2_fast.cli.environment import checkpoint_facts, machine_facts, show
 
-    facts = machine(device, backend)
+    facts = machine_facts(device, backend)
     if model is not None:
-        facts |= checkpoint(model, revision=revision, local_files_only=local_files_only)
+        facts |= checkpoint_facts(model, revision=revision, local_files_only=local_files_only)
     show(facts, as_json=json)

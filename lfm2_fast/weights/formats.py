@@ -6,7 +6,7 @@ Implementations choose by ``projection.format``; nothing else asks whether a mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -38,11 +38,9 @@ class Format:
         """Return rows ``weight [n, K]`` in this format, in the order of ``parts``."""
         return (weight,)
 
-    def dequantize(
-        self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return the rows ``[n, K]`` that these parts stand for, in ``dtype``."""
-        return weight
+    def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows ``[n, K]`` that the parts hold, in ``dtype``; dense ones as they are."""
+        return parts[0]
 
 
 class Int8Rows(Format):
@@ -66,12 +64,10 @@ class Int8Rows(Format):
         wide /= scale[:, None]
         return wide.round_().to(torch.int8), scale.masked_fill_(largest == 0, 0)
 
-    def dequantize(
-        self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        assert scale is not None
+    def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        numbers, scale = parts
         wide = torch.promote_types(dtype, torch.float32)
-        return (weight.to(wide) * scale.to(wide)[:, None]).to(dtype)
+        return (numbers.to(wide) * scale.to(wide)[:, None]).to(dtype)
 
 
 DENSE, INT8 = Format(), Int8Rows()
@@ -91,8 +87,8 @@ def find_format(name: str | None) -> Format:
 class Projection(nn.Module):
     """The matrix ``[N, K]`` of a projection or embedding in some ``format``.
 
-    ``weight [N, K]`` holds the numbers and ``weight_scale [N]`` their scales, None where the format
-    has none. ``bias [N]`` or None is added to the product.
+    ``weight`` holds the numbers; the format's other parts are buffers, ``weight_scale`` of int8.
+    ``bias [N]`` or None is added to the product.
     """
 
     bias: nn.Parameter | None
@@ -103,34 +99,39 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.format = format
-        made = {
-            suffix: torch.empty(shape, dtype=dtype)
-            for suffix, (shape, dtype) in format.parts((rows, columns)).items()
-        }
-        self.weight = nn.Parameter(made.pop(""), requires_grad=False)
-        self.register_buffer("weight_scale", made.pop("_scale", None))
+        self.register_buffer("weight_scale", None)
+        for suffix, (shape, dtype) in format.parts((rows, columns)).items():
+            part = torch.empty(shape, dtype=dtype)
+            if suffix:
+                self.register_buffer(f"weight{suffix}", part)
+            else:
+                self.weight = nn.Parameter(part, requires_grad=False)
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The tensors that hold the matrix, in the order of ``format.parts``."""
+        return [getattr(self, f"weight{suffix}") for suffix in self.format.parts((0, 0))]
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix ``[N, K]`` in ``dtype``; a dense one as it is."""
-        return self.format.dequantize(self.weight, self.weight_scale, dtype)
+        return self.format.dequantize(self.parts, dtype)
 
     def rows(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``[T, K]`` at ``places [T]``, in ``dtype``; dense ones as they are."""
-        scale = self.weight_scale
-        scale = None if scale is None else scale.index_select(0, places)
-        return self.format.dequantize(self.weight.index_select(0, places), scale, dtype)
+        return self.format.dequantize([part.index_select(0, places) for part in self.parts], dtype)
 
     def share(self, other: Projection) -> None:
-        """Use the numbers and scales of ``other``, as a tied head does."""
-        self.weight, self.weight_scale = other.weight, other.weight_scale
+        """Use the tensors of ``other``, as a tied head does."""
+        self.weight = other.weight
+        self._buffers.update(other._buffers)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> Projection:
-        """As any module's, but the scales keep their dtype when the model's changes."""
-        scale = self.weight_scale
+        """As any module's, but scales keep their dtype when the model's changes."""
+        kept = {name: part for name, part in self._buffers.items() if part is not None}
         super()._apply(fn, recurse)
-        if scale is not None:
-            self.weight_scale = scale.to(self.weight.device)
+        for name, part in kept.items():
+            self._buffers[name] = part.to(self.weight.device)
         return self

@@ -242,7 +242,7 @@ def test_unexpected_errors_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def fail(*args: Any) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr("lfm2_fast.cli.environment.machine", fail)
+    monkeypatch.setattr("lfm2_fast.cli.environment.machine_facts", fail)
     error = "lfm2-fast: KeyError: 'lost' (lfm2-fast --traceback ... shows where)\n"
     assert run("info") == Result(2, "", error)
     with pytest.raises(KeyError):

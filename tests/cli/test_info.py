@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lfm2_fast
-from lfm2_fast.cli import environment as info
+from lfm2_fast.cli import environment
 
 
 @pytest.mark.parametrize("kind", ["conv", "full_attention"])
@@ -18,7 +18,7 @@ def test_layers_of_one_kind_alone_are_told(
     raw = json.loads((tiny / "config.json").read_text())
     changed = {**raw, "layer_types": [kind] * raw["num_hidden_layers"]}
     (tmp_path / "config.json").write_text(json.dumps(changed))
-    info.show(info.checkpoint(str(tmp_path)))
+    environment.show(environment.checkpoint_facts(str(tmp_path)))
     name = "cache_bytes_per_token" if kind == "conv" else "conv_bytes_per_sequence"
     assert f"model.{name}: 0 bytes\n" in capsys.readouterr().out
 
@@ -31,7 +31,7 @@ def test_weight_bytes_are_those_that_loading_takes(
     folder = random_checkpoint(**changed)
     model = lfm2_fast.load(folder, device="cpu", dtype="bfloat16", quantization=quantization)
     model.save_pretrained(tmp_path)
-    told = info.checkpoint(str(tmp_path))["model"]
+    told = environment.checkpoint_facts(str(tmp_path))["model"]
     held = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     assert told["weight_bytes"] == sum(held.values())
     assert (told["dtype"], told["quantization"]) == ("bfloat16", quantization)
@@ -43,13 +43,13 @@ def test_without_a_dtype_no_bytes_are_told(tiny: Path, tmp_path: Path) -> None:
     raw = json.loads((tiny / "config.json").read_text())
     told = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
     (tmp_path / "config.json").write_text(json.dumps(told))
-    facts = info.checkpoint(str(tmp_path))["model"]
+    facts = environment.checkpoint_facts(str(tmp_path))["model"]
     assert facts["dtype"] is None and "weight_bytes" not in facts
-    assert info.readable("dtype", facts["dtype"]) == "-"
+    assert environment.readable("dtype", facts["dtype"]) == "-"
 
 
 @pytest.mark.parametrize(
     ("value", "said"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (2.5e9, "2.5 GB")]
 )
 def test_bytes_have_units(value: float, said: str) -> None:
-    assert info.readable("bytes", value) == said
+    assert environment.readable("bytes", value) == said

@@ -90,7 +90,7 @@ def test_embed(width, int8, tokens, dtype, framed, intact, same_bits) -> None:
     at = torch.tensor(tokens)
     out = framed(torch.full((len(tokens), width), NAN, dtype=dtype))
     BODIES.embed_native(at, weight, scale, out)
-    rows = weight[at] if scale is None else INT8.dequantize(weight[at], scale[at], dtype)
+    rows = weight[at] if scale is None else INT8.dequantize((weight[at], scale[at]), dtype)
     assert same_bits(out, rows) and intact(out)
 
 

@@ -35,7 +35,7 @@ def test_int8_rows_are_scaled(
     out = framed(torch.full((5, width), float("nan"), dtype=kernel_dtype, device=kernel_device))
     with traced([at, weight, scale], [out]):
         embed_triton(at, weight, scale, out)
-    assert same_bits(out, INT8.dequantize(weight[at], scale[at], kernel_dtype)) and intact(out)
+    assert same_bits(out, INT8.dequantize((weight[at], scale[at]), kernel_dtype)) and intact(out)
 
 
 def test_no_tokens(kernel_device) -> None:

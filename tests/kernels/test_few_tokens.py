@@ -72,7 +72,7 @@ class Case:
         inputs = {**self.inputs}
         scale = inputs.pop("scale")
         if scale is not None:
-            inputs["weight"] = INT8.dequantize(inputs["weight"], scale, dtype)
+            inputs["weight"] = INT8.dequantize((inputs["weight"], scale), dtype)
         wide = (value if value is None else value.to(dtype) for value in inputs.values())
         x, norm, weight, bias, residual = wide
         if self.word == "linear_add":

@@ -64,7 +64,7 @@ class Case:
         normed = ref.rms_norm_ref(wide(self.h), wide(self.norm), EPS)
         weight = self.weight.to(dtype)
         if self.scale is not None:
-            weight = INT8.dequantize(self.weight, self.scale, dtype)
+            weight = INT8.dequantize((self.weight, self.scale), dtype)
         bcx = ref.linear_ref(normed, weight, wide(self.in_bias))
         window = wide(self.window)
         step = ref.gated_conv_step_ref

@@ -27,7 +27,7 @@ def test_numbers_are_the_nearest(dtype: torch.dtype) -> None:
     numbers, scale = INT8.quantize(weight)
     assert numbers.dtype == torch.int8 and scale.dtype == torch.float32
     assert int(numbers.min()) == -127 and int(numbers.max()) == 127
-    back = INT8.dequantize(numbers, scale, torch.float64)
+    back = INT8.dequantize((numbers, scale), torch.float64)
     assert ((back - weight.double()).abs() <= 0.5001 * scale.double()[:, None]).all()
     assert (back[5] == 0).all() and scale[5] == 0
 
