@@ -22,6 +22,7 @@ from bench.report.results import RESULTS, ROOT, Figure, commit_of, read
 from bench.report.stats import ratio
 from bench.shapes import SIZES, config_of
 from lfm2_fast.cli.machine_load import quantile
+from lfm2_fast.weights.fusion import num_parameters
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -93,7 +94,7 @@ def floor_table(speed: dict[str, float]) -> str:
     for size in SIZES:
         config = config_of(size)
         for dtype, item in DTYPES.items():
-            weights = config.num_parameters * item
+            weights = num_parameters(config) * item
             cached = config.cache_bytes(4 if dtype == "float32" else 2)
             rows.append(
                 [

@@ -230,5 +230,5 @@ def test_setup_goes_on_where_the_compiler_fails(
     assert done.stderr.count(warned) == (wanted == "auto")
     if wanted == "auto":
         assert "LFM2_FAST_BUILD_EXT=1" in done.stderr
-        assert (tmp_path / "lib" / "lfm2_fast" / "ops.py").is_file()
+        assert (tmp_path / "lib" / "lfm2_fast" / "config.py").is_file()
         assert not any(left.exists() for left in earlier), "an earlier build would be taken for it"

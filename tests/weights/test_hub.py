@@ -122,7 +122,7 @@ try:
     model = lfm2_fast.load({name!r}, device="cpu", {extra})
 except lfm2_fast.CheckpointError as error:
     sys.exit(f"CheckpointError: {{error}}")
-print(model.config.num_parameters, model.name_or_path)
+print(model.num_parameters(), model.name_or_path)
 """
     settings = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):

@@ -81,5 +81,5 @@ def test_the_first_token_is_timed_when_it_was_captured(monkeypatch: pytest.Monke
             self.runs += 1
             time.sleep(0.05 if self.runs <= 2 else 0)
 
-    monkeypatch.setattr(gpu_steps, "weight_bytes", lambda model: 1)
+    monkeypatch.setattr(gpu_steps, "bytes_read_per_step", lambda model: 1)
     assert gpu_steps.first_token(Model(), 8, 1.0)["us"]["p90"] < 25e3  # type: ignore[arg-type]
