@@ -240,7 +240,7 @@ choose("triton", cpu, torch.float32)
     assert done.returncode != 0
     error = done.stderr.splitlines()[-1]
     assert (
-        error.startswith("lfm2_fast.ops.base.BackendError: backend='triton'") and message in error
+        error.startswith("lfm2_fast.ops.select.BackendError: backend='triton'") and message in error
     )
 
 

@@ -203,7 +203,7 @@ def test_setup_says_what_an_old_compiler_builds_for(
     defines = "#define __GNUC__ 11\\n#define __x86_64__ 1\\n"
     does = f'case "$1" in -dM) printf \'{defines}\'; exit;; esac\necho "$@" >>{asked}'
     compiler = compiler_that(does, tmp_path / "old-c++")
-    env = {"CXX": str(compiler), "CFLAGS": flags}
+    env = {"CXX": str(compiler), "CFLAGS": flags, "LFM2_FAST_BUILD_EXT": "auto"}
     done = set_up(checkout, "build_ext", place, "--build-temp", tmp_path, **env)
     assert done.returncode == 0
     given = asked.read_text(encoding="utf-8")
