@@ -7,6 +7,7 @@ Implementations choose by ``projection.format``; nothing else asks whether a mat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,10 @@ class Format:
 
     name: str | None = None
     file = "model.safetensors"
+
+    def __reduce__(self) -> Any:
+        # A copy of a model, pickled or deep, must have these very objects.
+        return find_format, (self.name,)
 
     def parts(self, shape: tuple[int, ...]) -> Parts:
         """Return the tensors that hold a matrix of ``shape``; the first has the numbers.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,3 +136,12 @@ def test_bodies_keep_close_to_the_widened_matrix(random_checkpoint, backend) -> 
     error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     # Rounding the tokens of each of a layer's four products to 8 bits costs about a percent each.
     assert error.max() < (1e-4 if model.ops.name == "eager" else 0.12), error.max()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_copied_model_runs_as_the_model(tiny, copied, quantization) -> None:
+    """A format is chosen by identity, which a copy must keep."""
+    model = lfm2_fast.load(tiny, device="cpu", quantization=quantization)
+    for ids in (PROMPT, PROMPT[:, :1]):
+        assert torch.equal(copied(model)(ids).logits, model(ids).logits)
