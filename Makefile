@@ -4,13 +4,15 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# On every core, whose workers take a thread each (tests/conftest.py) and tests from one another.
+PYTEST := $(BIN)/pytest -p no:benchmark -n auto --maxprocesses=16 --dist=worksteal
 SIZE := 350M
 SANITIZER := -fsanitize=address,undefined
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test lint bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
+.PHONY: help demo test check nightly lint bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
 .PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
@@ -20,8 +22,14 @@ help: ## Show this list
 demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
 	@$(BIN)/lfm2-fast demo
 
-test: lint ## Check style and types, then run every test
-	$(BIN)/pytest
+test: lint ## Check style and types, then run every test but the long proofs
+	$(PYTEST) -m "not nightly"
+
+check: lint ## In two minutes: the same without the slow, the interpreter, the builds and bench/
+	$(PYTEST) -m "not (slow or interpreter or build or bench or nightly)"
+
+nightly: lint ## Check style and types, then run every test, the long proofs too
+	$(PYTEST)
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check

@@ -31,6 +31,13 @@ if not INTERPRETED:
     settings.register_profile("gpu", derandomize=True, phases=(Phase.explicit, Phase.generate))
     settings.load_profile("gpu")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores out; and a pytest that a test starts is none of them.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]
+
 import lfm2_fast  # noqa: E402
 from lfm2_fast.cache.batch import Batch  # noqa: E402
 from lfm2_fast.cache.kv_cache import KVPages  # noqa: E402
@@ -57,7 +64,26 @@ SMALL = {
     "eos_token_id": 7,
 }
 
+# What whole folders and files have in common, by how their paths begin.
+MARKS = {
+    "bench/": "bench",
+    "csrc/test_extension.py": "build",
+    "engine/test_on_a_gpu.py": "interpreter",
+    "kernels/": "interpreter",
+    "kernels/test_aot.py": "build",
+    "ops/test_triton_ops.py": "interpreter",
+    "packaging/": "build",
+}
+
 Pair = tuple[Any, lfm2_fast.Lfm2ForCausalLM]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.as_posix().removeprefix(f"{ROOT.as_posix()}/tests/")
+        for start, mark in MARKS.items():
+            if path.startswith(start):
+                item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +194,39 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def kernel_device() -> torch.device:
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter without what it does again: a quarter of its time.
+
+    At each call of a function inside of a kernel it looks through all of Triton's language for what
+    to replace, though the launch has replaced the same already.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    replaced: dict[tuple[str, ...], Any] = {}
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()  # a launch puts back at its end what it has replaced
+        launch(self, *args, **kwargs)
+
+    def replace_once(fn: Any) -> Any:
+        language = (interpreter.tl, interpreter.tl.core)
+        names = tuple(n for n, v in fn.__globals__.items() if any(v is each for each in language))
+        if names not in replaced:
+            replaced[names] = replace(fn)
+        return replaced[names]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", begin)
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def kernel_device(quick_interpreter: None) -> torch.device:
     """Where Triton kernels run: on the GPU, or in the interpreter on the CPU."""
     return torch.device("cpu" if INTERPRETED else "cuda")
 
