@@ -89,10 +89,22 @@ def test_an_extension_without_cuda_is_said() -> None:
     assert "built without CUDA" in str(native_library.why_not(torch.device("cuda")))
 
 
+# What the loader takes on this machine, every other test of the bodies runs on.
+TAKEN = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}.get(
+    torch.backends.cpu.get_cpu_capability(), "x86-64"
+)
+
+
 @compiles
 @x86
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(level, marks=pytest.mark.nightly if level == TAKEN else ())
+        for level in ("x86-64", "x86-64-v3", "x86-64-v4")
+    ],
+)
 def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
     """Each clone that the loader chooses from, built as the only one, passes the bodies' tests."""
     needs = {"x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",)}.get(level)
