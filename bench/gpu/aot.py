@@ -277,11 +277,15 @@ def launch_sample(
 
 
 def compile_all(
-    arch: int, dtypes: Iterable[str], only: Collection[str] = (), maxnreg: int | None = None
+    arch: int,
+    dtypes: Iterable[str],
+    only: Collection[str] = (),
+    maxnreg: int | None = None,
+    sizes: Iterable[Size] = SIZES,
 ) -> list[Compiled]:
     """Every kernel that the sizes and vocabularies use, each once."""
     found: dict[str, Compiled] = {}
-    used_by = {size.name: functools.partial(launch_size, size) for size in SIZES}
+    used_by = {size.name: functools.partial(launch_size, size) for size in sizes}
     used_by |= {f"V={vocab}": functools.partial(launch_sample, vocab) for vocab in VOCABULARIES}
     for dtype, (user, launch) in itertools.product(dtypes, used_by.items()):
         with compiling(arch, only, maxnreg) as launches:
@@ -313,6 +317,8 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--only", nargs="+", default=(), metavar="KERNEL")
+    names = [size.name for size in SIZES]
+    parser.add_argument("--size", nargs="+", default=names, choices=names)
     parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to see spills")
     args = parser.parse_args()
 
@@ -321,9 +327,9 @@ def main() -> None:
         f"{'kernel':16} {'sm':>3} {'dtype':8} {'warps':>5} {'regs':>5} {'spilled':>7} {'stack':>5} "
         f"{'shared':>6}  sizes"
     )
-    spilling = 0
+    spilling, sizes = 0, [size for size in SIZES if size.name in args.size]
     for arch in args.arch:
-        for k in compile_all(arch, args.dtype, args.only, args.maxnreg):
+        for k in compile_all(arch, args.dtype, args.only, args.maxnreg, sizes):
             print(
                 f"{k.name:16} {arch:3} {k.dtype:8} {k.warps:5} {k.registers:5} {k.spilled:7} "
                 f"{k.stack:5} {k.shared:6}  {' '.join(k.sizes)}"
