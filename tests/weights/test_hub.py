@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pty
 import struct
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -106,16 +107,49 @@ def hub(random_checkpoint) -> Iterator[Hub]:
     server.server_close()
 
 
-def load(
-    cache: Path,
-    url: str,
-    name: str = "org/model",
-    extra: str = "",
-    stderr: int = subprocess.PIPE,
-    **env: str,
-) -> subprocess.CompletedProcess[str]:
-    """Load ``name`` in a process of its own, where HF_ENDPOINT is read; the finished process."""
-    program = f"""
+Load = Callable[..., subprocess.CompletedProcess[str]]
+
+# Torch is imported once; each load is in a process of its own, where HF_ENDPOINT is read.
+FORK = """
+import json, os, signal, sys
+import torch, lfm2_fast.hf.causal_lm
+assert "huggingface_hub" not in sys.modules
+for line in sys.stdin:
+    environment, program, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(100)
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        exec(program)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+
+
+@pytest.fixture
+def load(forks: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Load ``name`` in a process of its own, which this returns when it has ended."""
+
+    def load(
+        cache: Path,
+        url: str,
+        name: str = "org/model",
+        extra: str = "",
+        stderr: str | None = None,
+        **env: str,
+    ) -> subprocess.CompletedProcess[str]:
+        program = f"""
 import sys, time, lfm2_fast
 time.sleep = lambda seconds: None  # the hub's client retries as it does, but without its pauses
 try:
@@ -124,21 +158,23 @@ except lfm2_fast.CheckpointError as error:
     sys.exit(f"CheckpointError: {{error}}")
 print(model.num_parameters(), model.name_or_path)
 """
-    settings = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
-        if name not in env:
-            settings.pop(name, None)
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=settings,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        timeout=100,
-    )
+        settings = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
+        for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+            if name not in env:
+                settings.pop(name, None)
+        said = tmp_path_factory.mktemp("said")
+        out, err = said / "out", said / "err"
+        assert forks.stdin and forks.stdout
+        forks.stdin.write(json.dumps([settings, program, str(out), stderr or str(err)]) + "\n")
+        forks.stdin.flush()
+        status = int(forks.stdout.readline())
+        texts = (path.read_text() if path.exists() else "" for path in (out, err))
+        return subprocess.CompletedProcess(program, status, *texts)
+
+    return load
 
 
-def test_only_what_is_needed_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
+def test_only_what_is_needed_is_downloaded_once(hub: Hub, load: Load, tmp_path: Path) -> None:
     for _ in range(2):
         result = load(tmp_path, hub.url)
         assert result.returncode == 0, result.stderr
@@ -155,10 +191,10 @@ def test_only_what_is_needed_is_downloaded_once(hub: Hub, tmp_path: Path) -> Non
     assert unreachable.returncode == 0, unreachable.stderr
 
 
-def test_a_terminal_sees_a_progress_bar(hub: Hub, tmp_path: Path) -> None:
+def test_a_terminal_sees_a_progress_bar(hub: Hub, load: Load, tmp_path: Path) -> None:
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    result = load(tmp_path, hub.url, stderr=end)
+    result = load(tmp_path, hub.url, stderr=os.ttyname(end))
     os.close(end)
     assert result.returncode == 0
     shown = b""
@@ -169,7 +205,7 @@ def test_a_terminal_sees_a_progress_bar(hub: Hub, tmp_path: Path) -> None:
     assert b"model.safetensors" in shown and b"100%" in shown
 
 
-def test_the_given_cache_folder_is_used(hub: Hub, tmp_path: Path) -> None:
+def test_the_given_cache_folder_is_used(hub: Hub, load: Load, tmp_path: Path) -> None:
     result = load(tmp_path / "home", hub.url, extra=f"cache_dir={str(tmp_path / 'mine')!r}")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "mine").glob("models--org--model/snapshots/*/model.safetensors"))
@@ -181,13 +217,15 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
     return result.stderr.strip().splitlines()[-1]
 
 
-def test_a_config_that_does_not_fit_stops_before_the_weights(hub: Hub, tmp_path: Path) -> None:
+def test_a_config_that_does_not_fit_stops_before_the_weights(
+    hub: Hub, load: Load, tmp_path: Path
+) -> None:
     hub.files["config.json"] = b'{"model_type": "llama"}'
     assert "not an LFM2 checkpoint" in refused(load(tmp_path, hub.url))
     assert hub.asked == ["config.json"]
 
 
-def test_missing_files_are_named(hub: Hub, tmp_path: Path) -> None:
+def test_missing_files_are_named(hub: Hub, load: Load, tmp_path: Path) -> None:
     del hub.files["model.safetensors"]
     message = refused(load(tmp_path / "a", hub.url))
     assert "org/model has no model.safetensors in the hub" in message
@@ -196,20 +234,20 @@ def test_missing_files_are_named(hub: Hub, tmp_path: Path) -> None:
     assert "org/model on the hub has no config.json" in message
 
 
-def test_a_missing_shard_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(hub: Hub, load: Load, tmp_path: Path) -> None:
     del hub.files["model.safetensors"]
     hub.files["model.safetensors.index.json"] = b'{"weight_map": {"x": "model-1-of-2.safetensors"}}'
     message = refused(load(tmp_path, hub.url))
     assert "org/model has no model-1-of-2.safetensors in the hub" in message
 
 
-def test_a_broken_index_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_a_broken_index_is_named(hub: Hub, load: Load, tmp_path: Path) -> None:
     del hub.files["model.safetensors"]
     hub.files["model.safetensors.index.json"] = b'{"weight_map": ["model-1-of-2.safetensors"]}'
     assert "index.json has no weight_map; download it again" in refused(load(tmp_path, hub.url))
 
 
-def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -> None:
+def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, load: Load, tmp_path: Path) -> None:
     hub.cut.add("model.safetensors")
     message = refused(load(tmp_path, hub.url))
     assert "could not download model.safetensors of org/model" in message
@@ -219,7 +257,9 @@ def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, tmp_path: Path) -
     assert result.returncode == 0, result.stderr
 
 
-def test_a_file_that_the_hub_would_not_give_is_not_missing(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_the_hub_would_not_give_is_not_missing(
+    hub: Hub, load: Load, tmp_path: Path
+) -> None:
     """Without its generation config a model would not know its end tokens."""
     hub.busy.add("generation_config.json")
     message = refused(load(tmp_path, hub.url))
@@ -238,17 +278,17 @@ def test_a_file_that_the_hub_would_not_give_is_not_missing(hub: Hub, tmp_path: P
     ],
 )
 def test_wrong_names_are_named(
-    hub: Hub, tmp_path: Path, name: str, extra: str, message: str
+    hub: Hub, load: Load, tmp_path: Path, name: str, extra: str, message: str
 ) -> None:
     assert message in refused(load(tmp_path, hub.url, name, extra))
 
 
-def test_a_gated_model_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+def test_a_gated_model_says_what_to_do(hub: Hub, load: Load, tmp_path: Path) -> None:
     hub.status, hub.error_code = 403, "GatedRepo"
     assert "org/model is gated: accept its terms" in refused(load(tmp_path, hub.url))
 
 
-def test_no_network_and_not_cached(tmp_path: Path) -> None:
+def test_no_network_and_not_cached(load: Load, tmp_path: Path) -> None:
     nobody = "http://127.0.0.1:9"
     for result in (
         load(tmp_path, nobody),
@@ -261,7 +301,7 @@ def test_no_network_and_not_cached(tmp_path: Path) -> None:
 
 
 def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
-    hub: Hub, tmp_path: Path
+    hub: Hub, load: Load, tmp_path: Path
 ) -> None:
     """Another client made the cache, and noted nowhere which files the repository does not have."""
     assert load(tmp_path, hub.url).returncode == 0
@@ -273,7 +313,9 @@ def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
     assert load(tmp_path, nobody, extra="local_files_only=True").returncode == 0
 
 
-def test_weights_missing_in_the_cache_are_named_offline(hub: Hub, tmp_path: Path) -> None:
+def test_weights_missing_in_the_cache_are_named_offline(
+    hub: Hub, load: Load, tmp_path: Path
+) -> None:
     hub.cut.add("model.safetensors")
     refused(load(tmp_path, hub.url))
     message = refused(load(tmp_path, hub.url, HF_HUB_OFFLINE="1"))
