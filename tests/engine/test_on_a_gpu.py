@@ -35,13 +35,23 @@ pytestmark = [
 ]
 
 
+# The interpreter takes its time for every layer and every head of keys.
+FEW = {
+    "num_hidden_layers": 2,
+    "layer_types": ["conv", "full_attention"],
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
 @pytest.fixture(scope="module")
 def folder(random_checkpoint: Callable[..., Path]) -> Path:
-    return random_checkpoint(num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    return random_checkpoint(**FEW)
 
 
 @pytest.fixture(scope="module")
-def device(folder: Path) -> Iterator[StandInGpu]:
+def device(folder: Path, quick_interpreter: None) -> Iterator[StandInGpu]:
     with StandInGpu() as gpu:
         yield gpu
 
@@ -230,11 +240,14 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
     assert launched[:4] == ["launch", "read", "launch", "read"]
 
 
-def test_a_conversation(tiny: Path, gpu: StandInGpu) -> None:
+# The small real checkpoint has six layers, which the interpreter takes half a minute for.
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_conversation(trained: bool, tiny: Path, random_checkpoint, gpu: StandInGpu) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
+    folder = tiny if trained else random_checkpoint(**FEW, vocab_size=len(tokenizer))
     texts = []
     for options in ({}, {"device": "cpu", "backend": "eager"}):
-        model = lfm2_fast.load(tiny, dtype="float32", **options)
+        model = lfm2_fast.load(folder, dtype="float32", **options)
         conversation = Conversation(
             model, tokenizer, max_new_tokens=5, arguments={"do_sample": False}
         )

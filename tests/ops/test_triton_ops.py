@@ -20,15 +20,26 @@ from lfm2_fast.ops import triton_ops as ops_triton
 from lfm2_fast.ops.select import BackendError, Ops, choose
 from lfm2_fast.weights.formats import Projection
 
+
+def layers(*kinds: str) -> dict[str, Any]:
+    return {"num_hidden_layers": len(kinds), "layer_types": list(kinds)}
+
+
+CONV, ATTENTION = "conv", "full_attention"
+# In the interpreter each layer takes seconds: these are every neighbour that one may have.
+ODD = {"conv_L_cache": 5, "conv_bias": True, "head_dim": 24, "num_key_value_heads": 3}
+UNTIED = {"conv_L_cache": 2, "tie_word_embeddings": False}
 CHANGED = {
-    "plain": {},
-    "odd": {"conv_L_cache": 5, "conv_bias": True, "head_dim": 24, "num_key_value_heads": 3},
-    "attention_first": {
-        "conv_L_cache": 2,
-        "tie_word_embeddings": False,
-        "layer_types": ["full_attention", "conv", "full_attention", "full_attention", "conv"],
-    },
+    "plain": layers(CONV, CONV, ATTENTION),
+    "odd": {**ODD, **layers(CONV, ATTENTION, CONV)},
+    "attention_first": {**UNTIED, **layers(ATTENTION, ATTENTION, CONV)},
 }
+FIVE_LAYERS = {
+    "five": {},
+    "odd_five": ODD,
+    "attention_first_five": {**UNTIED, **layers(ATTENTION, CONV, ATTENTION, ATTENTION, CONV)},
+}
+TWO_LAYERS = layers(CONV, ATTENTION)
 # What every kind of step asks of a model: tokens by slot. Prompts, then a second turn, a chunk, a
 # decode step and a new prompt in one batch, then a decode step of all.
 STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]
@@ -73,7 +84,16 @@ def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
 
 
 @pytest.mark.usefixtures("grid_order")
-@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED.keys())
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *(pytest.param(changed, id=name) for name, changed in CHANGED.items()),
+        *(
+            pytest.param(changed, id=name, marks=pytest.mark.nightly)
+            for name, changed in FIVE_LAYERS.items()
+        ),
+    ],
+)
 def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget, changed) -> None:
     folder = random_checkpoint(**changed)
     exact = logits(load(folder, "eager", torch.float64))
@@ -84,7 +104,7 @@ def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget
 
 def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) -> None:
     """The steps of few tokens multiply by the integers themselves."""
-    folder, int8 = random_checkpoint(), {"quantization": "int8"}
+    folder, int8 = random_checkpoint(**TWO_LAYERS), {"quantization": "int8"}
     exact = logits(load(folder, "eager", torch.float64, **int8))
     plain = logits(load(folder, "eager", torch.float32, **int8))
     ours = load(folder, "triton", torch.float32, **int8)
@@ -102,7 +122,7 @@ def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) 
 
 def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
     """Of the reference, only projections still serve."""
-    model = load(random_checkpoint(), "triton", torch.float32)
+    model = load(random_checkpoint(**TWO_LAYERS), "triton", torch.float32)
 
     def refuse(*args: object) -> None:
         raise AssertionError("the reference ran")
@@ -117,7 +137,8 @@ def test_a_decode_step_attends_in_one_launch_per_layer(
     random_checkpoint, load, within_budget, monkeypatch
 ) -> None:
     """Over a context of more than one split, too; any other step in two."""
-    folder = random_checkpoint(layer_types=["full_attention"] * 2, num_hidden_layers=2)
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    folder = random_checkpoint(**layers(ATTENTION, ATTENTION), **heads)
     ours = load(folder, "triton", torch.float32)
     exact, plain = load(folder, "eager", torch.float64), load(folder, "eager", torch.float32)
     launched: list[str] = []
@@ -146,7 +167,7 @@ def test_a_decode_step_attends_in_one_launch_per_layer(
 
 def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
     """Two may be stepped at once; what a cache counted with goes where it goes."""
-    model = load(random_checkpoint(), "triton", torch.float32)
+    model = load(random_checkpoint(**TWO_LAYERS), "triton", torch.float32)
     caches = [model.new_cache(2) for _ in range(2)]
     for cache in caches:
         run_batch(
@@ -161,21 +182,22 @@ def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
     assert len(model.ops._arrivals) == 0
 
 
-def test_the_same_greedy_tokens_as_eager(tiny, load) -> None:
+@pytest.mark.parametrize("tokens", [6, pytest.param(24, marks=pytest.mark.nightly)])
+def test_the_same_greedy_tokens_as_eager(tiny, load, tokens: int) -> None:
     """On trained weights, where a token follows from what was read."""
     from transformers import AutoTokenizer
 
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")
     prompt = AutoTokenizer.from_pretrained(tiny)(text, return_tensors="pt").input_ids[:, :40]
     expected, ours = (
-        load(tiny, backend, torch.float32).generate(prompt, max_new_tokens=24, do_sample=False)
+        load(tiny, backend, torch.float32).generate(prompt, max_new_tokens=tokens, do_sample=False)
         for backend in ("eager", "triton")
     )
     assert ours.tolist() == expected.tolist()
 
 
 def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> None:
-    model = load(random_checkpoint(), "triton", torch.float32)
+    model = load(random_checkpoint(**TWO_LAYERS), "triton", torch.float32)
     tokens = torch.arange(10, 29, device=model.device)
     caches = [model.new_cache(1) for _ in range(2)]
     batches = [cache.next_batch([19], [0], model.device) for cache in caches]
@@ -210,7 +232,7 @@ def test_a_pending_addition_is_made_wherever_it_is_read(tokens, kernel_device) -
 
 
 def test_empty_rows(random_checkpoint, load) -> None:
-    model = load(random_checkpoint(), "triton", torch.float32)
+    model = load(random_checkpoint(**TWO_LAYERS), "triton", torch.float32)
     tokens = torch.full((2, 3), 9, device=model.device)
     assert model(tokens[:0]).logits.shape == (0, 3, 307)
     answer = model(tokens, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))
@@ -265,9 +287,12 @@ def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> No
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
         ops = choose("triton", torch.device("cuda"), torch.bfloat16)
         assert isinstance(ops, ops_triton.TritonOps) and not ops.pdl
-        assert ops.captured.pdl == early and (ops.captured is ops) == (not early)
-        assert ops.captured is ops.captured.captured and ops.captured._arrivals is ops._arrivals
-    assert Ops().captured.name == "eager"
+        assert ops.for_capture.pdl == early and (ops.for_capture is ops) == (not early)
+        assert (
+            ops.for_capture is ops.for_capture.for_capture
+            and ops.for_capture._arrivals is ops._arrivals
+        )
+    assert Ops().for_capture.name == "eager"
 
 
 @pytest.mark.usefixtures("graphs")
@@ -276,7 +301,10 @@ def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
 
     The host's numbers of a step mean nothing then, so a body that went by them would be wrong.
     """
-    prompts, folder = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]], random_checkpoint()
+    prompts, folder = (
+        [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]],
+        random_checkpoint(**TWO_LAYERS),
+    )
     ours, eager = (load(folder, backend, torch.float32) for backend in ("triton", "eager"))
     kwargs = {"do_sample": True, "seed": 1, "top_k": 0, "min_p": 0.1, "repetition_penalty": 1.1}
     kwargs["max_new_tokens"] = 5
@@ -291,7 +319,7 @@ def test_a_captured_prompt_is_padded_and_right(
     random_checkpoint, load, within_budget, length: int
 ) -> None:
     """Over a prefix too, and as it is, captured and replayed; what padding makes reaches nobody."""
-    folder = random_checkpoint()
+    folder = random_checkpoint(**TWO_LAYERS)
     found = []
     for backend, dtype in (
         ("triton", torch.float32),
