@@ -61,8 +61,8 @@ class Setup:
         self.prepare(sequences, tokens)
         self.fill(context + tokens)
         self.positions = self.batch.positions
-        self.rope = self.ops.rope(self.positions, self.model.model.inv_freq, dtype)
-        pairs = list(zip(self.model.model.layers, self.cache.layers, strict=True))
+        self.rope = self.ops.rope(self.positions, self.model.network.inv_freq, dtype)
+        pairs = list(zip(self.model.network.layers, self.cache.layers, strict=True))
         self.conv = [(block, state) for block, state in pairs if isinstance(block, ConvBlock)]
         self.attention = [(b, state) for b, state in pairs if isinstance(b, AttentionBlock)]
 
@@ -93,7 +93,7 @@ def norm_linear_qkv(s: Setup) -> Tensors:
 
 def norm_linear_head(s: Setup) -> Tensors:
     last = s.x[s.batch.last_rows]
-    return [s.ops.norm_linear(last, s.model.model.embedding_norm, s.model.model.lm_head)]
+    return [s.ops.norm_linear(last, s.model.network.embedding_norm, s.model.network.lm_head)]
 
 
 def linear_add_out(s: Setup) -> Tensors:
@@ -105,21 +105,21 @@ def attend(s: Setup) -> Tensors:
 
 
 def norm_swiglu(s: Setup) -> Tensors:
-    blocks = s.model.model.layers
+    blocks = s.model.network.layers
     return [s.ops.norm_swiglu(s.x, b.ffn_norm, b.feed_forward.gate_up_proj) for b in blocks]
 
 
 def linear_add_down(s: Setup) -> Tensors:
-    blocks = s.model.model.layers
+    blocks = s.model.network.layers
     return [settled(s.ops.linear_add(s.inner, b.feed_forward.down_proj, s.x)) for b in blocks]
 
 
 def rms_norm(s: Setup) -> Tensors:
-    return [s.ops.rms_norm(s.x, b.ffn_norm) for b in s.model.model.layers]
+    return [s.ops.rms_norm(s.x, b.ffn_norm) for b in s.model.network.layers]
 
 
 def swiglu(s: Setup) -> Tensors:
-    return [s.ops.swiglu(s.gate_up) for _ in s.model.model.layers]
+    return [s.ops.swiglu(s.gate_up) for _ in s.model.network.layers]
 
 
 def gated_conv(s: Setup) -> Tensors:
@@ -135,7 +135,7 @@ def attention(s: Setup) -> Tensors:
 
 
 def rope(s: Setup) -> Tensors:
-    return [*s.ops.rope(s.positions, s.model.model.inv_freq, s.dtype)]
+    return [*s.ops.rope(s.positions, s.model.network.inv_freq, s.dtype)]
 
 
 OPERATIONS: dict[str, Callable[[Setup], Tensors]] = {

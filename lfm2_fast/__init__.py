@@ -23,27 +23,39 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "Config",
+    "Lfm2Config",
     "Lfm2ForCausalLM",
+    "Lfm2Model",
+    "from_transformers",
     "load",
+    "register",
+    "unregister",
 ]
 
 if TYPE_CHECKING:
     from lfm2_fast.cache.kv_cache import Cache, CacheError
     from lfm2_fast.config import CheckpointError, Config
-    from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+    from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
+    from lfm2_fast.hf.configuration import Lfm2Config
+    from lfm2_fast.hf.interop import from_transformers, register, unregister
     from lfm2_fast.hf.load import load
     from lfm2_fast.ops.select import BackendError
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
         homes = {
+            "Lfm2Config": "hf.configuration",
             "Lfm2ForCausalLM": "hf.causal_lm",
+            "Lfm2Model": "hf.causal_lm",
             "BackendError": "ops.select",
             "Cache": "cache.kv_cache",
             "CacheError": "cache.kv_cache",
             "CheckpointError": "config",
             "Config": "config",
+            "from_transformers": "hf.interop",
             "load": "hf.load",
+            "register": "hf.interop",
+            "unregister": "hf.interop",
         }
         if name not in homes:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,8 @@ NOT_YET = {
 CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # The quant_method of checkpoints that save_pretrained wrote; "format" names a weight format.
 OWN_METHOD = "lfm2_fast"
+# Advice for a file that is broken.
+FETCH_AGAIN = "replace it; force_download=True (--force-download) fetches it from the hub again"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -163,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; a checkpoint folder holds config.json and model.safetensors"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; download it again") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}; {FETCH_AGAIN}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(found).__name__}")
     return found

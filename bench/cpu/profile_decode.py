@@ -42,7 +42,7 @@ class Side:
     def __init__(self, model: Any, context: int) -> None:
         self.ops = model.ops
         self.cache: Cache = model.new_cache(1)
-        self.runner = ModelRunner(model.model, self.cache)
+        self.runner = ModelRunner(model.network, self.cache)
         self.context = context
         self.steps: list[float] = []
         self.operations: dict[str, list[tuple[int, float]]] = defaultdict(list)

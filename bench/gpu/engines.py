@@ -58,7 +58,7 @@ class Ours:
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
         """Of captured steps, where there are any: the first is run, the second captured."""
         cache = self.model.new_cache(1, len(tokens) + steps)
-        runner = self.runner(self.model.model, cache)
+        runner = self.runner(self.model.network, cache)
         rows = [runner.prefill([tokens], [0])]
         rows += [runner.step([1], [0]) for _ in range(steps - 1)]
         return np.stack([row[0].float().cpu().numpy() for row in rows])
@@ -90,8 +90,8 @@ class HuggingFace(bench.cpu.engines.HuggingFace):
             model = self.package.Lfm2ForCausalLM(theirs)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
-        rotary = model.model.rotary_emb
-        model.model.rotary_emb = type(rotary)(theirs).to(device)
+        rotary = model.network.rotary_emb
+        model.network.rotary_emb = type(rotary)(theirs).to(device)
         left = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
         assert not left, f"without a value: {left}"
         self.model = model.eval()

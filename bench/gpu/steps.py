@@ -62,9 +62,9 @@ class Decoding:
         device, context = self.model.device, self.context
         self.end()
         self.cache.reset()
-        steps = DecodeLoop(self.model.model, self.cache, self.params, ())
+        steps = DecodeLoop(self.model.network, self.cache, self.params, ())
         rows = [Request(i, slot=i, start=context, limit=self.room) for i in range(self.batch)]
-        logits = ModelRunner(self.model.model, self.cache).prefill([prompt(context)], [0])
+        logits = ModelRunner(self.model.network, self.cache).prefill([prompt(context)], [0])
         for slot in range(1, self.batch):
             self.cache.copy(0, slot)
         positions = torch.full((self.batch,), context, device=device)
@@ -108,7 +108,7 @@ class Decoding:
     @property
     def nbytes(self) -> int:
         """What a step reads at the least: every weight, and the context's keys and values."""
-        config, item = self.model.config, self.model.dtype.itemsize
+        config, item = self.model.network.config, self.model.dtype.itemsize
         return bytes_read_per_step(self.model) + config.cache_bytes(item, self.batch * self.context)
 
     def kernels(self) -> int:
@@ -172,14 +172,14 @@ def sampled(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
 def dependent(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
     """Steps whose few-token kernels are launched before their predecessors' end, over plain."""
     room, plain = WARM + TURN_STEPS + 2, copy.copy(model)
-    plain._modules = {"model": copy.copy(model.model)}  # the copy shares its dictionary
-    plain.model.ops = TritonOps()
+    plain._modules = {"network": copy.copy(model.network)}  # the copy shares its dictionary
+    plain.network.ops = TritonOps()
     return compare(Decoding(model, 1, context, room), Decoding(plain, 1, context, room))
 
 
 def int8(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
     """Steps of a model of random weights in 8-bit integers over its own, which are in bfloat16."""
-    room, config = WARM + TURN_STEPS + 2, model.config
+    room, config = WARM + TURN_STEPS + 2, model.network.config
     made = quantized(config, random_weights(config, torch.bfloat16, model.device))
     narrow = lfm2_fast.Lfm2ForCausalLM(replace(config, quantization="int8"), made)
     return compare(Decoding(narrow, 1, context, room), Decoding(model, 1, context, room))
@@ -198,13 +198,13 @@ def quantized(
 
 def prefill(model: lfm2_fast.Lfm2ForCausalLM, length: int, rate: float) -> dict[str, Any]:
     """Microseconds of a prompt on the device, and its share of ``rate``, in teraflops a second."""
-    config, times = model.config, []
+    config, times = model.network.config, []
     cache = model.new_cache(1, length)
     for _ in range(5):
         cache.reset()
         clock = Clock(model.device)
         clock.mark()
-        ModelRunner(model.model, cache).prefill([prompt(length)], [0])
+        ModelRunner(model.network, cache).prefill([prompt(length)], [0])
         clock.mark()
         times += clock.microseconds()
     found = quantiles(times[1:])

@@ -93,6 +93,7 @@ class Cache:
                 "a cache needs slots >= 0, max_length >= 1 and spare >= 1, got "
                 f"slots={slots}, max_length={max_length}, spare={spare}"
             )
+        config = config.to_internal() if hasattr(config, "to_internal") else config
         self.signature = signature(config, dtype, device)
         self.slots = slots
         self.dummy_slot = slots if dummy_slot else None

@@ -26,6 +26,7 @@ def bench(
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
 ) -> None:
     """Measure how fast a checkpoint runs here, and how near to the memory's speed.
 

@@ -98,8 +98,8 @@ def prompt(row: int, length: int, vocab_size: int) -> list[int]:
 def bytes_read_per_step(model: Lfm2ForCausalLM) -> int:
     """Bytes of weights that a step reads: all, but of an untied embedding only a row."""
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    embedding = model.model.embed_tokens.weight
-    tied = model.config.tie_word_embeddings
+    embedding = model.network.embed_tokens.weight
+    tied = model.network.config.tie_word_embeddings
     return sum(held.values()) - (0 if tied else embedding.nbytes)
 
 
@@ -179,7 +179,9 @@ def measure(
     longest = max((case.prompt + case.output for case in wanted), default=0)
     for turn, case in progress([(turn, case) for turn in range(rounds + 1) for case in wanted]):
         sequences = by_batch[case.batch]
-        prompts = [prompt(i, case.prompt, model.config.vocab_size) for i in range(case.batch)]
+        prompts = [
+            prompt(i, case.prompt, model.network.config.vocab_size) for i in range(case.batch)
+        ]
         begin = time.perf_counter()
         to_first = sequences.start(prompts, longest - case.prompt + 1)
         each = sequences.decode(case.output)
@@ -196,7 +198,7 @@ def measure(
     for case in wanted:
         least = bytes_read_per_step(model)
         item = model.dtype.itemsize
-        least += case.batch * model.config.cache_bytes(item, case.prompt + case.output // 2)
+        least += case.batch * model.network.config.cache_bytes(item, case.prompt + case.output // 2)
         rate = len(steps[case]) / sum(steps[case])
         rows.append(
             {
@@ -217,7 +219,7 @@ def measure(
             "parameters": model.num_parameters(),
             "weight_bytes": bytes_read_per_step(model),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": model.config.quantization,
+            "quantization": model.network.config.quantization,
             "backend": model.ops.name,
         },
         "device": hardware(device),

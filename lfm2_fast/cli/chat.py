@@ -47,6 +47,7 @@ def chat(
     revision: opt.Revision = None,
     max_length: opt.MaxLength = None,
     local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
 ) -> None:
     """Talk with a checkpoint; /help lists what can be typed besides messages.
 

@@ -15,7 +15,7 @@ from rich.table import Table
 import lfm2_fast
 from lfm2_fast.cli.session import millions
 from lfm2_fast.config import Config, read_json
-from lfm2_fast.hf.load import find_device
+from lfm2_fast.hf.loading import find_device
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops
 from lfm2_fast.ops.native_ops import NativeOps, int8_products_are_exact, multiplies
@@ -91,16 +91,12 @@ def backends(device: torch.device) -> dict[str, str]:
     return found
 
 
-def checkpoint_facts(
-    name: str, *, revision: str | None = None, local_files_only: bool = False
-) -> Facts:
-    """What a checkpoint's config says, and what that means in bytes, if it tells the dtype.
+def checkpoint_facts(name: str, **options: Any) -> Facts:
+    """Return what a checkpoint's config says, and its bytes, if it tells the dtype.
 
-    Raises CheckpointError.
+    ``options`` are those of the hub. Raises CheckpointError.
     """
-    folder = hub.find_checkpoint(
-        name, revision=revision, local_files_only=local_files_only, weights=False
-    )
+    folder = hub.find_checkpoint(name, weights=False, **options)
     config = Config.from_file(folder / "config.json")
     stored = folder / GENERATION_CONFIG
     attention = config.layer_types.count("full_attention")

@@ -25,6 +25,7 @@ def eval(
     backend: opt.Backend = "auto",
     revision: opt.Revision = None,
     local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
 ) -> None:
     """Tell how well a checkpoint predicts a text, and what fewer bits lose.
 

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from lfm2_fast.cli.session import summary
 from lfm2_fast.cli.terminal import Terminal
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
-from lfm2_fast.hf.load import check_options, load
+from lfm2_fast.hf.load import load
+from lfm2_fast.hf.loading import check_options
 from lfm2_fast.text.tokenizer import load_tokenizer
+from lfm2_fast.weights.hub import hub_options
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,6 @@ def load_and_evaluate(
     reference: str | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """``evaluate`` of a checkpoint on a text; what it found, JSON-ready.
@@ -60,13 +60,12 @@ def load_and_evaluate(
     check_options(dtype=dtype, quantization=quantization, **options)
     if reference is not None:
         check_options(dtype=reference, **options)
-    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    tokenizer = load_tokenizer(name, **where)
+    tokenizer = load_tokenizer(name, **hub_options(options))
     # Pieces are short; that the whole text is longer than the context does not matter.
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-    model = load(name, dtype=dtype, quantization=quantization, **where, **options)
+    model = load(name, dtype=dtype, quantization=quantization, **options)
     terminal.note(summary(model))
-    other = None if reference is None else load(name, dtype=reference, **where, **options)
+    other = None if reference is None else load(name, dtype=reference, **options)
     if other is not None and other.config.quantization is not None:
         raise ValueError(
             f"{name} is stored in 8 bits itself: there is nothing wider to compare with"

@@ -40,6 +40,7 @@ def generate(
     revision: opt.Revision = None,
     max_length: opt.MaxLength = None,
     local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
 ) -> None:
     """Answer a prompt, or continue it, as the text comes.
 

@@ -18,6 +18,7 @@ def info(
     backend: opt.Backend = "auto",
     revision: opt.Revision = None,
     local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
 ) -> None:
     """Tell what runs here: versions, device, the body of each operation, and why no faster one.
 
@@ -27,5 +28,10 @@ def info(
 
     facts = machine_facts(device, backend)
     if model is not None:
-        facts |= checkpoint_facts(model, revision=revision, local_files_only=local_files_only)
+        facts |= checkpoint_facts(
+            model,
+            revision=revision,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
     show(facts, as_json=json)

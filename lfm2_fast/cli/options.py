@@ -44,6 +44,9 @@ Quantization = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
+ForceDownload = Annotated[
+    bool, typer.Option("--force-download", help="Download again what the cache has.")
+]
 
 # The parameters of a command that are arguments of ``load``.
 LOADING = (
@@ -54,6 +57,7 @@ LOADING = (
     "revision",
     "max_length",
     "local_files_only",
+    "force_download",
 )
 
 

@@ -13,10 +13,12 @@ from lfm2_fast.cli.options import loading_options
 from lfm2_fast.cli.terminal import Terminal
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.generation_args import resolve_args
-from lfm2_fast.hf.load import check_options, load
+from lfm2_fast.hf.load import load
+from lfm2_fast.hf.loading import check_options
 from lfm2_fast.text.conversation import Answer, Conversation, check_template, stream_answer
 from lfm2_fast.text.presets import SAMPLING, sampling
 from lfm2_fast.text.tokenizer import load_tokenizer
+from lfm2_fast.weights.hub import hub_options
 
 
 @dataclass
@@ -79,11 +81,7 @@ def open_session(
     resolve_args(arguments, None, {}, vocab_size=1)
     check_options(**options)
     terminal.note(f"loading {name}")
-    tokenizer = load_tokenizer(
-        name,
-        revision=options.get("revision"),
-        local_files_only=options.get("local_files_only", False),
-    )
+    tokenizer = load_tokenizer(name, **hub_options(options))
     if chat:
         check_template(tokenizer, name)
     model = load(name, **options)
@@ -102,7 +100,11 @@ def summary(model: Lfm2ForCausalLM) -> str:
     """A model in a line: its size, and where and how it runs."""
     dtype = str(model.dtype).removeprefix("torch.")
     size = millions(model.num_parameters())
-    numbers = f"{model.config.quantization} and {dtype}" if model.config.quantization else dtype
+    numbers = (
+        f"{model.network.config.quantization} and {dtype}"
+        if model.network.config.quantization
+        else dtype
+    )
     return f"{size} parameters in {numbers}, on {model.device} with {model.ops.name} bodies"
 
 

@@ -1,4 +1,4 @@
-"""Lfm2ForCausalLM: the class that people call, with Hugging Face's methods."""
+"""Lfm2ForCausalLM and Lfm2Model: the classes that people call, with Hugging Face's methods."""
 
 from __future__ import annotations
 
@@ -7,16 +7,89 @@ from typing import Any
 import torch
 
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.forward import CausalLMOutput, forward
+from lfm2_fast.hf.forward import (
+    causal_loss,
+    check_forward_args,
+    forward,
+    forward_base,
+    refuse_backward,
+)
 from lfm2_fast.hf.generate import generate
+from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+
+
+class Lfm2Model(Lfm2PreTrainedModel):
+    """An LFM2 model without its head: ``forward`` gives hidden states."""
+
+    base_model_prefix = ""
+
+    def get_output_embeddings(self) -> None:
+        """Return None: there is no head."""
+        return None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Return the hidden states of ``[B, T]`` tokens; see ``lfm2_fast.hf.forward.forward``."""
+        packed = cu_seq_lens_q is not None or position_ids is not None
+        check_forward_args(others, packed=packed)
+        answer = forward_base(
+            self,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            cu_seq_lens_q,
+        )
+        return answer.to_tuple() if return_dict is False else answer
 
 
 class Lfm2ForCausalLM(Lfm2PreTrainedModel):
     """An LFM2 language model with ``forward`` and ``generate`` as Hugging Face's class has them."""
 
-    # transformers' pipelines ask a model for these.
-    input_modalities = output_modalities = ("text",)
+    @property
+    def model(self) -> Lfm2Model:
+        """The model without its head, on the same weights."""
+        base = Lfm2Model.__new__(Lfm2Model)
+        torch.nn.Module.__init__(base)
+        base.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_")})
+        base._idle, base._generation = [], self._generation
+        base._modules = self._modules
+        return base
+
+    @property
+    def lm_head(self) -> torch.nn.Module:
+        """The head: ``weight [V, H]``."""
+        return self.network.lm_head
+
+    @staticmethod
+    def loss_function(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        ignore_index: int = -100,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return the loss that ``forward`` gives with labels; see ``forward.causal_loss``."""
+        return causal_loss(logits, labels, num_items_in_batch, ignore_index)
 
     def can_generate(self) -> bool:
         """Return True: the model has ``generate``."""
@@ -24,17 +97,43 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool = True,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Return logits of ``input_ids [B, T]``; see ``lfm2_fast.hf.forward.forward``."""
-        return forward(
-            self, input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, return_dict
+        """Return logits of ``[B, T]`` tokens; see ``lfm2_fast.hf.forward.forward``."""
+        packed = cu_seq_lens_q is not None or position_ids is not None
+        check_forward_args(others, packed=packed)
+        answer = forward(
+            self,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            labels,
+            use_cache,
+            logits_to_keep,
+            output_hidden_states,
+            output_attentions,
+            cu_seq_lens_q,
+            num_items_in_batch,
         )
+        if answer.loss is not None and torch.is_grad_enabled():
+            answer.loss = refuse_backward(answer.loss)
+        return answer.to_tuple() if return_dict is False else answer
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts; see ``lfm2_fast.hf.generate.generate`` for the arguments."""

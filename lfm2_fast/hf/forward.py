@@ -1,95 +1,255 @@
-"""Hugging Face's forward call: padded ids and a mask in, logits of the wanted columns out."""
+"""Hugging Face's forward calls: padded or packed ids in, hidden states or logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lfm2_fast.cache.batch import host_by_default
-from lfm2_fast.cache.kv_cache import Cache, signature
-from lfm2_fast.engine.model_runner import run_batch
-from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput
+from lfm2_fast.hf.packing import Packed, pack
+from lfm2_fast.hf.pretrained import INFERENCE, Lfm2PreTrainedModel
+
+# Arguments of Hugging Face's forward that say what is so anyway, each with why.
+NO_EFFECT = {
+    "cu_seq_lens_k": "keys are those of the queries",
+    "max_length_q": "it follows from cu_seq_lens_q",
+    "max_length_k": "it follows from cu_seq_lens_q",
+    "output_router_logits": "the model has no experts",
+    "cache_position": "the cache knows its length",
+}
 
 
-@dataclass(eq=False)
-class CausalLMOutput(Mapping[Any, Any]):
-    """``logits [B, T, V]`` and the cache, by name, by key or by place, as Hugging Face's output.
+def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
+    """Check arguments that a forward call does not use; ``packed`` says that rows may be packed.
 
-    Its keys, like its tuple, are the fields that are not None; there is never a ``loss``.
+    Raises ValueError for what is not supported and TypeError for a name that nobody knows.
     """
+    for name, value in others.items():
+        if name == "seq_idx" and (packed or value is None):
+            continue  # it repeats what cu_seq_lens_q or position_ids say
+        if name == "seq_idx":
+            raise ValueError("seq_idx alone is not supported: give cu_seq_lens_q or position_ids")
+        if name == "is_causal" and value is False:
+            raise ValueError("is_causal=False is not supported: the model is causal")
+        if name not in NO_EFFECT and name != "is_causal":
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
 
-    loss: None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in order."""
-        return tuple(self[name] for name in self)
+class _Run:
+    """One forward pass: the packed inputs, and what came out of the blocks."""
 
-    def __getitem__(self, key: int | slice | str) -> Any:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in list(self):
-            raise KeyError(key)
-        return getattr(self, key)
+    def __init__(
+        self,
+        model: Lfm2PreTrainedModel,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        cu_seq_lens_q: torch.Tensor | None,
+        output_attentions: bool | None,
+    ) -> None:
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True is not supported: attention is fused and its weights are "
+                "never written; use transformers' class with attn_implementation='eager'"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        self.network = model.network
+        if input_ids is not None:
+            self.like = check_ids(model, input_ids)
+        else:
+            assert inputs_embeds is not None
+            self.like = _check_embeds(model, inputs_embeds)
+        self.packed: Packed = pack(
+            model, self.like, attention_mask, position_ids, past_key_values, cu_seq_lens_q
+        )
+        tokens = self.like[self.packed.mask]
+        self.tokens = tokens if input_ids is not None else None
+        self.embeds = tokens if input_ids is None else None
 
-    def __iter__(self) -> Iterator[str]:
-        return (each.name for each in fields(self) if getattr(self, each.name) is not None)
+    def columns(self, keep: int | torch.Tensor) -> torch.Tensor:
+        """Return the columns that ``logits_to_keep`` names; 0 is all."""
+        device = self.packed.mask.device
+        if isinstance(keep, torch.Tensor):
+            return keep.to(device)
+        return torch.arange(self.like.shape[1], device=device)[-keep:]
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def blocks(self, collected: list[torch.Tensor] | None) -> Any:
+        """Run the blocks and count the tokens in the cache; the residual stream ``[T, H]``."""
+        cache, batch = self.packed.cache, self.packed.batch
+        cache.reserve(batch)
+        x = self.network.run_blocks(
+            self.tokens, batch, cache, embeds=self.embeds, collected=collected
+        )
+        cache.commit_batch(batch)
+        if self.tokens is not None:
+            counts = batch.on_host.query_lengths
+            cache.record_tokens(batch, (c.tolist() for c in self.tokens.cpu().split(list(counts))))
+        return x
+
+    def hidden_states(
+        self, collected: list[torch.Tensor] | None, last: torch.Tensor
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Return every layer's output, padded as the call was; the last one is normed."""
+        if collected is None:
+            return None
+        every = self.columns(0)
+        return tuple(self.packed.unpack(each, every) for each in [*collected[:-1], last])
+
+    def kept_cache(self, use_cache: bool | None) -> Cache | None:
+        """Return the cache for the answer, if it was asked for and is of further use."""
+        return None if use_cache is False or self.packed.is_split else self.packed.cache
+
+
+@torch.no_grad()
+@host_by_default()
+def forward_base(
+    model: Lfm2PreTrainedModel,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+) -> BaseModelOutput:
+    """Return the hidden states of ``[B, T]`` tokens, continuing ``past_key_values`` where given.
+
+    The arguments are those of ``forward``. At padding, hidden states are zeros.
+    """
+    run = _Run(
+        model,
+        input_ids,
+        inputs_embeds,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        cu_seq_lens_q,
+        output_attentions,
+    )
+    wanted = _wanted(model, output_hidden_states)
+    collected: list[torch.Tensor] | None = [] if wanted else None
+    last = run.network.last_norm(run.blocks(collected))
+    return BaseModelOutput(
+        last_hidden_state=run.packed.unpack(last, run.columns(0)),
+        past_key_values=run.kept_cache(use_cache),
+        hidden_states=run.hidden_states(collected, last),
+    )
 
 
 @torch.no_grad()
 @host_by_default()
 def forward(
     model: Lfm2PreTrainedModel,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: int | torch.Tensor = 0,
-    return_dict: bool = True,
-) -> CausalLMOutput | tuple[Any, ...]:
-    """Logits of ``input_ids [B, T]``, continuing ``past_key_values`` where given.
+    output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> CausalLMOutput:
+    """Return logits of ``[B, T]`` tokens, continuing ``past_key_values`` where given.
 
-    ``attention_mask``, ``[B, T]`` or the longer one of a whole conversation whose last T
-    columns count, marks padding on the left or the right with zeros; logits there are zeros.
-    ``logits_to_keep`` keeps the last so many positions, or those of an index tensor; 0 keeps
-    all. The answer is a CausalLMOutput, or its tuple. Raises ValueError for ids out of range,
-    a mask with holes, or a cache of another batch size.
+    Tokens are ``input_ids [B, T]`` or ``inputs_embeds [B, T, H]``. ``attention_mask``, ``[B, T]``
+    or the longer one of a whole conversation whose last T columns count, marks padding on the left
+    or the right with zeros; logits there are zeros. ``position_ids`` may say what the mask implies,
+    or restart at 0 within a row: then the row holds several sequences, as ``cu_seq_lens_q [S + 1]``
+    says of a single row. ``logits_to_keep`` keeps the last so many columns, or those of an index
+    tensor; 0 keeps all. ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next
+    token, -100 left out, or its sum over ``num_items_in_batch``. ``output_hidden_states`` asks for
+    every layer's output. Raises ValueError, naming the argument, for ids out of range, a mask with
+    holes, positions that fit neither, a cache of another batch size, and what is not supported.
     """
-    input_ids = check_ids(model, input_ids)
-    count, width = input_ids.shape
-    mask = unpadded(input_ids, attention_mask)
-    cache = past_key_values
-    if cache is None:
-        cache = model.new_cache(count)
-    check_cache(model, cache, count)
-    counts = mask.sum(-1).tolist()
-    batch = cache.next_batch(counts, range(count), model.device)
-    tokens = input_ids[mask]
+    run = _Run(
+        model,
+        input_ids,
+        inputs_embeds,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        cu_seq_lens_q,
+        output_attentions,
+    )
+    columns = run.columns(logits_to_keep)
+    collected: list[torch.Tensor] | None = [] if _wanted(model, output_hidden_states) else None
+    x = run.blocks(collected)
+    states = None
+    if collected is not None:
+        states = run.hidden_states(collected, run.network.last_norm(x))
+    logits = run.packed.unpack(run.network.logits(x, run.packed.places(columns)), columns)
+    loss = None
+    if labels is not None:
+        loss = causal_loss(logits, labels, num_items_in_batch)
+    return CausalLMOutput(
+        loss=loss,
+        logits=logits,
+        past_key_values=run.kept_cache(use_cache),
+        hidden_states=states,
+    )
 
-    if isinstance(logits_to_keep, int):
-        columns = torch.arange(width, device=mask.device)[-logits_to_keep:]
-    else:
-        columns = logits_to_keep.to(mask.device)
-    packed = mask.flatten().cumsum(0).view_as(mask) - 1
-    shown = mask[:, columns]
-    logits = run_batch(model.model, tokens, batch, cache, packed[:, columns][shown])
-    cache.record_tokens(batch, (c.tolist() for c in tokens.cpu().split([n for n in counts if n])))
 
-    if bool(shown.all()):
-        full = logits.view(*shown.shape, model.config.vocab_size)
-    else:
-        full = logits.new_zeros(*shown.shape, model.config.vocab_size)
-        full[shown] = logits
-    kept = None if use_cache is False else cache
-    answer = CausalLMOutput(logits=full, past_key_values=kept)
-    return answer if return_dict else answer.to_tuple()
+def _wanted(model: Lfm2PreTrainedModel, output_hidden_states: bool | None) -> bool:
+    if output_hidden_states is None:
+        return bool(getattr(model.config, "output_hidden_states", False))
+    return output_hidden_states
+
+
+def causal_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Return the cross-entropy in nats of ``labels [B, T]`` shifted by one, from float32 logits.
+
+    As Hugging Face's loss for causal models: the mean over labels that are not ``ignore_index``, or
+    the sum over ``num_items_in_batch``.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, the logits {tuple(logits.shape[:2])}; with "
+            "labels, leave logits_to_keep out"
+        )
+    targets = F.pad(labels.to(logits.device), (0, 1), value=ignore_index)[:, 1:].flatten()
+    how = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1), targets, ignore_index=ignore_index, reduction=how
+    )
+    if num_items_in_batch is None:
+        return loss
+    return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+
+
+class _NoBackward(torch.autograd.Function):
+    """The identity, whose backward pass says that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(f"backward() is not supported: {INFERENCE}")
+
+
+def refuse_backward(loss: torch.Tensor) -> torch.Tensor:
+    """Return ``loss`` such that its ``backward()`` raises RuntimeError, saying what to do."""
+    return _NoBackward.apply(loss, torch.zeros((), requires_grad=True))
 
 
 def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -99,56 +259,22 @@ def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
             "input_ids must be integers of shape [batch, tokens], got "
             f"{tuple(input_ids.shape)} of {input_ids.dtype}"
         )
-    wrong = (input_ids < 0) | (input_ids >= model.config.vocab_size)
+    vocab_size = model.network.config.vocab_size
+    wrong = (input_ids < 0) | (input_ids >= vocab_size)
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, but this model's "
-            f"vocabulary has {model.config.vocab_size} tokens; is the tokenizer another model's?"
+            f"vocabulary has {vocab_size} tokens; is the tokenizer another model's?"
         )
     return input_ids.to(model.device, torch.int64)
 
 
-def check_cache(model: Lfm2PreTrainedModel, cache: Cache, rows: int) -> None:
-    """Raise TypeError unless a caller's cache is ours, ValueError unless it fits the model.
-
-    It must have ``rows`` slots.
-    """
-    if not isinstance(cache, Cache):
-        raise TypeError(
-            f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
-        )
-    if cache.slots != rows:
+def _check_embeds(model: Lfm2PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
+    hidden = model.network.config.hidden_size
+    if embeds.dim() != 3 or embeds.shape[2] != hidden or not embeds.is_floating_point():
         raise ValueError(
-            f"past_key_values holds {cache.slots} sequences, but {rows} rows are to be run"
+            f"inputs_embeds must be numbers of shape [batch, tokens, {hidden}], got "
+            f"{tuple(embeds.shape)} of {embeds.dtype}"
         )
-    if cache.signature != signature(model.config, model.dtype, model.device):
-        raise ValueError(
-            "past_key_values is of another model, dtype or device; make one with new_cache() of "
-            "the model that is called, and anew when that was moved"
-        )
-
-
-def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """``[B, T]`` bool, true at tokens; ValueError for a mask that does not fit or has holes."""
-    count, width = input_ids.shape
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if (
-        attention_mask.dim() != 2
-        or attention_mask.shape[0] != count
-        or attention_mask.shape[1] < width
-    ):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(count, width)}; "
-            "it must have the same rows and at least as many columns"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - width :].to(input_ids.device) != 0
-    edges = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, :1].sum(-1)
-    if (edges > 1).any():
-        row = int((edges > 1).nonzero()[0])
-        raise ValueError(
-            f"attention_mask row {row} has zeros between tokens; padding may stand on the left or "
-            "on the right of a row, not inside it"
-        )
-    return mask
+    return embeds.to(model.device, model.dtype)

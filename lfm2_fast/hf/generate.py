@@ -13,9 +13,10 @@ import torch
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.forward import check_ids, unpadded
+from lfm2_fast.hf.forward import check_ids
 from lfm2_fast.hf.generate_loop import run_generate_loop
 from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, warn, whole_number
+from lfm2_fast.hf.packing import unpadded
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 
@@ -71,7 +72,7 @@ def generate(
     """
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
     asked = resolve_args(
-        kwargs, generation_config, model.generation_defaults(), model.config.vocab_size
+        kwargs, generation_config, model.generation_defaults(), model.network.config.vocab_size
     )
     if ids is None:
         if asked.bos_token_id is None:

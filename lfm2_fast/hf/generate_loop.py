@@ -20,8 +20,8 @@ from lfm2_fast.cache.kv_cache import Cache, common_prefix
 from lfm2_fast.engine.decode import DecodeLoop, Request
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.engine.step_buffers import MAX_STEPS
-from lfm2_fast.hf.forward import check_cache
 from lfm2_fast.hf.generation_args import GenerationArgs
+from lfm2_fast.hf.packing import check_cache
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.ops.sampling import SamplingState, draw, penalize, warp
 
@@ -114,7 +114,7 @@ class _GenerateLoop:
                 f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
                 f"{self.longest} tokens and {self.budget} new ones need {needed}"
             )
-        self.runner = ModelRunner(model.model, cache)
+        self.runner = ModelRunner(model.network, cache)
 
     def run_without_hooks(self, streamer: Any) -> dict[str, Any]:
         """Write without looking at any step; rows that wait take the slots of those that stop."""
@@ -129,7 +129,7 @@ class _GenerateLoop:
         # Who watches the tokens come gets each when it is there.
         max_steps = MAX_STEPS if streamer is None else 1
         steps = DecodeLoop(
-            self.model.model, self.cache, asked.sampling, asked.eos_token_id, max_steps=max_steps
+            self.model.network, self.cache, asked.sampling, asked.eos_token_id, max_steps=max_steps
         )
         progress = _progress(self.rows) if self.at_a_time < self.rows else None
 
@@ -262,7 +262,7 @@ class _GenerateLoop:
         device, sampling = self.model.device, self.asked.sampling
         seen = None
         if sampling.repetition_penalty != 1.0:
-            shape = (len(rows), self.model.config.vocab_size)
+            shape = (len(rows), self.model.network.config.vocab_size)
             seen = torch.zeros(shape, dtype=torch.bool, device=device)
             for marks, row in zip(seen, rows, strict=True):
                 prompt = self.prompts[row.number // self.copies]

@@ -100,6 +100,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
 }
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+# Of UNSUPPORTED, what changes no token that is written here: how memory is used, or a setting of
+# beams where there are none.
+WITHOUT_EFFECT = {
+    "use_cache",
+    "early_stopping",
+    "length_penalty",
+    "diversity_penalty",
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "low_memory",
+    "prefill_chunk_size",
+    "compile_config",
+    "disable_compile",
+}
+# Of UNSUPPORTED, filters of drawn tokens: greedy decoding does not ask for them.
+FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ class GenerationArgs:
     sampling: SamplingParams
     max_new_tokens: int | None
     max_length: int | None
+    max_length_is_given: bool  # by the call or its generation_config
     min_new_tokens: int
     num_return_sequences: int
     stop_strings: tuple[str, ...]
@@ -129,12 +147,13 @@ class GenerationArgs:
             return self.max_new_tokens
         if self.max_length is None:
             return min(20, max(limit - width, 1))
-        if self.max_length <= width:
+        most = self.max_length if self.max_length_is_given else min(self.max_length, limit)
+        if most <= width:
             raise ValueError(
-                f"max_length={self.max_length} leaves nothing to write: the prompt has {width} "
+                f"max_length={most} leaves nothing to write: the prompt has {width} "
                 "tokens; set max_new_tokens instead"
             )
-        return self.max_length - width
+        return most - width
 
 
 def resolve_args(
@@ -157,13 +176,23 @@ def resolve_args(
         **_known(_as_mapping(generation_config)),
         **call,
     }
+    asked = {**_known(_as_mapping(generation_config)), **call}
     for name, neutral in UNSUPPORTED.items():
         value = values.get(name)
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"{name}={value!r} is not supported by lfm2_fast; leave it out, or use Hugging "
-                "Face's model for it"
-            )
+        if value is None or value in neutral:
+            continue
+        if name in WITHOUT_EFFECT or (name in FILTERS and not values.get("do_sample")):
+            if name in asked:
+                warn(f"{name}={value!r} has no effect here")
+            continue
+        if name in asked:
+            remedy = "leave it out"
+        else:
+            remedy = f"it stands in the checkpoint's generation_config.json: pass {name}=None"
+        raise ValueError(
+            f"{name}={value!r} is not supported by lfm2_fast; {remedy}, or use Hugging Face's "
+            "model for it"
+        )
     check = _Check(values)
     do_sample = check.flag("do_sample")
     sampling = SamplingParams(
@@ -200,6 +229,7 @@ def resolve_args(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         max_length=max_length,
+        max_length_is_given=asked.get("max_length") is not None,
         min_new_tokens=min_new_tokens,
         num_return_sequences=count,
         stop_strings=check.strings("stop_strings"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,181 @@ from torch import nn
 
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config import Config
+from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
+from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
+from lfm2_fast.hf.loading import load_as
+from lfm2_fast.hf.surface import REFUSED_NAMES
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.base import Ops
 from lfm2_fast.weights import checkpoint
-from lfm2_fast.weights.fusion import fusion_table, num_parameters
+from lfm2_fast.weights.formats import Projection
+from lfm2_fast.weights.fusion import (
+    EMBEDDING,
+    HEAD,
+    fusion_table,
+    num_parameters,
+    random_weights,
+)
+from lfm2_fast.weights.hub import HUB_OPTIONS
+
+INFERENCE = "lfm2_fast is for inference: train with transformers' class, and load the result"
 
 
 class Lfm2PreTrainedModel(nn.Module):
-    """An LFM2 checkpoint, ready to run: ``model`` is the network.
+    """An LFM2 model, ready to run: ``network`` is LFM2 itself, ``config`` what callers read.
 
-    ``weights`` are the fused tensors that ``checkpoint.load_weights`` returns; they are taken over,
-    not copied. ``backend`` is one of ``ops.select.BACKENDS``. ``max_length`` bounds the context
-    that a cache of this model may grow to (default: the model's own limit).
+    ``config`` is any LFM2 config; the network is made of what it says now. ``weights`` are the
+    fused tensors that ``checkpoint.load_weights`` returns; they are taken over, not copied. None
+    means random ones. ``internal`` is the network's config, where it differs from ``config``.
+    ``backend`` is one of ``ops.select.BACKENDS``. ``max_length`` bounds the context that a cache of
+    this model may grow to (default: the model's own limit).
     """
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    model_tags: list[str] | None = None
+    config_class = Lfm2Config
+    # transformers' pipelines ask a model for these.
+    input_modalities = output_modalities = ("text",)
+    # The model lies on one device, is no one else's code, and cannot be trained.
+    is_parallelizable = supports_gradient_checkpointing = is_gradient_checkpointing = False
+    hf_quantizer: None = None
 
     def __init__(
         self,
-        config: Config,
-        weights: dict[str, torch.Tensor],
+        config: Any,
+        weights: dict[str, torch.Tensor] | None = None,
         *,
+        internal: Config | None = None,
         backend: str = "auto",
         max_length: int | None = None,
-        generation_config: dict[str, Any] | None = None,
+        generation_config: Any = None,
         name_or_path: str = "",
     ) -> None:
         super().__init__()
-        self.config = config
+        if internal is None:
+            internal = config if isinstance(config, Config) else Lfm2Config.of(config).to_internal()
+        self.config = Lfm2Config.of(config)
         self._generation: Any = generation_config or {}
-        self.name_or_path = name_or_path
-        limit = config.max_position_embeddings
+        self.name_or_path = name_or_path or self.config.name_or_path
+        limit = internal.max_position_embeddings
         self.max_length = min(max_length or limit, limit)
-        self.model = Lfm2(config, weights, backend=backend)
-        self.eval()
+        if weights is None:
+            dtype = getattr(torch, internal.dtype) if internal.dtype else torch.get_default_dtype()
+            weights = random_weights(internal, dtype, torch.get_default_device())
+        self.network = Lfm2(internal, weights, backend=backend)
+        super().train(False)
         # Caches that wait for the next call, with the graphs captured on them.
         self._idle: list[Cache] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: Any = None,
+        device: Any = "auto",
+        dtype: Any = "auto",
+        device_map: Any = None,
+        torch_dtype: Any = None,
+        max_length: int | None = None,
+        backend: str = "auto",
+        quantization: str | None = None,
+        quantization_config: Any = None,
+        load_in_8bit: bool | None = None,
+        load_in_4bit: bool | None = None,
+        generation_config: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Load a checkpoint as this class, with Hugging Face's arguments and ``load``'s.
+
+        As with Hugging Face, the model lies on the CPU unless ``device_map`` or ``device`` says
+        otherwise. Fields of the config may be given as arguments too. Raises as ``load`` does.
+        """
+        if model_args:
+            raise TypeError("from_pretrained() takes the checkpoint alone by position")
+        if device == "auto" and device_map is None:
+            device = "cpu"
+        fields = {name: others.pop(name) for name in list(others) if name in FIELDS}
+        asked = {name: others.pop(name) for name in list(others) if name in HUB_OPTIONS}
+        asked["revision"] = asked.get("revision") or None
+        if isinstance(config, str | os.PathLike):
+            config = Lfm2Config.from_pretrained(config, **asked)
+        if fields:
+            source = config if config is not None else pretrained_model_name_or_path
+            known = isinstance(source, str | os.PathLike)
+            base = Lfm2Config.from_pretrained(source, **asked) if known else Lfm2Config.of(source)
+            config = Lfm2Config.from_dict(base.to_dict(), **fields)
+        return load_as(
+            cls,
+            pretrained_model_name_or_path,
+            device=device,
+            dtype="auto" if dtype is None else dtype,
+            max_length=max_length,
+            backend=backend,
+            quantization=quantization_of(
+                quantization, quantization_config, load_in_8bit, load_in_4bit
+            ),
+            config=config,
+            generation_config=generation_config,
+            device_map=device_map,
+            torch_dtype=torch_dtype,
+            hub_options=asked,
+            others=others,
+        )
+
+    @classmethod
+    def from_config(cls, config: Any, *, dtype: Any = None, **options: Any) -> Any:
+        """Return a model with random weights, made of any LFM2 config.
+
+        ``dtype`` replaces the config's, ``options`` are those of the class.
+        """
+        made = Lfm2Config.from_dict(Lfm2Config.of(config).to_dict())
+        if dtype is not None:
+            made.dtype = str(dtype).removeprefix("torch.")
+        return cls(made, **options)
+
+    @classmethod
+    def _from_config(cls, config: Any, **options: Any) -> Any:
+        """Return ``from_config``, as transformers' Auto classes call it."""
+        known = {name: options.pop(name) for name in ("backend", "max_length") if name in options}
+        dtype = options.pop("dtype", options.pop("torch_dtype", None))
+        check_load_args(options)
+        return cls.from_config(config, dtype=dtype, **known)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Projection:
+        """Give the vocabulary ``new_num_tokens``, and return the embedding.
+
+        New rows are the mean of the old ones, or random without ``mean_resizing``. Raises
+        ValueError for quantized weights.
+        """
+        inner = self.network.config
+        if inner.quantization is not None:
+            raise ValueError("resize_token_embeddings() needs dense weights: load without int8")
+        size = inner.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        weights = dict(self.network.state_dict())
+        for name in (EMBEDDING, HEAD):
+            if name == HEAD and inner.tie_word_embeddings:
+                weights.pop(name)
+                continue
+            old = weights[name]
+            rows = old.new_empty(max(size - len(old), 0), old.shape[1])
+            if mean_resizing:
+                rows[:] = old.float().mean(0).to(old.dtype)
+            else:
+                rows.normal_(std=inner.initializer_range)
+            weights[name] = torch.cat([old[:size], rows])
+        self.network = Lfm2(replace(inner, vocab_size=size), weights, backend=self.network.backend)
+        self.config.vocab_size = size
+        self._idle = []
+        return self.network.embed_tokens
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -56,20 +198,45 @@ class Lfm2PreTrainedModel(nn.Module):
         self._idle = []
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there: a part of the module, or a name of Hugging Face's class.
+        if name in REFUSED_NAMES:
+            raise AttributeError(f"{name} is not supported by lfm2_fast: {REFUSED_NAMES[name]}")
+        return super().__getattr__(name)
+
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Do nothing: attention is this package's own, with the same result."""
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Note words about the model; they are kept in ``model_tags``."""
+        given = [tags] if isinstance(tags, str) else tags
+        self.model_tags = sorted({*(self.model_tags or ()), *given})
+
+    def train(self, mode: bool = True) -> Lfm2PreTrainedModel:
+        """Do nothing for ``mode=False``. Raises RuntimeError else: this is for inference."""
+        if mode:
+            raise RuntimeError(f"train() is not supported: {INFERENCE}")
+        return self
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.model.device
+        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations and of the cache; quantized weights have their own."""
-        return self.model.dtype
+        return self.network.dtype
 
     @property
     def ops(self) -> Ops:
         """The operations that the network runs on."""
-        return self.model.ops
+        return self.network.ops
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head."""
+        return getattr(self, self.base_model_prefix, self)
 
     @property
     def generation_config(self) -> Any:
@@ -89,9 +256,34 @@ class Lfm2PreTrainedModel(nn.Module):
         found = self._generation
         return found if isinstance(found, dict) else found.to_dict()
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters, a tied head counted once."""
-        return num_parameters(self.config)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters, a tied head counted once; none of them is trainable."""
+        if only_trainable:
+            return 0
+        config = self.network.config
+        embedding = config.vocab_size * config.hidden_size if exclude_embeddings else 0
+        return num_parameters(config) - embedding
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the weights, a tied head counted once."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    def get_input_embeddings(self) -> Projection:
+        """Return the embedding: ``weight [V, H]``, called with ids it gives their rows."""
+        return self.network.embed_tokens
+
+    def get_output_embeddings(self) -> Projection | None:
+        """Return the head: ``weight [V, H]``."""
+        return self.network.lm_head
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Make the head the embedding, if the network's config says that they are one."""
+        self.network.tie_weights()
+
+    def get_decoder(self) -> Any:
+        """Return the model without its head."""
+        return self.base_model
 
     def new_cache(self, slots: int, max_length: int | None = None, *, spare: int = 1) -> Cache:
         """Return an empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
@@ -102,7 +294,7 @@ class Lfm2PreTrainedModel(nn.Module):
         """
         captures = self.ops.captures
         return Cache(
-            self.config,
+            self.network.config,
             slots,
             min(max_length or self.max_length, self.max_length),
             device=self.device,
@@ -126,12 +318,51 @@ class Lfm2PreTrainedModel(nn.Module):
             cache.reset()
             self._idle = [cache]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write a checkpoint that Hugging Face loads, equal tensor for tensor."""
-        state = self.model.state_dict()
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        **others: Any,
+    ) -> None:
+        """Write a checkpoint that Hugging Face loads, equal tensor for tensor.
+
+        Shards are at most ``max_shard_size`` bytes ("2GB"). ``state_dict`` replaces the weights, by
+        Hugging Face's names. ``variant`` is a word in the names of the weights' files. Raises
+        ValueError for what is not supported, naming it.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is not supported: safetensors are written")
+        if push_to_hub:
+            raise ValueError("push_to_hub=True is not supported: upload the folder yourself")
+        check_save_args(others)
+        if not is_main_process:
+            return
+        state = self.network.state_dict()
+        config = self.network.config
+        table = fusion_table(config)
+        named = {part.name: rows for n, f in table.items() for part, rows in f.split(state[n])}
+        if state_dict is not None:
+            unknown = sorted(set(state_dict) - set(named) - {"lm_head.weight"})
+            if unknown:
+                raise ValueError(f"state_dict has {unknown[0]!r}, which this model does not have")
+            named = {name: state_dict.get(name, tensor) for name, tensor in named.items()}
         checkpoint.save(
             Path(save_directory),
-            self.config,
-            {name: state[name] for name in fusion_table(self.config)},
+            {**config.to_dict(), **self._own_settings()},
+            named,
+            format=config.quantization,
+            dtype=self.dtype,
             generation_config=self.generation_defaults(),
+            variant=variant,
+            max_shard_size=max_shard_size,
         )
+
+    def _own_settings(self) -> dict[str, Any]:
+        """Return what callers set on the config that no weight depends on."""
+        names = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
+        return {name: getattr(self.config, name) for name in names}

@@ -15,6 +15,7 @@ from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
 from lfm2_fast.ops.base import Ops, Rope
+from lfm2_fast.ops.residual import settled
 from lfm2_fast.ops.select import choose
 from lfm2_fast.weights.formats import Projection, find_format
 from lfm2_fast.weights.fusion import tie
@@ -140,12 +141,12 @@ class Lfm2(nn.Module):
         self.load_state_dict(tie(config, weights), strict=True, assign=True)
         self.tie_weights()
         self.requires_grad_(False).eval()
-        self._backend = backend
+        self.backend = backend
         self._fit()
 
     def _fit(self) -> None:
         """Choose operations and make frequencies for the weights' present device and dtype."""
-        self.ops = choose(self._backend, self.device, self.dtype)
+        self.ops = choose(self.backend, self.device, self.dtype)
         # Always float32 (or wider): positions reach 128,000, which 16 bits cannot count.
         dim = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32)
         freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
@@ -172,22 +173,49 @@ class Lfm2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.share(self.embed_tokens)
 
+    @torch.no_grad()
     def run_blocks(
-        self, tokens: torch.Tensor, batch: Batch, cache: Cache, ops: Ops | None = None
+        self,
+        tokens: torch.Tensor | None,
+        batch: Batch,
+        cache: Cache,
+        ops: Ops | None = None,
+        *,
+        embeds: torch.Tensor | None = None,
+        collected: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return the residual stream ``[T, H]`` of packed ``tokens [T]`` after the last block.
 
         Writes keys, values and conv rows of the tokens into the tensors of ``cache``. The caller
         makes room in the cache before and counts the tokens after. ``ops`` replaces ``self.ops``.
         The last norm and the head are still to come; where ``ops`` leaves a residual addition
-        pending, the result holds it (``ops.residual``).
+        pending, the result holds it (``ops.residual``). ``embeds [T, H]`` stand for ``tokens``
+        where those are None. ``collected`` gets the embedding and every block's output ``[T, H]``.
         """
         ops = ops or self.ops
         rope = ops.rope(batch.positions, self.inv_freq, self.dtype)
-        x = ops.embed(tokens, self.embed_tokens, self.dtype)
+        if tokens is None:
+            assert embeds is not None
+            x = embeds
+        else:
+            x = ops.embed(tokens, self.embed_tokens, self.dtype)
+        if collected is not None:
+            collected.append(x)
         for layer, state in zip(self.layers, cache.layers, strict=True):
             x = layer(x, ops, rope, state, batch)
+            if collected is not None:
+                collected.append(settled(x))
         return x
+
+    @torch.no_grad()
+    def last_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the residual stream after the last norm, ``[T, H]``, as the head reads it."""
+        return self.ops.rms_norm(settled(x), self.embedding_norm)
+
+    @torch.no_grad()
+    def logits(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[R, V]`` of the residual stream ``x [T, H]`` at ``rows [R]``."""
+        return self.ops.norm_linear(x[rows], self.embedding_norm, self.lm_head)
 
     @torch.no_grad()
     def forward(

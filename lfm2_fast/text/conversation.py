@@ -61,7 +61,7 @@ def stream_answer(
     if cache is not None:
         kept = cache.resume(0, common_prefix(ids[:-1], cache.history[0]))
         if kept < stable:
-            ModelRunner(model.model, cache).prefill([ids[kept:stable]], [0])
+            ModelRunner(model.network, cache).prefill([ids[kept:stable]], [0])
     end = ""
     try:
         model.generate(
@@ -84,7 +84,7 @@ def _ends(model: Lfm2ForCausalLM, arguments: Mapping[str, Any]) -> tuple[int, ..
     """The tokens that end a text which ``generate`` writes with ``arguments``."""
     given = {"eos_token_id": arguments["eos_token_id"]} if "eos_token_id" in arguments else {}
     config = arguments.get("generation_config")
-    defaults, vocab_size = model.generation_defaults(), model.config.vocab_size
+    defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
     return resolve_args(given, config, defaults, vocab_size).eos_token_id
 
 

@@ -15,22 +15,15 @@ TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, local_files_only: bool = False
-) -> Any:
-    """The checkpoint's tokenizer. Raises CheckpointError when there is none that can be loaded.
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """Return the checkpoint's tokenizer; ``options`` are those of the hub.
 
-    Of a folder that is no checkpoint it says that instead.
+    Raises CheckpointError when there is none that can be loaded. Of a folder that is no checkpoint
+    it says that instead.
     """
     from transformers import AutoTokenizer
 
-    folder = hub.find_checkpoint(
-        name,
-        revision=revision,
-        local_files_only=local_files_only,
-        weights=False,
-        also=TOKENIZER_FILES,
-    )
+    folder = hub.find_checkpoint(name, weights=False, also=TOKENIZER_FILES, **options)
     Config.from_file(folder / "config.json")
     if not (folder / TOKENIZER_FILES[0]).is_file():
         raise CheckpointError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.config import FETCH_AGAIN, CheckpointError, Config, read_json
 from lfm2_fast.weights.formats import Format, find_format
-from lfm2_fast.weights.fusion import HEAD, NORM, Fused, dtype_tensor, fusion_table
+from lfm2_fast.weights.fusion import EMBEDDING, HEAD, Fused, dtype_tensor, fusion_table
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -39,6 +41,16 @@ FLOATS = {
 }
 
 
+def variant_of(name: str, variant: str | None) -> str:
+    """Return a file's name with a variant in it, as Hugging Face spells it.
+
+    >>> variant_of("model.safetensors", "fp16")
+    'model.fp16.safetensors'
+    """
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
 def load_weights(
     folder: Path,
     config: Config,
@@ -46,6 +58,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
+    variant: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
 
@@ -57,7 +70,8 @@ def load_weights(
     whatever does not fit.
     """
     table = fusion_table(config)
-    found = _with_a_head(table, _open_tensors(folder, find_format(config.quantization).file))
+    whole = variant_of(find_format(config.quantization).file, variant)
+    found = _with_a_head(table, _open_tensors(folder, whole, variant_of(INDEX, variant)))
     _check_tensors(folder, config, table, found)
     if dtype is None:
         dtype = FLOATS[found[table[dtype_tensor(config)].parts[0].name].dtype]
@@ -82,6 +96,32 @@ def load_weights(
                 first += part.rows
             weights.update(made)
     return weights
+
+
+def with_stored_head(folder: Path, config: Config, variant: str | None = None) -> Config:
+    """Return ``config``, untied if the checkpoint holds a head that is not the embedding.
+
+    A config may say that they are tied although the head was tuned on its own. The weights decide,
+    as in Hugging Face's class, and a warning says so.
+    """
+    whole = variant_of(find_format(config.quantization).file, variant)
+    if not config.tie_word_embeddings or config.quantization is not None:
+        return config
+    found = _open_tensors(folder, whole, variant_of(INDEX, variant))
+    embedding = fusion_table(config)[EMBEDDING].parts[0]
+    head, table = found.get(HEAD), found.get(embedding.name, found.get(embedding.base_name))
+    if head is None or table is None or head.shape != table.shape:
+        return config
+    rows = max(1, BLOCK // head.shape[1])
+    pairs = zip(head.blocks(rows), table.blocks(rows), strict=True)
+    if all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs):
+        return config
+    logger.warning(
+        "%s: config.json says tie_word_embeddings, but %s is not the embedding; it is used",
+        head.path,
+        HEAD,
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 def _progress(tensors: Collection[T]) -> AbstractContextManager[Iterable[T]]:
@@ -112,35 +152,51 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def save(
     folder: Path,
-    config: Config,
-    weights: dict[str, torch.Tensor],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
     *,
-    generation_config: dict[str, Any],
+    format: str | None,
+    dtype: torch.dtype,
+    generation_config: Mapping[str, Any],
+    variant: str | None = None,
+    max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write our fused tensors as the checkpoint that Hugging Face reads.
+    """Write ``tensors``, by Hugging Face's names, as the checkpoint that it reads.
 
-    Every file is complete before it gets its name, so what was there stays whole if the disk is
-    full. Raises OSError as the file system does.
+    ``config`` becomes config.json, ``format`` names the weight format. Weights of more than
+    ``max_shard_size`` are spread over files with an index. Every file is complete before it gets
+    its name, so what was there stays whole if the disk is full. Weights of an earlier save that a
+    loader would take for these are removed last. Raises OSError as the file system does.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     folder.mkdir(parents=True, exist_ok=True)
-    split = {
-        part.name: rows.contiguous()
-        for name, fused in fusion_table(config).items()
-        for part, rows in fused.split(weights[name])
-    }
-    dtype = str(weights[NORM].dtype).removeprefix("torch.")
-    target = folder / find_format(config.quantization).file
-    with _complete(target) as path:
-        try:
-            save_file(split, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"could not write {target}: {error}") from error
-    documents = {"config.json": {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}}
+    whole = find_format(format).file
+    stem, _, ending = variant_of(whole, variant).rpartition(".")
+    shards = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=f"{stem}{{suffix}}.{ending}", max_shard_size=max_shard_size
+    )
+    for file, names in shards.filename_to_tensors.items():
+        target = folder / file
+        with _complete(target) as path:
+            try:
+                own = {name: tensors[name].contiguous() for name in names}
+                save_file(own, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"could not write {target}: {error}") from error
+    index = variant_of(INDEX, variant)
+    stored = str(dtype).removeprefix("torch.")
+    documents: dict[str, Any] = {"config.json": {**config, "dtype": stored, "torch_dtype": stored}}
     if generation_config:
-        documents[GENERATION_CONFIG] = generation_config
+        documents[GENERATION_CONFIG] = dict(generation_config)
+    if shards.is_sharded:
+        documents[index] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     for name, document in documents.items():
         with _complete(folder / name) as path:
             path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    # A whole file goes before an index, and an index would be looked for beside it.
+    stale = (folder / variant_of(whole, variant)) if shards.is_sharded else (folder / index)
+    stale.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -192,14 +248,12 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or corrupt ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} is truncated or corrupt ({error}); {FETCH_AGAIN}") from error
 
 
-def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
-    """Every tensor of the folder's safetensors files, by Hugging Face's name."""
-    index = folder / INDEX
+def _open_tensors(folder: Path, whole: str, listing: str) -> dict[str, _Stored]:
+    """Return every tensor of the folder's safetensors files, by Hugging Face's name."""
+    index = folder / listing
     if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
         names = [whole]
     elif index.is_file():
@@ -207,11 +261,11 @@ def _open_tensors(folder: Path, whole: str) -> dict[str, _Stored]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {_listed(missing)}, which {INDEX} names; download it again"
+                f"{folder} lacks {_listed(missing)}, which {listing} names; {FETCH_AGAIN}"
             )
     else:
         raise CheckpointError(
-            f"{folder} holds neither {whole} nor {INDEX}; lfm2_fast reads safetensors only"
+            f"{folder} holds neither {whole} nor {listing}; lfm2_fast reads safetensors only"
         )
     tensors = {}
     for name in names:
@@ -227,7 +281,7 @@ def shards(index: Path) -> list[str]:
     """The files that ``index`` names. Raises CheckpointError where it names none."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map; download it again")
+        raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
     return sorted({str(name) for name in places.values()})
 
 
@@ -253,7 +307,7 @@ def _check_tensors(
             f"{folder} lacks {_listed(missing)}, which its config.json asks for; the checkpoint "
             "is incomplete or its config belongs to another one"
         )
-    # A tied head is sometimes stored all the same; as in Hugging Face's class the embedding counts.
+    # A tied head is sometimes stored all the same; ``with_stored_head`` has compared it.
     tied = {HEAD} if config.tie_word_embeddings else set()
     unexpected = sorted(found.keys() - wanted.keys() - tied)
     if unexpected:

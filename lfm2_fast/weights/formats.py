@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lfm2_fast.config import CheckpointError
@@ -125,6 +126,13 @@ class Projection(nn.Module):
     def rows(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``[T, K]`` at ``places [T]``, in ``dtype``; dense ones as they are."""
         return self.format.dequantize([part.index_select(0, places) for part in self.parts], dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows that ids ``x`` name, or the products of numbers ``x [..., K]``."""
+        if x.is_floating_point():
+            return F.linear(x, self.dequantized(x.dtype), self.bias)
+        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.get_default_dtype()
+        return self.rows(x.flatten(), dtype).view(*x.shape, -1)
 
     def share(self, other: Projection) -> None:
         """Use the tensors of ``other``, as a tied head does."""

@@ -130,6 +130,26 @@ def tie(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {**weights, **heads}
 
 
+def random_weights(
+    config: Config, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return fresh weights by our names: norms 1, biases 0, all else normal as the config says.
+
+    Drawn from torch's own generator. ``config`` must be dense.
+    """
+    made = {}
+    for name, fused in fusion_table(config).items():
+        tensor = torch.empty(fused.shape, dtype=dtype, device=device)
+        if name.endswith(".bias"):
+            tensor.zero_()
+        elif "norm" in name:
+            tensor.fill_(1)
+        else:
+            tensor.normal_(std=config.initializer_range)
+        made[name] = tensor
+    return made
+
+
 def dtype_tensor(config: Config) -> str:
     """Return the name of the tensor whose dtype is the model's: the embedding, else a norm."""
     return EMBEDDING if fusion_table(config)[EMBEDDING].dtype is None else NORM

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config
-from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards
+from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards, variant_of
 from lfm2_fast.weights.formats import find_format
+
+# Options of ``find_checkpoint`` that say where on the hub a checkpoint is, and how it comes.
+HUB_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+    "variant",
+)
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``options`` that ``find_checkpoint`` takes."""
+    return {name: options[name] for name in HUB_OPTIONS if name in options}
 
 
 def find_checkpoint(
@@ -19,6 +36,9 @@ def find_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
+    variant: str | None = None,
     weights: bool = True,
     also: Sequence[str] = (),
 ) -> Path:
@@ -26,13 +46,17 @@ def find_checkpoint(
 
     The config comes first and is checked before gigabytes follow; then only the generation config,
     the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
-    commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold. Raises
-    CheckpointError.
+    commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold.
+    ``subfolder`` is the checkpoint's folder inside of ``model``, ``variant`` a word in the names of
+    its weights, and ``force_download`` fetches again what the cache has. Raises CheckpointError.
     """
     folder = Path(model)
     with suppress(RuntimeError):  # "~" of nobody
         folder = folder.expanduser()
     if folder.is_dir():
+        folder /= subfolder
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no folder {folder}; check subfolder={subfolder!r}")
         return folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json")
@@ -49,6 +73,9 @@ def find_checkpoint(
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
+        force_download=force_download,
+        subfolder=subfolder,
+        variant=variant,
         weights=weights,
         also=also,
     )
@@ -61,6 +88,9 @@ def _download(
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
     local_files_only: bool,
+    force_download: bool,
+    subfolder: str,
+    variant: str | None,
     weights: bool,
     also: Sequence[str],
 ) -> Path:
@@ -72,12 +102,15 @@ def _download(
     def fetch(name: str) -> Path | None:
         """The file in the cache, or None where the repository does not have it."""
         try:
-            if try_to_load_from_cache(repo, name, cache_dir, revision) is _CACHED_NO_EXIST:
+            path = f"{subfolder}/{name}" if subfolder else name
+            cached = try_to_load_from_cache(repo, path, cache_dir, revision)
+            if cached is _CACHED_NO_EXIST and not force_download:
                 return None
             return Path(
                 hf_hub_download(
                     repo,
-                    name,
+                    path,
+                    force_download=force_download,
                     revision=revision,
                     cache_dir=cache_dir,
                     token=token,
@@ -97,15 +130,16 @@ def _download(
     path = fetch("config.json")
     if path is None:
         raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
-    whole = find_format(Config.from_file(path).quantization).file
-    revision = path.parent.name
+    whole = variant_of(find_format(Config.from_file(path).quantization).file, variant)
+    listing = variant_of(INDEX, variant)
+    revision = path.parents[len(Path(subfolder).parts)].name
     for name in (GENERATION_CONFIG, *also):
         fetch(name)
     if not weights:
         return path.parent
     if fetch(whole) is not None:
         return path.parent
-    index = fetch(INDEX)
+    index = fetch(listing)
     missing: str | None = whole
     if index is not None:
         missing = next((name for name in shards(index) if fetch(name) is None), None)

@@ -91,7 +91,7 @@ def test_bench_writes_figures_that_fit_together(
         (2, 9),
     ]
     for row in found["rows"]:
-        cached = model.config.cache_bytes(2, row["batch"] * (row["prompt"] + 1))
+        cached = model.network.config.cache_bytes(2, row["batch"] * (row["prompt"] + 1))
         assert row["step_bytes"] == found["model"]["weight_bytes"] + cached
         steps = row["step_seconds"]
         assert 0 < steps["p10"] <= steps["p50"] <= steps["p90"] <= steps["p99"]

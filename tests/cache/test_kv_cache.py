@@ -19,7 +19,9 @@ def model(random_checkpoint, pair):
 def run(model, cache: Cache, work: dict[int, torch.Tensor]) -> list[torch.Tensor]:
     counts = [len(tokens) for tokens in work.values()]
     batch = cache.next_batch(counts, list(work), "cpu")
-    return list(run_batch(model.model, torch.cat(list(work.values())), batch, cache).split(counts))
+    return list(
+        run_batch(model.network, torch.cat(list(work.values())), batch, cache).split(counts)
+    )
 
 
 def ids(count: int, seed: int = 1) -> torch.Tensor:
@@ -177,6 +179,6 @@ def test_bad_batches_are_named(model) -> None:
     with pytest.raises(ValueError, match="1 query lengths for 2 slots"):
         cache.next_batch([1], [0, 1], "cpu")
     stale = cache.next_batch([1], [0], "cpu")
-    run_batch(model.model, ids(1), stale, cache)
+    run_batch(model.network, ids(1), stale, cache)
     with pytest.raises(CacheError, match="prepare a new batch"):
-        run_batch(model.model, ids(1), stale, cache)
+        run_batch(model.network, ids(1), stale, cache)

@@ -52,7 +52,7 @@ def test_a_reference_that_differs_shows(tiny: Path, text) -> None:
     same = evaluate(model, text[:600], window=200, reference=model)
     assert same.kl == 0 and same.agreement == 1 and same.loss == same.reference_loss
     other = lfm2_fast.load(tiny, device="cpu", dtype="float32")
-    other.model.layers[0].feed_forward.down_proj.weight.zero_()
+    other.network.layers[0].feed_forward.down_proj.weight.zero_()
     changed = evaluate(other, text[:600], window=200, reference=model)
     assert changed.kl > 0.1 and changed.agreement < 0.9
     assert changed.reference_loss == pytest.approx(same.loss)

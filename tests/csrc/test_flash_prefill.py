@@ -248,5 +248,5 @@ def test_prompts_in_bfloat16_are_its(random_checkpoint, monkeypatch) -> None:
         cache = model.new_cache(2)
         for counts in ([9], [1, 40], [1]):
             batch = cache.next_batch(counts, range(len(counts)), CPU)
-            run_batch(model.model, torch.randint(8, 307, (sum(counts),)), batch, cache)
+            run_batch(model.network, torch.randint(8, 307, (sum(counts),)), batch, cache)
     assert served == [torch.float32] * 4 + [torch.float16] * 4

@@ -166,7 +166,7 @@ options = dict(do_sample=True, seed=0, repetition_penalty=1.1, eos_token_id=None
 for ahead, count, watch in ((0, 1_200, None), (2**26, 10_000, Watch())):
     steps.AHEAD_BYTES = ahead
     model.generate([[1, 40, 41]], max_new_tokens=count, streamer=watch, **options)
-cached = model.config.cache_bytes(model.dtype.itemsize) * 8_000
+cached = model.network.config.cache_bytes(model.dtype.itemsize) * 8_000
 print(json.dumps([resident[1] - resident[0] - cached, len(made), alive]))
 """
 

@@ -56,7 +56,7 @@ def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
 def ahead(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
     """A model whose steps are launched one ahead, in buckets, with a dummy slot."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
-    model.model.ops = Capturing()
+    model.network.ops = Capturing()
     return model
 
 
@@ -140,7 +140,7 @@ def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
     cache = ahead.new_cache(2)
     first = StepBuffers.of(ahead, cache)
     assert StepBuffers.of(ahead, cache) is first
-    ahead.model.ops = Capturing()
+    ahead.network.ops = Capturing()
     assert StepBuffers.of(ahead, cache) is not first
 
 
@@ -212,8 +212,8 @@ def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: in
     """Steps that were launched together are read one after another; the rest is counted later."""
     cache = ahead.new_cache(1)
     row = Request(0, slot=0, start=4, limit=30)
-    steps = DecodeLoop(ahead.model, cache, SamplingParams(), ())
-    logits = ModelRunner(ahead.model, cache).prefill([PROMPTS[0]], [0])
+    steps = DecodeLoop(ahead.network, cache, SamplingParams(), ())
+    logits = ModelRunner(ahead.network, cache).prefill([PROMPTS[0]], [0])
     steps.admit([row], logits, steps.buffers.state.pick([0]))
     assert steps.launch() == steps.launch() == buffers.MAX_STEPS
     for _ in zip(range(seen), steps.read(0), strict=False):
@@ -294,11 +294,11 @@ def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: i
     cache, expected = ahead.new_cache(2), plain.new_cache(2)
     chunks = [[1 + i % 97 for i in range(n)] for n in (prefix, length) if n]
     for chunk in chunks:
-        wanted = ModelRunner(plain.model, expected).prefill([chunk], [1])
+        wanted = ModelRunner(plain.network, expected).prefill([chunk], [1])
     for _ in range(3):
         cache.reset()
         for chunk in chunks:
-            found = ModelRunner(ahead.model, cache).prefill([chunk], [1])
+            found = ModelRunner(ahead.network, cache).prefill([chunk], [1])
         torch.testing.assert_close(found, wanted)
         assert cache.lengths == expected.lengths and cache.history == expected.history
         same_contents(cache, expected, 1)
@@ -430,8 +430,8 @@ def test_contexts_grow_across_pages(plain, ahead, monkeypatch) -> None:
 def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
     cache = ahead.new_cache(1, 12)
     row = Request(0, slot=0, start=4, limit=100)
-    steps = DecodeLoop(ahead.model, cache, SamplingParams(), ())
-    logits = ModelRunner(ahead.model, cache).prefill([PROMPTS[0]], [0])
+    steps = DecodeLoop(ahead.network, cache, SamplingParams(), ())
+    logits = ModelRunner(ahead.network, cache).prefill([PROMPTS[0]], [0])
     steps.admit([row], logits, steps.buffers.state.pick([0]))
     with pytest.raises(CacheError, match="max_length of 12"):
         while steps.launch():
@@ -445,7 +445,7 @@ def test_threads_and_models_do_not_disturb_each_other(tiny, plain, ahead, graphs
     kwargs = {"do_sample": True, "max_new_tokens": 15}
     expected = [plain.generate(PROMPTS, seed=seed, **kwargs) for seed in range(4)]
     other = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
-    other.model.ops = Capturing()
+    other.network.ops = Capturing()
     found: dict[int, torch.Tensor] = {}
 
     def work(seed: int) -> None:

@@ -161,7 +161,7 @@ def stepped(model: Model) -> Any:
 
 
 def decoded(model: Model) -> Any:
-    decoder = ModelRunner(model.model, model.new_cache(3))
+    decoder = ModelRunner(model.network, model.new_cache(3))
     decoder.prefill(TWO, [0, 2])
     return torch.cat([decoder.step([5, 6], [0, 2]) for _ in range(4)])
 

@@ -121,11 +121,11 @@ def test_packed_batch_of_mixed_work_equals_each_alone(random_checkpoint, pair) -
     cache = ours.new_cache(4)
     histories = {3: ids(5, seed=1), 0: ids(70, seed=2)}
     for slot, tokens in histories.items():
-        run_batch(ours.model, tokens, cache.next_batch([len(tokens)], [slot], "cpu"), cache)
+        run_batch(ours.network, tokens, cache.next_batch([len(tokens)], [slot], "cpu"), cache)
     work = {3: ids(4, seed=3), 1: ids(9, seed=4), 0: ids(1, seed=5)}
     counts = [len(tokens) for tokens in work.values()]
     batch = cache.next_batch(counts, list(work), "cpu")
-    logits = run_batch(ours.model, torch.cat(list(work.values())), batch, cache)
+    logits = run_batch(ours.network, torch.cat(list(work.values())), batch, cache)
     assert cache.lengths == [71, 9, 0, 9]
     for (slot, tokens), got in zip(work.items(), logits.split(counts), strict=True):
         context = torch.cat([histories.get(slot, tokens[:0]), tokens])
@@ -167,7 +167,7 @@ def test_to_moves_and_casts(random_checkpoint) -> None:
     folder = random_checkpoint()
     cast = lfm2_fast.load(folder, device="cpu", dtype="float32").to(torch.bfloat16)
     loaded = lfm2_fast.load(folder, device="cpu", dtype="bfloat16")
-    assert cast.model.inv_freq.dtype == torch.float32
+    assert cast.network.inv_freq.dtype == torch.float32
     assert torch.equal(cast(ids(1, 5)).logits, loaded(ids(1, 5)).logits)
     assert cast.to(torch.float64)(ids(1, 5)).logits.dtype == torch.float64
 
@@ -225,7 +225,7 @@ def test_bf16_is_no_further_from_fp32_than_hugging_faces(
 
 def zero(*path: str) -> Callable[[lfm2_fast.Lfm2ForCausalLM], None]:
     def apply(model: lfm2_fast.Lfm2ForCausalLM) -> None:
-        module = model.model
+        module = model.network
         for name in path[:-1]:
             module = getattr(module, name)
         getattr(module, path[-1]).zero_()
@@ -235,15 +235,15 @@ def zero(*path: str) -> Callable[[lfm2_fast.Lfm2ForCausalLM], None]:
 
 def zero_gate(model: lfm2_fast.Lfm2ForCausalLM) -> None:
     hidden = model.config.hidden_size
-    model.model.layers[0].conv.in_proj.weight[hidden : 2 * hidden] = 0
+    model.network.layers[0].conv.in_proj.weight[hidden : 2 * hidden] = 0
 
 
 def zero_one_head(model: lfm2_fast.Lfm2ForCausalLM) -> None:
-    model.model.layers[-1].self_attn.qkv_proj.weight[: model.config.head_dim] = 0
+    model.network.layers[-1].self_attn.qkv_proj.weight[: model.config.head_dim] = 0
 
 
 def zero_oldest_tap(model: lfm2_fast.Lfm2ForCausalLM) -> None:
-    model.model.layers[0].conv.conv.weight[:, 0] = 0
+    model.network.layers[0].conv.conv.weight[:, 0] = 0
 
 
 MUTATIONS = {

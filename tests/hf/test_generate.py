@@ -422,7 +422,7 @@ def test_unrecorded_tokens_in_the_cache_are_run_again(ours, tokenizer) -> None:
     ids = tokenizer(PROMPTS[2], return_tensors="pt").input_ids
     cache = ours.new_cache(1)
     wrong = torch.tensor([9, 10, 11])
-    run_batch(ours.model, wrong, cache.next_batch([3], [0], "cpu"), cache)
+    run_batch(ours.network, wrong, cache.next_batch([3], [0], "cpu"), cache)
     expected = ours.generate(ids, max_new_tokens=10)
     assert torch.equal(ours.generate(ids, max_new_tokens=10, past_key_values=cache), expected)
 
@@ -495,7 +495,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed or generator, not both"),
     ({"num_beams": 4}, ValueError, "num_beams=4 is not supported by lfm2_fast"),
     ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha=0.6 is not supported"),
-    ({"use_cache": False}, ValueError, "use_cache=False is not supported"),
+    ({"max_time": 1.0}, ValueError, "max_time=1.0 is not supported"),
     ({"output_attentions": True}, ValueError, "output_attentions=True is not supported"),
     ({"assistant_model": object()}, ValueError, "assistant_model=.* is not supported"),
     ({"generation_config": {"num_beams": 2}}, ValueError, "num_beams=2 is not supported"),
@@ -598,3 +598,38 @@ def test_sampling_arguments_of_greedy_decoding_warn(ours, batch) -> None:
 
 def test_an_empty_batch(ours) -> None:
     assert ours.generate(torch.empty(0, 3, dtype=torch.long), max_new_tokens=2).shape == (0, 3)
+
+
+FILE = [
+    ({"use_cache": False}, {}),
+    ({"early_stopping": True, "length_penalty": 2.0}, {}),
+    ({"typical_p": 0.5, "epsilon_cutoff": 0.1}, {"do_sample": False}),
+    ({"cache_implementation": "static"}, {}),
+    ({"max_length": 10**7}, {"max_new_tokens": None, "eos_token_id": 7}),
+]
+
+
+@pytest.mark.parametrize(("file", "call"), FILE, ids=str)
+def test_what_the_checkpoints_file_says_in_vain_stops_no_call(
+    tiny: Path, tmp_path: Path, file: dict[str, Any], call: dict[str, Any]
+) -> None:
+    """Nobody wrote it in the call, and no token depends on it."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32", max_length=40)
+    ids = torch.tensor([[1, 40, 41]])
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    model.generation_config = {**model.generation_defaults(), **file}
+    found = model.generate(ids, **{"max_new_tokens": 5, "do_sample": False, **call})
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+
+
+def test_what_the_checkpoints_file_asks_for_is_told_with_the_file(tiny: Path) -> None:
+    model = lfm2_fast.load(tiny, device="cpu")
+    model.generation_config = {"no_repeat_ngram_size": 2}
+    ids = torch.tensor([[1, 40, 41]])
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: pass no_repeat_ngram_size=None"
+    ):
+        model.generate(ids, max_new_tokens=2)
+    assert model.generate(ids, max_new_tokens=2, no_repeat_ngram_size=None).shape == (1, 5)
+    with pytest.warns(UserWarning, match="use_cache=False has no effect here"):
+        model.generate(ids, max_new_tokens=2, no_repeat_ngram_size=None, use_cache=False)

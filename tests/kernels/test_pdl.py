@@ -87,7 +87,7 @@ def step(model, monkeypatch):
         words, norm_linear = model.ops, model.ops.norm_linear
 
         def best(x: Any, norm: Any, linear: Any) -> torch.Tensor:
-            if linear is not model.model.lm_head:
+            if linear is not model.network.lm_head:
                 return norm_linear(x, norm, linear)
             monkeypatch.undo()
             return words.head_argmax(x, norm, linear)
@@ -99,7 +99,7 @@ def step(model, monkeypatch):
             if last and greedy:
                 monkeypatch.setattr(words, "norm_linear", best)
             with Launches() as launches:
-                answer = run_batch(model.model, tokens, batch, cache)
+                answer = run_batch(model.network, tokens, batch, cache)
         return launches.names, answer
 
     return step
@@ -135,7 +135,7 @@ def waits(model, monkeypatch) -> Iterator[None]:
         return
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    constants = [*model.state_dict().values(), model.model.inv_freq]
+    constants = [*model.state_dict().values(), model.network.inv_freq]
     begins = np.array([each.data_ptr() for each in constants])
     ends = begins + [each.nbytes for each in constants]
     waiting, waited = False, Counter()
@@ -193,7 +193,7 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
     """
     if model.device.type == "cuda" and not has_dependent_launch(model.device):
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(model.model, "ops", TritonOps(dependent=True))
+    monkeypatch.setattr(model.network, "ops", TritonOps(dependent=True))
     params, last = CHOICES[choice]
     kernels = START + CONV + ATTENTION + CONV + last + ["advance"]
     tokens: dict[bool, list[list[int]]] = {False: [], True: []}
@@ -205,7 +205,7 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
             for each in layer.tensors().values():
                 each.normal_()
         buffers = StepBuffers(
-            model.model, cache, 2, lambda graphs, body: SimpleNamespace(replay=body)
+            model.network, cache, 2, lambda graphs, body: SimpleNamespace(replay=body)
         )
         if not captured:
             buffers.graphs = None
@@ -218,7 +218,7 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
                 buffers.inputs.positions[0] = 280
                 buffers.inputs.lengths[0] = 281
             with Launches() as launches:
-                buffers.run_steps(model.model, cache, 2, choose=True, steps=together)
+                buffers.run_steps(model.network, cache, 2, choose=True, steps=together)
             names = [name for name in launches.names if step or "::" not in name]
             assert names == kernels * together
             assert launches.dependent == (names if captured else [])

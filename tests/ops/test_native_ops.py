@@ -47,7 +47,7 @@ def logits(
     for step in steps:
         batch = cache.next_batch(list(step.values()), list(step), CPU)
         tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
-        found.append(run_batch(model.model, tokens, batch, cache))
+        found.append(run_batch(model.network, tokens, batch, cache))
     return found
 
 

@@ -79,7 +79,7 @@ def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
     for step in STEPS:
         batch = cache.next_batch(list(step.values()), list(step), model.device)
         tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
-        found.append(run_batch(model.model, tokens.to(model.device), batch, cache))
+        found.append(run_batch(model.network, tokens.to(model.device), batch, cache))
     return found
 
 
@@ -117,7 +117,7 @@ def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) 
     monkeypatch.setattr(reference, "linear_ref", refuse)
     cache = ours.new_cache(2)
     batch = cache.next_batch([1, 1], [1, 0], ours.device)
-    run_batch(ours.model, torch.tensor([9, 12], device=ours.device), batch, cache)
+    run_batch(ours.network, torch.tensor([9, 12], device=ours.device), batch, cache)
 
 
 def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
@@ -160,7 +160,7 @@ def test_a_decode_step_attends_in_one_launch_per_layer(
         launched.clear()
         for model, cache in zip((ours, exact, plain), caches, strict=True):
             batch = cache.next_batch(list(step.values()), list(step), model.device)
-            found.append(run_batch(model.model, tokens, batch, cache))
+            found.append(run_batch(model.network, tokens, batch, cache))
         within_budget(*found)
         assert launched == expected * 2
 
@@ -171,7 +171,7 @@ def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
     caches = [model.new_cache(2) for _ in range(2)]
     for cache in caches:
         run_batch(
-            model.model,
+            model.network,
             torch.tensor([9], device=model.device),
             cache.next_batch([1], [0], model.device),
             cache,
@@ -201,8 +201,8 @@ def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> No
     tokens = torch.arange(10, 29, device=model.device)
     caches = [model.new_cache(1) for _ in range(2)]
     batches = [cache.next_batch([19], [0], model.device) for cache in caches]
-    whole = run_batch(model.model, tokens, batches[0], caches[0])
-    last = run_batch(model.model, tokens, batches[1], caches[1], batches[1].last_rows)
+    whole = run_batch(model.network, tokens, batches[0], caches[0])
+    last = run_batch(model.network, tokens, batches[1], caches[1], batches[1].last_rows)
     torch.testing.assert_close(last, whole[-1:], rtol=1e-4, atol=1e-4)
 
 
@@ -328,7 +328,7 @@ def test_a_captured_prompt_is_padded_and_right(
     ):
         model = load(folder, backend, dtype)
         cache = model.new_cache(2)
-        decoder, logits = ModelRunner(model.model, cache), []
+        decoder, logits = ModelRunner(model.network, cache), []
         for start in (2, 3, 5):
             tokens = [start + i % 97 for i in range(length)]
             logits.append(decoder.prefill([tokens], [1]))

@@ -133,7 +133,7 @@ def test_only_an_end_token_is_no_cut(
     with torch.no_grad():
         likeliest = model(torch.tensor([ids])).logits[0, -1].argmax()
     changed = lfm2_fast.load(model.name_or_path, device="cpu", dtype="float32")
-    rows = changed.model.embed_tokens.weight
+    rows = changed.network.embed_tokens.weight
     rows[special] = 2 * rows[likeliest]
     arguments = {"eos_token_id": [special if ends else 5]}
     texts: list[str] = []

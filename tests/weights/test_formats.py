@@ -54,7 +54,7 @@ def test_every_matrix_and_nothing_else(random_checkpoint) -> None:
         assert (f"{name}_scale" in state) == matrix
     for kind in ("in_proj", "qkv_proj", "out_proj", "gate_up_proj", "down_proj", "embed_tokens"):
         assert any(f"{kind}.weight_scale" in name for name in state)
-    assert state["model.lm_head.weight"].dtype == torch.int8
+    assert state["network.lm_head.weight"].dtype == torch.int8
 
 
 @pytest.mark.parametrize("changed", [{}, {"tie_word_embeddings": False, "conv_bias": True}])
@@ -63,7 +63,7 @@ def test_saved_is_loaded_without_being_told(random_checkpoint, tmp_path, changed
     model.save_pretrained(tmp_path)
     for told in ({}, {"quantization": "int8"}):
         again = lfm2_fast.load(tmp_path, device="cpu", **told)
-        assert again.config == replace(model.config, dtype="bfloat16")
+        assert again.network.config == replace(model.network.config, dtype="bfloat16")
         assert again.dtype == torch.bfloat16
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
@@ -104,12 +104,12 @@ def test_an_unknown_quantization_is_named(tiny) -> None:
 
 def test_the_model_moves_and_keeps_its_scales(tiny) -> None:
     model = quantized(tiny, dtype="bfloat16")
-    scale = model.model.lm_head.weight_scale.clone()
+    scale = model.network.lm_head.weight_scale.clone()
     model.to(torch.float32)
     assert model.dtype == torch.float32
-    assert model.model.embed_tokens.weight.dtype == torch.int8
-    assert torch.equal(model.model.embed_tokens.weight_scale, scale)
-    assert model.model.lm_head.weight_scale is model.model.embed_tokens.weight_scale
+    assert model.network.embed_tokens.weight.dtype == torch.int8
+    assert torch.equal(model.network.embed_tokens.weight_scale, scale)
+    assert model.network.lm_head.weight_scale is model.network.embed_tokens.weight_scale
     assert model(PROMPT).logits.dtype == torch.float32
 
 

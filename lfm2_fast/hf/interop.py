@@ -1,0 +1,97 @@
+"""Into and out of transformers: models in memory, and its Auto classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
+from lfm2_fast.hf.configuration import Lfm2Config
+from lfm2_fast.weights.formats import find_format
+from lfm2_fast.weights.fusion import BASE, HEAD, fusion_table
+
+
+def from_transformers(
+    model: Any,
+    *,
+    quantization: str | None = None,
+    backend: str = "auto",
+    max_length: int | None = None,
+) -> Lfm2ForCausalLM | Lfm2Model:
+    """Return our model of transformers' LFM2 model in memory, as it is now.
+
+    Takes ``Lfm2ForCausalLM`` or ``Lfm2Model``. Tensors that both store alike are shared, so changes
+    to one show in the other: embedding, head, norms, taps and output projections. Fused ones (q, k
+    and v; gate and up) are copied, at the published sizes about half of the weights. With
+    ``quantization`` the matrices are copies in that format, and nothing but small tensors is
+    shared. Raises TypeError for another model, ValueError for one with an adapter or on several
+    devices.
+    """
+    config = getattr(model, "config", None)
+    if hasattr(model, "peft_config") or any(
+        "lora_" in name for name, _ in model.named_parameters()
+    ):
+        raise ValueError("the model has an adapter: call merge_and_unload() first")
+    if getattr(config, "model_type", None) != "lfm2":
+        raise TypeError(f"from_transformers() takes an LFM2 model, not {type(model).__name__}")
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        raise ValueError("the model lies on several devices: move it to one with model.to(device)")
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("some weights of the model are offloaded: load it without device_map")
+    kind = Lfm2ForCausalLM if HEAD in model.state_dict() else Lfm2Model
+    ours = Lfm2Config.of(config)
+    state = {
+        name if name == HEAD or name.startswith(BASE) else BASE + name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+    }
+    embedding = state[f"{BASE}embed_tokens.weight"]
+    head = state.get(HEAD, embedding)
+    ours.tie_word_embeddings = head.data_ptr() == embedding.data_ptr()
+    ours.vocab_size = len(embedding)
+    ours.dtype = str(embedding.dtype).removeprefix("torch.")
+    format = find_format(quantization)
+    weights: dict[str, torch.Tensor] = {}
+    for name, fused in fusion_table(ours.to_internal()).items():
+        parts = [state[part.name] for part in fused.parts]
+        whole = parts[0].reshape(fused.shape) if len(parts) == 1 else torch.cat(parts)
+        if fused.is_matrix:
+            suffixes = format.parts(fused.shape)
+            made = zip(suffixes, format.quantize(whole), strict=True)
+            weights.update({name + suffix: part for suffix, part in made})
+        else:
+            weights[name] = whole
+    if quantization is not None:
+        ours.quantization_config = {"quant_method": "lfm2_fast", "format": quantization}
+    settings = getattr(model, "generation_config", None)
+    return kind(
+        ours,
+        weights,
+        backend=backend,
+        max_length=max_length,
+        generation_config=None if settings is None else settings.to_dict(),
+        name_or_path=getattr(model, "name_or_path", ""),
+    )
+
+
+def register() -> None:
+    """Make transformers' Auto classes give this package's models for LFM2 checkpoints.
+
+    ``AutoModelForCausalLM`` and ``AutoModel`` then load them in every framework that uses those
+    classes. ``unregister`` undoes it.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import Lfm2Config as Theirs
+
+    AutoModelForCausalLM.register(Theirs, Lfm2ForCausalLM, exist_ok=True)
+    AutoModel.register(Theirs, Lfm2Model, exist_ok=True)
+
+
+def unregister() -> None:
+    """Give transformers' Auto classes their own LFM2 models again."""
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import Lfm2Config as Theirs
+
+    for auto in (AutoModelForCausalLM, AutoModel):
+        auto._model_mapping._extra_content.pop(Theirs, None)

@@ -1,0 +1,183 @@
+"""From a checkpoint's name and options to a model of some class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lfm2_fast.config import OWN_METHOD, CheckpointError, Config, read_json
+from lfm2_fast.hf.configuration import Lfm2Config
+from lfm2_fast.hf.load_args import check_load_args
+from lfm2_fast.ops.select import choose
+from lfm2_fast.weights import checkpoint, hub
+from lfm2_fast.weights.formats import FORMATS
+
+Device = str | int | torch.device
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def load_as(
+    kind: Callable[..., Model],
+    model: str | os.PathLike[str],
+    *,
+    config: Any,
+    generation_config: Any,
+    hub_options: Mapping[str, Any],
+    others: Mapping[str, Any],
+    **options: Any,
+) -> Model:
+    """Load a checkpoint as a model of class ``kind``; the arguments are those of ``load``.
+
+    ``options`` are those of ``check_options``, ``hub_options`` those of ``find_checkpoint``, and
+    ``others`` what Hugging Face's callers pass besides.
+    """
+    where, named = check_options(**options)
+    check_load_args(others)
+    given = None if config is None else Lfm2Config.of(config)
+    folder = hub.find_checkpoint(model, **hub_options)
+    if given is None:
+        path = folder / "config.json"
+        _refuse_an_adapter(folder)
+        raw = read_json(path)
+        inner = Config.from_dict(raw, str(path))
+        given = Lfm2Config.from_dict(raw)
+    else:
+        inner = given.to_internal()
+    given.name_or_path = os.fspath(model)
+    if named is None and inner.dtype is not None:
+        named = _dtype(inner.dtype)
+    inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
+    given.tie_word_embeddings = inner.tie_word_embeddings
+    quantization = options["quantization"] or inner.quantization
+    if quantization is not None:
+        given.quantization_config = {"quant_method": OWN_METHOD, "format": quantization}
+    weights = checkpoint.load_weights(
+        folder,
+        inner,
+        device=where,
+        dtype=named,
+        quantization=options["quantization"],
+        variant=hub_options.get("variant"),
+    )
+    made = kind(
+        given,
+        weights,
+        internal=replace(inner, quantization=quantization),
+        backend=options["backend"],
+        max_length=options["max_length"],
+        generation_config=generation_config or _generation_config(folder, inner),
+        name_or_path=os.fspath(model),
+    )
+    if options["device_map"] is not None:
+        # Clients take this attribute for a sign that they must not move the model.
+        setattr(made, "hf_device_map", {"": where})  # noqa: B010  (a type checker knows it not)
+    return made
+
+
+def _refuse_an_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds an adapter alone, as PEFT saves it."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder} holds an adapter of {base}, which this version of lfm2_fast does not run: "
+            "merge it with PEFT's merge_and_unload(), then give the model to "
+            "lfm2_fast.from_transformers(), or save it and load that folder"
+        )
+
+
+def check_options(
+    *,
+    device: Device = "auto",
+    dtype: str | torch.dtype = "auto",
+    max_length: int | None = None,
+    backend: str = "auto",
+    quantization: str | None = None,
+    device_map: Device | Mapping[str, Device] | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    **_: Any,
+) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the dtype that these options of ``load`` mean; None is the checkpoint's own.
+
+    Raises, as ``load``, for what is wrong with them whatever the checkpoint is. The others, which
+    are the hub's, may stand beside them and are not looked at.
+    """
+    if device_map is not None:
+        if device != "auto":
+            raise ValueError("give device or device_map, not both")
+        device = _whole(device_map)
+        if device in ("balanced", "balanced_low_0", "sequential"):
+            device = "auto"  # with one device they mean the same
+    if torch_dtype is not None:
+        if dtype != "auto":
+            raise ValueError("give dtype or torch_dtype, not both")
+        dtype = torch_dtype
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if quantization is not None and quantization not in FORMATS:
+        raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
+    where, named = find_device(device), None if dtype == "auto" else _dtype(dtype)
+    choose(backend, where, named or torch.float32)
+    return where, named
+
+
+def find_device(device: Device) -> torch.device:
+    """The device that is meant, "auto" included. Raises ValueError for one that is not there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        # Others than CUDA are taken when they are named; nothing was tried on them.
+        is_cuda = accelerator is not None and accelerator.type == "cuda"
+        return torch.device("cuda" if is_cuda else "cpu")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={str(device)!r} is not a device; use 'auto', 'cpu' or 'cuda'"
+        ) from error
+    if where.type != "cpu":
+        if accelerator is None or accelerator.type != where.type:
+            raise ValueError(
+                f"device={str(device)!r} is not available: torch {torch.__version__} sees "
+                f"{accelerator or 'no accelerator'} here; use device='cpu'"
+            )
+        if where.index is not None and where.index >= torch.accelerator.device_count():
+            raise ValueError(
+                f"device={str(device)!r} is not available: there are "
+                f"{torch.accelerator.device_count()} devices, counted from 0"
+            )
+    return where
+
+
+def _whole(device_map: Device | Mapping[str, Device]) -> Device:
+    """The device that Hugging Face's ``device_map`` gives to the whole model."""
+    if not isinstance(device_map, Mapping):
+        return device_map
+    if set(device_map) != {""}:
+        raise ValueError(
+            f"device_map={dict(device_map)!r} names parts of the model, which lfm2_fast runs on "
+            "one device; use {'': device}"
+        )
+    return device_map[""]
+
+
+def _generation_config(folder: Path, config: Config) -> dict[str, Any]:
+    """The checkpoint's own, or, as Hugging Face does, the special tokens of its config."""
+    path = folder / checkpoint.GENERATION_CONFIG
+    if path.is_file():
+        return read_json(path)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: config.to_dict()[name] for name in names}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(
+            f"dtype={dtype!r} is not supported; use 'auto', 'bfloat16', 'float16' or 'float32'"
+        )
+    return found
