@@ -60,7 +60,7 @@ bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decodin
 bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.peers
 
-tune-gpu: ## On a GPU, offline, under nine minutes: measure plans, write kernels/tuned.py anew
+tune-gpu: ## On a GPU, offline, under nine minutes: measure tilings, write kernels/tuned.py anew
 	PYTHONPATH=. TRITON_INTERPRET=0 timeout 530 $(PYTHON) -m bench.gpu.tune
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
@@ -71,7 +71,7 @@ sanitize: $(READY) ## Run the tests of the C++ bodies under AddressSanitizer and
 	$(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../, tests/csrc tests/ops/test_native_ops.py)
+	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../tests/, csrc/test_checks.py csrc/test_cpu.py csrc/test_flash_prefill.py csrc/test_linear.py csrc/test_sampling.py ops/test_native_ops.py)
 
 wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	rm -rf dist

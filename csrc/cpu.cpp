@@ -1,5 +1,5 @@
 // The CPU's bodies between the projections: what is checked, how the work is shared among threads,
-// and the names that lfm2_fast/native.py gives them. What they compute stands in the headers.
+// and the names that lfm2_fast/ops/native_library.py gives them. What they compute stands in the headers.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// From logits to a token, one row of the vocabulary at a time, as lfm2_fast/sampling.py means it.
+// From logits to a token, one row of the vocabulary at a time, as lfm2_fast/ops/sampling.py means it.
 #pragma once
 
 #include <algorithm>

@@ -2,8 +2,8 @@
 
 With S sequences: ``chosen, tokens, slots, positions [S]`` int64, ``lengths [S]`` int32, ``finished
 [S]`` bool, ``eos [E]`` int64. A sequence goes one position on. If it chose one of ``eos`` it is
-finished and goes no further; it runs on there, or, unless ``scrap`` is negative, at position 0 of
-that slot. Least bytes: a few per sequence; one launch instead of eight.
+finished and goes no further; it runs on there, or, unless ``dummy_slot`` is negative, at position
+0 of that slot. Least bytes: a few per sequence; one launch instead of eight.
 """
 
 import torch
@@ -13,7 +13,7 @@ import triton.language as tl
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 
 
-@triton.jit(do_not_specialize=["sequences", "ends", "scrap"])
+@triton.jit(do_not_specialize=["sequences", "ends", "dummy_slot"])
 def _advance_kernel(
     chosen_ptr,
     eos_ptr,
@@ -22,7 +22,7 @@ def _advance_kernel(
     positions_ptr,
     lengths_ptr,
     finished_ptr,
-    scrap,
+    dummy_slot,
     sequences,
     ends,
     BLOCK_S: tl.constexpr,
@@ -37,19 +37,19 @@ def _advance_kernel(
     position += tl.where(finished, 0, 1)
     for end in range(0, ends):
         finished |= chosen == tl.load(eos_ptr + end)
-    position = tl.where(finished & (scrap >= 0), 0, position)
+    position = tl.where(finished & (dummy_slot >= 0), 0, position)
     tl.store(tokens_ptr + offs_s, chosen, mask=mask)
     tl.store(finished_ptr + offs_s, finished.to(tl.uint8), mask=mask)
     tl.store(positions_ptr + offs_s, position, mask=mask)
     tl.store(lengths_ptr + offs_s, (position + 1).to(tl.int32), mask=mask)
-    leaves = tl.zeros_like(position) + scrap
-    tl.store(slots_ptr + offs_s, leaves, mask=mask & finished & (scrap >= 0))
+    leaves = tl.zeros_like(position) + dummy_slot
+    tl.store(slots_ptr + offs_s, leaves, mask=mask & finished & (dummy_slot >= 0))
 
 
 def advance_triton(
     chosen: torch.Tensor,
     eos: torch.Tensor,
-    scrap: int | None,
+    dummy_slot: int | None,
     tokens: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
@@ -82,7 +82,7 @@ def advance_triton(
             positions,
             lengths,
             finished.view(torch.uint8),
-            -1 if scrap is None else scrap,
+            -1 if dummy_slot is None else dummy_slot,
             sequences,
             len(eos),
             BLOCK_S=block_s,

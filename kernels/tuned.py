@@ -1,7 +1,7 @@
 """Tilings measured on GPUs, by torch's name for a GPU; ``tiling.py`` has the rule for others.
 
 A GPU's entry maps ``(operation, N, K)`` to ``(BLOCK_N, warps, programs)``. The table is written by
-``bench/tune.py`` (``make tune-gpu``); what it lacks goes by the rule.
+``bench/gpu/tune.py`` (``make tune-gpu``); what it lacks goes by the rule.
 """
 
 Tuned = dict[tuple[str, int, int], tuple[int, int, int]]

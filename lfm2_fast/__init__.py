@@ -15,6 +15,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     _spec = ModuleSpec(f"{__name__}.kernels", None, is_package=True)
     _spec.submodule_search_locations = [str(Path(__file__).resolve().parent.parent / "kernels")]
     kernels = sys.modules[_spec.name] = module_from_spec(_spec)
+    del _spec
 
 __version__ = "0.1.0"
 __all__ = [

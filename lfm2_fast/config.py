@@ -34,7 +34,8 @@ class Config:
 
     ``intermediate_size`` is the size that the feed-forward matrices really have: the rounding
     that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
-    "conv" or "full_attention". ``quantization`` is how the matrices are stored, "int8" or None.
+    "conv" or "full_attention". ``quantization`` names the weight format of the matrices; None is
+    dense.
     """
 
     vocab_size: int
@@ -81,7 +82,7 @@ class Config:
 
         Raises CheckpointError for another model's config, a value that is missing, of the wrong
         type or out of range, and a feature that this package does not have; ``source`` is what
-        the message calls the config.
+        the message calls the config. Weight formats are checked where weights are read.
         """
         _check_kind(raw, source)
         read = _Reader(raw, source)

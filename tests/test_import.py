@@ -156,6 +156,12 @@ def test_the_architecture_page_draws_these_rooms() -> None:
     assert {name for name in listed if not name.startswith("__")} == modules().keys()
 
 
+def test_a_folders_own_file_holds_a_sentence_alone() -> None:
+    for file in (ROOT / "lfm2_fast").glob("*/__init__.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree) and len(tree.body) == 1, file
+
+
 def test_kernels_import_kernels_alone() -> None:
     for file in (ROOT / "kernels").glob("*.py"):
         for other in imported(ast.parse(file.read_text(encoding="utf-8"))):

@@ -153,7 +153,7 @@ class LlamaCpp:
 
     def _open(self, batch: int, length: int) -> None:
         wanted = (batch, length)
-        if self.context is not None and self.active == wanted:
+        if self.context is not None and self.wanted == wanted:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
             return
         if self.context is not None:
@@ -165,7 +165,7 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = self.threads
         params.kv_unified = False
         params.no_perf = True
-        self.active = wanted
+        self.wanted = wanted
         self.context = self.lib.llama_init_from_model(self.model, params)
         assert self.context, "llama.cpp could not make a context"
 

@@ -4,8 +4,8 @@
 
 First a gate: on trained weights, captured steps give the tokens of uncaptured ones, and both those
 of plain PyTorch. Without it there are no figures, but what differs is written. Then what the GPU
-can do at the most (``gpu_limits.py``), and twice through the sizes, most telling first, until the
-time is up: once for what is meant to be reached (``gpu_goals.py``), once for the rest. What was
+can do at the most (``limits.py``), and twice through the sizes, most telling first, until the
+time is up: once for the targets (``bench/report/gpu_goals.py``), once for the rest. What was
 measured is written after each. A size has a process of its own each time, and a fresh one after
 what failed, for a fault of a kernel stays with its process.
 

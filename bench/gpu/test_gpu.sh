@@ -15,7 +15,7 @@ PATH+=:${CUDA_HOME:-/usr/local/cuda}/bin
 kernels=(tests/kernels/test_rms_norm.py tests/kernels/test_swiglu.py tests/kernels/test_rope.py tests/kernels/test_gated_conv.py
 	tests/kernels/test_qk_norm_rope.py tests/kernels/test_flash_decode.py tests/kernels/test_flash_prefill.py
 	tests/kernels/test_few_tokens.py tests/kernels/test_norm_conv.py tests/kernels/test_sample.py)
-models=(tests/ops/test_triton_ops.py tests/kernels/test_dependent.py tests/engine/test_decode.py)
+models=(tests/ops/test_triton_ops.py tests/kernels/test_pdl.py tests/engine/test_decode.py)
 
 report="$out/test-gpu-$(date -u +%Y%m%dT%H%M%SZ).txt"
 exec > >(tee "$report") 2>&1

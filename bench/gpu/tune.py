@@ -5,8 +5,8 @@
 For every shape that a published size uses, those that read most first: a graph of launches over
 weights that do not fit into the cache together, one graph a tiling, in turns. The fastest tiling
 takes turns with the rule's own once more, and is kept only if it wins by more than chance and
-MARGIN.
-Tables and timings are written after each shape. A tiling whose result is wrong is not timed.
+MARGIN. Tables and timings are written after each shape. A tiling whose result is wrong is not
+timed.
 
 ``--device cpu --config FILE`` runs the same code in Triton's interpreter, to see that it runs.
 """

@@ -24,7 +24,7 @@ from lfm2_fast.ops import reference as ref
 
 EPS = 1e-5
 # Rows of the weight that a program takes for one output.
-MAX_STEPS = {"norm_conv": 3, "norm_swiglu": 2}
+ROWS_PER_OUTPUT = {"norm_conv": 3, "norm_swiglu": 2}
 # Warps that a processor can hold with REGISTERS a thread.
 MOST_WARPS = 16
 
@@ -39,7 +39,7 @@ class Key:
 
     @property
     def outputs(self) -> int:
-        return self.rows // MAX_STEPS.get(self.operation, 1)
+        return self.rows // ROWS_PER_OUTPUT.get(self.operation, 1)
 
     @property
     def block_k(self) -> int:
@@ -48,7 +48,7 @@ class Key:
 
     def row_bytes(self, item: int) -> int:
         """Bytes of an output's rows in a tile."""
-        return MAX_STEPS.get(self.operation, 1) * self.block_k * item
+        return ROWS_PER_OUTPUT.get(self.operation, 1) * self.block_k * item
 
     def default(self, processors: int, item: int) -> Tiling:
         return default_tiling(self.outputs, self.row_bytes(item), processors)

@@ -14,13 +14,13 @@ import torch
 class HostBatch:
     """Numbers of a batch on the host, one of each for every sequence.
 
-    ``query_lengths`` counts a sequence's tokens in this step, ``starts`` its context before it,
-    ``slots`` names its slot in the cache.
+    ``slots`` names a sequence's slot in the cache, ``starts`` its context before this step,
+    ``query_lengths`` counts its tokens in this step.
     """
 
-    query_lengths: tuple[int, ...]
-    starts: tuple[int, ...]
     slots: tuple[int, ...]
+    starts: tuple[int, ...]
+    query_lengths: tuple[int, ...]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """Yield slot, start and query length of each sequence."""
@@ -88,7 +88,7 @@ class Batch:
         )
 
     @property
-    def on_host(self) -> HostBatch:
+    def required_host(self) -> HostBatch:
         """``host``. Raises RuntimeError where the numbers are on the device alone."""
         if self.host is None:
             raise RuntimeError(

@@ -158,7 +158,7 @@ class Cache:
         Called before a step runs. Raises CacheError when a sequence would pass ``max_length`` or
         the conv rows that it continues from are gone; then nothing has changed.
         """
-        for slot, start, n in batch.on_host:
+        for slot, start, n in batch.required_host:
             if start != self.lengths[slot]:
                 raise CacheError(
                     f"the batch continues slot {slot} at token {start}, but the cache holds "
@@ -170,14 +170,14 @@ class Cache:
                     f"max_length of {self.max_length}; start a cache with a larger max_length"
                 )
             self._check_window(slot, start)
-        self._grow(max((start + n for _, start, n in batch.on_host), default=0))
-        for slot, start, n in batch.on_host:
+        self._grow(max((start + n for _, start, n in batch.required_host), default=0))
+        for slot, start, n in batch.required_host:
             kept = self._first_kept(slot) if start else 0
             self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0
 
     def commit_batch(self, batch: Batch) -> None:
         """Count the tokens of ``batch`` as held. Called after a step has run."""
-        for slot, start, n in batch.on_host:
+        for slot, start, n in batch.required_host:
             self.lengths[slot] = start + n
 
     def make_room(self, tokens: int) -> None:
@@ -192,10 +192,10 @@ class Cache:
             )
         self._grow(tokens)
 
-    def begin_steps(self, slot: int, length: int) -> None:
-        """Note that steps are launched which may take a slot's context to ``length`` tokens.
+    def expect_length(self, slot: int, length: int) -> None:
+        """Note that launched steps may extend the slot to ``length`` tokens.
 
-        They overwrite rows of the window. What is noted later, when more is known, counts.
+        They overwrite its conv rows. A later call replaces this value.
         """
         self._expected[slot] = length
 
@@ -210,7 +210,7 @@ class Cache:
 
         A slot whose history already lacks earlier tokens stays as it is: a prefix is all it tells.
         """
-        for (slot, start, _), chunk in zip(batch.on_host, chunks, strict=True):
+        for (slot, start, _), chunk in zip(batch.required_host, chunks, strict=True):
             if len(self.history[slot]) == start:
                 self.history[slot].extend(chunk)
 
@@ -377,7 +377,7 @@ class Cache:
 
 
 def signature(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
-    """What a cache must have in common with the model that runs on it."""
+    """Return the values that a cache and the model that runs on it must have in common."""
     heads = (config.num_key_value_heads, config.head_dim)
     sizes = (*heads, config.hidden_size, config.conv_L_cache)
     return (tuple(config.layer_types), *sizes, dtype, torch.empty(0, device=device).device)

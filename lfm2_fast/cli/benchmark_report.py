@@ -1,4 +1,4 @@
-"""Shows what ``bench.measure`` found: a table on stdout, and a picture."""
+"""Shows what ``benchmark.measure`` found: a table on stdout, and a picture."""
 
 from __future__ import annotations
 

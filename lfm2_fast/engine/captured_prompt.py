@@ -62,17 +62,20 @@ class CapturedPrompt:
         def body() -> None:
             batch = self.batch(on_host=not model.ops.device_only)
             padded = self.inputs[: self.size]
-            self.logits.copy_(model.forward(padded, batch, cache, batch.last_rows))
+            self.logits.copy_(model(padded, batch, cache, batch.last_rows))
 
         StepBuffers.of(model, cache).run_captured(cache, ("prompt", self.size), body)
 
     def batch(self, *, on_host: bool) -> Batch:
-        """Return the prompt as a batch; ``on_host`` waits for its numbers."""
+        """Return the prompt as a batch; ``on_host`` waits for its numbers.
+
+        Operations that capture read device tensors alone, so only tests ask for it.
+        """
         positions, ends = self.inputs[self.size :].split((self.size, 4))
         host = None
         if on_host:
             _, count, slot, length = ends.tolist()
-            host = HostBatch((count,), (length - count,), (slot,))
+            host = HostBatch((slot,), (length - count,), (count,))
         return Batch(
             positions=positions,
             cu_seqlens=ends[:2].int(),

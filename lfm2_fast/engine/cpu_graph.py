@@ -46,7 +46,7 @@ class CpuGraph:
             calls: list[Call] = []
             with _Recorder(calls):
                 self._body()
-            # The body holds whoever made the tape, often in a circle.
+            # The body holds what made the graph, often in a circle.
             self._calls, self._body = calls, None
             return
         for operation, arguments, named in self._calls:

@@ -136,7 +136,7 @@ class DecodeLoop:
         ):
             steps = 1
         for row, _ in going:
-            self.cache.begin_steps(row.slot, row.start + row.launched + steps - 1)
+            self.cache.expect_length(row.slot, row.start + row.launched + steps - 1)
         count = bucket(len(self.places), self.cache)
         self.buffers.run_steps(self.model, self.cache, count, choose=True, steps=steps)
         for row, _ in going:
@@ -164,7 +164,7 @@ class DecodeLoop:
                     if row.ended:
                         # Whatever is under way, the device has gone one token on at most.
                         ran = min(row.launched - 1, len(row.written))
-                        self.cache.begin_steps(row.slot, row.start + ran)
+                        self.cache.expect_length(row.slot, row.start + ran)
                     rows.append(row)
                 launch.read += 1
                 if rows:  # steps that were under way when the last row ended have none

@@ -99,7 +99,7 @@ class ModelRunner:
             logits = run_batch(model, packed, batch, cache, rows)
         else:
             cache.reserve(batch)
-            prompt.prefill(model, cache, chunks[0], slots[0], batch.on_host.starts[0])
+            prompt.prefill(model, cache, chunks[0], slots[0], batch.required_host.starts[0])
             cache.commit_batch(batch)
             logits = prompt.logits.clone()
         cache.record_tokens(batch, chunks)

@@ -113,13 +113,13 @@ class StepBuffers:
         host = None
         if on_host:
             starts, slots = inputs.positions.tolist(), inputs.slots.tolist()
-            host = HostBatch((1,) * count, tuple(starts), tuple(slots))
+            host = HostBatch(tuple(slots), tuple(starts), (1,) * count)
         return Batch(
             positions=inputs.positions,
             cu_seqlens=self.cu_seqlens[: count + 1],
             slots=inputs.slots,
             lengths=inputs.lengths,
-            max_query=min(count, 1),
+            max_query=1,
             host=host,
         )
 
@@ -148,7 +148,7 @@ class StepBuffers:
             inputs = self.inputs.first(count)
             for written in self.written[-steps:, :count]:
                 batch = self.batch(count, on_host=not ops.device_only)
-                made = model.forward(inputs.tokens, batch, cache, argmax=argmax, ops=ops)
+                made = model(inputs.tokens, batch, cache, argmax=argmax, ops=ops)
                 if not choose:
                     assert self.logits is not None
                     self.logits[:count] = made

@@ -90,7 +90,7 @@ class _Run:
         )
         cache.commit_batch(batch)
         if self.tokens is not None:
-            counts = batch.on_host.query_lengths
+            counts = batch.required_host.query_lengths
             cache.record_tokens(batch, (c.tolist() for c in self.tokens.cpu().split(list(counts))))
         return x
 

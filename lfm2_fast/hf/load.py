@@ -45,9 +45,9 @@ def load(
     ``force_download`` go to the hub. ``subfolder`` is the checkpoint's folder inside of ``model``,
     ``variant`` a word in the names of its weights. ``max_length`` bounds the context in tokens
     (default: the model's limit). ``backend`` chooses the bodies of the operations, see
-    ``lfm2_fast.ops``. ``quantization`` "int8" makes the matrices 8-bit integers while they are
-    loaded, about half of bfloat16's memory; None takes them as they are stored. ``config`` replaces
-    the checkpoint's config.json, ``generation_config`` its generation parameters.
+    ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the matrices 8-bit integers while they
+    are loaded, about half of bfloat16's memory; None takes them as they are stored. ``config``
+    replaces the checkpoint's config.json, ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
     ``torch_dtype``; ``quantization_config`` and ``load_in_8bit``, bitsandbytes' 8 bits becoming

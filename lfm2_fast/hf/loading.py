@@ -53,7 +53,7 @@ def load_as(
         named = _dtype(inner.dtype)
     inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
     given.tie_word_embeddings = inner.tie_word_embeddings
-    quantization = options["quantization"] or inner.quantization
+    quantization = inner.quantization or options["quantization"]
     if quantization is not None:
         given.quantization_config = {"quant_method": OWN_METHOD, "format": quantization}
     weights = checkpoint.load_weights(
@@ -119,7 +119,8 @@ def check_options(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     if quantization is not None and quantization not in FORMATS:
-        raise ValueError(f"quantization={quantization!r} is not supported; use 'int8' or None")
+        known = ", ".join(repr(each) for each in FORMATS if each)
+        raise ValueError(f"quantization={quantization!r} is not supported; use {known} or None")
     where, named = find_device(device), None if dtype == "auto" else _dtype(dtype)
     choose(backend, where, named or torch.float32)
     return where, named

@@ -232,7 +232,7 @@ class Lfm2(nn.Module):
 
         ``rows=None`` means all T. ``argmax`` asks for the likeliest tokens ``[R]`` int64 instead of
         logits, which are then never written. The cache is used as by ``run_blocks``. Token ids are
-        not checked. Captured work passes ``ops.for_capture``; where ``ops.device_only``, only
+        not checked. Captured steps pass ``ops.for_capture``; where ``ops.device_only``, only
         tensors of ``batch`` are read and nothing waits for the device.
         """
         ops = ops or self.ops

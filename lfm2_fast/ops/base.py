@@ -60,7 +60,7 @@ class Ops:
     captures = False
     # Largest decode batch that is worth recording as a CPU graph.
     cpu_graph_rows = 0
-    # True if only device tensors of ``Batch`` are read, so that nothing waits for them.
+    # True if a decode step reads only device tensors of ``Batch``. Captured work needs this.
     device_only = False
 
     @property

@@ -42,8 +42,8 @@ _draw = torch.ops.lfm2_fast.draw_native.default
 _advance = torch.ops.lfm2_fast.advance_native.default
 
 
-# Most tokens that the extension multiplies by a matrix of each format itself, at the memory's speed
-# where they are few. For more, PyTorch's products are faster.
+# Most tokens that the extension multiplies by a matrix itself, of each format that it knows: at the
+# memory's speed where they are few. For more, PyTorch's products are faster.
 FEW_TOKENS = {DENSE: 32, INT8: 16}
 
 
@@ -89,9 +89,9 @@ class NativeStepOps(Ops):
 
 
 class NativeOps(PendingResidualOps):
-    """The CPU's bodies: for a few tokens of whole words, for more of all but the projections.
+    """The CPU's bodies: whole fused operations for a few tokens, all but projections for more.
 
-    For float32 and 16-bit types. What a few tokens' words compute of a token does not depend on
+    For float32 and 16-bit types. What is computed of one of a few tokens does not depend on
     the others.
     """
 
@@ -100,7 +100,7 @@ class NativeOps(PendingResidualOps):
     device_only = True
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
-        if len(x) > FEW_TOKENS[linear.format]:
+        if len(x) > FEW_TOKENS.get(linear.format, 0):
             return super().norm_linear(x, norm, linear)
         x = settled(x)
         out = x.new_empty(len(x), len(linear.weight))
@@ -109,7 +109,7 @@ class NativeOps(PendingResidualOps):
         return out
 
     def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
-        if len(y) > FEW_TOKENS[linear.format]:
+        if len(y) > FEW_TOKENS.get(linear.format, 0):
             return super().linear_add(y, linear, residual)
         residual = settled(residual)
         out = residual.new_empty(residual.shape)
@@ -117,7 +117,7 @@ class NativeOps(PendingResidualOps):
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
-        if len(x) > FEW_TOKENS[gate_up.format]:
+        if len(x) > FEW_TOKENS.get(gate_up.format, 0):
             return super().norm_swiglu(x, norm, gate_up)
         x = settled(x)
         out = x.new_empty(len(x), len(gate_up.weight) // 2)
@@ -156,6 +156,8 @@ class NativeOps(PendingResidualOps):
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
+        if embedding.format not in FEW_TOKENS:
+            return super().embed(tokens, embedding, dtype)
         weight = embedding.weight
         out = weight.new_empty(len(tokens), weight.shape[1], dtype=dtype)
         _embed(tokens, weight, embedding.weight_scale, out)

@@ -78,7 +78,7 @@ def gated_conv_ref(
     bx = b * x
     out = torch.empty_like(bx)
     first = 0
-    for slot, start, n in batch.on_host:
+    for slot, start, n in batch.required_host:
         rows = bx[first : first + n]
         before = torch.arange(start - past, start, device=bx.device)
         old = window[slot, before % ring].masked_fill(before[:, None] < 0, 0)
@@ -155,7 +155,7 @@ def qk_norm_rope_ref(
     q = rotate_ref(rms_norm_ref(q, q_weight, eps), *rope)
     k = rotate_ref(rms_norm_ref(k, k_weight, eps), *rope)
     first = 0
-    for slot, start, n in batch.on_host:
+    for slot, start, n in batch.required_host:
         here, there = slice(first, first + n), slice(start, start + n)
         k_pages[slot, :, there] = k[here].transpose(0, 1)
         v_pages[slot, :, there] = v[here].transpose(0, 1)
@@ -173,7 +173,7 @@ def attention_ref(
     """
     out = torch.empty_like(q)
     first = 0
-    for slot, start, n in batch.on_host:
+    for slot, start, n in batch.required_host:
         here, end = slice(first, first + n), start + n
         keys, values = k_pages[slot, :, :end], v_pages[slot, :, :end]
         out[here] = _attend_one(q[here], keys, values, start)

@@ -36,7 +36,7 @@ def settled(x: torch.Tensor | PendingResidual) -> torch.Tensor:
 
 
 class PendingResidualOps(Ops):
-    """Words that leave the addition at the end of one to the norm at the beginning of the next.
+    """Operations that leave the addition at the end of one to the norm that begins the next.
 
     ``x`` and ``residual`` may be a tensor or a ``PendingResidual``, which ``linear_add`` gives.
     """

@@ -45,7 +45,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What ``backend`` lacks to run ``dtype`` on ``device`` and what to do, or None."""
+    """Return what ``backend`` lacks to run ``dtype`` on ``device`` and what to do, or None."""
     if backend == "eager":
         return None
     if dtype == torch.float64:
@@ -58,7 +58,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """What Triton's kernels lack to run on ``device`` and how to get it, or None."""
+    """Return what Triton's kernels lack on ``device`` and how to get it, or None."""
     if find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
     if device.type == "cuda":
@@ -76,7 +76,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether ``device`` can begin a kernel while the one before it runs: Hopper GPUs and later."""
+    """Return True if ``device`` can start a kernel while the one before runs: Hopper and later."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

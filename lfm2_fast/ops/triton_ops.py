@@ -31,17 +31,20 @@ from lfm2_fast.kernels.swiglu import swiglu_triton
 from lfm2_fast.ops.base import AttentionLike, ConvLike, Rope, TapsLike, epsilon
 from lfm2_fast.ops.residual import PendingResidual, PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
-from lfm2_fast.weights.formats import Projection
+from lfm2_fast.weights.formats import DENSE, INT8, Projection
+
+# Weight formats that the kernels read.
+FORMATS = (DENSE, INT8)
 
 
 class TritonOps(PendingResidualOps):
     """T tokens packed, H hidden.
 
-    A few tokens take one launch a word, their projection included. More take kernels between the
-    projections, which remain the library's, and leave the residual addition pending.
+    A few tokens take one launch a fused operation, its projection included. More take kernels
+    between the projections, which remain the library's, and leave the residual addition pending.
 
     With ``dependent``, which needs compute capability 9.0, ``for_capture`` launches every kernel of
-    a step of few tokens so that it begins before its predecessor's end (``kernels/dependent.py``).
+    a step of few tokens so that it begins before its predecessor's end (``kernels/pdl.py``).
     Launched one by one that would cost the host more than it gains, so nothing else does.
     """
 
@@ -65,7 +68,7 @@ class TritonOps(PendingResidualOps):
         return self._dependent or self
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
-        few = _few(x)
+        few = _few(x, linear)
         if few is None:
             return super().norm_linear(x, norm, linear)
         out = few.new_empty(len(few), len(linear.weight))
@@ -75,7 +78,7 @@ class TritonOps(PendingResidualOps):
     def norm_conv(
         self, x: Any, norm: nn.RMSNorm, conv: ConvLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        few = _few(x)
+        few = _few(x, conv.in_proj)
         if few is None or batch.max_query != 1:
             return super().norm_conv(x, norm, conv, window, batch)
         taps, out = conv.conv, torch.empty_like(few)
@@ -94,7 +97,7 @@ class TritonOps(PendingResidualOps):
         return out
 
     def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
-        few = _few(residual)
+        few = _few(residual, linear)
         if few is None:
             return super().linear_add(y, linear, residual)
         out = torch.empty_like(few)
@@ -102,7 +105,7 @@ class TritonOps(PendingResidualOps):
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
-        few = _few(x)
+        few = _few(x, gate_up)
         if few is None:
             return super().norm_swiglu(x, norm, gate_up)
         out = few.new_empty(len(few), len(gate_up.weight) // 2)
@@ -111,7 +114,7 @@ class TritonOps(PendingResidualOps):
 
     def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         """Two launches for a few tokens, whose logits are never written."""
-        few = _few(x)
+        few = _few(x, linear)
         if few is None:
             return super().head_argmax(x, norm, linear)
         tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
@@ -165,6 +168,8 @@ class TritonOps(PendingResidualOps):
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
+        if embedding.format not in FORMATS:
+            return super().embed(tokens, embedding, dtype)
         weight, scale = embedding.weight, embedding.weight_scale
         out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
         embed_triton(tokens, weight, scale, out, pdl=self.pdl)
@@ -287,9 +292,9 @@ class TritonOps(PendingResidualOps):
         return self._arrivals[table]
 
 
-def _few(x: torch.Tensor | PendingResidual) -> torch.Tensor | None:
-    """The rows of a tensor or a PendingResidual, with nothing pending, if they are few."""
-    return None if len(x) > MOST_TOKENS else settled(x)
+def _few(x: torch.Tensor | PendingResidual, linear: Projection) -> torch.Tensor | None:
+    """Return the rows with nothing pending, if they are few and the kernels know the format."""
+    return settled(x) if len(x) <= MOST_TOKENS and linear.format in FORMATS else None
 
 
 def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lfm2_fast.config import FETCH_AGAIN, CheckpointError, Config, read_json
-from lfm2_fast.weights.formats import Format, find_format
+from lfm2_fast.weights.formats import DENSE, Format, find_format
 from lfm2_fast.weights.fusion import EMBEDDING, HEAD, Fused, dtype_tensor, fusion_table
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Safetensors' names of the integers that formats store.
+INTEGERS = {torch.int8: {"I8"}, torch.uint8: {"U8"}}
 
 
 def variant_of(name: str, variant: str | None) -> str:
@@ -70,18 +72,17 @@ def load_weights(
     whatever does not fit.
     """
     table = fusion_table(config)
-    whole = variant_of(find_format(config.quantization).file, variant)
+    whole = variant_of(find_format(config.quantization, folder / "config.json").file, variant)
     found = _with_a_head(table, _open_tensors(folder, whole, variant_of(INDEX, variant)))
     _check_tensors(folder, config, table, found)
     if dtype is None:
-        dtype = FLOATS[found[table[dtype_tensor(config)].parts[0].name].dtype]
+        dtype = FLOATS[found[table[dtype_tensor(table)].parts[0].name].dtype]
     target = find_format(quantization if config.quantization is None else None)
     weights = {}
     with _progress(table.items()) as tensors:
         for name, fused in tensors:
-            parts = {"": (fused.shape, fused.dtype)}
-            if fused.is_matrix and fused.dtype is None:
-                parts = target.parts(fused.shape)
+            converts = fused.is_matrix and fused.dtype is None and target is not DENSE
+            parts = target.parts(fused.shape) if converts else {"": (fused.shape, fused.dtype)}
             made = {
                 name + suffix: _empty(shape, own or dtype, device)
                 for suffix, (shape, own) in parts.items()
@@ -89,7 +90,7 @@ def load_weights(
             first = 0
             for part in fused.parts:
                 places = [tensor[first : first + part.rows] for tensor in made.values()]
-                if len(places) > 1:
+                if converts:
                     _quantize(found[part.name], target, places)
                 else:
                     places[0].copy_(found[part.name].read().reshape(places[0].shape))
@@ -104,7 +105,7 @@ def with_stored_head(folder: Path, config: Config, variant: str | None = None) -
     A config may say that they are tied although the head was tuned on its own. The weights decide,
     as in Hugging Face's class, and a warning says so.
     """
-    whole = variant_of(find_format(config.quantization).file, variant)
+    whole = variant_of(find_format(config.quantization, folder / "config.json").file, variant)
     if not config.tie_word_embeddings or config.quantization is not None:
         return config
     found = _open_tensors(folder, whole, variant_of(INDEX, variant))
@@ -323,7 +324,9 @@ def _check_tensors(
                 f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json "
                 f"asks for {list(part.shape)}"
             )
-        if stored.dtype not in (("I8",) if fused.dtype == torch.int8 else FLOATS):
+        if stored.dtype not in (
+            FLOATS if fused.dtype is None else INTEGERS.get(fused.dtype, FLOATS)
+        ):
             raise CheckpointError(
                 f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
                 "config.json does not speak of; load the unquantized checkpoint"

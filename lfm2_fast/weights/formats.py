@@ -40,6 +40,11 @@ class Format:
         """
         return {"": (shape, None)}
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Name suffixes of the parts; the numbers' is empty."""
+        return tuple(self.parts((0, 0)))
+
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return rows ``weight [n, K]`` in this format, in the order of ``parts``."""
         return (weight,)
@@ -80,12 +85,16 @@ DENSE, INT8 = Format(), Int8Rows()
 FORMATS = {each.name: each for each in (DENSE, INT8)}
 
 
-def find_format(name: str | None) -> Format:
-    """Return the format of that name; None is dense. Raises CheckpointError for an unknown one."""
+def find_format(name: str | None, source: object = "config") -> Format:
+    """Return the format of that name; None is dense.
+
+    Raises CheckpointError for an unknown one; ``source`` is what the message calls the config.
+    """
     if name not in FORMATS:
         known = ", ".join(repr(each) for each in FORMATS if each)
         raise CheckpointError(
-            f"quantization format {name!r} is not in this version of lfm2_fast, which has {known}"
+            f"{source}: the matrices are in format {name!r}, which lfm2_fast does not read (it has "
+            f"{known}); load the unquantized checkpoint"
         )
     return FORMATS[name]
 
@@ -117,7 +126,7 @@ class Projection(nn.Module):
     @property
     def parts(self) -> list[torch.Tensor]:
         """The tensors that hold the matrix, in the order of ``format.parts``."""
-        return [getattr(self, f"weight{suffix}") for suffix in self.format.parts((0, 0))]
+        return [getattr(self, f"weight{suffix}") for suffix in self.format.suffixes]
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix ``[N, K]`` in ``dtype``; a dense one as it is."""

@@ -7,7 +7,7 @@ the one place that knows tensor names. Sizes and parameter counts come from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,7 +125,7 @@ def tie(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     """Return ``weights`` with the embedding's tensors as the head's too, where they are tied."""
     if not config.tie_word_embeddings:
         return weights
-    suffixes = find_format(config.quantization).parts((0, 0))
+    suffixes = find_format(config.quantization).suffixes
     heads = {HEAD + suffix: weights[EMBEDDING + suffix] for suffix in suffixes}
     return {**weights, **heads}
 
@@ -150,9 +150,9 @@ def random_weights(
     return made
 
 
-def dtype_tensor(config: Config) -> str:
+def dtype_tensor(table: Mapping[str, Fused]) -> str:
     """Return the name of the tensor whose dtype is the model's: the embedding, else a norm."""
-    return EMBEDDING if fusion_table(config)[EMBEDDING].dtype is None else NORM
+    return EMBEDDING if table[EMBEDDING].dtype is None else NORM
 
 
 def num_parameters(config: Config) -> int:

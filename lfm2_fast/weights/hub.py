@@ -130,7 +130,7 @@ def _download(
     path = fetch("config.json")
     if path is None:
         raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
-    whole = variant_of(find_format(Config.from_file(path).quantization).file, variant)
+    whole = variant_of(find_format(Config.from_file(path).quantization, path).file, variant)
     listing = variant_of(INDEX, variant)
     revision = path.parents[len(Path(subfolder).parts)].name
     for name in (GENERATION_CONFIG, *also):

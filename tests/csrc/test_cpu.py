@@ -293,7 +293,7 @@ def test_flash_decode_of_sharp_scores(size: float, dtype, within_budget) -> None
     within_budget(decode(case), exact, plain)
 
 
-@pytest.mark.skipif(native_library.prefills(torch.bfloat16), reason="test_native_prefill.py's part")
+@pytest.mark.skipif(native_library.prefills(torch.bfloat16), reason="test_flash_prefill.py's part")
 def test_prompts_need_avx512_bf16() -> None:
     """The body says so, and PyTorch's attention serves; the models above show that."""
     q = torch.randn(3, 2, 8).bfloat16()

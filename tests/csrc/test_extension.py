@@ -153,7 +153,7 @@ def test_newer_instructions_stay_in_their_file(source: Path, tmp_path: Path) -> 
 def test_eight_bit_numbers_are_widened_as_vectors(tmp_path: Path) -> None:
     """Not one by one, which takes ten times as long."""
     (tmp_path / "a.cpp").write_text(
-        '#include "lanes.h"\nusing namespace lfm2;\n'
+        '#include "simd.h"\nusing namespace lfm2;\n'
         "void widen(const int8_t* from, Lanes& a, Lanes& b) { load(from, a, b); }\n",
         encoding="utf-8",
     )
@@ -277,7 +277,9 @@ def test_cuda_kernel_computes_what_the_reference_does(
                 bcx = torch.randn(count, 3 * hidden).to(dtype)
                 weight = torch.randn(hidden, width).to(dtype)
                 window = torch.full((9, width + 1, hidden), float("nan"), dtype=dtype)
-                for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
+                for slot, start in zip(
+                    batch.required_host.slots, batch.required_host.starts, strict=True
+                ):
                     for position in range(max(0, start - width + 1), start):
                         window[slot, position % (width + 1)] = torch.randn(hidden).to(dtype)
 

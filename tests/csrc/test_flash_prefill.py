@@ -41,7 +41,7 @@ class Case:
     def __init__(self, batch: Batch, heads: int, kv_heads: int, head_dim: int) -> None:
         self.batch, slots = batch, len(batch.slots) + 2
         self.lengths = [0] * slots
-        for slot, length in zip(batch.on_host.slots, batch.lengths.tolist(), strict=True):
+        for slot, length in zip(batch.required_host.slots, batch.lengths.tolist(), strict=True):
             self.lengths[slot] = length
         self.q = torch.randn(len(batch.positions), heads, head_dim).bfloat16()
         longest = max(self.lengths)
@@ -59,7 +59,7 @@ class Case:
         """The same without the other sequences."""
         made, batch = object.__new__(Case), self.batch
         first, last = batch.cu_seqlens[i : i + 2].tolist()
-        host = batch.on_host
+        host = batch.required_host
         made.batch = Batch.prepare([last - first], [host.starts[i]], [host.slots[i]], CPU)
         made.q, made.k, made.v, made.lengths = self.q[first:last], self.k, self.v, self.lengths
         return made
@@ -126,7 +126,7 @@ def test_a_prompt_may_be_cut_anywhere(same_bits) -> None:
     """Two steps give the bits of one, whatever shares a tile with a token then."""
     torch.manual_seed(0)
     case = Case(a_batch([0], [150]), 6, 2, 16)
-    (slot,), pages = case.batch.on_host.slots, case.whole()
+    (slot,), pages = case.batch.required_host.slots, case.whole()
     whole = attend(case, pages)
     for cut in range(1, 150):
         parts = []
@@ -172,7 +172,7 @@ def test_what_is_no_number_stays_in_its_sequence(poison: float, same_bits) -> No
     first, last = case.batch.cu_seqlens[1:3].tolist()
     case.q[first:last] = poison
     for pages in (case.k, case.v):
-        pages[case.batch.on_host.slots[1]] = poison
+        pages[case.batch.required_host.slots[1]] = poison
     out = attend(case, case.whole())
     assert same_bits(out[:first], clean[0]) and same_bits(out[last:], clean[2])
     assert not out[first:last].isfinite().any()
@@ -182,7 +182,7 @@ def test_nan_of_a_seen_key_or_value_is_not_hidden() -> None:
     torch.manual_seed(0)
     for tensor in ("k", "v"):
         case = Case(a_batch([0], [20]), 2, 1, 16)
-        getattr(case, tensor)[case.batch.on_host.slots[0], 0, 5, 3] = NAN
+        getattr(case, tensor)[case.batch.required_host.slots[0], 0, 5, 3] = NAN
         out = attend(case, case.whole()).unflatten(1, (2, 16))
         hit = out[5:] if tensor == "k" else out[5:, :, 3]
         assert hit.isnan().all()

@@ -1,4 +1,4 @@
-"""The tape: what it replays, and what it refuses to record."""
+"""The CPU graph: what it replays, and what it refuses to record."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_what_was_made_is_made_again() -> None:
         total.add_(best + at)
         seen.append((best, at))
 
-    tape = CpuGraph(body)
+    graph = CpuGraph(body)
     expected = torch.zeros(2)
     for step in range(3):
         x.copy_(torch.randn(2, 3))
-        tape.replay()
+        graph.replay()
         doubled = 2 * x
         expected += doubled.amax(1) + doubled.argmax(1)
         best, at = seen[0]
@@ -47,10 +47,10 @@ def test_what_was_made_is_made_again() -> None:
 )
 def test_what_depends_on_what_tensors_hold_is_refused(waits) -> None:
     x = torch.ones(3)
-    tape = CpuGraph(lambda: waits(x))
+    graph = CpuGraph(lambda: waits(x))
     for _ in range(2):
         with pytest.raises(ValueError, match="cannot be replayed"):
-            tape.replay()
+            graph.replay()
 
 
 def test_what_was_recorded_does_not_hold_the_body() -> None:
@@ -58,8 +58,8 @@ def test_what_was_recorded_does_not_hold_the_body() -> None:
         pass
 
     owner, x = Owner(), torch.ones(2)
-    owner.tape = CpuGraph(lambda held=owner: x.add_(1))
-    owner.tape.replay()
+    owner.graph = CpuGraph(lambda held=owner: x.add_(1))
+    owner.graph.replay()
     alive = weakref.ref(owner)
     gc.disable()
     try:
@@ -88,7 +88,7 @@ def test_generation_is_recorded_and_writes_the_same(
     ask = {"max_new_tokens": 300, **sampling}
     replays = []
     replay = CpuGraph.replay
-    monkeypatch.setattr(CpuGraph, "replay", lambda tape: (replays.append(tape), replay(tape))[1])
+    monkeypatch.setattr(CpuGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
     taped = model.generate(prompts, **ask)
     assert len(replays) > 100 and len(set(map(id, replays))) < 12
     monkeypatch.setattr(model.ops, "cpu_graph_rows", 0)
@@ -152,7 +152,7 @@ class Watch:
     def put(self, tokens):
         self.tokens += 1
         if self.tokens in (2_000, 10_000):
-            alive.append(sum(tape() is not None for tape in made))
+            alive.append(sum(graph() is not None for graph in made))
             resident.append(memory()["resident"])
 
     def end(self):

@@ -34,17 +34,17 @@ class Case:
     ) -> None:
         device = batch.positions.device
         self.batch, self.shape = batch, (group * kv_heads, kv_heads, head_dim)
-        longest = max(batch.on_host.starts, default=0) + 1
+        longest = max(batch.required_host.starts, default=0) + 1
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape).to(dtype).to(device)
 
-        self.qkv = random(len(batch.on_host.starts), (group + 2) * kv_heads * head_dim)
+        self.qkv = random(len(batch.required_host.starts), (group + 2) * kv_heads * head_dim)
         self.weights = [random(head_dim) for _ in range(2)]
         self.inv_freq = 1e6 ** (-torch.arange(head_dim // 2, device=device) * 2 / head_dim)
         self.k, self.v = (random(slots, kv_heads, longest, head_dim) for _ in "kv")
         self.lengths = [0] * slots
-        for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
+        for slot, start in zip(batch.required_host.slots, batch.required_host.starts, strict=True):
             self.lengths[slot] = start
 
     def reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -202,7 +202,7 @@ def test_bits_depend_on_neither_grid_nor_batch(
     for count in (1, 2, 9):
         programs(count)
         assert same_bits(run(case, 64)[0], whole)
-    qkv, slots = case.qkv, case.batch.on_host.slots
+    qkv, slots = case.qkv, case.batch.required_host.slots
     lengths = case.lengths
     for i, slot in enumerate(slots):
         case.batch, case.qkv = batch_of(lengths, [1], [slot], kernel_device), qkv[i : i + 1]

@@ -27,9 +27,9 @@ class Case:
     def __init__(
         self, batch: Batch, slots: int, group: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:
-        self.batch, tokens = batch, sum(batch.on_host.query_lengths)
+        self.batch, tokens = batch, sum(batch.required_host.query_lengths)
         self.lengths = [0] * slots
-        for slot, start, n in batch.on_host:
+        for slot, start, n in batch.required_host:
             self.lengths[slot] = start + n
 
         def random(*shape: int) -> torch.Tensor:

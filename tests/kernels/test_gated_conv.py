@@ -27,13 +27,13 @@ class Case:
     def __init__(
         self, batch: Batch, hidden: int, width: int, ring: int, bias: bool, dtype: torch.dtype
     ) -> None:
-        tokens = sum(batch.on_host.query_lengths)
+        tokens = sum(batch.required_host.query_lengths)
         self.batch = batch
         self.bcx = torch.randn(tokens, 3 * hidden).to(dtype)
         self.weight = torch.randn(hidden, width).to(dtype)
         self.bias = torch.randn(hidden).to(dtype) if bias else None
         self.window = torch.full((6, ring, hidden), NAN, dtype=dtype)
-        for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
+        for slot, start in zip(batch.required_host.slots, batch.required_host.starts, strict=True):
             for position in range(max(0, start - width + 1), start):
                 self.window[slot, position % ring] = torch.randn(hidden).to(dtype)
         device = batch.positions.device

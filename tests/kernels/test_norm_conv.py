@@ -49,9 +49,9 @@ class Case:
             self.weight, self.scale = INT8.quantize(self.weight)
         self.in_bias = some(3 * size) if biases[0] else None
         self.taps, self.bias = some(size, width), some(size) if biases[1] else None
-        slots = max([0, *batch.on_host.slots]) + 1
+        slots = max([0, *batch.required_host.slots]) + 1
         self.window = torch.full((slots, ring, size), NAN, dtype=dtype, device=device)
-        for slot, start in zip(batch.on_host.slots, batch.on_host.starts, strict=True):
+        for slot, start in zip(batch.required_host.slots, batch.required_host.starts, strict=True):
             for position in range(max(0, start - width + 1), start):
                 self.window[slot, position % ring] = some(size)
 

@@ -34,7 +34,7 @@ class Case:
         page_size: int,
         dtype: torch.dtype,
     ) -> None:
-        device, tokens = batch.positions.device, sum(batch.on_host.query_lengths)
+        device, tokens = batch.positions.device, sum(batch.required_host.query_lengths)
         self.batch, self.shape = batch, (heads, kv_heads, head_dim)
         qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
         qkv[::2] *= 50

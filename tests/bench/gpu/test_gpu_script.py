@@ -31,6 +31,7 @@ def test_a_part_at_its_limit_tells_its_failures(tmp_path: Path) -> None:
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
     for name in re.findall(r"tests/\w+/test_\w+\.py", script.read_text(encoding="utf-8")):
+        assert (SCRIPT.parents[2] / name).is_file(), name
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "tests" / "kernels" / "test_rope.py").write_text(HANGS, encoding="utf-8")
