@@ -82,7 +82,10 @@ def test_other_programs_do_not_take_integers_for_weights(tiny, tmp_path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "lfm2_fast", "format": "int3"}, "format .int3., which lfm2_fast does not read"),
+        (
+            {"quant_method": "lfm2_fast", "format": "int3"},
+            "format .int3., which lfm2_fast does not read",
+        ),
         ("int8", "must be an object"),
         (None, r"holds neither model\.safetensors"),
     ],
