@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 import lfm2_fast
 from lfm2_fast.engine.model_runner import ModelRunner, run_batch
@@ -48,6 +49,8 @@ STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}
 @pytest.fixture(scope="module", autouse=True)
 def poisoned():
     """Outputs begin as NaN, so that an element which no kernel wrote shows."""
+    # torch lists once, for good, what ``with device`` changes: not what stands in here.
+    _device_constructors()
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
