@@ -14,8 +14,9 @@ import torch
 from lfm2_fast.kernels import sample
 from lfm2_fast.kernels.sample import TILE, Scratch, sample_triton
 from lfm2_fast.ops import native_library
-from lfm2_fast.ops.base import Ops, choose
+from lfm2_fast.ops.base import Ops
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState, sample_ref
+from lfm2_fast.ops.select import choose
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 FILTERS = {
