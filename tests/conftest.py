@@ -66,6 +66,7 @@ MARKS = {
     "engine/test_on_a_gpu.py": "interpreter",
     "kernels/": "interpreter",
     "kernels/test_aot.py": "build",
+    "models/test_published_sizes.py": "slow",
     "ops/test_triton_ops.py": "interpreter",
     "packaging/": "build",
 }

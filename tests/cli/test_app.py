@@ -306,6 +306,7 @@ def test_demo(run: Run) -> None:
     assert run("demo").out == run("demo", "--seed", "0").out != run("demo", "--seed", "1").out
 
 
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(endless: Path) -> None:
     terminal = screen("chat", endless)
 
@@ -341,6 +342,7 @@ def test_a_conversation_on_a_terminal(endless: Path) -> None:
     assert "Traceback" not in terminal.text
 
 
+@pytest.mark.slow
 def test_end_of_input_leaves_a_dumb_terminal(tiny: Path) -> None:
     terminal = screen("chat", tiny, TERM="dumb", NO_COLOR="1")
     terminal.wait_for(lambda text: text.endswith("\n> "))
@@ -378,6 +380,7 @@ def start(*arguments: str | Path, **kwargs: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, **kwargs)
 
 
+@pytest.mark.slow
 def test_interrupt_ends_generate(endless: Path) -> None:
     with start("generate", endless, "What is a list?", *LONG) as process:
         assert process.stdout is not None
@@ -389,6 +392,7 @@ def test_interrupt_ends_generate(endless: Path) -> None:
     assert err.endswith("; stopped\n") and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_interrupt_ends_chat_in_a_pipe(endless: Path) -> None:
     with start("chat", endless, *LONG, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -403,6 +407,7 @@ def test_interrupt_ends_chat_in_a_pipe(endless: Path) -> None:
     assert err.endswith("; stopped\n") and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_generate(endless: Path) -> None:
     with start("generate", endless, "What is a list?", *LONG) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -49,6 +49,7 @@ def test_an_older_processor_multiplies_rightly(most: str) -> None:
     assert "passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_info_says_what_is_multiplied() -> None:
     """Of 8-bit integers what is exact: not what oneDNN does, which PyTorch leaves out on AVX2."""
     code = """

@@ -341,7 +341,9 @@ def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("which", ["plain", "ahead"])
-@pytest.mark.parametrize("at_a_time", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "at_a_time", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7)), 3]
+)
 def test_more_prompts_than_rows(
     plain, at_a_time: int, which: str, request: pytest.FixtureRequest
 ) -> None:
@@ -421,6 +423,7 @@ def test_out_of_memory_says_what_to_lower(plain, monkeypatch) -> None:
         plain.generate(PROMPTS, max_new_tokens=20)
 
 
+@pytest.mark.slow
 def test_contexts_grow_across_pages(plain, ahead, monkeypatch) -> None:
     monkeypatch.setattr("lfm2_fast.engine.decode.AHEAD_BYTES", 0)
     kwargs = {"max_new_tokens": 300, "eos_token_id": None}

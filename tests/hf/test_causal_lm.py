@@ -215,6 +215,7 @@ def test_held_out_loss_is_hugging_faces(tiny: Path, pair) -> None:
     assert loss.item() == pytest.approx(stored["loss"], rel=5e-5)
 
 
+@pytest.mark.slow
 def test_bf16_is_no_further_from_fp32_than_hugging_faces(
     tiny: Path, pair, as_close_to_fp32: Callable
 ) -> None:

@@ -120,7 +120,7 @@ def test_every_form_of_prompt(ours, tokenizer, batch) -> None:
     assert ours.generate(input_ids=one[None], max_new_tokens=1).shape == (1, len(one) + 1)
 
 
-@pytest.mark.parametrize("size", ["tiny", "true_350m"])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("true_350m", marks=pytest.mark.slow)])
 def test_the_drop_in_snippet(tokenizer, size: str, request: pytest.FixtureRequest) -> None:
     """On trained weights, and at LFM2-350M's real shape (with the small checkpoint's tokenizer)."""
     model_id = str(request.getfixturevalue(size))

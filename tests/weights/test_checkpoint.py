@@ -282,6 +282,7 @@ def test_hugging_face_reads_what_we_save(
     ]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_whole(random_checkpoint, tmp_path: Path) -> None:
     """A file size limit stands for the full disk: the write fails midway."""
     model = load(random_checkpoint())
@@ -316,6 +317,7 @@ def sharded_350m(true_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "quantization", "most", "left"),
     [

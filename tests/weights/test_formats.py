@@ -116,6 +116,7 @@ def test_the_model_moves_and_keeps_its_scales(tiny) -> None:
     assert model(PROMPT).logits.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_weights_take_half_of_bfloat16(true_350m) -> None:
     def size(model: lfm2_fast.Lfm2ForCausalLM) -> int:
         kept = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
