@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--cases", default="decode,prefill 512", help="names with commas")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="names with commas")
     parser.add_argument("--out", type=Path, help="default: bench/results/before-after-SIZE.json")
     given = parser.parse_args()
     before, folder = given.before.resolve(), checkpoint(given.size).resolve()
@@ -86,16 +87,15 @@ def main() -> None:
     )
     figures: list[Figure] = []
     out = given.out or results.RESULTS / f"before-after-{given.size}.json"
-    others = Neighbours()
-    for name in ENGINES:
+    for name in given.engines.split(","):
         pair = open_pair(name, before, folder, given.threads)
-        others.own |= {engine.process.pid for engine in pair}
+        others = Neighbours(own=[engine.process.pid for engine in pair])
         for case in names:
             figures += interleave(pair, case, given.rounds, lambda text: print(text, flush=True))
-        for engine in pair:
-            engine.close()
         found |= {"others": others.seen(), "figures": results.as_json(figures)}
         results.write(out, found)
+        for engine in pair:
+            engine.close()
     print(f"\n{table(figures)}\n\nwritten: {out}; meanwhile: {found['others']}")
 
 
