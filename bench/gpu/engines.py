@@ -90,8 +90,8 @@ class HuggingFace(bench.cpu.engines.HuggingFace):
             model = self.package.Lfm2ForCausalLM(theirs)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
-        rotary = model.network.rotary_emb
-        model.network.rotary_emb = type(rotary)(theirs).to(device)
+        rotary = model.model.rotary_emb
+        model.model.rotary_emb = type(rotary)(theirs).to(device)
         left = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
         assert not left, f"without a value: {left}"
         self.model = model.eval()
