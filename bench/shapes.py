@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lfm2_fast
-from lfm2_fast.weights.fusion import fusion_table
+from lfm2_fast.weights import fusion
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = Path(os.environ.get("LFM2_FAST_BENCH_DIR", ROOT / "build" / "bench"))
@@ -28,16 +28,9 @@ def config_of(size: str) -> lfm2_fast.Config:
 def random_weights(
     config: lfm2_fast.Config, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Weights of a fresh model, by our names."""
+    """Return weights of a fresh model by our names, the same ones every time."""
     generator = torch.Generator(device).manual_seed(0)
-    weights = {}
-    for name, fused in fusion_table(config).items():
-        if "norm" in name:
-            weights[name] = torch.ones(fused.shape, dtype=dtype, device=device)
-        else:
-            made = torch.empty(fused.shape, dtype=dtype, device=device)
-            weights[name] = made.normal_(0, 0.02, generator=generator)
-    return weights
+    return fusion.random_weights(config, dtype, device, generator)
 
 
 def checkpoint(size: str) -> Path:

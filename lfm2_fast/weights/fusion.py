@@ -131,11 +131,14 @@ def tie(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def random_weights(
-    config: Config, dtype: torch.dtype, device: torch.device
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return fresh weights by our names: norms 1, biases 0, all else normal as the config says.
 
-    Drawn from torch's own generator. ``config`` must be dense.
+    Drawn from ``generator``, or torch's own. ``config`` must be dense.
     """
     made = {}
     for name, fused in fusion_table(config).items():
@@ -145,7 +148,7 @@ def random_weights(
         elif "norm" in name:
             tensor.fill_(1)
         else:
-            tensor.normal_(std=config.initializer_range)
+            tensor.normal_(std=config.initializer_range, generator=generator)
         made[name] = tensor
     return made
 
