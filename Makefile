@@ -28,8 +28,8 @@ test: lint ## Check style and types, then run every test but the long proofs
 check: lint ## In two minutes: the same without the slow, the interpreter, the builds and bench/
 	$(PYTEST) -m "not (slow or interpreter or build or bench or nightly)"
 
-nightly: lint ## Check style and types, then run every test, the long proofs too
-	$(PYTEST)
+nightly: lint ## The same with the long proofs; their outcomes go to bench/results/nightly.json
+	PYTHONPATH=. $(PYTEST) -p bench.report.nightly --nightly-record bench/results/nightly.json
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check

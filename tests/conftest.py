@@ -395,11 +395,10 @@ def true_350m(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for fused in fusion_table(lfm2_fast.Config.from_file(published)).values():
-        for name, shape in ((part.name, part.shape) for part in fused.parts):
-            tensor = torch.empty(shape, dtype=torch.bfloat16)
-            norm = "norm" in name
-            weights[name] = (
-                tensor.fill_(1) if norm else tensor.normal_(std=0.04, generator=generator)
+        for part in fused.parts:
+            made = torch.empty(part.shape, dtype=torch.bfloat16)
+            weights[part.name] = (
+                made.fill_(1) if fused.is_norm else made.normal_(std=0.04, generator=generator)
             )
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -39,7 +39,7 @@ Engine = Remote | LlamaBench
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """``steps`` tokens after ``context``, in each of ``batch`` sequences; no steps: the prompt.
 
     ``fresh`` cases start anew every turn; others go on from where the last turn ended.
@@ -52,10 +52,10 @@ class Case:
 
 
 CASES = {
-    "decode": Case(1, 64, 32),
-    "prefill 512": Case(1, 512, 0),
-    "decode, batch 8": Case(8, 64, 8),
-    "decode after 8k": Case(1, 8192, 16, fresh=False),
+    "decode": Workload(1, 64, 32),
+    "prefill 512": Workload(1, 512, 0),
+    "decode, batch 8": Workload(8, 64, 8),
+    "decode after 8k": Workload(1, 8192, 16, fresh=False),
 }
 # Compiling takes a minute for each case, and changes none but single steps.
 COMPILED_CASES = ("decode",)
@@ -70,7 +70,7 @@ def why_not(engine: Engine, name: str) -> str | None:
     return None
 
 
-def turn(engine: Engine, case: Case, room: int) -> float:
+def turn(engine: Engine, case: Workload, room: int) -> float:
     """Tokens a second in one turn."""
     if isinstance(engine, LlamaBench):
         return engine.rate(case.context, case.steps)

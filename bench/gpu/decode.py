@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import lfm2_fast
-from bench.gpu import steps as gpu_steps
+from bench.gpu import steps
 from bench.gpu.isolated import Case, isolated, measured, too_late, why
 from bench.gpu.limits import copy_bandwidth, empty_kernels, matmul_rate, told_by_driver
 from bench.gpu.steps import STEPS, TURN_STEPS, TURNS
@@ -96,15 +96,15 @@ def plan(
     short, long, prompt = CONTEXTS[0], CONTEXTS[-1], PROMPTS[-1]
 
     def decoded(size: str, context: int) -> Case:
-        measure = partial(gpu_steps.decode, batch=1, context=context, copied=copied)
+        measure = partial(steps.decode, batch=1, context=context, copied=copied)
         return ("decode", size, f"context {context}"), measure
 
     def batched(size: str, batch: int) -> Case:
-        measure = partial(gpu_steps.decode, batch=batch, context=short, copied=copied)
+        measure = partial(steps.decode, batch=batch, context=short, copied=copied)
         return ("batch", size, str(batch)), measure
 
     def first(size: str, length: int) -> Case:
-        measure = partial(gpu_steps.first_token, length=length, copied=copied)
+        measure = partial(steps.first_token, length=length, copied=copied)
         return ("first token", size, f"{length} tokens"), measure
 
     def fitting(lengths: tuple[int, ...], config: lfm2_fast.Config) -> list[int]:
@@ -113,9 +113,9 @@ def plan(
     def counted(cases: list[Case]) -> list[Case]:
         found = []
         for (_, *name), case in cases:
-            if case.func is gpu_steps.decode and device.type == "cuda":
+            if case.func is steps.decode and device.type == "cuda":
                 given = {key: case.keywords[key] for key in ("batch", "context")}
-                found.append((("kernels", *name), partial(gpu_steps.kernels, **given)))
+                found.append((("kernels", *name), partial(steps.kernels, **given)))
         return found
 
     alone = len(configs) == 1  # what only some sizes are asked for is then asked of this one
@@ -123,20 +123,20 @@ def plan(
         fits = fitting((prompt, long), config)
         cases = [
             decoded(size, short),
-            (("sampled", size), partial(gpu_steps.sampled, context=short)),
+            (("sampled", size), partial(steps.sampled, context=short)),
         ]
         if size == TELLING or alone:
             cases += [first(size, short), batched(size, BATCHES[0])]
         if long in fits:
             cases.append(decoded(size, long))
         if prompt in fits:
-            measure = partial(gpu_steps.prefill, length=prompt, rate=rate)
+            measure = partial(steps.prefill, length=prompt, rate=rate)
             cases.append((("prefill", size), measure))
         if has_dependent_launch(device):
-            cases.append((("dependent", size), partial(gpu_steps.dependent, context=short)))
-        cases.append((("host", size), partial(gpu_steps.as_host_sees, context=short)))
+            cases.append((("dependent", size), partial(steps.dependent, context=short)))
+        cases.append((("host", size), partial(steps.as_host_sees, context=short)))
         if size == INT8 or alone:
-            cases.append((("int8", size), partial(gpu_steps.int8, context=short)))
+            cases.append((("int8", size), partial(steps.int8, context=short)))
         yield size, cases + counted(cases)
     for size, config in configs.items():
         known = size == TELLING or alone

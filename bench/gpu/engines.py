@@ -26,12 +26,11 @@ class Ours:
 
         import lfm2_fast
         from bench import shapes
-        from bench.gpu import limits as gpu_limits
-        from bench.gpu import steps as gpu_steps
+        from bench.gpu import limits, steps
         from lfm2_fast.engine.model_runner import ModelRunner
 
         self.torch, self.package, self.runner = torch, lfm2_fast, ModelRunner
-        self.limits, self.timed, self.shapes = gpu_limits, gpu_steps, shapes
+        self.limits, self.timed, self.shapes = limits, steps, shapes
         self.shape: tuple[int, int, int] | None = None
 
     def make(self, path: Path, device: str) -> None:
@@ -41,7 +40,7 @@ class Ours:
 
     def start(self, batch: int, context: int, room: int) -> float:
         """As ``Engine.start``, but the seconds are those of steps that warm up, too."""
-        clock = self.limits.Clock(self.model.device)
+        clock = self.limits.DeviceClock(self.model.device)
         clock.mark()
         if self.shape == (batch, context, room):
             self.decoding.begin()
@@ -74,7 +73,7 @@ class HuggingFace(bench.cpu.engines.HuggingFace):
     how = "eager"
 
     def make(self, path: Path, device: str) -> None:
-        from bench.gpu.limits import Clock
+        from bench.gpu.limits import DeviceClock
         from bench.shapes import random_weights
         from lfm2_fast import Config
 
@@ -96,7 +95,7 @@ class HuggingFace(bench.cpu.engines.HuggingFace):
         assert not left, f"without a value: {left}"
         self.model = model.eval()
         self.step = self.model.forward
-        self.clock = lambda: Clock(torch.device(device))
+        self.clock = lambda: DeviceClock(torch.device(device))
 
     def decode(self, steps: int) -> list[float]:
         clock = self.clock()

@@ -15,7 +15,7 @@ EMPTY_KERNELS = 73
 REPLAYS = 100
 
 
-class Clock:
+class DeviceClock:
     """Moments on the device, in its own order of work."""
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def copy_bandwidth(device: torch.device, nbytes: int) -> float:
     """Gigabytes a second, read and written, of the device copying its memory."""
     source = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    target, clock = torch.empty_like(source), Clock(device)
+    target, clock = torch.empty_like(source), DeviceClock(device)
     for _ in range(20):
         clock.mark()
         target.copy_(source)
@@ -57,7 +57,7 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> float:
 def matmul_rate(device: torch.device, size: int) -> float:
     """Teraflops a second of the library's product of two random bfloat16 matrices of that size."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    clock = Clock(device)
+    clock = DeviceClock(device)
     for _ in range(25):
         clock.mark()
         torch.mm(a, b)
@@ -85,7 +85,7 @@ def empty_kernels(device: torch.device) -> dict[str, Any]:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(EMPTY_KERNELS):
                 nothing[(1,)](x, DEPENDENT=dependent, **options)
-        clock = Clock(device)
+        clock = DeviceClock(device)
         for _ in range(REPLAYS):
             clock.mark()
             graph.replay()

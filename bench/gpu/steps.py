@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import lfm2_fast
-from bench.gpu.limits import Clock, quantiles
+from bench.gpu.limits import DeviceClock, quantiles
 from bench.report.stats import ratio
 from bench.shapes import random_weights
 from lfm2_fast.cli.benchmark import Sequences, bytes_read_per_step
@@ -84,7 +84,7 @@ class Decoding:
 
         Of steps that are launched together it is their mean.
         """
-        clock, together = Clock(self.model.device), []
+        clock, together = DeviceClock(self.model.device), []
         while sum(together) < count:
             clock.mark()
             together.append(self.launch())
@@ -192,7 +192,8 @@ def quantized(
     made = dict(weights)
     for name, fused in fusion_table(config).items():
         if fused.is_matrix:
-            made[name], made[f"{name}_scale"] = INT8.quantize(weights[name])
+            parts = zip(INT8.suffixes, INT8.quantize(weights[name]), strict=True)
+            made |= {name + suffix: part for suffix, part in parts}
     return made
 
 
@@ -202,7 +203,7 @@ def prefill(model: lfm2_fast.Lfm2ForCausalLM, length: int, rate: float) -> dict[
     cache = model.new_cache(1, length)
     for _ in range(5):
         cache.reset()
-        clock = Clock(model.device)
+        clock = DeviceClock(model.device)
         clock.mark()
         ModelRunner(model.network, cache).prefill([prompt(length)], [0])
         clock.mark()

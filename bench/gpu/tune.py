@@ -1,4 +1,4 @@
-"""Measure tilings of the few-token words on the GPU at hand, and write ``kernels/tuned.py`` anew.
+"""Measure tilings of the few-token operations on the GPU at hand, and rewrite ``kernels/tuned.py``.
 
     python -m bench.gpu.tune --seconds 500
 
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu.limits import Clock, quantiles, told_by_driver
-from bench.gpu.tune_operations import Key, Word, keys
+from bench.gpu.limits import DeviceClock, quantiles, told_by_driver
+from bench.gpu.tune_operations import Key, OneTokenRun, keys
 from bench.report.results import ROOT, header, made_here, write
 from bench.report.stats import ratio
 from bench.shapes import SIZES, config_of
@@ -45,32 +45,32 @@ TURNS, CONFIRMED, REPLAYS = 7, 15, 5
 Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int]]]
 
 
-def replayed(word: Word, tiling: Tiling, pdl: bool) -> Callable[[], None]:
+def replayed(operation: OneTokenRun, tiling: Tiling, pdl: bool) -> Callable[[], None]:
     """What launches every copy once: on a GPU the replay of a graph."""
-    if word.device.type == "cpu":
-        return lambda: word.launch_all(tiling, False)
-    word.launch_all(tiling, pdl)
+    if operation.device.type == "cpu":
+        return lambda: operation.launch_all(tiling, False)
+    operation.launch_all(tiling, pdl)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        word.launch_all(tiling, pdl)
+        operation.launch_all(tiling, pdl)
     return graph.replay
 
 
 def in_turns(
-    word: Word, runs: dict[Tiling, Callable[[], None]], turns: int
+    operation: OneTokenRun, runs: dict[Tiling, Callable[[], None]], turns: int
 ) -> dict[Tiling, list[float]]:
     """Microseconds a launch of each tiling, a sample a turn, back and forth."""
     found: dict[Tiling, list[float]] = {tiling: [] for tiling in runs}
-    again = REPLAYS if word.device.type == "cuda" else 1
+    again = REPLAYS if operation.device.type == "cuda" else 1
     for turn in range(turns):
         for tiling, run in runs.items() if turn % 2 else reversed(list(runs.items())):
             run()
-            clock = Clock(word.device)
+            clock = DeviceClock(operation.device)
             clock.mark()
             for _ in range(again):
                 run()
             clock.mark()
-            found[tiling].append(clock.microseconds()[0] / again / len(word.weights))
+            found[tiling].append(clock.microseconds()[0] / again / len(operation.weights))
     return found
 
 
@@ -78,15 +78,15 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
     """What was found for a key; ``kept`` is the tiling that beats the rule's, or None."""
     nbytes = key.rows * key.columns * dtype.itemsize
     copies = min(MOST_COPIES, max(2, -(-ROTATED // nbytes))) if device.type == "cuda" else 2
-    word = Word(key, dtype, device, copies)
+    operation = OneTokenRun(key, dtype, device, copies)
     processors = chip(device)[1] or 1
     runs: dict[Tiling, Callable[[], None]] = {}
     failed = {}
     for tiling in key.candidates(processors, dtype.itemsize):
         try:
-            wrong = word.wrong(tiling)
+            wrong = operation.wrong(tiling)
             if wrong is None:
-                runs[tiling] = replayed(word, tiling, pdl)
+                runs[tiling] = replayed(operation, tiling, pdl)
         except Exception as error:  # a tile for which a program has not the room
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
@@ -103,12 +103,12 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
     }
     if rule not in runs:
         return found
-    times = in_turns(word, runs, TURNS)
+    times = in_turns(operation, runs, TURNS)
     found["us"] = [{"tiling": fields(tiling), **quantiles(us)} for tiling, us in times.items()]
     best = min(times, key=lambda tiling: quantiles(times[tiling])["p50"])
     if best != rule:
         # The luckiest of many looks better than it is.
-        again = in_turns(word, {tiling: runs[tiling] for tiling in (best, rule)}, CONFIRMED)
+        again = in_turns(operation, {tiling: runs[tiling] for tiling in (best, rule)}, CONFIRMED)
         value, low, high = ratio(again[best], again[rule], paired=True)
         found |= {"best": fields(best), "ratio": value, "interval": [low, high]}
         found["kept"] = fields(best) if high < 1 - MARGIN else None
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sample": "microseconds a launch of one turn, of a graph of launches over other weights",
         "kept": f"where the interval of {CONFIRMED} more turns is below {1 - MARGIN}",
     }
-    results = header("tilings of the few-token words", protocol, device)
+    results = header("tilings of the few-token operations", protocol, device)
     results |= {"gpu": name, "rows": [], "late": []}
     if device.type == "cuda":
         results["driver"] = told_by_driver()

@@ -1,4 +1,4 @@
-"""The few-token words that are tuned: their shapes, their launches, the gate before a timing."""
+"""The few-token operations that are tuned: shapes, launches, and the gate before a timing."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def keys(configs: Iterable[Config]) -> list[Key]:
     return sorted(read, key=lambda key: -read[key])
 
 
-class Word:
+class OneTokenRun:
     """One token through a key's operation, with ``copies`` of its weight to take in turns."""
 
     def __init__(self, key: Key, dtype: torch.dtype, device: torch.device, copies: int) -> None:

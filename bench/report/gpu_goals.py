@@ -16,7 +16,7 @@ Range = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Goal:
+class GpuGoal:
     """``find`` gives the value and its range from both files, or None where it was not measured."""
 
     what: str
@@ -106,20 +106,20 @@ def cell(gpu: dict[str, Any], *names: str) -> dict[str, Any] | None:
 LEAST_SHARES = {"2.6B": (78, 90), "1.2B": (72, 88), "700M": (62, 82), "350M": (48, 75)}
 TIMES = {"350M": (2.5, 4), "1.2B": (2, 3), "2.6B": (1.7, 2.3)}
 GOALS = (
-    *(Goal(f"{s}, % of the copy", *goals, share(s, 128)) for s, goals in LEAST_SHARES.items()),
+    *(GpuGoal(f"{s}, % of the copy", *goals, share(s, 128)) for s, goals in LEAST_SHARES.items()),
     *(
-        Goal(f"{s}, times Hugging Face compiled", *goals, against_compiled(s))
+        GpuGoal(f"{s}, times Hugging Face compiled", *goals, against_compiled(s))
         for s, goals in TIMES.items()
     ),
     *(
-        Goal(f"{s}, % slower when sampling", 3, 1, slower("sampled", s), more_is_better=False)
+        GpuGoal(f"{s}, % slower when sampling", 3, 1, slower("sampled", s), more_is_better=False)
         for s in SIZES
     ),
-    *(Goal(f"{s}, % of the copy at 32k", 65, 85, share(s, 32768)) for s in SIZES),
-    *(Goal(f"{s}, % of a matmul in prefill 8k", 50, 70, prefill(s)) for s in SIZES),
-    Goal("1.2B, first token of 128, over its floor", 3, 1.5, first_token, more_is_better=False),
-    Goal("1.2B, tokens/s at batch 64", 20000, 35000, batch),
-    Goal("2.6B, int8's time over bf16's", 0.65, 0.55, int8, more_is_better=False),
+    *(GpuGoal(f"{s}, % of the copy at 32k", 65, 85, share(s, 32768)) for s in SIZES),
+    *(GpuGoal(f"{s}, % of a matmul in prefill 8k", 50, 70, prefill(s)) for s in SIZES),
+    GpuGoal("1.2B, first token of 128, over its floor", 3, 1.5, first_token, more_is_better=False),
+    GpuGoal("1.2B, tokens/s at batch 64", 20000, 35000, batch),
+    GpuGoal("2.6B, int8's time over bf16's", 0.65, 0.55, int8, more_is_better=False),
 )
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.report import gpu_tables as report_gpu
+from bench.report import gpu_tables
 from bench.report.goals import OURS, goal_table, verdicts
 from bench.report.markdown import markdown, number
 from bench.report.results import RESULTS, ROOT, Figure, commit_of, read
@@ -182,7 +182,7 @@ def tables() -> dict[str, Callable[[], str]]:
     path = RESULTS / "quality.json"
     if path.is_file():
         made["quality"] = lambda: quality_table(json.loads(path.read_text(encoding="utf-8")))
-    return made | report_gpu.tables(RESULTS)
+    return made | gpu_tables.tables(RESULTS)
 
 
 def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:

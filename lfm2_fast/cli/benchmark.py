@@ -60,9 +60,9 @@ class Sequences:
     def decode(self, steps: int) -> list[float]:
         """Write ``steps`` tokens and one to each sequence; seconds of each step but the first,
         in which ``generate`` begins."""
-        clock = Clock()
-        self._write(steps + 1, streamer=clock)
-        return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+        came = TokenTimes()
+        self._write(steps + 1, streamer=came)
+        return [b - a for a, b in zip(came.times[1:], came.times[2:], strict=False)]
 
     def _write(self, count: int, **more: Any) -> None:
         self.text = self.model.generate(
@@ -77,7 +77,7 @@ class Sequences:
         )
 
 
-class Clock:
+class TokenTimes:
     """A streamer that notes when tokens come."""
 
     def __init__(self) -> None:

@@ -44,12 +44,14 @@ class Fused:
 
     ``shape`` is ours. ``dtype`` is what it is stored in, None for the model's dtype. ``is_matrix``
     says that it holds the numbers of a projection or embedding, which a format may quantize.
+    ``is_norm`` marks the weight of an RMSNorm.
     """
 
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     is_matrix: bool = False
+    is_norm: bool = False
 
     def split(self, whole: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
         """Yield each part with its rows of ``whole``, in Hugging Face's shape."""
@@ -65,8 +67,9 @@ def fusion_table(config: Config) -> dict[str, Fused]:
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
     table: dict[str, Fused] = {}
 
-    def vector(name: str, length: int) -> None:
-        table[name] = Fused((Part(BASE + name, (length,)),), (length,))
+    def vector(name: str, length: int, *, is_norm: bool = False) -> None:
+        part = Part(BASE + name, (length,))
+        table[name] = Fused((part,), (length,), is_norm=is_norm)
 
     def matrix(name: str, columns: int, *stacked: tuple[str, int], base: str = BASE) -> None:
         parts = tuple(Part(base + theirs, (rows, columns)) for theirs, rows in stacked)
@@ -75,8 +78,8 @@ def fusion_table(config: Config) -> dict[str, Fused]:
     matrix(EMBEDDING, hidden, (EMBEDDING, config.vocab_size))
     for i, kind in enumerate(config.layer_types):
         at = f"layers.{i}."
-        vector(at + "operator_norm.weight", hidden)
-        vector(at + "ffn_norm.weight", hidden)
+        vector(at + "operator_norm.weight", hidden, is_norm=True)
+        vector(at + "ffn_norm.weight", hidden, is_norm=True)
         if kind == "conv":
             at += "conv."
             matrix(at + "in_proj.weight", hidden, (at + "in_proj.weight", 3 * hidden))
@@ -98,14 +101,14 @@ def fusion_table(config: Config) -> dict[str, Fused]:
                 (at + "v_proj.weight", kv_heads),
             )
             matrix(at + "out_proj.weight", heads, (at + "out_proj.weight", hidden))
-            vector(at + "q_layernorm.weight", size)
-            vector(at + "k_layernorm.weight", size)
+            vector(at + "q_layernorm.weight", size, is_norm=True)
+            vector(at + "k_layernorm.weight", size, is_norm=True)
         at = f"layers.{i}.feed_forward."
         matrix(
             at + "gate_up_proj.weight", hidden, (at + "w1.weight", inner), (at + "w3.weight", inner)
         )
         matrix(at + "down_proj.weight", inner, (at + "w2.weight", hidden))
-    vector(NORM, hidden)
+    vector(NORM, hidden, is_norm=True)
     if not config.tie_word_embeddings:
         matrix(HEAD, hidden, (HEAD, config.vocab_size), base="")
     return table
@@ -145,7 +148,7 @@ def random_weights(
         tensor = torch.empty(fused.shape, dtype=dtype, device=device)
         if name.endswith(".bias"):
             tensor.zero_()
-        elif "norm" in name:
+        elif fused.is_norm:
             tensor.fill_(1)
         else:
             tensor.normal_(std=config.initializer_range, generator=generator)

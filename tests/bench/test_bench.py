@@ -19,14 +19,13 @@ import torch
 import lfm2_fast
 from bench import gate
 from bench.operations import OPERATIONS, Setup, least_bytes
-from bench.report import compare, results
-from bench.report import tables as report
+from bench.report import compare, results, tables
 from bench.report.goals import GOALS, verdicts
 from bench.report.results import Figure
 from bench.report.stats import ratio
 from bench.shapes import SIZES, config_of
 from bench.worker import EngineError, Remote
-from lfm2_fast import __main__ as cli
+from lfm2_fast import __main__
 from lfm2_fast.cli.benchmark import bytes_read_per_step
 from lfm2_fast.cli.benchmark_report import cells, show
 from lfm2_fast.cli.machine_load import Neighbours, doubts, quantile, spread
@@ -77,7 +76,7 @@ def test_bench_writes_figures_that_fit_together(
 ) -> None:
     call = ["bench", str(tiny), "--prompt", "4,9", "--output", "3", "--batch", "1,2"]
     with pytest.raises(SystemExit) as ended:
-        cli.main([*call, "--rounds", "2", "--json", "--device", "cpu"])
+        __main__.main([*call, "--rounds", "2", "--json", "--device", "cpu"])
     out, err = capsys.readouterr()
     assert not ended.value.code, err
     found = json.loads(out)
@@ -104,7 +103,7 @@ def test_bench_writes_figures_that_fit_together(
 def test_bench_shows_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["bench", str(tiny), "--prompt", "4", "--output", "2", "--batch", "1", "--rounds", "1"]
     with pytest.raises(SystemExit):
-        cli.main(call)
+        __main__.main(call)
     out, err = capsys.readouterr()
     assert "tokens/s" in out and "warm-up" in out
     assert "meanwhile" in out
@@ -167,7 +166,7 @@ def test_bench_refuses_what_it_cannot_run(
     tiny: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", str(tiny), option, value])
+        __main__.main(["bench", str(tiny), option, value])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -180,7 +179,7 @@ def test_plot_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", str(tiny), "--plot", str(tmp_path / "x.png")])
+        __main__.main(["bench", str(tiny), "--plot", str(tmp_path / "x.png")])
     assert ended.value.code == 2
     assert "pip install 'lfm2-fast[plot]'" in capsys.readouterr().err
 
@@ -190,7 +189,7 @@ def test_plot_draws(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     call = ["bench", str(tiny), "--prompt", "4,8", "--output", "2", "--batch", "1,2"]
     with pytest.raises(SystemExit) as ended:
-        cli.main([*call, "--rounds", "1", "--plot", str(path)])
+        __main__.main([*call, "--rounds", "1", "--plot", str(path)])
     assert not ended.value.code
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -201,7 +200,7 @@ def test_figures_are_shown_where_the_plot_cannot_be_written(
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("lfm2_fast.cli.benchmark.load_and_measure", lambda *_, **__: figures())
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "x", "--plot", str(tmp_path)])
+        __main__.main(["bench", "x", "--plot", str(tmp_path)])
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and "Is a directory" in err
     assert "12345.7" in out
@@ -352,13 +351,13 @@ def test_goals_are_judged_in_their_direction() -> None:
 
 def test_report_rewrites_only_what_it_knows() -> None:
     text = "a\n<!-- bench:x -->\nold\n<!-- /bench -->\nb\n<!-- bench:y -->\nkept\n<!-- /bench -->\n"
-    new = report.rewritten(text, {"x": lambda: "| t |"})
+    new = tables.rewritten(text, {"x": lambda: "| t |"})
     assert new == text.replace("old", "| t |")
-    assert report.rewritten(new, {"x": lambda: "| t |"}) == new
+    assert tables.rewritten(new, {"x": lambda: "| t |"}) == new
 
 
 def test_tables_are_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(["--check"]) == 0, capsys.readouterr().out
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

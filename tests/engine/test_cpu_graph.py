@@ -138,7 +138,7 @@ LONG = """
 import json, sys, weakref
 import lfm2_fast
 from lfm2_fast.engine import graphs
-from lfm2_fast.engine import decode as steps
+from lfm2_fast.engine import decode
 from lfm2_fast.cli.machine_load import memory
 
 class CpuGraph(graphs.CpuGraph):
@@ -164,7 +164,7 @@ model = lfm2_fast.load(sys.argv[1], device="cpu", dtype="bfloat16")
 options = dict(do_sample=True, seed=0, repetition_penalty=1.1, eos_token_id=None)
 # Pages that move as often as they can, and then, since the system counts them as it likes, never.
 for ahead, count, watch in ((0, 1_200, None), (2**26, 10_000, Watch())):
-    steps.AHEAD_BYTES = ahead
+    decode.AHEAD_BYTES = ahead
     model.generate([[1, 40, 41]], max_new_tokens=count, streamer=watch, **options)
 cached = model.network.config.cache_bytes(model.dtype.itemsize) * 8_000
 print(json.dumps([resident[1] - resident[0] - cached, len(made), alive]))

@@ -18,7 +18,7 @@ import torch
 import lfm2_fast
 from lfm2_fast.cache.batch import DecodeInputs
 from lfm2_fast.cache.kv_cache import Cache, CacheError, ConvWindow, KVPages
-from lfm2_fast.engine import step_buffers as buffers
+from lfm2_fast.engine import step_buffers
 from lfm2_fast.engine.captured_prompt import SIZES
 from lfm2_fast.engine.decode import DecodeLoop, Request
 from lfm2_fast.engine.model_runner import ModelRunner
@@ -109,7 +109,7 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
         ahead.generate([PROMPTS[0]], max_new_tokens=tokens, eos_token_id=None)
     assert len(graphs) == 1, "the second call did not reuse the cache of the first"
     keys = set(graphs[0]._graphs)
-    assert {key[:3] for key in keys} == {(True, 1, 1), (True, 1, buffers.MAX_STEPS)}
+    assert {key[:3] for key in keys} == {(True, 1, 1), (True, 1, step_buffers.MAX_STEPS)}
     # The first of all, and the first after pages moved, run as they are.
     assert sum(key[2] * graph.replays for key, graph in graphs[0]._graphs.items()) >= 100
     ahead.generate([PROMPTS[1]], max_new_tokens=9, do_sample=True, eos_token_id=None)
@@ -188,7 +188,7 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
     assert torch.equal(continued, plain.generate(turn, **kwargs))
 
 
-@pytest.mark.parametrize("step", range(2, 2 + 2 * buffers.MAX_STEPS))
+@pytest.mark.parametrize("step", range(2, 2 + 2 * step_buffers.MAX_STEPS))
 def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: int) -> None:
     """Wherever among the steps that are launched together a text ends: the next turn is right."""
     cache, reference = ahead.new_cache(1), plain.new_cache(1)
@@ -207,7 +207,7 @@ def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: i
     )
 
 
-@pytest.mark.parametrize("seen", range(1, 2 * buffers.MAX_STEPS + 1))
+@pytest.mark.parametrize("seen", range(1, 2 * step_buffers.MAX_STEPS + 1))
 def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
     """Steps that were launched together are read one after another; the rest is counted later."""
     cache = ahead.new_cache(1)
@@ -215,15 +215,15 @@ def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: in
     steps = DecodeLoop(ahead.network, cache, SamplingParams(), ())
     logits = ModelRunner(ahead.network, cache).prefill([PROMPTS[0]], [0])
     steps.admit([row], logits, steps.buffers.state.pick([0]))
-    assert steps.launch() == steps.launch() == buffers.MAX_STEPS
+    assert steps.launch() == steps.launch() == step_buffers.MAX_STEPS
     for _ in zip(range(seen), steps.read(0), strict=False):
         pass
     assert len(row.written) >= seen
     steps.settle()
     expected = plain.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None)[0].tolist()
-    assert row.written == expected[4 : 4 + 1 + 2 * buffers.MAX_STEPS]
+    assert row.written == expected[4 : 4 + 1 + 2 * step_buffers.MAX_STEPS]
     assert cache.history[0] == expected[: cache.lengths[0]]
-    assert cache.lengths == [4 + 2 * buffers.MAX_STEPS]
+    assert cache.lengths == [4 + 2 * step_buffers.MAX_STEPS]
 
 
 def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> None:
@@ -242,7 +242,7 @@ def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> Non
             pass
 
     monkeypatch.setattr(StepBuffers, "run_steps", noted)
-    for streamer, steps in ((Streamer(), {1}), (None, {1, buffers.MAX_STEPS})):
+    for streamer, steps in ((Streamer(), {1}), (None, {1, step_buffers.MAX_STEPS})):
         together.clear()
         ahead.generate([PROMPTS[0]], max_new_tokens=20, eos_token_id=None, streamer=streamer)
         assert set(together) == steps
@@ -520,4 +520,4 @@ def test_buckets() -> None:
     assert [bucket(n, Some()) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
     Some.dummy_slot = None
     assert [bucket(n, Some()) for n in range(5)] == [0, 1, 2, 3, 4]
-    assert buffers.EOS_TOKENS >= 1
+    assert step_buffers.EOS_TOKENS >= 1

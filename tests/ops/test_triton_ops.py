@@ -16,8 +16,7 @@ from torch.utils._device import _device_constructors
 import lfm2_fast
 from lfm2_fast.engine.model_runner import ModelRunner, run_batch
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.ops import reference
-from lfm2_fast.ops import triton_ops as ops_triton
+from lfm2_fast.ops import reference, triton_ops
 from lfm2_fast.ops.select import BackendError, Ops, choose
 from lfm2_fast.weights.formats import Projection
 
@@ -154,7 +153,7 @@ def test_a_decode_step_attends_in_one_launch_per_layer(
         return noted
 
     for name in ("qk_norm_rope_triton", "flash_decode_triton", "flash_prefill_triton"):
-        monkeypatch.setattr(ops_triton, name, note(name, getattr(ops_triton, name)))
+        monkeypatch.setattr(triton_ops, name, note(name, getattr(triton_ops, name)))
     caches = [model.new_cache(2) for model in (ours, exact, plain)]
     decode, other = ["flash_decode_triton"], ["qk_norm_rope_triton", "flash_prefill_triton"]
     for step, expected in (({1: 140, 0: 3}, other), ({1: 1, 0: 1}, decode), ({0: 2, 1: 1}, other)):
@@ -291,7 +290,7 @@ def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> No
     for capability, early in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
         ops = choose("triton", torch.device("cuda"), torch.bfloat16)
-        assert isinstance(ops, ops_triton.TritonOps) and not ops.pdl
+        assert isinstance(ops, triton_ops.TritonOps) and not ops.pdl
         assert ops.for_capture.pdl == early and (ops.for_capture is ops) == (not early)
         assert (
             ops.for_capture is ops.for_capture.for_capture

@@ -13,7 +13,7 @@ import pytest
 from bench.cpu import peers
 from bench.cpu.llama_bench import LlamaBench
 from bench.cpu.llama_cpp import read_safetensors, write_gguf
-from bench.report import tables as report
+from bench.report import tables
 from bench.worker import EngineError
 
 # Answers like llama-bench, and writes down what it was asked.
@@ -172,7 +172,7 @@ def test_the_report_says_what_was_not_checked() -> None:
         "skipped": {"x": "why"},
         "ungated": {"llama-bench BF16": "it shows no logits"},
     }
-    told = report.conditions(found)
+    told = tables.conditions(found)
     assert told.endswith(
         "Left out: x (why). llama-bench BF16 is timed unchecked: it shows no logits."
     )

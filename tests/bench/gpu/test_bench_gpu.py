@@ -13,14 +13,9 @@ import pytest
 import torch
 
 import lfm2_fast
-from bench.gpu import decode as gpu
-from bench.gpu import isolated, tune
-from bench.gpu import peers as gpu_peers
-from bench.gpu import steps as gpu_steps
+from bench.gpu import decode, isolated, peers, steps, tune
 from bench.gpu.steps import Decoding, prefill_flops
-from bench.report import gpu_goals
-from bench.report import gpu_tables as report_gpu
-from bench.report import tables as report
+from bench.report import gpu_goals, gpu_tables, tables
 from bench.report.results import Figure
 from bench.shapes import SIZES, config_of
 from bench.worker import EngineError
@@ -51,14 +46,14 @@ def test_it_measures_and_keeps_what_it_has(tmp_path: Path) -> None:
 
 def test_it_measures_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, few in (("STEPS", 6), ("TURNS", 3), ("TURN_STEPS", 4), ("WARM", 3)):
-        monkeypatch.setattr(gpu_steps, name, few)
-    monkeypatch.setattr(gpu, "BATCHES", (4, 2))
-    monkeypatch.setattr(gpu, "PROMPTS", (32, 128, 512))
-    monkeypatch.setattr(gpu, "CONTEXTS", (128, 256, 1024))
-    monkeypatch.setattr(gpu, "gate", lambda device: {"tokens_are_the_references": {}})
-    monkeypatch.setattr(gpu, "isolated", isolated.measure)  # here, where constants are few
+        monkeypatch.setattr(steps, name, few)
+    monkeypatch.setattr(decode, "BATCHES", (4, 2))
+    monkeypatch.setattr(decode, "PROMPTS", (32, 128, 512))
+    monkeypatch.setattr(decode, "CONTEXTS", (128, 256, 1024))
+    monkeypatch.setattr(decode, "gate", lambda device: {"tokens_are_the_references": {}})
+    monkeypatch.setattr(decode, "isolated", isolated.measure)  # here, where constants are few
     out = tmp_path / "gpu.json"
-    gpu.main([*ON_CPU, "--out", str(out)])
+    decode.main([*ON_CPU, "--out", str(out)])
     found = json.loads(out.read_text(encoding="utf-8"))
     kinds = ("decode", "batch", "first token", "sampled", "prefill", "host", "int8")
     rows = [found[kind]["config"] for kind in kinds]
@@ -78,22 +73,22 @@ def test_it_measures_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_steps_are_those_of_generate(tiny: Path) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
-    decoding = Decoding(model, 2, 20, gpu_steps.WARM + 6)
+    decoding = Decoding(model, 2, 20, steps.WARM + 6)
     decoding.run(3)
     decoding.begin()  # anew, and the same again
     decoding.run(4)
     decoding.end()
-    asked = {"max_new_tokens": gpu_steps.WARM + 5, "eos_token_id": []}
-    expected = model.generate([gpu_steps.prompt(20)], **asked)[0, 20:].tolist()
+    asked = {"max_new_tokens": steps.WARM + 5, "eos_token_id": []}
+    expected = model.generate([steps.prompt(20)], **asked)[0, 20:].tolist()
     for row in decoding.steps.places:
         assert row.written == expected
 
 
 def test_drawn_steps_penalise_the_prompt(tiny: Path) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
-    decoding = Decoding(model, 1, 20, gpu_steps.WARM + 2, gpu_steps.SEEDS_SAMPLING)
+    decoding = Decoding(model, 1, 20, steps.WARM + 2, steps.SEEDS_SAMPLING)
     seen = decoding.steps.buffers.state.seen
-    assert set(gpu_steps.prompt(20)) <= set(seen[0].nonzero()[:, 0].tolist())
+    assert set(steps.prompt(20)) <= set(seen[0].nonzero()[:, 0].tolist())
     decoding.end()
 
 
@@ -129,13 +124,13 @@ class StandIn:
 
 
 @pytest.fixture
-def size(monkeypatch: pytest.MonkeyPatch) -> gpu_peers.Size:
-    monkeypatch.setattr(gpu_peers, "judges", lambda path, device: (None, 0))
+def size(monkeypatch: pytest.MonkeyPatch) -> peers.Size:
+    monkeypatch.setattr(peers, "judges", lambda path, device: (None, 0))
     found: dict[str, Any] = {"skipped": {}, "how": {}, "sizes": {}, "figures": [], "versions": {}}
-    return gpu_peers.Size("350M", CONFIG, "cpu", found)
+    return peers.Size("350M", CONFIG, "cpu", found)
 
 
-def test_engines_take_turns_and_one_that_fails_is_left_out(size: gpu_peers.Size) -> None:
+def test_engines_take_turns_and_one_that_fails_is_left_out(size: peers.Size) -> None:
     quick, slow = StandIn("lfm2_fast", 2e-4), StandIn("transformers", 6e-4)
     broken = StandIn("transformers compiled", 4e-4, fails=9)
     size.engines = [quick, slow, broken]  # type: ignore[list-item]
@@ -148,23 +143,23 @@ def test_engines_take_turns_and_one_that_fails_is_left_out(size: gpu_peers.Size)
         ("transformers", "decode 350M", 6),
     ]
     assert size.found["sizes"]["350M"]["transformers"]["us"]["p50"] == 600
-    table = report_gpu.peers_table(size.found, figures)
+    table = gpu_tables.peers_table(size.found, figures)
     assert "3.00 [3.00, 3.00]" in table and "Hugging Face" in table
 
 
-def test_turns_end_when_the_time_is_up(size: gpu_peers.Size) -> None:
+def test_turns_end_when_the_time_is_up(size: peers.Size) -> None:
     size.engines = [StandIn("lfm2_fast", 2e-4)]  # type: ignore[list-item]
     size.measure(60, time.monotonic())
-    assert size.found["sizes"]["350M"]["lfm2_fast"]["turns"] == gpu_peers.FEWEST
+    assert size.found["sizes"]["350M"]["lfm2_fast"]["turns"] == peers.FEWEST
 
 
 @pytest.mark.slow
 def test_peers_beside_hugging_face(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_peers, "STEPS", 6)
+    monkeypatch.setattr(peers, "STEPS", 6)
     out = tmp_path / "gpu-peers.json"
-    gpu_peers.main([*ON_CPU, "--out", str(out), "--rounds", "4", "--seconds", "0"])
+    peers.main([*ON_CPU, "--out", str(out), "--rounds", "4", "--seconds", "0"])
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["skipped"] == {"config": {}}
     assert list(found["sizes"]["config"]) == ["lfm2_fast", "transformers", "transformers compiled"]
@@ -173,7 +168,7 @@ def test_peers_beside_hugging_face(
     assert "Hugging Face, static cache, compiled" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("program", [gpu, gpu_peers, tune])
+@pytest.mark.parametrize("program", [decode, peers, tune])
 def test_without_a_gpu_it_says_so(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):
@@ -212,10 +207,10 @@ def made_up() -> tuple[dict[str, Any], dict[str, Any]]:
         "host": {"350M": us(470)},
     }
     samples = {"lfm2_fast": [500.0] * 4, "transformers compiled": [1500.0] * 4}
-    peers = {
+    beside = {
         **head,
         "protocol": {"order": "In turns"},
-        "skipped": {"1.2B": {"all": gpu_peers.LATE}},
+        "skipped": {"1.2B": {"all": peers.LATE}},
         "how": {"350M": {"transformers compiled": "one graph"}, "1.2B": {}},
         "sizes": {"350M": {"lfm2_fast": us(500), "transformers compiled": us(1500)}},
         "figures": [
@@ -223,15 +218,15 @@ def made_up() -> tuple[dict[str, Any], dict[str, Any]]:
             for name, found in samples.items()
         ],
     }
-    return alone, peers
+    return alone, beside
 
 
 SIDES = {"first": {"p50": 510.0}, "second": {"p50": 500.0}}
 
 
 def test_goals_are_judged_from_both_files() -> None:
-    alone, peers = made_up()
-    figures = [Figure(**row) for row in peers["figures"]]
+    alone, beside = made_up()
+    figures = [Figure(**row) for row in beside["figures"]]
     found = {v.what: v for v in gpu_goals.verdicts(alone, figures)}
     reached = {what: verdict.reached for what, verdict in found.items()}
     assert reached == {
@@ -252,32 +247,32 @@ def test_goals_are_judged_from_both_files() -> None:
 def test_tables_come_from_the_files_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert report_gpu.tables(tmp_path) == {}
+    assert gpu_tables.tables(tmp_path) == {}
     red = {"gate": {"tokens_are_the_references": {"greedy": False}}}
     (tmp_path / "gpu.json").write_text(json.dumps(red), encoding="utf-8")
-    assert report_gpu.tables(tmp_path) == {}
-    alone, peers = made_up()
+    assert gpu_tables.tables(tmp_path) == {}
+    alone, beside = made_up()
     (tmp_path / "gpu.json").write_text(json.dumps(alone), encoding="utf-8")
-    tables = report_gpu.tables(tmp_path)
-    assert "gpu-peers" not in tables
-    (tmp_path / "gpu-peers.json").write_text(json.dumps(peers), encoding="utf-8")
-    tables = {name: make() for name, make in report_gpu.tables(tmp_path).items()}
-    assert "| 350M | 128     | 467        | 420 to 560   | 2,143" in tables["gpu-decode"]
-    assert isolated.LATE not in tables["gpu-decode"] and "| 1.00 " in tables["gpu-decode"]
-    assert tables["gpu-batch"].index("| 2 ") < tables["gpu-batch"].index("| 64 ")
-    assert " 74 " in tables["gpu-decode"] and " 99 " in tables["gpu-batch"]
-    assert "None" not in tables["gpu-decode"] + tables["gpu-batch"]
-    assert "25,000" in tables["gpu-batch"] and "2.50" in tables["gpu-first-token"]
-    assert "1.020 [1.000, 1.050]" in tables["gpu-comparisons"]
-    assert "467 on the device" in tables["gpu-rest"]
-    assert "60.0 with dependent launch" in tables["gpu-limits"]
-    assert "3.00 [3.00, 3.00]" in tables["gpu-peers"]
-    assert "350M compiled: one graph." in tables["gpu-peers-conditions"]
-    assert f"Left out of 1.2B: all ({gpu_peers.LATE})" in tables["gpu-peers-conditions"]
-    assert "| aim     |" in tables["gpu-goals"]
+    made = gpu_tables.tables(tmp_path)
+    assert "gpu-peers" not in made
+    (tmp_path / "gpu-peers.json").write_text(json.dumps(beside), encoding="utf-8")
+    made = {name: make() for name, make in gpu_tables.tables(tmp_path).items()}
+    assert "| 350M | 128     | 467        | 420 to 560   | 2,143" in made["gpu-decode"]
+    assert isolated.LATE not in made["gpu-decode"] and "| 1.00 " in made["gpu-decode"]
+    assert made["gpu-batch"].index("| 2 ") < made["gpu-batch"].index("| 64 ")
+    assert " 74 " in made["gpu-decode"] and " 99 " in made["gpu-batch"]
+    assert "None" not in made["gpu-decode"] + made["gpu-batch"]
+    assert "25,000" in made["gpu-batch"] and "2.50" in made["gpu-first-token"]
+    assert "1.020 [1.000, 1.050]" in made["gpu-comparisons"]
+    assert "467 on the device" in made["gpu-rest"]
+    assert "60.0 with dependent launch" in made["gpu-limits"]
+    assert "3.00 [3.00, 3.00]" in made["gpu-peers"]
+    assert "350M compiled: one graph." in made["gpu-peers-conditions"]
+    assert f"Left out of 1.2B: all ({peers.LATE})" in made["gpu-peers-conditions"]
+    assert "| aim     |" in made["gpu-goals"]
 
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    new = report.rewritten(page, report.tables())
-    for table in tables.values():
+    new = tables.rewritten(page, tables.tables())
+    for table in made.values():
         assert table in new

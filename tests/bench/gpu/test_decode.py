@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import lfm2_fast
-from bench.gpu import decode as gpu
-from bench.gpu import steps as gpu_steps
+from bench.gpu import decode, steps
 from bench.shapes import SIZES, config_of
 from lfm2_fast.ops.base import Ops
 
@@ -36,7 +35,7 @@ def test_a_red_gate_tells_what_differs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(lfm2_fast, "load", lambda *a, backend="auto", **k: Model(backend))
     out = tmp_path / "gpu.json"
     with pytest.raises(SystemExit, match="tokens are wrong"):
-        gpu.main(["--device", "cpu", "--out", str(out)])
+        decode.main(["--device", "cpu", "--out", str(out)])
     found = json.loads(out.read_text(encoding="utf-8"))
     right = found["gate"]["tokens_are_the_references"]
     burned = {"sampled", "sampled, two rows at a time"}
@@ -50,27 +49,27 @@ def test_a_red_gate_tells_what_differs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_text_that_ends_early_differs_where_it_ends() -> None:
     one, longer = torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])
-    assert gpu.first_difference(one, one.clone()) is None
+    assert decode.first_difference(one, one.clone()) is None
     told = ("row", "column", "token", "expected")
     for found, expected, place in (
         (one, longer, (0, 2, None, 3)),
         (longer, longer.expand(2, -1), (1, 0, None, 1)),
     ):
-        assert gpu.first_difference(found, expected) == dict(zip(told, place, strict=True))
+        assert decode.first_difference(found, expected) == dict(zip(told, place, strict=True))
 
 
 def test_kernels_are_counted_when_all_else_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "has_dependent_launch", lambda device: True)
+    monkeypatch.setattr(decode, "has_dependent_launch", lambda device: True)
     configs = {size: config_of(size) for size in SIZES}
     limits = {"copy_gb_s": 1.0, "matmul_tflops": 1.0}
-    planned = list(gpu.plan(configs, torch.device("cuda"), limits))
+    planned = list(decode.plan(configs, torch.device("cuda"), limits))
     assert [size for size, _ in planned] == 2 * list(SIZES)
     for size, cases in planned:
         names = [name for name, _ in cases]
         timed = [name for name in names if name[0] != "kernels"]
-        steps = [name[1:] for name in timed if name[0] in ("decode", "batch")]
-        assert names == timed + [("kernels", *name) for name in steps]
-        assert all(name[1] == size for name in names) and steps
+        timed_steps = [name[1:] for name in timed if name[0] in ("decode", "batch")]
+        assert names == timed + [("kernels", *name) for name in timed_steps]
+        assert all(name[1] == size for name in names) and timed_steps
 
 
 def test_the_first_token_is_timed_when_it_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,5 +80,5 @@ def test_the_first_token_is_timed_when_it_was_captured(monkeypatch: pytest.Monke
             self.runs += 1
             time.sleep(0.05 if self.runs <= 2 else 0)
 
-    monkeypatch.setattr(gpu_steps, "bytes_read_per_step", lambda model: 1)
-    assert gpu_steps.first_token(Model(), 8, 1.0)["us"]["p90"] < 25e3  # type: ignore[arg-type]
+    monkeypatch.setattr(steps, "bytes_read_per_step", lambda model: 1)
+    assert steps.first_token(Model(), 8, 1.0)["us"]["p90"] < 25e3  # type: ignore[arg-type]

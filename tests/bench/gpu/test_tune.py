@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.gpu import tune
-from bench.gpu.tune_operations import Key, Word, keys
+from bench.gpu.tune_operations import Key, OneTokenRun, keys
 from bench.shapes import SIZES, config_of
 from lfm2_fast import Config
 from lfm2_fast.kernels.tiling import Tiling
@@ -75,14 +75,16 @@ def test_candidates_stand_around_the_rule(key: Key) -> None:
     "operation", ["norm_conv", "norm_linear", "norm_swiglu", "linear_add", "head_argmax"]
 )
 def test_what_is_wrong_is_not_timed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    word = Word(Key(operation, 42, 24), torch.float32, ON_CPU, 2)
-    assert not torch.equal(*word.weights)
+    operation = OneTokenRun(Key(operation, 42, 24), torch.float32, ON_CPU, 2)
+    assert not torch.equal(*operation.weights)
     tiling = Tiling(4, 4, 2)
-    assert word.wrong(tiling) is None
+    assert operation.wrong(tiling) is None
     # It is held against the first weight; the second gives something else.
-    launch = Word.launch
-    monkeypatch.setattr(Word, "launch", lambda self, w, *more: launch(self, word.weights[1], *more))
-    assert "wrong" in str(word.wrong(tiling))
+    launch = OneTokenRun.launch
+    monkeypatch.setattr(
+        OneTokenRun, "launch", lambda self, w, *more: launch(self, operation.weights[1], *more)
+    )
+    assert "wrong" in str(operation.wrong(tiling))
 
 
 def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,9 @@ def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPa
     noise = [1.0, 1.02, 0.98, 1.01, 0.99]
 
     def kept(first: float, again: float) -> Any:
-        def in_turns(word: Word, runs: dict[Tiling, Any], turns: int) -> dict[Tiling, list[float]]:
+        def in_turns(
+            operation: OneTokenRun, runs: dict[Tiling, Any], turns: int
+        ) -> dict[Tiling, list[float]]:
             factor = first if turns == tune.TURNS else again
             us = {tiling: [10 * n for n in noise * 3] for tiling in runs}
             other = next(tiling for tiling in runs if tiling != rule)
@@ -99,7 +103,7 @@ def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPa
             return us
 
         monkeypatch.setattr(tune, "in_turns", in_turns)
-        monkeypatch.setattr(Word, "wrong", lambda self, tiling: None)
+        monkeypatch.setattr(OneTokenRun, "wrong", lambda self, tiling: None)
         return tune.tune(key, torch.float32, ON_CPU, False)
 
     found = kept(0.8, 0.8)
@@ -109,10 +113,10 @@ def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPa
 
 
 def test_plans_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(self: Word, weight: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
+    def launch(self: OneTokenRun, weight: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
         raise RuntimeError("out of resources: shared memory")
 
-    monkeypatch.setattr(Word, "launch", launch)
+    monkeypatch.setattr(OneTokenRun, "launch", launch)
     found = tune.tune(Key("linear_add", 42, 24), torch.float32, ON_CPU, False)
     assert found["kept"] is None and "us" not in found
     assert "out of resources" in found["failed"][0]["why"]

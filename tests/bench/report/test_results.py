@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import gpu_tables as report_gpu
-from bench.report import results
-from bench.report import tables as report
+from bench.report import gpu_tables, results, tables
 
 
 def said() -> list[str]:
@@ -20,7 +18,7 @@ def said() -> list[str]:
     found = json.loads(json.dumps(found))
     found["gpu"] = found["machine"]["name"]
     made = {"copy_gb_s": 1.0, "matmul_tflops": 1.0, "how": {}, "skipped": {}, **found}
-    texts = report.conditions(found), report_gpu.limits(made), report_gpu.peers_conditions(made)
+    texts = tables.conditions(found), gpu_tables.limits(made), gpu_tables.peers_conditions(made)
     return [text.partition("commit")[2].partition(";")[0].strip() for text in texts]
 
 

@@ -1,0 +1,55 @@
+"""A pytest plugin that records a run of ``make nightly``: how every long proof ended, as JSON.
+
+pytest -p bench.report.nightly --nightly-record bench/results/nightly.json
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench.report import results
+
+
+class Recorder:
+    """Counts the outcomes of all tests, and keeps outcome and seconds of those marked nightly."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.begin = time.time()
+        self.outcomes: Counter[str] = Counter()
+        self.proofs: dict[str, dict[str, object]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # A skip or an error may come from the set-up; a test that runs reports its call.
+        if report.when != "call" and report.outcome == "passed":
+            return
+        outcome = "error" if report.when != "call" and report.failed else report.outcome
+        self.outcomes[outcome] += 1
+        if "nightly" in report.keywords:
+            self.proofs[report.nodeid] = {"outcome": outcome, "s": round(report.duration, 1)}
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return
+        found = results.header("every test, the long proofs too", {"command": "make nightly"})
+        found |= {
+            "seconds": round(time.time() - self.begin),
+            "outcomes": dict(sorted(self.outcomes.items())),
+            "proofs": dict(sorted(self.proofs.items())),
+        }
+        results.write(self.path, found)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly-record", type=Path, help="JSON file to write")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--nightly-record")
+    # Under pytest-xdist the controller receives every report.
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(path))
