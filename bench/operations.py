@@ -61,7 +61,8 @@ class Setup:
         self.prepare(sequences, tokens)
         self.fill(context + tokens)
         self.positions = self.batch.positions
-        self.rope = self.ops.rope(self.positions, self.model.network.inv_freq, dtype)
+        self.inv_freq = self.model.network.rope_frequencies.inv_freq
+        self.rope = self.ops.rope(self.positions, self.inv_freq, dtype)
         pairs = list(zip(self.model.network.layers, self.cache.layers, strict=True))
         self.conv = [(block, state) for block, state in pairs if isinstance(block, ConvBlock)]
         self.attention = [(b, state) for b, state in pairs if isinstance(b, AttentionBlock)]
@@ -135,7 +136,7 @@ def attention(s: Setup) -> Tensors:
 
 
 def rope(s: Setup) -> Tensors:
-    return [*s.ops.rope(s.positions, s.model.network.inv_freq, s.dtype)]
+    return [*s.ops.rope(s.positions, s.inv_freq, s.dtype)]
 
 
 OPERATIONS: dict[str, Callable[[Setup], Tensors]] = {

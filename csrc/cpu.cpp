@@ -191,9 +191,15 @@ void rope_native(const Tensor& positions, const Tensor& inv_freq, const Tensor& 
   with_type(cos, [&](auto number) {
     using T = decltype(number);
     const int64_t tokens = positions.numel();
-    const int64_t pairs = inv_freq.numel();
+    const bool own = inv_freq.dim() == 2;  // every token has frequencies of its own
+    const int64_t pairs = own ? inv_freq.size(1) : inv_freq.numel();
     expect_packed(positions, "positions", ScalarType::Long, {tokens});
-    expect_packed(inv_freq, "inv_freq", ScalarType::Float, {pairs});
+    if (own) {
+      expect_packed(inv_freq, "inv_freq", ScalarType::Float, {tokens, pairs});
+    } else {
+      expect_packed(inv_freq, "inv_freq", ScalarType::Float, {pairs});
+    }
+    const int64_t stride = own ? pairs : 0;
     expect_packed(cos, "cos", kType<T>, {tokens, 1, 2 * pairs});
     expect_packed(sin, "sin", kType<T>, {tokens, 1, 2 * pairs});
     const int64_t* at = read<int64_t>(positions);
@@ -202,7 +208,7 @@ void rope_native(const Tensor& positions, const Tensor& inv_freq, const Tensor& 
     T* sines = write<T>(sin);
     // A cosine costs about as much as a hundred multiplications.
     parallel_for(0, tokens, grain(100 * pairs), [=](int64_t first, int64_t last) {
-      rope(at, frequencies, pairs, first, last, cosines, sines);
+      rope(at, frequencies, stride, pairs, first, last, cosines, sines);
     });
   });
 }

@@ -1,8 +1,9 @@
-"""The cosines and sines of rotary embedding: ``cos(position * frequency)``, in float32.
+"""The cosines and sines of rotary embedding: ``scale * cos(position * frequency)``, in float32.
 
 ``positions [T]`` int64, ``inv_freq [D/2]`` float32, ``cos, sin [T, D/2]`` float32: halves, since
-both halves of a head turn by the same angles. Made once per step and read by every attention layer,
-for D elements a token; computed there they would cost each layer a range reduction up to 128,000.
+both halves of a head turn by the same angles. ``inv_freq [T, D/2]`` gives each token frequencies of
+its own, which the step has made. Made once per step and read by every attention layer, for D
+elements a token; computed there they would cost each layer a range reduction up to 128,000.
 """
 
 import torch
@@ -20,18 +21,24 @@ def _rope_kernel(
     sin_ptr,
     tokens,
     HALF: tl.constexpr,
+    OWN_FREQ: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = offs // HALF
     mask = token < tokens
-    inv_freq = tl.load(inv_freq_ptr + offs % HALF)
-    pdl_wait(PDL)
+    if OWN_FREQ:
+        pdl_wait(PDL)
+        inv_freq = tl.load(inv_freq_ptr + offs, mask=mask, other=0.0)
+    else:
+        inv_freq = tl.load(inv_freq_ptr + offs % HALF)
+        pdl_wait(PDL)
     position = tl.load(positions_ptr + token, mask=mask, other=0)
     angle = position.to(tl.float32) * inv_freq
-    tl.store(cos_ptr + offs, tl.cos(angle), mask=mask)
-    tl.store(sin_ptr + offs, tl.sin(angle), mask=mask)
+    tl.store(cos_ptr + offs, tl.cos(angle) * SCALE, mask=mask)
+    tl.store(sin_ptr + offs, tl.sin(angle) * SCALE, mask=mask)
 
 
 def rope_triton(
@@ -40,11 +47,14 @@ def rope_triton(
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
+    scale: float = 1.0,
     pdl: bool = False,
 ) -> None:
-    """Fill ``cos`` and ``sin``; ``pdl`` as in norm_linear.py."""
+    """Fill ``cos`` and ``sin``, both times ``scale``; ``pdl`` as in norm_linear.py."""
     tokens, half = cos.shape
-    assert positions.shape == (tokens,) and inv_freq.shape == (half,) and sin.shape == cos.shape
+    own = inv_freq.dim() == 2
+    assert positions.shape == (tokens,) and sin.shape == cos.shape
+    assert inv_freq.shape == ((tokens, half) if own else (half,))
     assert cos.dtype == sin.dtype == inv_freq.dtype == torch.float32
     assert cos.is_contiguous() and sin.is_contiguous()
     assert positions.is_contiguous() and inv_freq.is_contiguous()
@@ -59,6 +69,8 @@ def rope_triton(
             sin,
             tokens,
             HALF=half,
+            OWN_FREQ=own,
+            SCALE=scale,
             BLOCK=block,
             num_warps=4,
             **pdl_options(pdl),

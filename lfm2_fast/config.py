@@ -19,6 +19,20 @@ NOT_YET = {
 CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # The quant_method of checkpoints that save_pretrained wrote; "format" names a weight format.
 OWN_METHOD = "lfm2_fast"
+# RoPE types that scale, and what `rope_parameters` must and may say for each: those of
+# transformers that turn whole heads.
+ORIGINAL, SHARE = "original_max_position_embeddings", "partial_rotary_factor"
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor", ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", ORIGINAL), ("factor", "attention_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
+    "proportional": ((SHARE,), ("factor",)),
+}
 # Advice for a file that is broken.
 FETCH_AGAIN = "replace it; force_download=True (--force-download) fetches it from the hub again"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -36,6 +50,9 @@ class Config:
     that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
     "conv" or "full_attention". ``quantization`` names the weight format of the matrices; None is
     dense.
+
+    ``rope_scaling`` is empty for plain RoPE. Else it has the name and value of everything that
+    `ROPE_TYPES` lists for the type, defaults filled in, the ``rope_type`` first.
     """
 
     vocab_size: int
@@ -56,6 +73,7 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     dtype: str | None = None
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
     quantization: str | None = None
 
     model_type = "lfm2"
@@ -65,6 +83,19 @@ class Config:
     def num_hidden_layers(self) -> int:
         """How many blocks the model has."""
         return len(self.layer_types)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """RoPE's base and scaling, as a config.json of transformers 5 has them."""
+        scaling = {n: list(v) if isinstance(v, tuple) else v for n, v in self.rope_scaling}
+        return {"rope_type": "default", "rope_theta": self.rope_theta, **scaling}
+
+    @property
+    def context_length(self) -> int:
+        """The longest context: ``max_position_embeddings``, or what RoPE scaling makes of it."""
+        scaling = dict(self.rope_scaling)
+        original = scaling.get(ORIGINAL, self.max_position_embeddings)
+        return max(self.max_position_embeddings, int(original * scaling.get("factor", 1)))
 
     def cache_bytes(self, item: int, tokens: int = 1) -> int:
         """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number."""
@@ -106,9 +137,8 @@ class Config:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             layer_types=_layer_types(read),
-            max_position_embeddings=read.count("max_position_embeddings", default=128_000),
+            max_position_embeddings=_longest(read),
             norm_eps=read.number("norm_eps", "block_norm_eps", default=1e-5),
-            rope_theta=_rope_theta(read),
             conv_L_cache=read.count("conv_L_cache", default=3),
             conv_bias=read.flag("conv_bias", default=False),
             tie_word_embeddings=read.flag("tie_embedding", "tie_word_embeddings", default=True),
@@ -117,6 +147,7 @@ class Config:
             bos_token_id=read.token("bos_token_id"),
             eos_token_id=_eos_token_id(read),
             dtype=_dtype(read),
+            **_rope(read, head_dim),
             quantization=_quantization(read),
         )
 
@@ -127,6 +158,8 @@ class Config:
         if self.quantization is not None:
             own = {"quant_method": OWN_METHOD, "format": self.quantization}
             quantized = {"quantization_config": own}
+        # The older spelling, which goes first where both are read.
+        scaled = {"rope_scaling": self.rope_parameters} if self.rope_scaling else {}
         return {
             "architectures": ["Lfm2ForCausalLM"],
             "model_type": self.model_type,
@@ -142,7 +175,8 @@ class Config:
             "max_position_embeddings": self.max_position_embeddings,
             "norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": self.rope_parameters,
+            **scaled,
             "conv_L_cache": self.conv_L_cache,
             "conv_bias": self.conv_bias,
             "tie_embedding": self.tie_word_embeddings,
@@ -196,9 +230,11 @@ class _Reader:
             raise self.error(f"{names[0]} must be a positive whole number, not {found!r}")
         return found
 
-    def number(self, *names: str, default: float) -> float:
+    def number(self, *names: str, default: float | None = None) -> float:
         found = self.value(*names, default=default)
-        if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < inf:
+        if found is None:
+            raise self.error(f"{names[0]} is missing")
+        if not _is_positive(found):
             raise self.error(f"{names[0]} must be a positive number, not {found!r}")
         return float(found)
 
@@ -214,11 +250,23 @@ class _Reader:
             raise self.error(f"{name} must be a list, not {found!r}")
         return found
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        found = self.items(name)
+        if found is None:
+            raise self.error(f"{name} is missing")
+        if len(found) != count or not all(map(_is_positive, found)):
+            raise self.error(f"{name} must be {count} positive numbers, not {found!r}")
+        return tuple(map(float, found))
+
     def token(self, name: str) -> int | None:
         found = self.value(name)
         if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
             raise self.error(f"{name} must be a token id, not {found!r}")
         return found
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
 
 
 def _check_kind(raw: Mapping[str, Any], source: str) -> None:
@@ -282,15 +330,55 @@ def _layer_types(read: _Reader) -> tuple[str, ...]:
     return tuple(types)
 
 
-def _rope_theta(read: _Reader) -> float:
-    rope = read.value("rope_parameters", "rope_scaling", default={})
-    if not isinstance(rope, dict):
-        raise read.error(f"rope_parameters must be an object, not {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise read.error(f"rope_type {kind!r} is not supported, only 'default'")
-    nested = _Reader(rope, f"{read.source}: rope_parameters")
-    return nested.number("rope_theta", default=read.number("rope_theta", default=1e6))
+def _rope(read: _Reader, head_dim: int) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling``, understood as transformers' Lfm2 class does."""
+    spelling = "rope_scaling" if read.raw.get("rope_scaling") else "rope_parameters"
+    raw = read.value(spelling, default={})
+    if not isinstance(raw, dict):
+        raise read.error(f"{spelling} must be an object, not {raw!r}")
+    if "conv" in raw or "full_attention" in raw:
+        raise read.error(
+            f"{spelling} names kinds of layers, which only other models have; give one object "
+            "with a rope_type, for all layers"
+        )
+    values = {SHARE: read.value(SHARE, default=1.0), ORIGINAL: _longest(read)}
+    values |= {name: value for name, value in raw.items() if value is not None}
+    values[ORIGINAL] = read.value(ORIGINAL, default=values[ORIGINAL])
+    rope = _Reader(values, f"{read.source}: {spelling}")
+    theta = rope.number("rope_theta", default=read.number("rope_theta", default=1e6))
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        known = ", ".join(("default", *ROPE_TYPES))
+        raise read.error(f"rope_type {kind!r} is not supported; lfm2_fast knows {known}")
+    if kind == "yarn":
+        # What transformers takes a null for.
+        nulls = {"factor": _longest(read) / rope.count(ORIGINAL), "truncate": False}
+        values |= {name: v for name, v in nulls.items() if name in raw and raw[name] is None}
+    if values[SHARE] != 1 and (kind != "proportional" or not 0 < rope.number(SHARE) <= 1):
+        raise rope.error(
+            f"{SHARE}={values[SHARE]!r} is not supported with rope_type {kind!r}; leave it out "
+            "(rope_type 'proportional' takes a share up to 1)"
+        )
+    needed, optional = ROPE_TYPES[kind]
+    found: dict[str, Any] = {"rope_type": kind}
+    for name in (*needed, *optional):
+        if name in optional and name not in values:
+            continue
+        if name == ORIGINAL:
+            found[name] = rope.count(name)
+        elif name == "truncate":
+            found[name] = rope.flag(name, default=True)
+        elif name in ("short_factor", "long_factor"):
+            found[name] = rope.numbers(name, head_dim // 2)
+        else:
+            found[name] = rope.number(name)
+    return {"rope_theta": theta, "rope_scaling": tuple(found.items())}
+
+
+def _longest(read: _Reader) -> int:
+    return read.count("max_position_embeddings", default=128_000)
 
 
 def _dtype(read: _Reader) -> str | None:

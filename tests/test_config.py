@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lfm2_fast import CheckpointError, Config
+from lfm2_fast.config import ORIGINAL, SHARE
 from lfm2_fast.weights.fusion import fusion_table, num_parameters
 
 DATA = Path(__file__).parent / "data"
@@ -21,6 +22,9 @@ PUBLISHED = {
     "LFM2-1.2B": (1_170_340_608, 8192, (2, 5, 8, 10, 12, 14)),
     "LFM2-2.6B": (2_569_272_320, 10752, (2, 5, 9, 13, 17, 21, 24, 27)),
 }
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.5] * 32}
 
 
 def published(name: str = "LFM2-350M", **changed: Any) -> dict[str, Any]:
@@ -111,6 +115,73 @@ def test_classes_of_the_same_weights_are_taken(changed: dict[str, Any]) -> None:
     assert Config.from_dict(published(**changed)) == Config.from_dict(published())
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_scaling": {"rope_type": "dynamic", "type": "linear", "factor": 2.5}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 3e4}},
+        {"rope_parameters": YARN},
+        {"rope_parameters": {**YARN, ORIGINAL: 4096, "attention_factor": 1.2, "truncate": False}},
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 40}},
+        {"rope_parameters": {**YARN, SHARE: 1.0}, ORIGINAL: 512},
+        {"rope_parameters": {**LONG, ORIGINAL: 4096}},
+        {"rope_parameters": {**LONG, "factor": 3.0, "rope_theta": 3e4}},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, **LLAMA3}},
+        {"rope_parameters": {"rope_type": "proportional"}, SHARE: 0.25},
+        {"rope_parameters": YARN, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {**YARN, "rope_theta": 3e4}, "rope_scaling": {}},
+        {"rope_parameters": {**YARN, "rope_theta": 3e4}, "rope_scaling": None},
+    ],
+)
+def test_scaling_is_read_as_hugging_face_reads_it(changed: dict[str, Any]) -> None:
+    """In either spelling, or both, of which the older goes first; saved again, they read it too."""
+    from transformers import Lfm2Config
+    from transformers.models.lfm2.modeling_lfm2 import Lfm2RotaryEmbedding
+
+    raw = published(**changed)
+    config = Config.from_dict(raw)
+    # The class looks at what a config.json may have outside of rope_parameters.
+    theirs = Lfm2RotaryEmbedding(Lfm2Config(**raw)).config.rope_parameters
+    assert config.rope_parameters == {
+        k: v for k, v in theirs.items() if k not in ("type", SHARE)
+    } | ({SHARE: 0.25} if SHARE in changed else {})
+    assert hash(config) == hash(Config.from_dict(raw))
+    saved = config.to_dict()
+    assert Config.from_dict(saved) == config
+    again = Lfm2RotaryEmbedding(Lfm2Config(**saved)).config.rope_parameters
+    assert again == config.rope_parameters
+    older = {**saved, "rope_parameters": None}
+    assert Config.from_dict(older) == config
+
+
+def test_a_null_is_read_as_hugging_face_reads_it() -> None:
+    """Of yarn's factor it is the ratio of the contexts, and a truncate that is null is false."""
+    rope = {"rope_type": "yarn", "factor": None, ORIGINAL: 1000, "truncate": None, "mscale": None}
+    config = Config.from_dict(published(rope_parameters=rope))
+    wanted = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128.0, ORIGINAL: 1000}
+    assert config.rope_parameters == {**wanted, "truncate": False}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({}, 128_000),
+        ({"rope_type": "linear", "factor": 2.5}, 320_000),
+        ({"rope_type": "dynamic", "factor": 0.5}, 128_000),
+        ({**YARN, ORIGINAL: 32_000}, 128_000),
+        ({**YARN, ORIGINAL: 64_000}, 256_000),
+        ({**LONG, ORIGINAL: 4096}, 128_000),
+    ],
+)
+def test_scaling_stretches_the_context(rope: dict[str, Any], length: int) -> None:
+    config = Config.from_dict(published(rope_parameters=rope))
+    assert (config.context_length, config.max_position_embeddings) == (length, 128_000)
+
+
 def test_a_null_multiplier_skips_the_rounding() -> None:
     raw = {**published(), "block_ffn_dim_multiplier": None, "block_ff_dim": 6655}
     assert Config.from_dict(raw).intermediate_size == int(2 * 6655 / 3)
@@ -143,7 +214,23 @@ def test_a_null_multiplier_skips_the_rounding() -> None:
         ({"block_ffn_dim_multiplier": float("inf")}, "must be a positive number, not inf"),
         ({"layer_types": ["conv"]}, "layer_types names 1 layers, num_hidden_layers is 16"),
         ({"layer_types": ["conv"] * 15 + ["mamba"]}, r"layer_types\[15\] is 'mamba'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: factor is missing"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor must be a positive number"),
+        ({"rope_scaling": {"type": "mrope"}}, "'mrope' is not supported; .* knows default, linear"),
+        ({"rope_scaling": {"type": ["linear"]}}, r"rope_type \['linear'\] is not supported"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_parameters": {**YARN, "truncate": 1}}, "truncate must be true or false, not 1"),
+        ({"rope_parameters": {**YARN, ORIGINAL: 2.5}}, f"{ORIGINAL} must be a positive whole"),
+        ({"rope_parameters": {**LONG, "long_factor": None}}, "long_factor is missing"),
+        ({"rope_parameters": {**LONG, "long_factor": [1.0] * 31}}, "long_factor must be 32 pos"),
+        ({"rope_parameters": {**LONG, "short_factor": [0] * 32}}, "short_factor must be 32 pos"),
+        ({"rope_parameters": {**LONG, "short_factor": 2}}, "short_factor must be a list, not 2"),
+        ({"rope_parameters": {**YARN, SHARE: 0.5}}, f"{SHARE}=0.5 is not supported with .*'yarn'"),
+        ({"rope_parameters": {**YARN, "rope_theta": -1}}, "rope_theta must be a positive number"),
+        ({"rope_parameters": {"rope_type": "proportional", SHARE: 1.5}}, f"{SHARE}=1.5 is not"),
+        ({"rope_parameters": {"full_attention": YARN}}, "give one object with a rope_type"),
         ({"rope_parameters": "default"}, "rope_parameters must be an object"),
         ({"eos_token_id": "7"}, "eos_token_id must be a token id, not '7'"),
         ({"torch_dtype": "int9"}, "torch_dtype 'int9'"),

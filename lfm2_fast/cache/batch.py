@@ -36,6 +36,10 @@ class Batch:
     its slot in the cache, ``lengths [B]`` int32 its context after this step. All four lie on the
     model's device. ``max_query`` is the most tokens that any sequence runs in this step.
 
+    ``final_lengths [B]`` int32, on the device, are the contexts at the end of the call that this
+    step is a part of; None means ``lengths``. RoPE scaling that goes by the length takes these, so
+    that a prompt in chunks has the frequencies of its whole length in each of them.
+
     ``host`` has the same numbers on the host, for implementations that need them there. It is None
     for captured work, whose numbers are known on the device alone. Tokens after the last sequence
     are padding and touch nothing; a captured prompt has them, up to its fixed size.
@@ -47,6 +51,7 @@ class Batch:
     lengths: torch.Tensor
     max_query: int
     host: HostBatch | None = None
+    final_lengths: torch.Tensor | None = None
 
     @classmethod
     def prepare(
@@ -55,11 +60,13 @@ class Batch:
         starts: Sequence[int],
         slots: Sequence[int],
         device: torch.device | str,
+        final_lengths: Sequence[int] | None = None,
     ) -> Batch:
         """Continue the sequence in ``slots[i]`` from ``starts[i]`` by ``query_lengths[i]`` tokens.
 
-        Sequences that run no token are left out. Raises ValueError for a slot that is named twice
-        and for a negative length.
+        ``final_lengths[i]`` is its context at the end of the call (default: after this step).
+        Sequences that run no token are left out. Raises ValueError for a slot that is named twice,
+        a negative length, and final lengths that this step passes.
         """
         if not len(query_lengths) == len(slots) == len(starts):
             raise ValueError(f"{len(query_lengths)} query lengths for {len(slots)} slots")
@@ -69,6 +76,13 @@ class Batch:
             raise ValueError(f"a slot may stand in a batch once, got slots {list(slots)}")
         every = zip(query_lengths, starts, slots, strict=True)
         live = [(n, start, slot) for n, start, slot in every if n]
+        ends = [start + n for n, start, _ in live]
+        finals = ends
+        if final_lengths is not None:
+            pairs = zip(query_lengths, final_lengths, strict=True)
+            finals = [final for n, final in pairs if n]
+            if any(final < end for final, end in zip(finals, ends, strict=True)):
+                raise ValueError(f"this step ends at {ends}, beyond the final lengths {finals}")
         host = HostBatch(
             query_lengths=tuple(n for n, _, _ in live),
             starts=tuple(start for _, start, _ in live),
@@ -82,9 +96,10 @@ class Batch:
             positions=on_device(positions, torch.int64, device),
             cu_seqlens=on_device(bounds, torch.int32, device),
             slots=on_device(host.slots, torch.int64, device),
-            lengths=on_device([start + n for _, start, n in host], torch.int32, device),
+            lengths=on_device(ends, torch.int32, device),
             max_query=max(host.query_lengths, default=0),
             host=host,
+            final_lengths=None if finals == ends else on_device(finals, torch.int32, device),
         )
 
     @property

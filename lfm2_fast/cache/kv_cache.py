@@ -142,15 +142,18 @@ class Cache:
         query_lengths: Sequence[int],
         slots: Sequence[int],
         device: torch.device | str,
+        final_lengths: Sequence[int] | None = None,
     ) -> Batch:
         """Return the batch that continues each ``slots[i]`` by ``query_lengths[i]`` tokens.
 
-        Raises ValueError for a slot that the cache does not have, and as ``Batch.prepare`` does.
+        ``final_lengths`` are those of ``Batch.prepare``. Raises ValueError for a slot that the
+        cache does not have, and as ``Batch.prepare`` does.
         """
         for slot in slots:
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slot {slot} is not one of the cache's {self.slots} slots")
-        return Batch.prepare(query_lengths, [self.lengths[slot] for slot in slots], slots, device)
+        starts = [self.lengths[slot] for slot in slots]
+        return Batch.prepare(query_lengths, starts, slots, device, final_lengths)
 
     def reserve(self, batch: Batch) -> None:
         """Make room for ``batch`` and note which conv rows it will overwrite.

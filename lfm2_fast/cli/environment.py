@@ -119,7 +119,7 @@ def checkpoint_facts(name: str, **options: Any) -> Facts:
             "head_dim": config.head_dim,
             "conv_width": config.conv_L_cache,
             "vocab_size": config.vocab_size,
-            "context": config.max_position_embeddings,
+            "context": config.context_length,
             "sampling": words,
         }
     }

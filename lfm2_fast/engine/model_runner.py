@@ -54,6 +54,7 @@ class ModelRunner:
         """
         logits: dict[int, torch.Tensor] = {}
         done = [0] * len(prompts)
+        ends = [self.cache.lengths[s] + len(p) for s, p in zip(slots, prompts, strict=True)]
         while len(logits) < len(prompts):
             room, counts = CHUNK, []
             for prompt, ran in zip(prompts, done, strict=True):
@@ -61,7 +62,7 @@ class ModelRunner:
                 room -= counts[-1]
             rows = [row for row, n in enumerate(counts) if n]
             chunks = [prompts[row][done[row] : done[row] + counts[row]] for row in rows]
-            last = self._run(chunks, [slots[row] for row in rows])
+            last = self._run(chunks, [slots[row] for row in rows], [ends[row] for row in rows])
             for row, row_logits in zip(rows, last, strict=True):
                 done[row] += counts[row]
                 if done[row] == len(prompts[row]):
@@ -85,12 +86,19 @@ class ModelRunner:
         assert buffers.logits is not None
         return buffers.logits[:count].clone()
 
-    def _run(self, chunks: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
-        """Run the chunks; the logits of each one's last token."""
+    def _run(
+        self,
+        chunks: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        ends: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Run the chunks of prompts that end at ``ends``; the logits of each one's last token."""
         model, cache = self.model, self.cache
         counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
-        prompt = CapturedPrompt.of(model, cache, total) if len(chunks) == 1 else None
-        batch = cache.next_batch(counts, slots, model.device if prompt is None else "cpu")
+        # A captured prompt knows no end but its own.
+        alone = len(chunks) == 1 and ends in (None, [cache.lengths[slots[0]] + total])
+        prompt = CapturedPrompt.of(model, cache, total) if alone else None
+        batch = cache.next_batch(counts, slots, model.device if prompt is None else "cpu", ends)
         if prompt is None:
             packed = on_device(
                 [token for chunk in chunks for token in chunk], torch.int64, model.device

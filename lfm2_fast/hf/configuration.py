@@ -48,6 +48,7 @@ OTHER_NAMES = {
     "block_ff_dim": "intermediate_size",
     "block_norm_eps": "norm_eps",
     "num_heads": "num_attention_heads",
+    "rope_scaling": "rope_parameters",
     "torch_dtype": "dtype",
 }
 # Fields that ``from_pretrained`` takes as arguments; its own ``dtype`` is none of them.
@@ -69,13 +70,16 @@ class Lfm2Config:
     num_attention_heads: int
     dtype: Any
     return_dict: bool
+    rope_parameters: dict[str, Any]
     keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(self, **values: Any) -> None:
         self.name_or_path = values.pop("name_or_path", values.pop("_name_or_path", ""))
+        if not values.get("rope_scaling"):
+            values.pop("rope_scaling", None)
         others = {OTHER_NAMES[name]: values.pop(name) for name in OTHER_NAMES if name in values}
-        # As in transformers: the older spellings of these two go before the newer ones.
-        older = ("tie_word_embeddings", "intermediate_size")
+        # As in transformers: the older spellings of these go before the newer ones.
+        older = ("tie_word_embeddings", "intermediate_size", "rope_parameters")
         first = {name: others.pop(name) for name in older if name in others}
         fields: dict[str, Any] = {**DEFAULTS, **others, **values, **first}
         if fields["layer_types"] is None:
@@ -83,10 +87,9 @@ class Lfm2Config:
             chosen = layers if chosen is None else chosen
             kinds = ["full_attention" if i in chosen else "conv" for i in layers]
             fields |= {"layer_types": kinds, "full_attn_idxs": list(chosen)}
-        rope = dict(fields["rope_parameters"] or fields.get("rope_scaling") or {})
-        rope.setdefault("rope_type", rope.pop("type", "default"))
-        rope.setdefault("rope_theta", fields.get("rope_theta") or 1e6)
-        fields["rope_parameters"] = rope
+        theta = fields.pop("rope_theta", None)
+        theta = 1e6 if theta is None else theta
+        fields["rope_parameters"] = _rope(fields["rope_parameters"], theta)
         for name, value in fields.items():
             setattr(self, name, copy.deepcopy(value))
         self.to_internal()
@@ -98,7 +101,11 @@ class Lfm2Config:
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(OTHER_NAMES.get(name, name), value)
+        name = OTHER_NAMES.get(name, name)
+        if name == "rope_parameters":
+            # Scaling that names no base keeps the one that there is.
+            value = _rope(value, vars(self).get(name, {}).get("rope_theta", 1e6))
+        super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Lfm2Config) and self.to_dict() == other.to_dict()
@@ -110,6 +117,10 @@ class Lfm2Config:
     def from_dict(cls, values: Mapping[str, Any], **changed: Any) -> Lfm2Config:
         """Return the config of ``values`` in any published spelling, some of them ``changed``."""
         kept = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version")}
+        ropes = {"rope_parameters", "rope_scaling"}
+        if ropes & changed.keys():
+            theta = cls(**kept).rope_theta
+            kept = {k: v for k, v in kept.items() if k not in ropes} | {"rope_theta": theta}
         return cls(**{**kept, **changed})
 
     @classmethod
@@ -159,7 +170,7 @@ class Lfm2Config:
         """Return the fields as a config.json has them."""
         values = {k: v for k, v in vars(self).items() if k != "name_or_path"}
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        values |= {"model_type": self.model_type, "dtype": dtype}
+        values |= {"model_type": self.model_type, "dtype": dtype, "rope_theta": self.rope_theta}
         return copy.deepcopy(values)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -199,6 +210,15 @@ class Lfm2Config:
         vars(self)["head_dim"] = value
 
     @property
+    def rope_theta(self) -> float:
+        """RoPE's base, which ``rope_parameters`` has beside the scaling."""
+        return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
+
+    @property
     def quantization(self) -> str | None:
         """Name of the weight format in ``quantization_config``, None for dense weights."""
         return (vars(self).get("quantization_config") or {}).get("format")
@@ -207,3 +227,14 @@ class Lfm2Config:
     def use_return_dict(self) -> bool:
         """Older name of ``return_dict``."""
         return self.return_dict
+
+
+def _rope(given: Any, theta: float) -> dict[str, Any]:
+    """Return RoPE's parameters in the newer spelling, with the base ``theta`` if they name none."""
+    if given and not isinstance(given, Mapping):
+        raise CheckpointError(f"config: rope_parameters must be an object, not {given!r}")
+    rope = dict(given or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = theta
+    return rope

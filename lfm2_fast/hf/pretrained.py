@@ -71,7 +71,7 @@ class Lfm2PreTrainedModel(nn.Module):
         self.config = Lfm2Config.of(config)
         self._generation: Any = generation_config or {}
         self.name_or_path = name_or_path or self.config.name_or_path
-        limit = internal.max_position_embeddings
+        limit = internal.context_length
         self.max_length = min(max_length or limit, limit)
         if weights is None:
             dtype = getattr(torch, internal.dtype) if internal.dtype else torch.get_default_dtype()

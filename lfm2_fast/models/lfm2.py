@@ -14,6 +14,7 @@ from torch import nn
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
+from lfm2_fast.models.rope import RopeFrequencies
 from lfm2_fast.ops.base import Ops, Rope
 from lfm2_fast.ops.residual import settled
 from lfm2_fast.ops.select import choose
@@ -147,10 +148,7 @@ class Lfm2(nn.Module):
     def _fit(self) -> None:
         """Choose operations and make frequencies for the weights' present device and dtype."""
         self.ops = choose(self.backend, self.device, self.dtype)
-        # Always float32 (or wider): positions reach 128,000, which 16 bits cannot count.
-        dim = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32)
-        freq = 1.0 / self.config.rope_theta ** (dim / self.config.head_dim)
-        self.inv_freq = freq.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        self.rope_frequencies = RopeFrequencies(self.config, self.device, self.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Lfm2:
         super()._apply(fn, recurse)
@@ -193,7 +191,8 @@ class Lfm2(nn.Module):
         where those are None. ``collected`` gets the embedding and every block's output ``[T, H]``.
         """
         ops = ops or self.ops
-        rope = ops.rope(batch.positions, self.inv_freq, self.dtype)
+        frequencies = self.rope_frequencies
+        rope = ops.rope(batch.positions, frequencies.of(batch), self.dtype, frequencies.scale)
         if tokens is None:
             assert embeds is not None
             x = embeds

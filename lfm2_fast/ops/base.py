@@ -131,9 +131,18 @@ class Ops:
         """The next token of every row, ``[B, V] -> [B]`` int64; moves ``state`` on."""
         return sample_ref(logits, state)
 
-    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
-        """Cosines and sines ``[T, 1, D]`` of the tokens' positions, made once per step."""
-        return ref.rope_ref(positions, inv_freq, dtype)
+    def rope(
+        self,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> Rope:
+        """Cosines and sines ``[T, 1, D]`` of the tokens' positions, times ``scale``, once per step.
+
+        ``inv_freq`` is ``[D/2]`` for all tokens, or ``[T, D/2]``.
+        """
+        return ref.rope_ref(positions, inv_freq, dtype, scale)
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """A projection alone: ``[T, K] -> [T, N]``."""

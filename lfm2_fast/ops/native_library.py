@@ -29,7 +29,7 @@ SCHEMAS = (
     # as before, with cu_seqlens [B + 1] int32, slots [B] int64 and lengths [B] int32
     "gated_conv_native(Tensor bcx, Tensor weight, Tensor? bias, Tensor(a!) window, "
     "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(b!) out) -> ()",
-    # positions [T] int64, inv_freq [D / 2] float32, cos and sin [T, 1, D]
+    # positions [T] int64, inv_freq [D / 2] or [T, D / 2] float32, cos and sin [T, 1, D]
     "rope_native(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin) -> ()",
     # qkv [T, (heads + 2 * kv_heads) * D], weights [D], pages [pages, kv_heads, page_size, D],
     # table [slots, pages per slot] int32, q [T, heads, D]

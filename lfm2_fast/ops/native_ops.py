@@ -147,11 +147,21 @@ class NativeOps(PendingResidualOps):
         bias = None if linear.bias is None else linear.bias.float()
         return ref.linear_ref(x.float(), weight, bias).to(x.dtype)
 
-    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
-        shape = (len(positions), 1, 2 * len(inv_freq))
-        cos, sin = inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+    def rope(
+        self,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> Rope:
+        shape = (len(positions), 1, 2 * inv_freq.shape[-1])
+        # Scaled before it is rounded, as in Hugging Face's class.
+        made = dtype if scale == 1.0 else inv_freq.dtype
+        cos, sin = inv_freq.new_empty(shape, dtype=made), inv_freq.new_empty(shape, dtype=made)
         _rope(positions, inv_freq, cos, sin)
-        return cos, sin
+        if scale == 1.0:
+            return cos, sin
+        return (cos * scale).to(dtype), (sin * scale).to(dtype)
 
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype

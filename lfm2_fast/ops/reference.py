@@ -118,12 +118,18 @@ def _taps(history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def rope_ref(
-    positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
+    positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[T, 1, D]`` of rotary embedding, both halves alike. (Su et al., 2021)"""
-    angles = positions.to(inv_freq.dtype)[:, None, None] * inv_freq
+    """Cosines and sines ``[T, 1, D]`` of rotary embedding, both halves alike. (Su et al., 2021)
+
+    ``inv_freq`` is ``[D/2]`` for all tokens, or ``[T, D/2]``. Both results are times ``scale``.
+    """
+    angles = positions.to(inv_freq.dtype)[:, None, None] * inv_freq.unsqueeze(-2)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -158,11 +158,17 @@ class TritonOps(PendingResidualOps):
         state.count_step()
         return tokens
 
-    def rope(self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> Rope:
-        """Cosines and sines ``[T, D/2]`` in float32, whatever the ``dtype``."""
-        cos = torch.empty(len(positions), len(inv_freq), device=positions.device)
+    def rope(
+        self,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> Rope:
+        """Cosines and sines ``[T, D/2]``, times ``scale``, in float32 whatever the ``dtype``."""
+        cos = torch.empty(len(positions), inv_freq.shape[-1], device=positions.device)
         sin = torch.empty_like(cos)
-        rope_triton(positions, inv_freq, cos, sin, pdl=self.pdl)
+        rope_triton(positions, inv_freq, cos, sin, scale=scale, pdl=self.pdl)
         return cos, sin
 
     def embed(

@@ -169,6 +169,8 @@ def test_wrong_arguments_are_refused(name: str) -> None:
         ("flash_decode", {"lengths": [4, 9, 6]}, "too few for 9 tokens"),
         ("flash_decode", {"table": [[0, 1], [-1, 3], [4, 5]]}, "page -1"),
         ("flash_decode", {"slots": [0, 1, 3]}, "slot 3"),
+        ("rope", {"inv_freq": [[0.5] * 4] * 2}, "inv_freq has size 2 in dimension 0, not 3"),
+        ("rope", {"inv_freq": [[0.5] * 4] * 3}, None),
     ],
 )
 def test_places_that_are_not_there_are_refused(name: str, changed: dict, message: str) -> None:

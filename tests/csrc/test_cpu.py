@@ -148,6 +148,19 @@ def test_rope(pairs, positions, dtype, within_budget) -> None:
         within_budget(ours, a, b)
 
 
+@pytest.mark.parametrize("pairs", [1, 12, 32])
+def test_rope_with_frequencies_of_each_token(pairs, dtype, same_bits, threads) -> None:
+    """To the bit what the token has alone; enough tokens for several threads."""
+    at = torch.arange(0, 300_000, 1001)
+    inv_freq = 1e6 ** (-torch.arange(pairs) / pairs) / torch.arange(1, 301)[:, None]
+    out = torch.full((2, 300, 1, 2 * pairs), NAN, dtype=dtype)
+    BODIES.rope_native(at, inv_freq, *out)
+    alone = torch.full((2, 1, 1, 2 * pairs), NAN, dtype=dtype)
+    for token in range(300):
+        BODIES.rope_native(at[token, None], inv_freq[token], *alone)
+        assert same_bits(out[:, token], alone[:, 0])
+
+
 def test_qk_norm_rope(dtype, framed, intact, same_bits, within_budget) -> None:
     """Any batch: q and k within the budget, v to the bit, nothing else of the pages touched."""
 

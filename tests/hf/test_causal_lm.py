@@ -167,7 +167,7 @@ def test_to_moves_and_casts(random_checkpoint) -> None:
     folder = random_checkpoint()
     cast = lfm2_fast.load(folder, device="cpu", dtype="float32").to(torch.bfloat16)
     loaded = lfm2_fast.load(folder, device="cpu", dtype="bfloat16")
-    assert cast.network.inv_freq.dtype == torch.float32
+    assert cast.network.rope_frequencies.inv_freq.dtype == torch.float32
     assert torch.equal(cast(ids(1, 5)).logits, loaded(ids(1, 5)).logits)
     assert cast.to(torch.float64)(ids(1, 5)).logits.dtype == torch.float64
 
@@ -251,7 +251,7 @@ MUTATIONS = {
     "gate": zero_gate,
     "oldest_tap": zero_oldest_tap,
     "conv": zero("layers", "0", "conv", "conv", "weight"),
-    "rope": zero("inv_freq"),
+    "rope": zero("rope_frequencies", "inv_freq"),
     "one_head": zero_one_head,
     "q_norm": zero("layers", "2", "self_attn", "q_layernorm", "weight"),
     "final_norm": zero("embedding_norm", "weight"),

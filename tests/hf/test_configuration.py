@@ -67,6 +67,86 @@ def test_fields_can_be_set_and_are_kept(tiny: Path, tmp_path: Path) -> None:
     assert Lfm2Config.from_pretrained(tmp_path / "config" / "config.json").eos_token_id == [2, 7]
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 3e4, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 3e4, "short_factor": [1.0] * 8,
+    "long_factor": [2.0 + i for i in range(8)], "factor": 4.0,
+    "original_max_position_embeddings": 50,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 3e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_parameters": DYNAMIC},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 3e4},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_theta": 3e4},
+        {"rope_scaling": DYNAMIC, "rope_parameters": YARN},
+        {"rope_scaling": None, "rope_parameters": DYNAMIC, "rope_theta": 5e5},
+    ],
+)
+def test_rope_scaling_is_read_in_every_spelling(given: dict) -> None:
+    from transformers import Lfm2Config as Theirs
+
+    ours, theirs = Lfm2Config(**SIZES, **HEADS, **given), Theirs(**SIZES, **HEADS, **given)
+    assert ours.rope_parameters == ours.rope_scaling == DYNAMIC and ours.rope_theta == 3e4
+    assert {k: v for k, v in theirs.rope_parameters.items() if k != "type"} == DYNAMIC
+    assert Lfm2Config.of(theirs).to_internal() == ours.to_internal()
+    assert ours.to_transformers().rope_parameters == DYNAMIC
+    assert Lfm2Config.of(ours.to_internal()).rope_parameters == DYNAMIC
+
+
+def test_rope_scaling_can_be_set(tmp_path: Path) -> None:
+    """What is set last holds; a base that it does not name stays as it is."""
+    config = Lfm2Config(**SIZES, **HEADS, rope_parameters=YARN)
+    config.rope_scaling = {"type": "linear", "factor": 8.0}
+    linear = {"rope_type": "linear", "rope_theta": 3e4, "factor": 8.0}
+    assert config.rope_parameters == linear == config.to_dict()["rope_parameters"]
+    config.rope_theta = 5e4
+    assert config.rope_parameters == {**linear, "rope_theta": 5e4}
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    assert config.rope_scaling == {**DYNAMIC, "rope_theta": 5e4}
+    config.update({"rope_scaling": None})
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
+    for name in ("rope_parameters", "rope_scaling"):
+        values = Lfm2Config(**SIZES, **HEADS, rope_scaling=YARN).to_dict()
+        changed = Lfm2Config.from_dict(values, **{name: LONG})
+        assert changed.rope_parameters == LONG
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "lfm2", **SIZES, **HEADS, "rope_scaling": YARN})
+        )
+        found = Lfm2Config.from_pretrained(tmp_path, **{name: {"type": "linear", "factor": 8.0}})
+        assert found.rope_parameters == linear
+    with pytest.raises(lfm2_fast.CheckpointError, match="factor is missing"):
+        Lfm2Config(**SIZES, rope_scaling={"type": "linear"})
+    with pytest.raises(lfm2_fast.CheckpointError, match="must be an object, not 'linear'"):
+        Lfm2Config(**SIZES, rope_scaling="linear")
+
+
+@pytest.mark.parametrize("rope", [YARN, LONG, DYNAMIC], ids=lambda rope: rope["rope_type"])
+def test_scaled_models_are_saved_for_transformers_and_loaded_again(rope, tmp_path: Path) -> None:
+    from transformers import Lfm2Config as TheirConfig
+    from transformers import Lfm2ForCausalLM as Theirs
+
+    config = Lfm2Config(**SIZES, **HEADS, max_position_embeddings=50, rope_parameters=rope)
+    config.save_pretrained(tmp_path / "config")
+    assert Lfm2Config.from_pretrained(tmp_path / "config") == config
+    whole = {"original_max_position_embeddings": 50, **rope} if rope is not DYNAMIC else rope
+    assert TheirConfig.from_pretrained(tmp_path / "config").rope_parameters == whole
+    model = lfm2_fast.Lfm2ForCausalLM(config, backend="eager")
+    model.save_pretrained(tmp_path / "model")
+    theirs = Theirs.from_pretrained(tmp_path / "model").eval()
+    assert theirs.config.rope_parameters == whole
+    loaded = lfm2_fast.load(tmp_path / "model", device="cpu", backend="eager")
+    assert loaded.config.rope_parameters == whole
+    ids = torch.randint(2, 100, (1, 60), generator=torch.Generator().manual_seed(1))
+    ours = model(ids).logits
+    assert torch.equal(loaded(ids).logits, ours)
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours).abs().max() < 2e-5 * ours.abs().max()
+
+
 def test_every_config_makes_a_model() -> None:
     ours = Lfm2Config(**SIZES, **HEADS)
     for config in (ours, ours.to_internal(), ours.to_transformers(), ours.to_dict()):

@@ -43,6 +43,23 @@ def test_a_model_in_memory_as_it_is_now(theirs) -> None:
     assert same(base(IDS).last_hidden_state, theirs.model(IDS).last_hidden_state)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "yarn"])
+def test_rope_scaling_comes_along(random_checkpoint, kind: str) -> None:
+    from transformers import Lfm2ForCausalLM
+
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    folder = random_checkpoint(max_position_embeddings=5, rope_parameters=rope)
+    theirs = Lfm2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = lfm2_fast.from_transformers(theirs)
+    assert same(ours(IDS).logits, theirs(IDS).logits)
+    assert ours.config.rope_parameters["factor"] == 4.0 and ours.max_length == 20
+    base = lfm2_fast.from_transformers(theirs.model)
+    assert same(base(IDS).last_hidden_state, theirs.model(IDS).last_hidden_state)
+    ours.network.rope_frequencies.kind, ours.network.rope_frequencies.scale = "default", 1.0
+    assert not same(ours(IDS).logits, theirs(IDS).logits)
+
+
 def test_memory_is_shared_but_for_fused_tensors(theirs) -> None:
     """The most that is held besides theirs is what is fused."""
     ours = lfm2_fast.from_transformers(theirs)

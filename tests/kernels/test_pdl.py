@@ -74,8 +74,10 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def model(random_checkpoint, kernel_device):
-    folder = random_checkpoint(layer_types=["conv", "full_attention", "conv"], num_hidden_layers=3)
+def model(request, random_checkpoint, kernel_device):
+    """Of three layers, with what a test changes of their config."""
+    layers = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+    folder = random_checkpoint(**layers, **getattr(request, "param", {}))
     return lfm2_fast.load(folder, device=kernel_device, backend="triton")
 
 
@@ -135,7 +137,7 @@ def waits(model, monkeypatch) -> Iterator[None]:
         return
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    constants = [*model.state_dict().values(), model.network.inv_freq]
+    constants = [*model.state_dict().values(), model.network.rope_frequencies.inv_freq]
     begins = np.array([each.data_ptr() for each in constants])
     ends = begins + [each.nbytes for each in constants]
     waiting, waited = False, Counter()
@@ -191,6 +193,23 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
 
     The model's own operations, which run everything else, launch nothing so.
     """
+    check_chain(model, choice, monkeypatch)
+
+
+SCALED = {
+    "max_position_embeddings": 4,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 100.0},
+}
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("model", [SCALED], indirect=True, ids=["dynamic"])
+def test_so_is_a_step_that_makes_its_frequencies(model, monkeypatch) -> None:
+    """They are read after the wait: PyTorch's operations have made them in this step."""
+    check_chain(model, "greedy", monkeypatch)
+
+
+def check_chain(model: Any, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if model.device.type == "cuda" and not has_dependent_launch(model.device):
         pytest.skip("needs compute capability 9.0")
     monkeypatch.setattr(model.network, "ops", TritonOps(dependent=True))
@@ -219,7 +238,8 @@ def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkey
                 buffers.inputs.lengths[0] = 281
             with Launches() as launches:
                 buffers.run_steps(model.network, cache, 2, choose=True, steps=together)
-            names = [name for name in launches.names if step or "::" not in name]
+            scaled = model.network.rope_frequencies.kind != "default"
+            names = [n for n in launches.names if "::" not in n or step and not scaled]
             assert names == kernels * together
             assert launches.dependent == (names if captured else [])
             found.append(buffers.inputs.tokens.tolist())

@@ -33,6 +33,11 @@ CHANGED = {
         "layer_types": ["full_attention", "conv", "full_attention", "full_attention", "conv"],
     },
 }
+LONG = {"short_factor": [1.5] * 8, "long_factor": [2.0 + i for i in range(8)], "factor": 8.0}
+CHANGED["long_rope"] = {
+    "max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG},
+}
 # Tokens by slot: prompts; then a second turn, a chunk, a step and a new prompt in one batch; then
 # a step of all.
 STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]

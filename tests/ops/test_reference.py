@@ -123,6 +123,16 @@ def test_rotation_is_relative_and_keeps_length() -> None:
     torch.testing.assert_close(first[[0, 4]], torch.tensor([math.cos(1), math.sin(1)]).double())
 
 
+def test_rotation_by_each_tokens_own_frequencies_and_a_scale() -> None:
+    freq = torch.rand(5, 4, dtype=torch.float64)
+    positions = torch.tensor([0, 3, 9, 100, 7])
+    made = ref.rope_ref(positions, freq, torch.float64, 1.5)
+    for token, position in enumerate(positions):
+        alone = ref.rope_ref(position[None], freq[token], torch.float64)
+        for ours, plain in zip(made, alone, strict=True):
+            assert torch.equal(ours[token], 1.5 * plain[0])
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 6), (5, 1), (5, 3)])
 def test_attention_against_a_sum_over_keys(group: int, start: int, count: int) -> None:

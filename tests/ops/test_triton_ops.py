@@ -34,6 +34,12 @@ CHANGED = {
     "odd": {**ODD, **layers(CONV, ATTENTION, CONV)},
     "attention_first": {**UNTIED, **layers(ATTENTION, ATTENTION, CONV)},
 }
+LONG = {"short_factor": [1.5] * 8, "long_factor": [2.0 + i for i in range(8)], "factor": 8.0}
+CHANGED["long_rope"] = {
+    **layers(CONV, ATTENTION),
+    "max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG},
+}
 FIVE_LAYERS = {
     "five": {},
     "odd_five": ODD,
