@@ -7,9 +7,9 @@ every kernel that is launched this way:
 - Call ``pdl_wait`` once in each program, before it leaves. A wait covers one predecessor. It covers
   those further back only because that one has waited for its own.
 - Above ``pdl_wait``, read only what was there before the first step: weights, norms, taps, scales,
-  biases, frequencies. Write nothing there. ``pdl_wait`` lets the successor start before it waits
-  itself, so several kernels, even of several steps, may stand above it while an earlier one still
-  reads and writes.
+  biases, frequencies of all tokens. Write nothing there. ``pdl_wait`` lets the successor start
+  before it waits itself, so several kernels, even of several steps, may stand above it while an
+  earlier one still reads and writes.
 - Put it in no loop: a pipelined loop moves the loads that follow the wait above it.
   (triton-lang/triton#11905)
 - Let the programs fit on the device at once, beside those of the next kernel, which starts when the

@@ -129,7 +129,8 @@ def _check_positions(position_ids: torch.Tensor, mask: torch.Tensor, held: Seque
     """Raise ValueError unless tokens have consecutive positions that go on where the cache ends.
 
     Rotary embedding and the convolution see differences alone, so Hugging Face's two habits, to
-    count padding on the left or not to, give the same answer.
+    count padding on the left or not to, give the same answer. Frequencies that follow from a
+    context's length go by its tokens.
     """
     mask = mask.cpu()
     for row, (positions, tokens) in enumerate(zip(position_ids, mask, strict=True)):

@@ -86,7 +86,11 @@ def _scaled(config: Config, length: int | None = None) -> tuple[torch.Tensor, fl
         inv_freq, scale = make(theirs, torch.device("cpu"), seq_len=length)
         usable = bool(inv_freq.isfinite().all()) and 0 < float(scale) < float("inf")
     except (ArithmeticError, ValueError) as error:
-        raise CheckpointError(f"rope_parameters {asked} give no frequencies: {error}") from error
+        raise CheckpointError(
+            f"rope_parameters {asked} give no frequencies ({error}); correct the config"
+        ) from error
     if not usable:
-        raise CheckpointError(f"rope_parameters {asked} give frequencies that are not finite")
+        raise CheckpointError(
+            f"rope_parameters {asked} give no frequencies that are finite; correct the config"
+        )
     return inv_freq, float(scale)

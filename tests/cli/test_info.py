@@ -39,6 +39,14 @@ def test_weight_bytes_are_those_that_loading_takes(
     assert 0 < stored - told["weight_bytes"] < 20_000, "but for the file's header"
 
 
+def test_the_context_is_what_rope_scaling_makes_of_it(tiny: Path, tmp_path: Path) -> None:
+    raw = json.loads((tiny / "config.json").read_text())
+    changed = {**raw, "rope_scaling": {"type": "dynamic", "factor": 3.0}}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    facts = environment.checkpoint_facts(str(tmp_path))["model"]
+    assert facts["context"] == 3 * raw["max_position_embeddings"]
+
+
 def test_without_a_dtype_no_bytes_are_told(tiny: Path, tmp_path: Path) -> None:
     raw = json.loads((tiny / "config.json").read_text())
     told = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}

@@ -18,7 +18,7 @@ import torch
 import lfm2_fast
 from lfm2_fast.cache.batch import DecodeInputs
 from lfm2_fast.cache.kv_cache import Cache, CacheError, ConvWindow, KVPages
-from lfm2_fast.engine import step_buffers
+from lfm2_fast.engine import model_runner, step_buffers
 from lfm2_fast.engine.captured_prompt import SIZES
 from lfm2_fast.engine.decode import DecodeLoop, Request
 from lfm2_fast.engine.model_runner import ModelRunner
@@ -307,6 +307,63 @@ def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: i
         min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= SIZES[-1]
     }
     assert sizes == padded
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 8.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 8.0,
+        "short_factor": [1.5] * 16,
+        "long_factor": [2.0 + i for i in range(16)],
+    },
+}
+
+
+@pytest.fixture(params=ROPES)
+def scaled(tiny: Path, request: pytest.FixtureRequest) -> Any:
+    """Loads the checkpoint with frequencies that follow from the length, beyond 24 tokens."""
+    config = lfm2_fast.Lfm2Config.from_pretrained(tiny)
+    config.update({"max_position_embeddings": 24, "rope_parameters": ROPES[request.param]})
+    return lambda dtype, backend: lfm2_fast.load(
+        tiny, config=config, device="cpu", dtype=dtype, backend=backend
+    )
+
+
+def test_captured_steps_pass_the_original_context(scaled, graphs) -> None:
+    """Each row at its own time, in the middle of what is replayed."""
+    plain, ahead = (scaled("float64", "eager") for _ in range(2))
+    ahead.network.ops = Capturing()
+    kwargs = {"max_new_tokens": 25, "eos_token_id": None}
+    expected = plain.generate(PROMPTS[1:3], **kwargs)
+    assert torch.equal(ahead.generate(PROMPTS[1:3], **kwargs), expected)
+    assert sum(graph.replays for each in graphs for graph in each._graphs.values()) > 4
+
+
+def test_a_prompt_in_chunks_that_could_be_captured(scaled, graphs, monkeypatch) -> None:
+    """The first chunk has the frequencies of the whole prompt, so it is not what is captured."""
+    plain, ahead = (scaled("float64", "eager") for _ in range(2))
+    ahead.network.ops = Capturing()
+    prompt = [1 + i % 97 for i in range(50)]
+    wanted = ModelRunner(plain.network, plain.new_cache(1)).prefill([prompt], [0])
+    monkeypatch.setattr(model_runner, "CHUNK", 20)
+    cache = ahead.new_cache(1)
+    for _ in range(3):
+        cache.reset()
+        found = ModelRunner(ahead.network, cache).prefill([prompt], [0])
+        torch.testing.assert_close(found, wanted)
+    assert {key[0] for each in graphs for key in each._graphs} == {"prompt"}
+
+
+@pytest.mark.skipif(native_library.why_not(torch.device("cpu")) is not None, reason="no extension")
+def test_recorded_steps_pass_the_original_context(scaled) -> None:
+    """Each row has the bits that it has alone, unrecorded."""
+    model = scaled("bfloat16", "native")
+    kwargs = {"max_new_tokens": 30, "eos_token_id": None}
+    found = model.generate(PROMPTS[:3], **kwargs)[:, 7:].tolist()
+    model.ops.cpu_graph_rows = 0
+    for row, prompt in zip(found, PROMPTS[:3], strict=True):
+        assert model.generate([prompt], **kwargs)[0, len(prompt) :].tolist() == row
 
 
 def same_contents(ours: Cache, theirs: Cache, slot: int) -> None:

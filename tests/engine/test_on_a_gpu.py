@@ -215,6 +215,29 @@ def test_other_weights_and_bodies_do_too(name: str, options, folder: Path, gpu) 
     check(CALLS[name], both(folder, **options))
 
 
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "short_factor": [1.5] * 8,
+    "long_factor": [2.0 + i for i in range(8)],
+}  # fmt: skip
+SCALED = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
+    "longrope": LONG_ROPE,
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("name", ["greedy", "captured prompt"])
+def test_frequencies_that_follow_from_the_length_are_captured(
+    name: str, kind: str, random_checkpoint, gpu: StandInGpu
+) -> None:
+    """Texts that pass the original context while their steps are replayed."""
+    scaled = {"max_position_embeddings": 8, "rope_parameters": SCALED[kind]}
+    models = both(random_checkpoint(**FEW, **scaled))
+    before = gpu.replays
+    check(CALLS[name], models)
+    assert gpu.replays > before
+
+
 def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) -> None:
     """However long the text; and only for tokens of launches before the newest."""
     model = lfm2_fast.load(folder, dtype="float32")

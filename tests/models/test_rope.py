@@ -287,6 +287,8 @@ def test_bf16_is_no_further_from_fp32_than_hugging_faces(
         {**scaled("dynamic"), "head_dim": 2},
         scaled("yarn", rope_theta=1.0),
         scaled("longrope", original_max_position_embeddings=1, factor=2.0),
+        scaled("longrope", short_factor=[1e-45] * 8),
+        scaled("longrope", long_factor=[1e-45] * 8),
     ],
 )
 def test_numbers_that_give_no_frequencies_are_named(values: dict[str, Any]) -> None:
