@@ -7,8 +7,8 @@
 
 namespace lfm2 {
 
-// Tokens from `first` to before `last`; `cos` and `sin` are [tokens, 2 * pairs]. The frequencies of a
-// token begin `stride` after those of the token before it; 0 gives all tokens the same.
+// Tokens from `first` to before `last`; `cos` and `sin` are [tokens, 2 * pairs]. The frequencies of
+// a token begin `stride` after those of the token before it; 0 gives all tokens the same.
 template <class T>
 void rope(const int64_t* positions, const float* inv_freq, int64_t stride, int64_t pairs,
           int64_t first, int64_t last, T* cos, T* sin) {
