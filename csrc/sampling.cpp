@@ -15,7 +15,7 @@ namespace {
 
 using namespace lfm2;
 
-void argmax_native(const Tensor& logits, const Tensor& out) {
+void best_tokens_native(const Tensor& logits, const Tensor& out) {
   with_type(logits, [&](auto number) {
     using T = decltype(number);
     const int64_t rows = out.numel();
@@ -26,7 +26,7 @@ void argmax_native(const Tensor& logits, const Tensor& out) {
     const auto from = rows_of<const T>(logits);
     int64_t* to = write<int64_t>(out);
     parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) to[row] = argmax(from[row], width);
+      for (int64_t row = first; row < last; ++row) to[row] = best_token(from[row], width);
     });
   });
 }
@@ -115,7 +115,7 @@ void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out)
 // PyTorch needs eight operations for it, whose code the weights have thrown out of the caches.
 void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64_t> scrap,
                     const Tensor& tokens, const Tensor& slots, const Tensor& positions,
-                    const Tensor& lengths, const Tensor& finished) {
+                    const Tensor& lengths, const Tensor& finished, const Tensor& written) {
   const int64_t rows = tokens.numel();
   const int64_t ends = eos.numel();
   expect_packed(chosen, "chosen", ScalarType::Long, {rows});
@@ -125,15 +125,17 @@ void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64
   expect_packed(positions, "positions", ScalarType::Long, {rows});
   expect_packed(lengths, "lengths", ScalarType::Int, {rows});
   expect_packed(finished, "finished", ScalarType::Bool, {rows});
+  expect_packed(written, "written", ScalarType::Long, {rows});
   const StepInputs inputs{write<int64_t>(tokens), write<int64_t>(slots), write<int64_t>(positions),
                           write<int32_t>(lengths), write<bool>(finished)};
-  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, scrap ? &*scrap : nullptr, inputs, rows);
+  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, scrap ? &*scrap : nullptr, inputs, rows,
+          write<int64_t>(written));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
-  library.impl("argmax_native", TORCH_BOX(&argmax_native));
+  library.impl("best_tokens_native", TORCH_BOX(&best_tokens_native));
   library.impl("penalize_native", TORCH_BOX(&penalize_native));
   library.impl("warp_native", TORCH_BOX(&warp_native));
   library.impl("philox_native", TORCH_BOX(&philox_native));

@@ -16,6 +16,9 @@ namespace lfm2 {
 constexpr float kCut = -std::numeric_limits<float>::infinity();  // the score of what is cut off
 constexpr int64_t kScan = 128;  // scores that are looked at together
 
+// The token of a row whose best score is NaN or infinite.
+constexpr int64_t kNoToken = -1;
+
 // Orders floats as integers, with -0 equal to 0 and NaN above all, as torch does.
 LFM2_INLINE int32_t rank(float value) {
   const int32_t bits = static_cast<int32_t>(bits_of(value + 0.0f));
@@ -38,9 +41,9 @@ LFM2_INLINE int32_t best_rank(const T* values, int64_t first, int64_t last) {
   return best;
 }
 
-// The first of the largest.
+// The first of the largest, or kNoToken.
 template <class T>
-LFM2_CLONES int64_t argmax(const T* values, int64_t count) {
+LFM2_CLONES int64_t best_token(const T* values, int64_t count) {
   int32_t best = std::numeric_limits<int32_t>::min();
   int64_t place = 0;
   for (int64_t first = 0; first < count; first += kScan) {
@@ -50,6 +53,7 @@ LFM2_CLONES int64_t argmax(const T* values, int64_t count) {
       place = first;
     }
   }
+  if (!std::isfinite(value_of(best))) return kNoToken;
   while (rank(widen(values[place])) != best) ++place;
   return place;
 }
@@ -189,16 +193,11 @@ LFM2_INLINE double block_mass(const float* scores, float best, int64_t first, in
   return sum;
 }
 
-// The first token up to which softmax's mass is more than `uniform` of the whole; where softmax is
-// undefined, the first of the largest.
+// The first token up to which softmax's mass is more than `uniform` of the whole; kNoToken where
+// softmax is undefined.
 LFM2_CLONES inline int64_t draw(const float* scores, double uniform, int64_t count) {
-  const int32_t top = best_rank(scores, 0, count);
-  const float best = value_of(top);
-  if (!std::isfinite(best)) {
-    int64_t place = 0;
-    while (rank(scores[place]) != top) ++place;
-    return place;
-  }
+  const float best = value_of(best_rank(scores, 0, count));
+  if (!std::isfinite(best)) return kNoToken;
   std::vector<double> blocks;
   blocks.reserve(count / kScan + 1);
   double each[kScan];

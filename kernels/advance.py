@@ -1,9 +1,11 @@
 """The next decode step's inputs, of this one's and of the tokens that were chosen.
 
-With S sequences: ``chosen, tokens, slots, positions [S]`` int64, ``lengths [S]`` int32, ``finished
-[S]`` bool, ``eos [E]`` int64. A sequence goes one position on. If it chose one of ``eos`` it is
-finished and goes no further; it runs on there, or, unless ``dummy_slot`` is negative, at position
-0 of that slot. Least bytes: a few per sequence; one launch instead of eight.
+With S sequences: ``chosen, tokens, slots, positions, written [S]`` int64, ``lengths [S]`` int32,
+``finished [S]`` bool, ``eos [E]`` int64. A sequence goes one position on. If it chose one of
+``eos``, or a negative token, which is none, it is finished and goes no further; it runs on there,
+or, unless ``dummy_slot`` is negative, at position 0 of that slot. ``written`` gets the chosen
+tokens as they are, ``tokens`` 0 for what is none. Least bytes: a few per sequence; one launch
+instead of ten.
 """
 
 import torch
@@ -22,6 +24,7 @@ def _advance_kernel(
     positions_ptr,
     lengths_ptr,
     finished_ptr,
+    written_ptr,
     dummy_slot,
     sequences,
     ends,
@@ -35,10 +38,12 @@ def _advance_kernel(
     finished = tl.load(finished_ptr + offs_s, mask=mask, other=0) != 0
     position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
     position += tl.where(finished, 0, 1)
+    finished |= chosen < 0
     for end in range(0, ends):
         finished |= chosen == tl.load(eos_ptr + end)
     position = tl.where(finished & (dummy_slot >= 0), 0, position)
-    tl.store(tokens_ptr + offs_s, chosen, mask=mask)
+    tl.store(written_ptr + offs_s, chosen, mask=mask)
+    tl.store(tokens_ptr + offs_s, tl.maximum(chosen, 0), mask=mask)
     tl.store(finished_ptr + offs_s, finished.to(tl.uint8), mask=mask)
     tl.store(positions_ptr + offs_s, position, mask=mask)
     tl.store(lengths_ptr + offs_s, (position + 1).to(tl.int32), mask=mask)
@@ -55,19 +60,20 @@ def advance_triton(
     positions: torch.Tensor,
     lengths: torch.Tensor,
     finished: torch.Tensor,
+    written: torch.Tensor,
     *,
     pdl: bool = False,
 ) -> None:
-    """Write ``tokens``, ``slots``, ``positions``, ``lengths`` and ``finished``.
+    """Write ``tokens``, ``slots``, ``positions``, ``lengths``, ``finished`` and ``written``.
 
     ``pdl``: as in norm_linear.py.
     """
     (sequences,) = chosen.shape
-    for each in (chosen, tokens, slots, positions, lengths, finished, eos):
+    for each in (chosen, tokens, slots, positions, lengths, finished, written, eos):
         assert each.dim() == 1 and each.is_contiguous()
-    for each in (tokens, slots, positions, lengths, finished):
+    for each in (tokens, slots, positions, lengths, finished, written):
         assert each.shape == chosen.shape
-    for each in (chosen, tokens, slots, positions, eos):
+    for each in (chosen, tokens, slots, positions, written, eos):
         assert each.dtype == torch.int64
     assert lengths.dtype == torch.int32 and finished.dtype == torch.bool
     if sequences == 0:
@@ -82,6 +88,7 @@ def advance_triton(
             positions,
             lengths,
             finished.view(torch.uint8),
+            written,
             -1 if dummy_slot is None else dummy_slot,
             sequences,
             len(eos),

@@ -2,7 +2,8 @@
 
 ``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``scale
 [N]`` of an int8 weight or None (gemv.py), ``tokens [T]`` int64: what ``argmax`` gives of the logits
-as ``norm_linear`` rounds them: the first of the largest, NaN being larger than any number.
+as ``norm_linear`` rounds them: the first of the largest, NaN being larger than any number. It is -1
+where the largest is NaN or infinite.
 
 A logit and its row are one integer, whose order is theirs, so the largest is the same whoever
 compares first. ``best [programs, 16]`` int64 takes that of every program, and ``last_argmax`` the
@@ -23,6 +24,7 @@ from lfm2_fast.kernels.gemv import (
     rows_of,
 )
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
+from lfm2_fast.kernels.sample_cut import is_defined
 from lfm2_fast.kernels.tiling import Tiling, choose_tiling
 
 LAST_ROW = 2**31 - 1
@@ -95,8 +97,9 @@ def _last_argmax_kernel(
     offs = tl.arange(0, BLOCK)
     pdl_wait(PDL)
     best = tl.load(best_ptr + offs * MOST + token, mask=offs < programs, other=BELOW_ALL)
-    row = LAST_ROW - (tl.max(best, axis=0) & LAST_ROW)
-    tl.store(tokens_ptr + token, row)
+    largest = tl.max(best, axis=0)
+    row = LAST_ROW - (largest & LAST_ROW)
+    tl.store(tokens_ptr + token, tl.where(is_defined(largest >> 31), row, -1))
 
 
 def head_argmax_triton(

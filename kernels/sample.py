@@ -3,6 +3,7 @@
 With S rows and V tokens: ``logits [S, V]``; ``seen [S, V]`` bool or None; ``do_sample [S]`` bool,
 ``top_k [S]`` int64, ``temperature, top_p, min_p, repetition_penalty [S]`` float64; ``seeds, rows,
 positions [S]`` int64; ``tokens [S]`` int64 is filled, ``seen`` marked, ``positions`` moved on.
+A row whose best score is NaN or infinite has the token -1.
 
 Two to four launches, none of which waits for the host. The first makes scores, and keys: of every
 block of 128 the best score's place among all floats above the token, so that the greatest key is

@@ -1,8 +1,8 @@
 """Drawing a token of what is left: the first up to which the mass is more than ``u`` of the whole.
 
 ``u`` is Philox of (seed, row, position). One launch sums the mass of every tile of the vocabulary,
-the next finds the tile and looks into it. Where a row does not draw, or softmax is undefined, its
-token is the first of the best. Masses are float64 and end in the vocabulary's order.
+the next finds the tile and looks into it. Where a row does not draw, its token is the first of the
+best; where softmax is undefined, it is -1. Masses are float64 and end in the vocabulary's order.
 """
 
 import triton
@@ -95,7 +95,7 @@ def _sample_draw_kernel(
     pdl_wait(PDL)
     key, _ = best_key(keys_ptr + row * blocks, blocks, BLOCK_B)
     best = (key >> 32).to(tl.int32)
-    token = 0x7FFFFFFF - (key & 0x7FFFFFFF)
+    token = tl.where(is_defined(best), 0x7FFFFFFF - (key & 0x7FFFFFFF), -1)
     position = tl.load(positions_ptr + row)
     if DRAWS:
         if is_defined(best) & (tl.load(do_sample_ptr + row) != 0):
@@ -119,7 +119,8 @@ def _sample_draw_kernel(
     tl.store(tokens_ptr + row, token)
     tl.store(positions_ptr + row, position + 1)
     if seen_ptr is not None:
-        tl.store(seen_ptr + row * stride_seen_s + token, 1)
+        # A row without a token is over, and its marks are not read again.
+        tl.store(seen_ptr + row * stride_seen_s + tl.maximum(token, 0), 1)
 
 
 @triton.jit

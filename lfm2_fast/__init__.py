@@ -27,6 +27,7 @@ __all__ = [
     "Lfm2Config",
     "Lfm2ForCausalLM",
     "Lfm2Model",
+    "LogitsError",
     "from_transformers",
     "load",
     "register",
@@ -36,6 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lfm2_fast.cache.kv_cache import Cache, CacheError
     from lfm2_fast.config import CheckpointError, Config
+    from lfm2_fast.engine.decode import LogitsError
     from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
     from lfm2_fast.hf.configuration import Lfm2Config
     from lfm2_fast.hf.interop import from_transformers, register, unregister
@@ -53,6 +55,7 @@ else:
             "CacheError": "cache.kv_cache",
             "CheckpointError": "config",
             "Config": "config",
+            "LogitsError": "engine.decode",
             "from_transformers": "hf.interop",
             "load": "hf.load",
             "register": "hf.interop",

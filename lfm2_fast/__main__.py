@@ -54,7 +54,7 @@ def _explained(error: Exception) -> str:
         return f"{' '.join(error.format_message().split())} (see {where} --help)"
     if isinstance(error, ValueError | OSError):
         return message
-    if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError):
+    if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError | lfm2_fast.LogitsError):
         return message
     return f"{type(error).__name__}: {message} (lfm2-fast --traceback ... shows where)"
 

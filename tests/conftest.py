@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import Phase, settings
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CUDA = torch.cuda.is_available()
 # Triton reads this once, when it is first imported.
@@ -117,6 +117,27 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             model.save_pretrained(folder)
             made[key] = folder
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def breaking(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the small checkpoint such that a token, or all, break a text from there on.
+
+    Their embedding is NaN, beside a head of its own: what comes before keeps its logits.
+    """
+
+    def make(token: int | slice) -> Path:
+        folder = tmp_path_factory.mktemp("breaking")
+        for file in tiny.iterdir():
+            if file.suffix in (".json", ".jinja"):
+                shutil.copy(file, folder)
+        weights = load_file(tiny / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.embed_tokens.weight"][token] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
 
     return make
 

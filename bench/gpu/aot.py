@@ -265,7 +265,8 @@ def launch_sample(
     """
     logits = torch.zeros(sequences, vocab, dtype=dtype)
     whole = torch.zeros(sequences, dtype=torch.int64)
-    advance_triton(*(whole, whole, 1, whole, whole, whole), whole.int(), whole.bool(), pdl=pdl)
+    inputs = (whole, whole, whole, whole.int(), whole.bool())
+    advance_triton(whole, whole, 1, *inputs, whole, pdl=pdl)
     filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
     choices = itertools.product(
         (None, logits.bool()), ((False, False), (True, False), (True, True))

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lfm2_fast.cli.session import summary
 from lfm2_fast.cli.terminal import Terminal
+from lfm2_fast.engine.decode import LogitsError, why_not_finite
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
 from lfm2_fast.hf.loading import check_options
@@ -86,17 +87,17 @@ def evaluate(
     """Teacher-forced over ``ids [T]``, in pieces of ``window`` tokens that know nothing of others.
 
     Each piece predicts all its tokens but the first; what does not fill a piece is left out. Shows
-    progress on a terminal where it takes long. Raises ValueError for a text that is too short.
+    progress on a terminal where it takes long. Raises ValueError for a text that is too short, and
+    LogitsError for a loss that is NaN or infinite, saying of which piece.
     """
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
     pieces = ids[: len(ids) // window * window].view(-1, window)
     if not len(pieces):
         raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
-    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-    for piece in tqdm(
-        pieces, desc="evaluating", unit="piece", delay=3.0, leave=False, disable=None
-    ):
+    each = torch.zeros(len(pieces), 4, dtype=torch.float64, device=model.device)
+    progress = tqdm(pieces, desc="evaluating", unit="piece", delay=3.0, leave=False, disable=None)
+    for sums, piece in zip(each, progress, strict=True):
         after = piece[None, 1:]
         scores = _log_probabilities(model, piece)
         sums[0] -= scores.gather(-1, after[..., None].to(scores.device)).sum(dtype=torch.float64)
@@ -106,8 +107,22 @@ def evaluate(
             sums[2] += (exact.exp() * (exact - scores)).sum(dtype=torch.float64)
             sums[3] += (exact.argmax(-1) == scores.argmax(-1)).sum()
     tokens = len(pieces) * (window - 1)
-    loss, *others = (sums / tokens).tolist()
+    _check_losses(each[:, 0], model, window)
+    if reference is not None:
+        _check_losses(each[:, 1], reference, window)
+    loss, *others = (each.sum(0) / tokens).tolist()
     return Quality(tokens, loss, *others) if reference is not None else Quality(tokens, loss)
+
+
+def _check_losses(losses: torch.Tensor, model: Lfm2ForCausalLM, window: int) -> None:
+    """Raise LogitsError if a piece's loss ``[pieces]`` is NaN or infinite."""
+    for piece, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            first, dtype = piece * window, str(model.dtype).removeprefix("torch.")
+            raise LogitsError(
+                f"the loss of {model.name_or_path} in {dtype} over tokens {first} to "
+                f"{first + window - 1} of the text is {loss}: {why_not_finite(model.dtype)}"
+            )
 
 
 def _log_probabilities(model: Lfm2ForCausalLM, piece: torch.Tensor) -> torch.Tensor:

@@ -60,14 +60,16 @@ def generate(
     session = session_of(terminal, context, chat=bool(chat))
     if chat is None:
         chat = bool(session.tokenizer.chat_template) and preset_of(model) != "base"
-    with interruptible() as stopped:
-        if chat:
-            conversation = session.conversation(system, max_new_tokens)
-            answer = conversation.ask(text, terminal.show, stopped)
-            terminal.finish()
-        else:
-            answer = session.continuation(text, terminal.write, max_new_tokens, stopped)
-            terminal.write("\n")
+    try:
+        with interruptible() as stopped:
+            if chat:
+                conversation = session.conversation(system, max_new_tokens)
+                answer = conversation.ask(text, terminal.show, stopped)
+            else:
+                answer = session.continuation(text, terminal.write, max_new_tokens, stopped)
+                terminal.write("\n")
+    finally:
+        terminal.finish()  # an error in the middle of a text stands on a line of its own
     terminal.note(str(answer))
     if answer.stopped:
         raise typer.Exit(130)

@@ -26,6 +26,7 @@ class Terminal:
         self.out = Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._kind: Kind | None = None
+        self._in_line = False
 
     def note(self, text: str) -> None:
         """A line about what happens, on stderr."""
@@ -45,14 +46,15 @@ class Terminal:
         self._write(segment.text)
 
     def finish(self) -> None:
-        """End the line of the passage that was shown last."""
-        if self._kind is not None:
+        """End the line of what was shown last."""
+        if self._kind is not None or self._in_line:
             self._write("\n")
-        self._kind = None
+        self._kind, self._in_line = None, False
 
     def write(self, text: str, style: str = "") -> None:
         """Text as it is, on stdout."""
         _write(self.out, text, style)
+        self._in_line = not text.endswith("\n")
 
     def _write(self, text: str) -> None:
         kind = self._kind or ANSWER

@@ -28,11 +28,20 @@ AHEAD, AHEAD_BYTES = 256, 2**26
 # Largest batch for which one launch covers several steps. A larger batch keeps the device busy
 # without that, and the wasted steps of a finished row would slow the others.
 MULTI_STEP_ROWS = 4
+# Divided by a lower temperature, ordinary logits are infinite in float32.
+LEAST_TEMPERATURE = 1e-35
+
+
+class LogitsError(RuntimeError):
+    """A row has no token to choose: the best of its logits is NaN or infinite."""
 
 
 @dataclass
 class Request:
-    """A sequence that is being written: its slot, and its new tokens, as far as read."""
+    """A sequence that is being written: its slot, and its new tokens, as far as read.
+
+    NO_TOKEN is the last of them where there was none to choose.
+    """
 
     number: int
     slot: int
@@ -41,6 +50,36 @@ class Request:
     written: list[int] = field(default_factory=list)
     launched: int = 0  # tokens whose steps were launched
     ended: bool = False
+
+
+def why_not_finite(dtype: torch.dtype) -> str:
+    """Return what makes numbers of a model of ``dtype`` NaN or infinite, and what to do."""
+    if dtype == torch.float16:
+        return "numbers outgrow float16, or weights are broken; load with dtype float32 or bfloat16"
+    return "weights are broken; look for NaN and infinity in the checkpoint's tensors"
+
+
+def no_token(
+    row: Request,
+    number: int,
+    dtype: torch.dtype,
+    params: SamplingParams,
+    *,
+    processed: bool = False,
+) -> LogitsError:
+    """Return the error of a row that has no token to choose as its new token ``number``, from 1 on.
+
+    ``processed`` says that a caller's Python had a hand in its logits. The position that the error
+    names is that of the token in the row's text, from 0 on and without padding.
+    """
+    why = why_not_finite(dtype)
+    if params.do_sample and params.temperature < LEAST_TEMPERATURE:
+        why = f"temperature={params.temperature} makes them infinite; decode greedily instead"
+    also = "; or logits processors leave no token a finite score" if processed else ""
+    return LogitsError(
+        f"row {row.number} has no token to choose as its new token {number}, at position "
+        f"{row.start + number - 1}: the best of its logits is NaN or infinite ({why}{also})"
+    )
 
 
 @dataclass
@@ -80,7 +119,7 @@ class DecodeLoop:
         lag: int | None = None,
         max_steps: int = MAX_STEPS,
     ) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.params = model, cache, params
         self.lag = int(model.ops.captures) if lag is None else lag
         self.max_steps = max_steps if self.lag else 1
         token = model.config.cache_bytes(model.dtype.itemsize) * max(cache.slots, 1)
@@ -110,14 +149,15 @@ class DecodeLoop:
         lengths = (positions + 1).int()
         finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
         inputs = DecodeInputs(tokens, slots, positions, lengths, finished)
-        self.model.ops.advance(chosen, buffers.eos, self.cache.dummy_slot, inputs)
+        written = torch.empty_like(chosen)
+        self.model.ops.advance(chosen, buffers.eos, self.cache.dummy_slot, inputs, written)
         for ours, made in zip(buffers.inputs, inputs, strict=True):
             ours[at] = made
         buffers.set_sampling(places, state)
         for place, row in zip(places, rows, strict=True):
             row.launched = 1
             self.places[place : place + 1] = [row]
-        self._copy_to_host(list(zip(rows, range(len(rows)), strict=True)), chosen[None])
+        self._copy_to_host(list(zip(rows, range(len(rows)), strict=True)), written[None])
 
     def launch(self) -> int:
         """Launch steps of the rows that go on; how many, 0 if there are no such rows."""
@@ -147,8 +187,18 @@ class DecodeLoop:
     def read(self, keep: int) -> Iterator[tuple[list[Request], list[int]]]:
         """Tokens of all launches but the last ``keep``, step by step: rows, and a token for each.
 
-        They are the rows that were running; one that its token ends is marked as such.
+        They are the rows that were running; one that its token ends is marked as such. Raises
+        LogitsError where a row had no token to choose. The tokens of the other rows are taken all
+        the same, and may be read on.
         """
+        for rows, tokens in self._read(keep):
+            for row, token in zip(rows, tokens, strict=True):
+                if token < 0:
+                    raise no_token(row, len(row.written), self.model.dtype, self.params)
+            yield rows, tokens
+
+    def _read(self, keep: int) -> Iterator[tuple[list[Request], list[int]]]:
+        """Read as ``read`` does; a row without a token has NO_TOKEN, which ends it."""
         while len(self._unread) > keep:
             launch = self._unread[0]
             for tokens in launch.unread_tokens():
@@ -159,8 +209,9 @@ class DecodeLoop:
                     # The step has run the token before; the first step was the prompt's.
                     if row.written:
                         self.cache.commit_token(row.slot, row.written[-1])
-                    row.written.append(tokens[column])
-                    row.ended = tokens[column] in self.eos or len(row.written) == row.limit
+                    token = tokens[column]
+                    row.written.append(token)
+                    row.ended = token in self.eos or token < 0 or len(row.written) == row.limit
                     if row.ended:
                         # Whatever is under way, the device has gone one token on at most.
                         ran = min(row.launched - 1, len(row.written))
@@ -177,7 +228,7 @@ class DecodeLoop:
         If that fails, nothing is known, and the slots are empty.
         """
         try:
-            for _ in self.read(0):
+            for _ in self._read(0):
                 pass
         except BaseException:
             self._unread.clear()

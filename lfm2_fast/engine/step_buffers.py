@@ -23,7 +23,7 @@ class StepBuffers:
 
     ``inputs`` of ``size`` rows are those of the next step, and ``state`` says how its tokens are
     chosen. Unused rows are finished. ``written [MAX_STEPS, size]`` has the tokens that the last
-    steps chose, the newest last: that row is ``inputs.tokens``.
+    steps chose, the newest last, and NO_TOKEN where a row had none to choose.
     """
 
     def __init__(self, model: Lfm2, cache: Cache, size: int, capture: Any = None) -> None:
@@ -31,7 +31,7 @@ class StepBuffers:
         self.size = size
         self.made_for = model.ops
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
-        tokens = self.written[-1]
+        tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.inputs = DecodeInputs(
             tokens=tokens,
             slots=torch.zeros_like(tokens),
@@ -64,7 +64,7 @@ class StepBuffers:
     def nbytes(self) -> int:
         """Bytes that the tensors take, without what the graphs' pool holds."""
         extra = [each for each in (self.logits, self.marks) if each is not None]
-        steps = sum(each.nbytes for each in (self.written, *self.inputs[1:], *extra))
+        steps = sum(each.nbytes for each in (self.written, *self.inputs, *extra))
         return steps + sum(prompt.nbytes for prompt in self.prompts.values())
 
     def begin(self, cache: Cache, params: SamplingParams, eos: Sequence[int], vocab: int) -> None:
@@ -154,8 +154,7 @@ class StepBuffers:
                     self.logits[:count] = made
                     return
                 chosen = made if argmax else ops.sample(made, state)
-                inputs = inputs._replace(tokens=written)
-                ops.advance(chosen, self.eos, cache.dummy_slot, inputs)
+                ops.advance(chosen, self.eos, cache.dummy_slot, inputs, written)
 
         captured = ops.captures or count <= ops.cpu_graph_rows
         seen = self.state.seen is not None

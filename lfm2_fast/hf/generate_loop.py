@@ -17,13 +17,13 @@ import torch
 
 from lfm2_fast.cache.batch import on_device
 from lfm2_fast.cache.kv_cache import Cache, common_prefix
-from lfm2_fast.engine.decode import DecodeLoop, Request
+from lfm2_fast.engine.decode import DecodeLoop, Request, no_token
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.hf.generation_args import GenerationArgs
 from lfm2_fast.hf.packing import check_cache
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
-from lfm2_fast.ops.sampling import SamplingState, draw, penalize, warp
+from lfm2_fast.ops.sampling import SamplingState, best_tokens, draw, penalize, warp
 
 
 def run_generate_loop(
@@ -209,7 +209,9 @@ class _GenerateLoop:
                     scores = warp(scores, state)
                     tokens = draw(scores, state.uniforms())
                 else:
-                    tokens = scores.argmax(-1)
+                    tokens = best_tokens(scores)
+                    if processors:
+                        tokens = _forced(tokens, scores, logits)
                 state.record(tokens)
                 if asked.output_logits:
                     kept_logits.append(self._whole(logits, here))
@@ -217,6 +219,12 @@ class _GenerateLoop:
                     kept_scores.append(self._whole(scores, here))
             else:
                 tokens = self.model.ops.sample(logits, state)
+            told = dict(zip(live, tokens.tolist(), strict=True))
+            for row, token in told.items():
+                if token < 0:
+                    processed = bool(processors) or written < asked.min_new_tokens
+                    dtype, params = self.model.dtype, asked.sampling
+                    raise no_token(rows[row], written + 1, dtype, params, processed=processed)
             column = self.width + written
             text[here, column] = tokens
             written += 1
@@ -231,7 +239,6 @@ class _GenerateLoop:
             if len(going) < len(live):
                 state = state.pick([live.index(row) for row in going])
             if going and written < self.budget:
-                told = dict(zip(live, tokens.tolist(), strict=True))
                 logits = self.runner.step([told[row] for row in going], going)
             live = going
         return self._output(text[:, : self.width + written], kept_scores, kept_logits)
@@ -291,6 +298,16 @@ class _GenerateLoop:
             "logits": tuple(logits) if self.asked.output_logits else None,
             "past_key_values": self.cache,
         }
+
+
+def _forced(tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """``tokens [B]``, but the token whose score processors made infinite where they forced one.
+
+    As in Hugging Face's greedy decoding. The token's own logit is finite then.
+    """
+    best = scores.argmax(-1, keepdim=True)
+    forced = (scores.gather(1, best) == torch.inf) & logits.gather(1, best).isfinite()
+    return torch.where(forced, best, tokens[:, None])[:, 0]
 
 
 def _progress(rows: int) -> Any:

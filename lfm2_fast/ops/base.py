@@ -15,7 +15,7 @@ from torch import nn
 from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.ops import reference as ref
-from lfm2_fast.ops.sampling import SamplingState, sample_ref
+from lfm2_fast.ops.sampling import SamplingState, best_tokens, sample_ref
 from lfm2_fast.weights.formats import Projection
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -52,7 +52,7 @@ class Ops:
     """The operations in plain PyTorch; with T tokens packed, H hidden, D head size.
 
     Every operation returns a new tensor and mutates nothing but the ``window``, ``pages``,
-    ``state`` or ``inputs`` that it is handed.
+    ``state``, ``inputs`` or ``written`` that it is handed.
     """
 
     name = "eager"
@@ -111,11 +111,11 @@ class Ops:
         return self.swiglu(self.norm_linear(x, norm, gate_up))
 
     def head_argmax(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
-        """``norm_linear(x, norm, linear).argmax(-1)``: ``[T, H] -> [T]`` int64, the best tokens.
+        """``best_tokens(norm_linear(x, norm, linear))``: ``[T, H] -> [T]`` int64.
 
-        Of equal logits it is the first, and NaN is larger than any number.
+        Of equal logits it is the first. NO_TOKEN stands where the best is NaN or infinite.
         """
-        return self.norm_linear(x, norm, linear).argmax(-1)
+        return best_tokens(self.norm_linear(x, norm, linear))
 
     def advance(
         self,
@@ -123,12 +123,13 @@ class Ops:
         eos: torch.Tensor,
         dummy_slot: int | None,
         inputs: DecodeInputs,
+        written: torch.Tensor,
     ) -> None:
         """Turn a step's ``inputs`` into the next step's, by the chosen tokens; ``advance_ref``."""
-        ref.advance_ref(chosen, eos, dummy_slot, inputs)
+        ref.advance_ref(chosen, eos, dummy_slot, inputs, written)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-        """The next token of every row, ``[B, V] -> [B]`` int64; moves ``state`` on."""
+        """The next token of every row, or NO_TOKEN: ``[B, V] -> [B]`` int64; moves ``state`` on."""
         return sample_ref(logits, state)
 
     def rope(

@@ -57,8 +57,8 @@ SCHEMAS = (
     # products [T, N] int32, token_scales [T] and row_scales [N] float32, bias [N], out [T, N]
     "finish_products_native(Tensor products, Tensor token_scales, Tensor row_scales, Tensor? bias, "
     "Tensor(a!) out) -> ()",
-    # logits [B, V], out [B] int64
-    "argmax_native(Tensor logits, Tensor(a!) out) -> ()",
+    # logits [B, V], out [B] int64, -1 where the best logit is NaN or infinite
+    "best_tokens_native(Tensor logits, Tensor(a!) out) -> ()",
     # logits [B, V], seen [B, V] bool, penalty [B] float64, out [B, V] float32
     "penalize_native(Tensor logits, Tensor seen, Tensor penalty, Tensor(a!) out) -> ()",
     # logits [B, V], top_k [B] int64, the others [B] float64, out [B, V] float32
@@ -66,12 +66,13 @@ SCHEMAS = (
     "Tensor(a!) out) -> ()",
     # seeds, rows and positions [B] int64, out [B] float64
     "philox_native(Tensor seeds, Tensor rows, Tensor positions, Tensor(a!) out) -> ()",
-    # scores [B, V] float32, uniform [B] float64, out [B] int64
+    # scores [B, V] float32, uniform [B] float64, out [B] int64, -1 where softmax is undefined
     "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
-    # chosen, tokens, slots and positions [B] int64, eos [E] int64, lengths [B] int32, finished [B]
-    # bool
+    # chosen, tokens, slots, positions and written [B] int64, eos [E] int64, lengths [B] int32,
+    # finished [B] bool
     "advance_native(Tensor chosen, Tensor eos, int? dummy_slot, Tensor(a!) tokens, "
-    "Tensor(b!) slots, Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) finished) -> ()",
+    "Tensor(b!) slots, Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) finished, "
+    "Tensor(f!) written) -> ()",
 )
 
 # Whether the processor has what flash_prefill_native is made of: AVX512_BF16.

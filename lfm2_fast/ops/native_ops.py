@@ -34,7 +34,7 @@ _linear_add = torch.ops.lfm2_fast.linear_add_native.default
 _norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
 _quantize = torch.ops.lfm2_fast.quantize_native.default
 _finish_products = torch.ops.lfm2_fast.finish_products_native.default
-_argmax = torch.ops.lfm2_fast.argmax_native.default
+_best_tokens = torch.ops.lfm2_fast.best_tokens_native.default
 _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
 _philox = torch.ops.lfm2_fast.philox_native.default
@@ -128,7 +128,7 @@ class NativeOps(PendingResidualOps):
     def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         logits = self.norm_linear(x, norm, linear)
         tokens = logits.new_empty(len(logits), dtype=torch.int64)
-        _argmax(logits, tokens)
+        _best_tokens(logits, tokens)
         return tokens
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
@@ -245,7 +245,7 @@ class NativeOps(PendingResidualOps):
             _penalize(logits, state.seen, state.repetition_penalty, scores)
         tokens = torch.empty_like(state.positions)
         if not state.all_drawn:
-            _argmax(scores, tokens)
+            _best_tokens(scores, tokens)
         if "do_sample" in state.active:
             warped = logits.new_empty(shape, dtype=torch.float32)
             _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
@@ -263,5 +263,6 @@ class NativeOps(PendingResidualOps):
         eos: torch.Tensor,
         dummy_slot: int | None,
         inputs: DecodeInputs,
+        written: torch.Tensor,
     ) -> None:
-        _advance(chosen, eos, dummy_slot, *inputs)
+        _advance(chosen, eos, dummy_slot, *inputs, written)

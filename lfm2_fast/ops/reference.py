@@ -213,18 +213,24 @@ def _attend_one(
 
 
 def advance_ref(
-    chosen: torch.Tensor, eos: torch.Tensor, dummy_slot: int | None, inputs: DecodeInputs
+    chosen: torch.Tensor,
+    eos: torch.Tensor,
+    dummy_slot: int | None,
+    inputs: DecodeInputs,
+    written: torch.Tensor,
 ) -> None:
     """Turn the ``inputs`` of a decode step into the next step's, in place, by ``chosen [B]``.
 
-    A row that chose one of ``eos [E]`` is finished. It runs on without effect: at the first
-    position of ``dummy_slot``, or, if that is None, at the position after its text, where every
-    further step writes and nobody reads.
+    A row that chose one of ``eos [E]``, or has NO_TOKEN, is finished. It runs on without effect: at
+    the first position of ``dummy_slot``, or, if that is None, at the position after its text, where
+    every further step writes and nobody reads. ``written [B]`` gets the chosen tokens as they are.
+    In the next step's tokens 0 stands for NO_TOKEN, since each must be a row of the embedding.
     """
     tokens, slots, positions, lengths, finished = inputs
     positions += ~finished
-    finished |= (chosen[:, None] == eos).any(-1)
-    tokens.copy_(chosen)
+    finished |= (chosen[:, None] == eos).any(-1) | (chosen < 0)
+    written.copy_(chosen)
+    tokens.copy_(chosen.clamp(min=0))
     if dummy_slot is not None:
         positions.masked_fill_(finished, 0)
         slots.masked_fill_(finished, dummy_slot)

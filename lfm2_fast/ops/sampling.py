@@ -19,6 +19,8 @@ from lfm2_fast.cache.batch import on_device
 
 MASK32 = 0xFFFFFFFF
 BLOCK = 128
+# Stands where a row has no token to choose.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,12 @@ class SamplingState:
         return self._ahead[:, self._steps - self._first]
 
     def record(self, tokens: torch.Tensor) -> None:
-        """Mark ``tokens [B]`` as seen and go on to the next position."""
+        """Mark ``tokens [B]`` as seen and go on to the next position.
+
+        A row of NO_TOKEN is over: it marks token 0, and its marks are not read again.
+        """
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         self.positions += 1
         self.count_step()
 
@@ -164,19 +169,29 @@ TENSORS = (*(field.name for field in fields(SamplingParams)), "seeds", "rows", "
 def sample_ref(logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
     """The next token of every row: ``logits [B, V]`` -> ``[B]`` int64; advances ``state``.
 
-    A row that does not sample takes the first of its best tokens after the penalty.
+    A row that does not sample takes the first of its best tokens after the penalty. A row has
+    NO_TOKEN if its best score, as penalty and temperature leave it, is NaN or infinite.
     """
     scores = logits.float()
     if state.seen is not None:
         scores = penalize(scores, state.seen, state.repetition_penalty)
     if "do_sample" not in state.active:
-        tokens = scores.argmax(-1)
+        tokens = best_tokens(scores)
     else:
         tokens = draw(warp(scores, state), state.uniforms())
         if not state.all_drawn:
-            tokens = torch.where(state.do_sample, tokens, scores.argmax(-1))
+            tokens = torch.where(state.do_sample, tokens, best_tokens(scores))
     state.record(tokens)
     return tokens
+
+
+def best_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """The first of the best tokens of every row, ``[B, V] -> [B]`` int64, or NO_TOKEN.
+
+    A row has NO_TOKEN if its best score is NaN, which is larger than any number, or infinite.
+    """
+    best = scores.max(-1)
+    return torch.where(best.values.abs() < math.inf, best.indices, NO_TOKEN)
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -221,13 +236,12 @@ def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Token ids ``[B]``: the inverse of softmax's distribution function at ``uniform [B]``.
 
     Summed in float64 and in the vocabulary's order, so a token of probability 0 is never drawn.
-    Where softmax is undefined, among NaN, infinity or nothing but -inf, the first of the best.
+    A row has NO_TOKEN where softmax is undefined: among NaN, infinity or nothing but -inf.
     """
     mass = scores.double().softmax(-1).cumsum(-1)
     target = uniform[:, None] * mass[:, -1:]
     drawn = torch.searchsorted(mass, target, right=True)[:, 0]
-    best = scores.max(-1)
-    return torch.where(best.values.isfinite(), drawn, best.indices)
+    return torch.where(scores.amax(-1).abs() < math.inf, drawn, NO_TOKEN)
 
 
 def philox(seeds: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -130,8 +130,9 @@ class TritonOps(PendingResidualOps):
         eos: torch.Tensor,
         dummy_slot: int | None,
         inputs: DecodeInputs,
+        written: torch.Tensor,
     ) -> None:
-        advance_triton(chosen, eos, dummy_slot, *inputs, pdl=self.pdl)
+        advance_triton(chosen, eos, dummy_slot, *inputs, written, pdl=self.pdl)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         draws = "do_sample" in state.active

@@ -238,6 +238,48 @@ def test_what_the_tokenizer_lacks_is_told_before_the_weights_are_loaded(
     assert code == 2 and message in err
 
 
+NO_TOKEN = "lfm2-fast: row 0 has no token to choose as its new token "
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate BROKEN hi", f"{NO_TOKEN}1, at position "),
+        ("generate BROKEN hi --raw --do-sample", f"{NO_TOKEN}1, at position "),
+        ("generate BROKEN hi --stop x", f"{NO_TOKEN}1, at position "),
+        ("chat BROKEN", f"{NO_TOKEN}1, at position "),
+        ("bench BROKEN --prompt 8 --output 2 --batch 1 --rounds 1", NO_TOKEN),
+        ("eval BROKEN --text README.md --window 64", "over tokens 0 to 63 of the text is nan: "),
+    ],
+)
+def test_logits_that_are_no_numbers_are_an_error(
+    run: Run, breaking: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, command, message
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = command.replace("BROKEN", str(breaking(slice(None))))
+    code, out, err = run(*command.split(), stdin="What is a list?\n")
+    assert (code, out) == (2, "")
+    error = err.splitlines()[-1]
+    assert message in error and error.startswith("lfm2-fast: ") and "--traceback" not in error
+
+
+@pytest.mark.parametrize("way", ["--chat", "--raw", "--chat --do-sample --top-k 1"])
+def test_what_was_written_before_the_error_keeps_its_line(
+    run: Run, tiny: Path, breaking: Callable[..., Path], way: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    prompt = "The with statement" if way == "--raw" else "What is a list?"
+    call = (prompt, "--max-new-tokens", "12", "--dtype", "float32", *way.split())
+    whole = run("generate", tiny, *call).out
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer(whole, add_special_tokens=False).input_ids
+    token = next(i for i in ids[2:-2] if ids.count(i) == 1)
+    code, out, err = run("generate", breaking(token), *call)
+    assert code == 2 and NO_TOKEN in err.splitlines()[-1]
+    assert out.endswith("\n") and len(out) > 3 and whole.startswith(out[:-1])
+
+
 def test_unexpected_errors_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise KeyError("lost")

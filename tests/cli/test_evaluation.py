@@ -59,6 +59,19 @@ def test_a_reference_that_differs_shows(tiny: Path, text) -> None:
     assert changed.reference_loss == pytest.approx(same.loss)
 
 
+def test_a_loss_that_is_no_number_is_told_with_its_piece(tiny: Path, text, breaking) -> None:
+    """Also if it is the reference's alone."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    token = next(int(token) for token in text[450:550] if token not in text[:450])
+    broken = lfm2_fast.load(breaking(token), device="cpu", dtype="bfloat16")
+    place = int((text == token).nonzero()[0]) // 50 * 50
+    for given, reference in ((broken, None), (broken, model), (model, broken)):
+        message = f"bfloat16 over tokens {place} to {place + 49} of the text is nan: weights are"
+        with pytest.raises(lfm2_fast.LogitsError, match=message):
+            evaluate(given, text[:600], window=50, reference=reference)
+    assert evaluate(broken, text[:450], window=50).loss > 0
+
+
 @pytest.mark.parametrize(("window", "message"), [(1, "at least 2"), (700, "fewer than the window")])
 def test_what_cannot_be_measured(tiny: Path, text, window: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

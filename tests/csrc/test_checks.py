@@ -91,7 +91,7 @@ def arguments() -> dict[str, dict[str, Any]]:
             "products": torch.ones(3, 6, dtype=torch.int32), "token_scales": torch.rand(3),
             "row_scales": torch.rand(6), "bias": torch.randn(6), "out": torch.zeros(3, 6),
         },
-        "argmax": {"logits": x, "out": torch.zeros(3, dtype=torch.int64)},
+        "best_tokens": {"logits": x, "out": torch.zeros(3, dtype=torch.int64)},
         "penalize": {"logits": x, "seen": x > 0, "penalty": floats, "out": torch.zeros(3, 8)},
         "warp": {
             "logits": x, "temperature": floats, "top_k": ints, "top_p": floats, "min_p": floats,
@@ -102,7 +102,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "advance": {
             "chosen": ints, "eos": torch.tensor([2, 5]), "dummy_slot": 3, "tokens": ints.clone(),
             "slots": ints.clone(), "positions": ints.clone(), "lengths": ints.int(),
-            "finished": ints > 1,
+            "finished": ints > 1, "written": ints.clone(),
         },
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-def test_argmax(dtype) -> None:
+def test_best_tokens(dtype) -> None:
     torch.manual_seed(0)
     rows = torch.randn(5, 4000).to(dtype)
     rows[1, 77:] = rows[1].max()
@@ -30,13 +30,14 @@ def test_argmax(dtype) -> None:
     rows[3] = -math.inf
     rows[4, [9, 500]] = 99.0
     rows = torch.cat([rows, torch.tensor([-0.0, 0.0]).repeat(2000)[None].to(dtype)])
-    out = torch.full((len(rows),), -1)
-    BODIES.argmax_native(rows[:, :3999], out)
+    out = torch.full((len(rows),), 99999)
+    BODIES.best_tokens_native(rows[:, :3999], out)
     expected = [(row == row.max()).nonzero()[0].item() for row in rows[:, :3999]]
-    assert out.tolist() == expected
+    assert out.tolist() == [*expected[:3], -1, *expected[4:]]
     rows[4, 700] = NAN
-    BODIES.argmax_native(rows, out)
-    assert out[4] == 700 and out[2] == 3999
+    rows[3, 3999] = torch.finfo(dtype).min
+    BODIES.best_tokens_native(rows, out)
+    assert out.tolist() == [*expected[:2], -1, 3999, -1, expected[5]]
 
 
 PARAMS = {
@@ -116,20 +117,20 @@ def test_a_token_of_no_mass_is_never_drawn(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_stay_in_bounds(bad: float) -> None:
+def test_a_row_without_a_finite_best_has_no_token(bad: float) -> None:
     by = SamplingState([SamplingParams(do_sample=True, top_k=5, top_p=0.5, min_p=0.1)] * 2)
     for places in (slice(3, 4), slice(None)):
-        scores, tokens = torch.randn(2, 500), torch.full((2,), -1)
+        scores, tokens = torch.randn(2, 500), torch.full((2,), 99999)
         scores[:, places] = bad
-        best = scores.argmax(-1)
-        BODIES.argmax_native(scores, tokens)
-        assert tokens.tolist() == best.tolist()
+        masked = bad == -math.inf and places != slice(None)
+        BODIES.best_tokens_native(scores, tokens)
+        assert tokens.tolist() == (scores.argmax(-1).tolist() if masked else [-1, -1])
         assert warped(scores, by).shape == scores.shape
         BODIES.draw_native(scores, torch.tensor([0.1, 0.9], dtype=torch.float64), tokens)
-        if bad != -math.inf or places == slice(None):
-            assert tokens.tolist() == best.tolist()
-        else:
+        if masked:
             assert 3 not in tokens.tolist() and 0 <= tokens.min() and tokens.max() < 500
+        else:
+            assert tokens.tolist() == [-1, -1]
 
 
 def test_numbers_are_sampling_pys() -> None:

@@ -397,6 +397,66 @@ def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
     )
 
 
+def breaks_after(tiny: Path, token: int) -> lfm2_fast.Lfm2ForCausalLM:
+    """As ``ahead``, but what follows ``token`` has NaN for logits."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
+    network = model.network
+    network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.clone(), requires_grad=False)
+    network.embed_tokens.weight.data[token] = torch.nan
+    network.ops = Capturing()
+    return model
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 1.5}])
+@pytest.mark.parametrize("step", range(2 * buffers.MAX_STEPS))
+def test_a_row_without_a_token_among_steps_under_way(
+    tiny: Path, plain, graphs, step: int, sampling: dict[str, Any]
+) -> None:
+    """Wherever in a launch it is, the error names it, and the cache says what it holds."""
+    kwargs = {"max_new_tokens": 30, "eos_token_id": None, **sampling}
+    text = plain.generate([PROMPTS[0]], **kwargs)[0].tolist()
+    firsts = [place for place in range(4, len(text)) if text[place] not in text[:place]]
+    broken = firsts[step]
+    model = breaks_after(tiny, text[broken])
+    cache = model.new_cache(1)
+    message = f"^row 0 .* new token {broken - 2}, at position {broken + 1}: "
+    for _ in range(2):
+        cache.reset()
+        with pytest.raises(lfm2_fast.LogitsError, match=message):
+            model.generate([PROMPTS[0]], past_key_values=cache, **kwargs)
+        assert cache.history[0] == text[: broken + 1] and cache.lengths == [broken + 1]
+    turn = [*text[:broken], 30, 31]
+    kwargs["max_new_tokens"] = 2
+    expected = plain.generate([turn], **kwargs)
+    assert text[broken] not in expected[0, :-1], "it is written again"
+    found = model.generate([turn], past_key_values=cache, **kwargs)
+    assert torch.equal(found, expected)
+
+
+def test_the_other_rows_of_a_batch_are_settled(tiny: Path, plain, graphs) -> None:
+    """Their steps that were under way are counted, and they carry on."""
+    kwargs = {"max_new_tokens": 30, "eos_token_id": None, "do_sample": True, "seed": 5}
+    written = plain.generate(PROMPTS, **kwargs)[:, 7:].tolist()
+    texts = [prompt + row for prompt, row in zip(PROMPTS, written, strict=True)]
+    seen = [token for text in texts for token in text]
+    broken = next(place for place in range(14, 30) if seen.count(texts[2][place]) == 1)
+    model = breaks_after(tiny, texts[2][broken])
+    cache = model.new_cache(5)
+    with pytest.raises(lfm2_fast.LogitsError, match=f"^row 2 .* at position {broken + 1}: "):
+        model.generate(PROMPTS, past_key_values=cache, **kwargs)
+    # The row that broke holds what it has run; a step of the others was under way.
+    ran = broken + 1 - len(PROMPTS[2])
+    assert cache.lengths == [len(p) + ran + (row != 2) for row, p in enumerate(PROMPTS)]
+    assert cache.history == [text[:n] for text, n in zip(texts, cache.lengths, strict=True)]
+    turns = [[*held, 33] for held in cache.history]
+    turns[2] = [*texts[2][:broken], 34]
+    kwargs["max_new_tokens"] = 5
+    expected = plain.generate(turns, **kwargs)
+    assert texts[2][broken] not in expected[:, :-1], "it is written again"
+    found = model.generate(turns, past_key_values=cache, **kwargs)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("which", ["plain", "ahead"])
 @pytest.mark.parametrize(
     "at_a_time", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7)), 3]
@@ -548,19 +608,24 @@ def test_advance(body: str, dummy_slot: int | None, kernel_device) -> None:
     advance = advance_triton if body == "triton" else torch.ops.lfm2_fast.advance_native
     torch.manual_seed(0)
     for count in (0, 1, 3, 200):
-        chosen = torch.randint(5, (count,))
+        chosen = torch.randint(-1, 5, (count,))
         finished = torch.rand(count) < 0.3
         positions = torch.randint(100, (count,))
         inputs = [torch.full((count,), 99), torch.arange(count), positions]
         inputs += [(positions + 1).int(), finished]
         ours = [each.clone().to(device) for each in inputs]
-        before, eos = [each.clone() for each in inputs], torch.tensor([3, -1, 1])
-        advance_ref(chosen, eos, dummy_slot, DecodeInputs(*inputs))
-        advance(chosen.to(device), eos.to(device), dummy_slot, *ours)
+        before, eos = [each.clone() for each in inputs], torch.tensor([3, 1])
+        written, theirs = (torch.full((count,), 77) for _ in "ab")
+        theirs = theirs.to(device)
+        advance_ref(chosen, eos, dummy_slot, DecodeInputs(*inputs), written)
+        advance(chosen.to(device), eos.to(device), dummy_slot, *ours, theirs)
+        assert torch.equal(written, chosen) and torch.equal(theirs.cpu(), chosen)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(inputs, ours, strict=True))
         tokens, slots, positions, lengths, ended = inputs
-        expected = before[4] | torch.isin(chosen, eos)
-        assert torch.equal(ended, expected) and torch.equal(tokens, chosen)
+        expected = before[4] | torch.isin(chosen, eos) | (chosen == -1)
+        assert torch.equal(ended, expected)
+        # What is no token must not be looked up in the embedding.
+        assert torch.equal(tokens, chosen.where(chosen >= 0, 0))
         assert torch.equal(lengths, (positions + 1).int())
         # Who ends goes past its text once: its last token was run where it stood.
         goes = before[2] + ~before[4]

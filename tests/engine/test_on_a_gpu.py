@@ -263,6 +263,21 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
     assert launched[:4] == ["launch", "read", "launch", "read"]
 
 
+@pytest.mark.parametrize("name", ["alone", "drawn", "processed"])
+def test_a_row_without_a_token_is_told(name: str, random_checkpoint, gpu: StandInGpu) -> None:
+    """By its number and position, though steps are launched ahead; later calls are right."""
+    ours, plain = both(random_checkpoint(**FEW, tie_word_embeddings=False))
+    text = CALLS[name](plain)[-1].tolist()
+    broken = next(place for place in range(8, 14) if text[place] not in text[:place])
+    number = 0 if name == "alone" else 1
+    ours.network.embed_tokens.weight.data[text[broken]] = torch.nan
+    message = f"^row {number} .* new token {broken - 3}, at position {broken + 1}: "
+    for _ in range(2):
+        with pytest.raises(lfm2_fast.LogitsError, match=message):
+            CALLS[name](ours)
+    check(write([text[:broken]], max_new_tokens=1), (ours, plain))
+
+
 # The small real checkpoint has six layers, which the interpreter takes half a minute for.
 @pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_a_conversation(trained: bool, tiny: Path, random_checkpoint, gpu: StandInGpu) -> None:

@@ -247,7 +247,7 @@ def test_scales_that_do_not_fit_are_refused(word, kernel_device) -> None:
 def best_tokens(case: Case, tiling: Tiling, traced: Any) -> torch.Tensor:
     x, norm, weight, bias, _, scale = case.inputs.values()
     best = torch.full((tiling.programs, MOST_TOKENS), 2**62, device=x.device)
-    tokens = torch.full((len(x),), -1, device=x.device)
+    tokens = torch.full((len(x),), 2**62, device=x.device)
     with traced(case.reads(), [best]):
         head_argmax_triton(x, norm, EPS, weight, bias, scale, best, tiling=tiling)
     with traced([best], [tokens]):
@@ -274,18 +274,14 @@ def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, trac
     case.inputs["weight"].zero_()
     for equals, value in (
         ((4, 5, 22), 1.0),
-        ((9, 11, 13), inf),
         ((20,), 2.0),
         ((21, 22), -0.5),
-        ((1, 3, 17, 19), NAN),
+        ((9, 11, 13), torch.finfo(kernel_dtype).max),
     ):
         case.inputs["bias"].fill_(-1)
         case.inputs["bias"][list(equals)] = value
-        if value != value:  # a NaN's sign and the rest of its bits say nothing
-            case.inputs["bias"][equals[0]] = -value
         assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [equals[0]] * 3
     case.inputs["bias"].fill_(-inf)
-    assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [0] * 3
     case.inputs["bias"][[5, 8]] = 0
     case.inputs["weight"][5, 0] = -torch.finfo(kernel_dtype).smallest_normal
     case.inputs["norm"].fill_(2**-14)
@@ -293,6 +289,22 @@ def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, trac
     logits = case.run(None)
     assert kernel_dtype != torch.float16 or (logits[:, 5].signbit() & (logits[:, 5] == 0)).all()
     assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == logits.argmax(-1).tolist()
+
+
+def test_head_argmax_has_no_token_where_the_best_is_not_finite(
+    kernel_device, kernel_dtype, traced
+) -> None:
+    """In whichever program it is, whatever the sign and the bits of a NaN; other rows stay."""
+    inf, tiling = float("inf"), Tiling(2, 4, 3)
+    case = Case("norm_linear", 3, 23, 40, True, kernel_dtype, kernel_device)
     case.inputs["weight"].zero_()
-    case.inputs["x"][1] = NAN
-    assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [5, 0, 5]
+    case.inputs["x"].fill_(1)
+    for places, value in (((9, 11, 13), inf), ((22,), NAN), ((1, 3, 17), -NAN), (range(23), -inf)):
+        case.inputs["bias"].fill_(-1)
+        case.inputs["bias"][list(places)] = value
+        assert best_tokens(case, tiling, traced).tolist() == [-1] * 3
+    case.inputs["bias"][[5, 8]] = torch.finfo(kernel_dtype).min
+    assert best_tokens(case, tiling, traced).tolist() == [5] * 3
+    for row, value in ((1, NAN), (2, inf)):
+        case.inputs["x"][row] = value
+        assert best_tokens(case, tiling, traced).tolist() == [5, -1, 5 if row == 1 else -1]

@@ -124,6 +124,41 @@ def test_dtypes_and_rows_that_stand_apart(agrees, framed, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_row_without_a_token_is_told_and_stays_alone(
+    ops: Ops, kernel_device: torch.device, bad: float, drawn: bool
+) -> None:
+    """Greedy rows, penalized and drawn ones; over more than one tile of the vocabulary."""
+    torch.manual_seed(6)
+    device = torch.device("cpu") if ops.name == "native" else kernel_device
+    rows = [SamplingParams(), SamplingParams(repetition_penalty=1.2), SamplingParams()]
+    if drawn:
+        rows += [ROWS[list(FILTERS).index(name)] for name in ("temperature", "all", "lfm2")][::-1]
+    logits = torch.randn(len(rows), TILE + 60)
+    logits[:, 9] = -math.inf  # a mask
+
+    def sample(logits: torch.Tensor) -> list[int]:
+        seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
+        state = SamplingState(rows, device=device, seed=1, seen=seen)
+        tokens = ops.sample(logits.to(device), state).tolist()
+        assert state.positions.tolist() == [1] * len(rows)
+        return tokens
+
+    good = sample(logits)
+    assert min(good) >= 0 and 9 not in good
+    for broken in (slice(1, None, 2), slice(0, None, 2)):
+        some, every = logits.clone(), logits.clone()
+        some[broken, TILE + 7], every[broken] = bad, bad
+        expected = list(good)
+        expected[broken] = [-1] * len(expected[broken])
+        assert sample(every) == expected
+        if bad == -math.inf:  # a mask too
+            assert all(0 <= token != TILE + 7 for token in sample(some))
+        else:
+            assert sample(some) == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_hostile_logits(agrees, bad: float) -> None:
     torch.manual_seed(2)
     some, all_of_it = logits_of("spread", 300), torch.full((len(ROWS), 300), bad)

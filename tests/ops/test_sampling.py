@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from lfm2_fast.ops.sampling import (
     BLOCK,
+    NO_TOKEN,
     SamplingParams,
     SamplingState,
+    best_tokens,
     draw,
     penalize,
     philox,
@@ -163,19 +165,48 @@ def test_draws_are_a_function_of_row_and_position() -> None:
     assert len(set(found)) == len(found) and 0 < min(found) and max(found) < 1
 
 
+GREEDY = {
+    "greedy": {"do_sample": False},
+    "penalized": {"do_sample": False, "repetition_penalty": 1.3},
+}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
-def test_where_softmax_is_undefined_the_first_of_the_best_is_taken(
-    bad: float, params: dict
-) -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4))
+@pytest.mark.parametrize(
+    "params", [*FILTERS.values(), *GREEDY.values()], ids=[*FILTERS.keys(), *GREEDY.keys()]
+)
+def test_a_row_without_a_finite_best_has_no_token(bad: float, params: dict) -> None:
+    """Minus infinity in some places is a mask; everywhere it leaves nothing to choose."""
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(4))
+    seen = torch.rand(5, 50, generator=torch.Generator().manual_seed(5)) < 0.3
+    rows = [SamplingParams(**{"do_sample": True, **params})] * 5
+    alone = sample_ref(logits, SamplingState(rows, seed=2, seen=seen.clone()))
     logits[1, [9, 30]] = bad
-    logits[2] = bad
-    seen = torch.zeros(3, 50, dtype=torch.bool)
-    state = SamplingState([SamplingParams(do_sample=True, **params)] * 3, seen=seen)
+    logits[3] = bad
+    state = SamplingState(rows, seed=2, seen=seen.clone())
     tokens = sample_ref(logits, state)
-    assert 0 <= tokens.min() and tokens.max() < 50 and tokens[2] == 0
-    assert tokens[1] == 9 if bad != -math.inf else tokens[1] not in (9, 30)
+    assert tokens[[0, 2, 4]].tolist() == alone[[0, 2, 4]].tolist()
+    assert tokens[3] == NO_TOKEN
+    if bad == -math.inf:
+        assert tokens[1] >= 0 and tokens[1] not in (9, 30)
+    else:
+        assert tokens[1] == NO_TOKEN
+    assert state.positions.tolist() == [1] * 5
+    good = torch.tensor([0, 2, 4])
+    assert torch.equal(state.seen[good], seen[good].scatter(1, tokens[good, None], True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_best_is_the_first_of_equals(dtype: torch.dtype) -> None:
+    scores = torch.zeros(7, 300, dtype=dtype)
+    scores[0, [44, 250]] = 3
+    scores[1, 299] = -0.0
+    scores[2] = -math.inf
+    scores[2, [7, 8]] = torch.finfo(dtype).min
+    scores[3, 70] = torch.finfo(dtype).max
+    scores[4, 299], scores[5, 0], scores[6] = math.nan, math.inf, -math.inf
+    assert best_tokens(scores).tolist() == [44, 0, 7, 70, NO_TOKEN, NO_TOKEN, NO_TOKEN]
+    assert best_tokens(scores[:0]).tolist() == []
 
 
 def test_every_row_has_its_own_parameters() -> None:
