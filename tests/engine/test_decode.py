@@ -408,7 +408,7 @@ def breaks_after(tiny: Path, token: int) -> lfm2_fast.Lfm2ForCausalLM:
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 1.5}])
-@pytest.mark.parametrize("step", range(2 * buffers.MAX_STEPS))
+@pytest.mark.parametrize("step", range(2 * step_buffers.MAX_STEPS))
 def test_a_row_without_a_token_among_steps_under_way(
     tiny: Path, plain, graphs, step: int, sampling: dict[str, Any]
 ) -> None:
