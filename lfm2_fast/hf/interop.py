@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
 from lfm2_fast.hf.configuration import Lfm2Config
-from lfm2_fast.weights.formats import find_format
+from lfm2_fast.hf.loading import check_options
+from lfm2_fast.weights.checkpoint import BLOCK
+from lfm2_fast.weights.formats import DENSE, Format, find_format
 from lfm2_fast.weights.fusion import BASE, HEAD, fusion_table
 
 
@@ -21,12 +24,18 @@ def from_transformers(
 ) -> Lfm2ForCausalLM | Lfm2Model:
     """Return our model of transformers' LFM2 model in memory, as it is now.
 
-    Takes ``Lfm2ForCausalLM`` or ``Lfm2Model``. Tensors that both store alike are shared, so changes
-    to one show in the other: embedding, head, norms, taps and output projections. Fused ones (q, k
-    and v; gate and up) are copied, at the published sizes about half of the weights. With
-    ``quantization`` the matrices are copies in that format, and nothing but small tensors is
-    shared. Raises TypeError for another model, ValueError for one with an adapter or on several
-    devices.
+    Takes ``Lfm2ForCausalLM`` or ``Lfm2Model``. Tensors that both store alike are shared: embedding,
+    head, norms, taps, biases, in_proj, out_proj and down_proj. Fused ones (q, k and v; gate and up)
+    are copies, at the published sizes 46 to 53 % of the weights. With ``quantization`` all matrices
+    are copies in that format. The copies are all that the call allocates, but for a few megabytes:
+    its peak of memory is ``model`` and the copies.
+
+    ``model`` is not changed and stays usable. A change in place shows in both where the tensor is
+    shared, and in one alone where it was copied: after an edit, call this again. When ``model`` is
+    deleted, what was fused or quantized is freed there, and the weights are held once.
+
+    Raises TypeError for another model, ValueError for one that is quantized, has an adapter or lies
+    on several devices, and for options that ``load`` refuses.
     """
     config = getattr(model, "config", None)
     if hasattr(model, "peft_config") or any(
@@ -35,6 +44,11 @@ def from_transformers(
         raise ValueError("the model has an adapter: call merge_and_unload() first")
     if getattr(config, "model_type", None) != "lfm2":
         raise TypeError(f"from_transformers() takes an LFM2 model, not {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized: load it without quantization_config, and give "
+            "from_transformers() quantization='int8'"
+        )
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     if len({tensor.device for tensor in tensors.values()}) > 1:
         raise ValueError("the model lies on several devices: move it to one with model.to(device)")
@@ -47,6 +61,13 @@ def from_transformers(
         for name, tensor in model.state_dict().items()
     }
     embedding = state[f"{BASE}embed_tokens.weight"]
+    check_options(
+        device=embedding.device,
+        dtype=embedding.dtype,
+        max_length=max_length,
+        backend=backend,
+        quantization=quantization,
+    )
     head = state.get(HEAD, embedding)
     ours.tie_word_embeddings = head.data_ptr() == embedding.data_ptr()
     ours.vocab_size = len(embedding)
@@ -55,13 +76,13 @@ def from_transformers(
     weights: dict[str, torch.Tensor] = {}
     for name, fused in fusion_table(ours.to_internal()).items():
         parts = [state[part.name] for part in fused.parts]
-        whole = parts[0].reshape(fused.shape) if len(parts) == 1 else torch.cat(parts)
-        if fused.is_matrix:
-            suffixes = format.parts(fused.shape)
-            made = zip(suffixes, format.quantize(whole), strict=True)
+        if fused.is_matrix and format is not DENSE:
+            made = zip(format.suffixes, _quantized(parts, format), strict=True)
             weights.update({name + suffix: part for suffix, part in made})
+        elif len(parts) == 1:
+            weights[name] = parts[0].reshape(fused.shape)
         else:
-            weights[name] = whole
+            weights[name] = torch.cat(parts)
     if quantization is not None:
         ours.quantization_config = {"quant_method": "lfm2_fast", "format": quantization}
     settings = getattr(model, "generation_config", None)
@@ -73,6 +94,22 @@ def from_transformers(
         generation_config=None if settings is None else settings.to_dict(),
         name_or_path=getattr(model, "name_or_path", ""),
     )
+
+
+def _quantized(parts: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:
+    """Return the matrix of ``parts [n, K]``, stacked, in ``format``, made some rows at a time."""
+    shape = (sum(map(len, parts)), parts[0].shape[1])
+    made = [
+        torch.empty(own, dtype=dtype or parts[0].dtype, device=parts[0].device)
+        for own, dtype in format.parts(shape).values()
+    ]
+    first = 0
+    for part in parts:
+        for rows in part.split(max(1, BLOCK // shape[1])):
+            for place, piece in zip(made, format.quantize(rows), strict=True):
+                place[first : first + len(rows)] = piece
+            first += len(rows)
+    return made
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Real clients of Hugging Face's models, given ours."""
+"""Real clients of Hugging Face's models, which load ours by themselves after ``register``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+import lfm2_fast
+
 PROMPTS = ["The first argument", "Return a list of the"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Path) -> Any:
-    from transformers import AutoTokenizer
+def test_transformers_pipeline(tiny: Path, pair: Callable, caplog: Any) -> None:
+    from transformers import AutoTokenizer, pipeline
 
-    return AutoTokenizer.from_pretrained(tiny, padding_side="left")
-
-
-def test_transformers_pipeline(tiny: Path, tokenizer: Any, pair: Callable, caplog: Any) -> None:
-    from transformers import pipeline
-
+    tokenizer = AutoTokenizer.from_pretrained(tiny, padding_side="left")
     theirs, ours = pair(tiny)
     conversation = [{"role": "user", "content": "What is a list?"}]
     answers = []
@@ -44,21 +40,64 @@ def test_transformers_pipeline(tiny: Path, tokenizer: Any, pair: Callable, caplo
     assert "is not supported for text-generation" not in caplog.text
 
 
-def test_lm_evaluation_harness(
-    tiny: Path, tokenizer: Any, pair: Callable, tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Both kinds of request, likelihoods and generation, through its Hugging Face wrapper."""
-    lm_eval = pytest.importorskip(
-        "lm_eval", reason="the harness is not installed: pip install 'lfm2-fast[eval]'"
-    )
-    from lm_eval.models.huggingface import HFLM
+def test_the_pipeline_loads_ours(tiny: Path, registered: None) -> None:
+    from transformers import pipeline
 
+    made = pipeline("text-generation", model=str(tiny), dtype=torch.float32)
+    assert type(made.model) is lfm2_fast.Lfm2ForCausalLM
+    (answer,) = made("The database server", max_new_tokens=5, do_sample=False)
+    lfm2_fast.unregister()
+    plain = pipeline("text-generation", model=str(tiny), dtype=torch.float32)
+    assert [answer] == plain("The database server", max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_sentence_transformers_loads_ours(
+    tiny: Path, registered: None, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of unequal lengths in one batch, the embedding taken from all tokens or the last."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    texts = [*PROMPTS, "A list.", "What does the with statement do when a file is opened twice?"]
+
+    def embed() -> tuple[type, torch.Tensor]:
+        inner = Transformer(str(tiny), model_kwargs={"dtype": torch.float32})
+        pool = Pooling(inner.get_embedding_dimension(), pooling)
+        client = SentenceTransformer(modules=[inner, pool], device="cpu")
+        return type(inner.auto_model), client.encode(texts, convert_to_tensor=True)
+
+    kind, ours = embed()
+    assert kind is lfm2_fast.Lfm2Model
+    lfm2_fast.unregister()
+    kind, theirs = embed()
+    assert kind.__module__.startswith("transformers.")
+    assert ours.shape == theirs.shape == (len(texts), 192)
+    error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    assert error.max() < 1e-5
+    assert (theirs[0] - theirs[1]).norm() > 0.1 * theirs[0].norm(), "all texts look alike"
+
+
+@pytest.mark.nightly
+def test_lm_evaluation_harness_loads_ours(
+    tiny: Path, registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of request, from a folder's name to the results, on questions of two rows."""
+    lm_eval = pytest.importorskip(
+        "lm_eval", reason="the extra 'eval' is not installed: make nightly installs it"
+    )
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    from lm_eval.models.huggingface import HFLM
+
     questions = tmp_path / "questions.jsonl"
-    pairs = zip(PROMPTS, (" is the name", " files"), strict=True)
-    lines = (json.dumps({"question": q, "answer": a}) for q, a in pairs)
-    questions.write_text("\n".join(lines))
+    rows = [
+        {"question": q, "answer": a, "wrong": w}
+        for q, a, w in zip(PROMPTS, (" is the name", " files"), (" tomato", " of"), strict=True)
+    ]
+    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     common = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(questions)}, "cache_dir": str(tmp_path)},
@@ -66,35 +105,34 @@ def test_lm_evaluation_harness(
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{answer}}",
     }
+    until = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}}
+    choices = {"doc_to_choice": "{{[answer, wrong]}}", "doc_to_target": 0}
     tasks = [
-        {"task": "likelihood", "output_type": "loglikelihood", **common},
-        {
-            "task": "writing",
-            "output_type": "generate_until",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
-            **common,
-        },
+        {**common, "task": "likelihood", "output_type": "loglikelihood"},
+        {**common, "task": "rolling", "output_type": "loglikelihood_rolling"},
+        {**common, "task": "choice", "output_type": "multiple_choice", **choices},
+        {**common, "task": "writing", "output_type": "generate_until", **until},
     ]
 
-    def answers(model: Any) -> dict[str, list[Any]]:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
-        results = lm_eval.simple_evaluate(wrapped, tasks=tasks, bootstrap_iters=0, log_samples=True)
-        return {
-            task: [sample["resps"][0][0] for sample in samples]
-            for task, samples in results["samples"].items()
+    def evaluate() -> tuple[type, dict[str, list[Any]], dict[str, Any]]:
+        harness = HFLM(pretrained=str(tiny), dtype="float32", device="cpu", batch_size=2)
+        found = lm_eval.simple_evaluate(harness, tasks=tasks, bootstrap_iters=0, log_samples=True)
+        answers = {
+            task: [answer for each in samples for answer in each["filtered_resps"]]
+            for task, samples in found["samples"].items()
         }
+        return type(harness.model), answers, found["results"]
 
-    theirs, ours = map(answers, pair(tiny))
-    assert ours["writing"] == theirs["writing"]
-    for mine, other in zip(ours["likelihood"], theirs["likelihood"], strict=True):
-        assert mine[0] == pytest.approx(other[0], abs=1e-3) and mine[1] == other[1]
-
-
-def test_the_readmes_example_runs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = readme.partition("```python\n")[2].partition("```")[0]
-    for old, new in (("LiquidAI/LFM2-1.2B", tiny.as_posix()), ("=512", "=8")):
-        assert old in code
-        code = code.replace(old, new)
-    exec(code, {})
-    assert "What is C. elegans?<|im_end|>" in capsys.readouterr().out
+    kind, ours, results = evaluate()
+    assert kind is lfm2_fast.Lfm2ForCausalLM
+    lfm2_fast.unregister()
+    kind, theirs, expected = evaluate()
+    assert kind.__module__.startswith("transformers.")
+    assert ours["writing"] == theirs["writing"] and all(map(len, ours["writing"]))
+    assert results["choice"]["acc,none"] == expected["choice"]["acc,none"]
+    for task, count in {"likelihood": 2, "choice": 4}.items():
+        assert len(ours[task]) == len(theirs[task]) == count
+        for (mine, greedy), (other, their_greedy) in zip(ours[task], theirs[task], strict=True):
+            assert mine == pytest.approx(other, rel=2e-5) and greedy == their_greedy
+    assert len(ours["rolling"]) == 2
+    assert ours["rolling"] == pytest.approx(theirs["rolling"], rel=2e-5)
