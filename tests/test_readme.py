@@ -19,6 +19,7 @@ lfm2_fast.register()  # from here on, transformers' Auto classes give this packa
 """
 
 
+@pytest.mark.filterwarnings("ignore:temperature, min_p without do_sample=True")
 def test_hugging_faces_example_runs_unchanged_or_with_one_line_changed(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,8 @@ import torch
 
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.hf.forward import (
+    Wanted,
+    as_asked,
     causal_loss,
     check_forward_args,
     forward,
@@ -17,12 +19,45 @@ from lfm2_fast.hf.forward import (
 from lfm2_fast.hf.generate import generate
 from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+from lfm2_fast.weights.formats import Projection
+
+
+def loss_function(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """Return the loss that ``forward`` gives with labels, from ``logits [B, T, V]``.
+
+    ``labels [B, T]`` are shifted by one here; ``shift_labels [B, T]``, where given, stand for those
+    that are shifted already. See ``forward.causal_loss``; ``vocab_size`` is the logits' own.
+    """
+    return causal_loss(logits, labels, num_items_in_batch, ignore_index, shift_labels)
 
 
 class Lfm2Model(Lfm2PreTrainedModel):
     """An LFM2 model without its head: ``forward`` gives hidden states."""
 
-    base_model_prefix = ""
+    loss_function = staticmethod(loss_function)
+
+    @property
+    def embed_tokens(self) -> Projection:
+        """The embedding: ``weight [V, H]``, called with ids it gives their rows."""
+        return self.network.embed_tokens
+
+    @property
+    def embedding_norm(self) -> torch.nn.Module:
+        """The norm after the last block: ``weight [H]``."""
+        return self.network.embedding_norm
+
+    @property
+    def padding_idx(self) -> int | None:
+        """Token id of padding, as the config says it."""
+        return self.config.pad_token_id
 
     def get_output_embeddings(self) -> None:
         """Return None: there is no head."""
@@ -37,7 +72,7 @@ class Lfm2Model(Lfm2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         *,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Wanted | None = None,
         output_attentions: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         return_dict: bool | None = None,
@@ -58,11 +93,14 @@ class Lfm2Model(Lfm2PreTrainedModel):
             output_attentions,
             cu_seq_lens_q,
         )
-        return answer.to_tuple() if return_dict is False else answer
+        return as_asked(self, answer, return_dict)
 
 
 class Lfm2ForCausalLM(Lfm2PreTrainedModel):
     """An LFM2 language model with ``forward`` and ``generate`` as Hugging Face's class has them."""
+
+    output_modalities = ("text",)
+    loss_function = staticmethod(loss_function)
 
     @property
     def model(self) -> Lfm2Model:
@@ -79,22 +117,6 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
         """The head: ``weight [V, H]``."""
         return self.network.lm_head
 
-    @staticmethod
-    def loss_function(
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        vocab_size: int | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        ignore_index: int = -100,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Return the loss that ``forward`` gives with labels; see ``forward.causal_loss``."""
-        return causal_loss(logits, labels, num_items_in_batch, ignore_index)
-
-    def can_generate(self) -> bool:
-        """Return True: the model has ``generate``."""
-        return True
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -106,10 +128,12 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         *,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Wanted | None = None,
         output_attentions: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
@@ -130,10 +154,12 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
             output_attentions,
             cu_seq_lens_q,
             num_items_in_batch,
+            ignore_index,
+            shift_labels,
         )
         if answer.loss is not None and torch.is_grad_enabled():
             answer.loss = refuse_backward(answer.loss)
-        return answer.to_tuple() if return_dict is False else answer
+        return as_asked(self, answer, return_dict)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts; see ``lfm2_fast.hf.generate.generate`` for the arguments."""

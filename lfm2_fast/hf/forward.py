@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput
+from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from lfm2_fast.hf.packing import Packed, pack
 from lfm2_fast.hf.pretrained import INFERENCE, Lfm2PreTrainedModel
 
@@ -21,7 +21,11 @@ NO_EFFECT = {
     "max_length_k": "it follows from cu_seq_lens_q",
     "output_router_logits": "the model has no experts",
     "cache_position": "the cache knows its length",
+    "seq_idx": "it repeats what `cu_seq_lens_q` or `position_ids` say; alone it is refused",
 }
+# Whether to give the layers' outputs, or the indices of those to give.
+Wanted = bool | int | Sequence[int]
+NO_ATTENTIONS = "attention is fused: use transformers' class with attn_implementation='eager'"
 
 
 def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
@@ -30,9 +34,7 @@ def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
     Raises ValueError for what is not supported and TypeError for a name that nobody knows.
     """
     for name, value in others.items():
-        if name == "seq_idx" and (packed or value is None):
-            continue  # it repeats what cu_seq_lens_q or position_ids say
-        if name == "seq_idx":
+        if name == "seq_idx" and not packed and value is not None:
             raise ValueError("seq_idx alone is not supported: give cu_seq_lens_q or position_ids")
         if name == "is_causal" and value is False:
             raise ValueError("is_causal=False is not supported: the model is causal")
@@ -55,13 +57,10 @@ class _Run:
         output_attentions: bool | None,
     ) -> None:
         if output_attentions:
-            raise ValueError(
-                "output_attentions=True is not supported: attention is fused and its weights are "
-                "never written; use transformers' class with attn_implementation='eager'"
-            )
+            raise ValueError(f"output_attentions=True is not supported: {NO_ATTENTIONS}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        self.network = model.network
+        self.network, self.config = model.network, model.config
         if input_ids is not None:
             self.like = check_ids(model, input_ids)
         else:
@@ -95,16 +94,29 @@ class _Run:
         return x
 
     def hidden_states(
-        self, collected: list[torch.Tensor] | None, last: torch.Tensor
-    ) -> tuple[torch.Tensor, ...] | None:
-        """Return every layer's output, padded as the call was; the last one is normed."""
-        if collected is None:
-            return None
-        every = self.columns(0)
-        return tuple(self.packed.unpack(each, every) for each in [*collected[:-1], last])
+        self, collected: list[torch.Tensor], last: torch.Tensor, wanted: Wanted
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return every layer's output, padded as the call was; the last one is normed.
+
+        Where ``wanted`` has indices, None stands for the others, as in Hugging Face's class.
+        """
+        every, states = self.columns(0), [*collected[:-1], last]
+        chosen = set(range(len(states)))
+        if not isinstance(wanted, bool):
+            given = [wanted] if isinstance(wanted, int) else wanted
+            chosen &= {i + len(states) if i < 0 else i for i in given}
+        return tuple(
+            self.packed.unpack(each, every) if i in chosen else None
+            for i, each in enumerate(states)
+        )
 
     def kept_cache(self, use_cache: bool | None) -> Cache | None:
-        """Return the cache for the answer, if it was asked for and is of further use."""
+        """Return the cache for the answer, if it was asked for and is of further use.
+
+        Unless the caller says it, the config does.
+        """
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True)
         return None if use_cache is False or self.packed.is_split else self.packed.cache
 
 
@@ -118,7 +130,7 @@ def forward_base(
     past_key_values: Cache | None = None,
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
-    output_hidden_states: bool | None = None,
+    output_hidden_states: Wanted | None = None,
     output_attentions: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
 ) -> BaseModelOutput:
@@ -137,12 +149,12 @@ def forward_base(
         output_attentions,
     )
     wanted = _wanted(model, output_hidden_states)
-    collected: list[torch.Tensor] | None = [] if wanted else None
-    last = run.network.last_norm(run.blocks(collected))
+    collected: list[torch.Tensor] = []
+    last = run.network.last_norm(run.blocks(collected if wanted else None))
     return BaseModelOutput(
         last_hidden_state=run.packed.unpack(last, run.columns(0)),
         past_key_values=run.kept_cache(use_cache),
-        hidden_states=run.hidden_states(collected, last),
+        hidden_states=run.hidden_states(collected, last, wanted) if wanted else None,
     )
 
 
@@ -158,10 +170,12 @@ def forward(
     labels: torch.Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: int | torch.Tensor = 0,
-    output_hidden_states: bool | None = None,
+    output_hidden_states: Wanted | None = None,
     output_attentions: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
 ) -> CausalLMOutput:
     """Return logits of ``[B, T]`` tokens, continuing ``past_key_values`` where given.
 
@@ -171,9 +185,11 @@ def forward(
     or restart at 0 within a row: then the row holds several sequences, as ``cu_seq_lens_q [S + 1]``
     says of a single row. ``logits_to_keep`` keeps the last so many columns, or those of an index
     tensor; 0 keeps all. ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next
-    token, -100 left out, or its sum over ``num_items_in_batch``. ``output_hidden_states`` asks for
-    every layer's output. Raises ValueError, naming the argument, for ids out of range, a mask with
-    holes, positions that fit neither, a cache of another batch size, and what is not supported.
+    token, ``ignore_index`` left out, or its sum over ``num_items_in_batch``; ``shift_labels`` stand
+    for labels that are shifted already. ``output_hidden_states`` asks for every layer's output, or
+    for those at an index or indices, None standing for the others. Raises ValueError, naming the
+    argument, for ids out of range, a mask with holes, positions that fit neither, a cache of
+    another batch size, and what is not supported.
     """
     run = _Run(
         model,
@@ -186,15 +202,16 @@ def forward(
         output_attentions,
     )
     columns = run.columns(logits_to_keep)
-    collected: list[torch.Tensor] | None = [] if _wanted(model, output_hidden_states) else None
-    x = run.blocks(collected)
+    wanted = _wanted(model, output_hidden_states)
+    collected: list[torch.Tensor] = []
+    x = run.blocks(collected if wanted else None)
     states = None
-    if collected is not None:
-        states = run.hidden_states(collected, run.network.last_norm(x))
+    if wanted:
+        states = run.hidden_states(collected, run.network.last_norm(x), wanted)
     logits = run.packed.unpack(run.network.logits(x, run.packed.places(columns)), columns)
     loss = None
     if labels is not None:
-        loss = causal_loss(logits, labels, num_items_in_batch)
+        loss = causal_loss(logits, labels, num_items_in_batch, ignore_index, shift_labels)
     return CausalLMOutput(
         loss=loss,
         logits=logits,
@@ -203,29 +220,41 @@ def forward(
     )
 
 
-def _wanted(model: Lfm2PreTrainedModel, output_hidden_states: bool | None) -> bool:
+def _wanted(model: Lfm2PreTrainedModel, output_hidden_states: Wanted | None) -> Wanted:
     if output_hidden_states is None:
         return bool(getattr(model.config, "output_hidden_states", False))
     return output_hidden_states
 
 
+def as_asked(model: Lfm2PreTrainedModel, answer: ModelOutput, return_dict: bool | None) -> Any:
+    """Return the answer of a forward call, or its tuple if the caller or the config asks for it."""
+    if return_dict is None:
+        return_dict = getattr(model.config, "return_dict", True)
+    return answer if return_dict else answer.to_tuple()
+
+
 def causal_loss(
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the cross-entropy in nats of ``labels [B, T]`` shifted by one, from float32 logits.
 
     As Hugging Face's loss for causal models: the mean over labels that are not ``ignore_index``, or
-    the sum over ``num_items_in_batch``.
+    the sum over ``num_items_in_batch``. ``shift_labels [B, T]`` stand for labels that are shifted
+    already. Raises ValueError for labels of another shape than the logits'.
     """
-    if labels.shape != logits.shape[:2]:
+    given = labels if shift_labels is None else shift_labels
+    if given is None or given.shape != logits.shape[:2]:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, the logits {tuple(logits.shape[:2])}; with "
-            "labels, leave logits_to_keep out"
+            f"labels has shape {None if given is None else tuple(given.shape)}, the logits "
+            f"{tuple(logits.shape[:2])}; with labels, leave logits_to_keep out"
         )
-    targets = F.pad(labels.to(logits.device), (0, 1), value=ignore_index)[:, 1:].flatten()
+    if shift_labels is None:
+        given = F.pad(given, (0, 1), value=ignore_index)[:, 1:]
+    targets = given.to(logits.device).flatten()
     how = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), targets, ignore_index=ignore_index, reduction=how

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 # Name -> why any value of it changes nothing here.
 ACCEPTED = {
     "trust_remote_code": "nothing of a checkpoint is ever executed",
+    "code_revision": "nothing of a checkpoint is ever executed",
     "attn_implementation": "attention is this package's own, with the same result",
     "experts_implementation": "the model has no experts",
     "low_cpu_mem_usage": "weights are always read straight to their place",

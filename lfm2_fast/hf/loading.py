@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -38,7 +39,8 @@ def load_as(
     """
     where, named = check_options(**options)
     check_load_args(others)
-    given = None if config is None else Lfm2Config.of(config)
+    # What is noted on the config below is the model's, not the caller's.
+    given = None if config is None else copy.deepcopy(Lfm2Config.of(config))
     folder = hub.find_checkpoint(model, **hub_options)
     if given is None:
         path = folder / "config.json"

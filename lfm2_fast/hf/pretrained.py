@@ -17,7 +17,7 @@ from lfm2_fast.config import Config
 from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
 from lfm2_fast.hf.loading import load_as
-from lfm2_fast.hf.surface import REFUSED_NAMES
+from lfm2_fast.hf.surface import PARTS, REFUSED_NAMES
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.base import Ops
 from lfm2_fast.weights import checkpoint
@@ -48,8 +48,8 @@ class Lfm2PreTrainedModel(nn.Module):
     main_input_name = "input_ids"
     model_tags: list[str] | None = None
     config_class = Lfm2Config
-    # transformers' pipelines ask a model for these.
-    input_modalities = output_modalities = ("text",)
+    # transformers' pipelines ask a model for this.
+    input_modalities = "text"
     # The model lies on one device, is no one else's code, and cannot be trained.
     is_parallelizable = supports_gradient_checkpointing = is_gradient_checkpointing = False
     hf_quantizer: None = None
@@ -198,14 +198,28 @@ class Lfm2PreTrainedModel(nn.Module):
         self._idle = []
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch's Module would keep a module beside the property of that name, and use neither.
+        if isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(f"{name} cannot be replaced: {PARTS}")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         # Called for what is not there: a part of the module, or a name of Hugging Face's class.
         if name in REFUSED_NAMES:
             raise AttributeError(f"{name} is not supported by lfm2_fast: {REFUSED_NAMES[name]}")
         return super().__getattr__(name)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Return True for the class that has ``generate``."""
+        return hasattr(cls, "generate")
+
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         """Do nothing: attention is this package's own, with the same result."""
+
+    def set_experts_implementation(self, experts_implementation: Any) -> None:
+        """Do nothing: the model has no experts."""
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Note words about the model; they are kept in ``model_tags``."""
@@ -217,6 +231,11 @@ class Lfm2PreTrainedModel(nn.Module):
         if mode:
             raise RuntimeError(f"train() is not supported: {INFERENCE}")
         return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens: rows of the embedding and of the head."""
+        return self.network.config.vocab_size
 
     @property
     def device(self) -> torch.device:
@@ -326,6 +345,7 @@ class Lfm2PreTrainedModel(nn.Module):
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
+        *,
         safe_serialization: bool = True,
         **others: Any,
     ) -> None:

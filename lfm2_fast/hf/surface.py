@@ -8,14 +8,16 @@ _DEVICES = "the model lies on one device"
 _HUB = "upload a saved folder with the hub's own command"
 _LOOP = "generate() is this package's own loop: call it"
 _INSIDE = "it belongs to the inside of transformers' class"
-_PARTS = "weights are fused: change them in transformers' model, and use from_transformers()"
+PARTS = "weights are fused: change them in transformers' model, and use from_transformers()"
+_LAYERS = "layers run packed here: ask for output_hidden_states=True"
+_DENSE = "load the checkpoint without quantization"
 _BODIES = "choose this package's bodies with load(..., backend=)"
 
 _GROUPS = {
     _TRAINING: """
         activation_checkpointing_disable activation_checkpointing_enable
-        disable_input_require_grads enable_input_require_grads gradient_checkpointing_disable
-        gradient_checkpointing_enable is_activation_checkpointing""",
+        disable_input_require_grads enable_input_require_grads gradient_checkpointing
+        gradient_checkpointing_disable gradient_checkpointing_enable is_activation_checkpointing""",
     _ADAPTER: """
         active_adapters add_adapter delete_adapter disable_adapters enable_adapters
         enable_peft_hotswap get_adapter_state_dict load_adapter set_adapter""",
@@ -31,16 +33,17 @@ _GROUPS = {
         destroy_cached_continuous_batching_manager generate_batch get_compiled_call heal_tokens
         init_continuous_batching load_custom_generate prepare_inputs_for_generation""",
     _INSIDE: """
-        can_record_outputs dummy_inputs get_correct_attn_implementation
+        all_tied_weights_keys can_record_outputs dummy_inputs get_correct_attn_implementation
         get_correct_experts_implementation get_encoder get_expanded_tied_weights_keys
         get_experts_implementation get_init_context get_parameter_or_buffer get_position_embeddings
         generation_config_class init_weights initialize_weights is_backend_compatible
-        is_custom_code is_remote_code mark_tied_weights_as_initialized named_non_persistent_buffers
-        post_init resize_position_embeddings retrieve_modules_from_names
+        is_custom_code is_remote_code loss_type mark_tied_weights_as_initialized
+        named_non_persistent_buffers post_init resize_position_embeddings
+        retrieve_modules_from_names rotary_emb
         warn_if_padding_and_no_attention_mask""",
-    _PARTS: """
-        dequantize set_decoder set_encoder set_experts_implementation set_input_embeddings
-        set_output_embeddings""",
-    _BODIES: "set_use_kernels use_kernels",
+    PARTS: "set_decoder set_encoder set_input_embeddings set_output_embeddings",
+    _LAYERS: "layers",
+    _DENSE: "dequantize",
+    _BODIES: "kernel_config set_use_kernels use_kernels",
 }
 REFUSED_NAMES = {name: advice for advice, names in _GROUPS.items() for name in names.split()}

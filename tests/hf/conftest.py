@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lfm2_fast
 
@@ -15,3 +18,16 @@ def registered() -> Iterator[None]:
     lfm2_fast.register()
     yield
     lfm2_fast.unregister()
+
+
+@pytest.fixture(scope="module")
+def both(tiny: Path, pair: Callable[..., Any]) -> tuple[Any, Any]:
+    """The small checkpoint in transformers' class and in ours, in float32."""
+    return pair(tiny)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Nothing is recorded for a backward pass."""
+    with torch.no_grad():
+        yield

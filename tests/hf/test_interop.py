@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,9 @@ import torch
 
 import lfm2_fast
 from lfm2_fast import Config
-from lfm2_fast.weights.fusion import fusion_table
+from lfm2_fast.weights.fusion import checkpoint_bytes, fusion_table
+
+ROOT = Path(__file__).resolve().parents[2]
 
 IDS = torch.randint(8, 307, (2, 9), generator=torch.Generator().manual_seed(4))
 
@@ -174,6 +177,18 @@ def test_the_peak_of_memory_is_their_model_and_the_copies(quantization: str | No
     assert ours - slack < after < ours + slack, "deleting their model does not free what was copied"
 
 
+def test_the_page_tells_the_bytes_of_the_published_sizes() -> None:
+    page = (ROOT / "docs" / "usage" / "huggingface.md").read_text(encoding="utf-8")
+    for start, quantization in (("q, k and v", None), ("`quantization=", "int8")):
+        cells = re.search(rf"^\| {start}[^|]*\| (.*) \|$", page, re.MULTILINE)
+        assert cells is not None
+        for size, cell in zip(["350M", "700M", "1.2B", "2.6B"], cells[1].split(" | "), strict=True):
+            config = Config.from_file(ROOT / "tests" / "data" / f"LFM2-{size}.json")
+            copied = copied_bytes(config, quantization)
+            whole = checkpoint_bytes(config, torch.bfloat16)
+            assert cell == f"{copied / 1e6:,.0f} MB, {100 * copied / whole:.0f} %"
+
+
 def test_in_eight_bits(theirs) -> None:
     ours = lfm2_fast.from_transformers(theirs, quantization="int8")
     assert ours.config.quantization == "int8"
@@ -189,12 +204,18 @@ def test_what_is_no_lfm2_in_memory_is_named(theirs) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
     with pytest.raises(TypeError, match="LlamaForCausalLM"):
         lfm2_fast.from_transformers(LlamaForCausalLM(LlamaConfig(**small, num_attention_heads=2)))
+    with pytest.raises(ValueError, match="quantization='int9' is not supported; use 'int8'"):
+        lfm2_fast.from_transformers(theirs, quantization="int9")
+    theirs.hf_quantizer = object()
+    with pytest.raises(ValueError, match="is quantized: load it without quantization_config"):
+        lfm2_fast.from_transformers(theirs)
+    theirs.hf_quantizer = None
     theirs.model.layers[0].lora_A = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="merge_and_unload"):
         lfm2_fast.from_transformers(theirs)
 
 
-def test_auto_classes_give_ours_and_theirs_again(tiny: Path, registered) -> None:
+def test_auto_classes_give_ours_and_theirs_again(tiny: Path, registered, tmp_path) -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -202,6 +223,10 @@ def test_auto_classes_give_ours_and_theirs_again(tiny: Path, registered) -> None
     assert type(AutoModel.from_pretrained(tiny)) is lfm2_fast.Lfm2Model
     config = AutoConfig.from_pretrained(tiny)
     assert type(AutoModelForCausalLM.from_config(config)) is lfm2_fast.Lfm2ForCausalLM
+    eight = AutoModelForCausalLM.from_pretrained(tiny, quantization_config={"load_in_8bit": True})
+    eight.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.quantization == "int8" and torch.equal(again(IDS).logits, eight(IDS).logits)
     lfm2_fast.register()
     lfm2_fast.unregister()
     lfm2_fast.unregister()
