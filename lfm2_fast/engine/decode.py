@@ -33,7 +33,7 @@ LEAST_TEMPERATURE = 1e-35
 
 
 class LogitsError(RuntimeError):
-    """A row has no token to choose: the best of its logits is NaN or infinite."""
+    """Logits are NaN or infinite: no token can be chosen by them, or no loss computed."""
 
 
 @dataclass
@@ -69,16 +69,17 @@ def no_token(
 ) -> LogitsError:
     """Return the error of a row that has no token to choose as its new token ``number``, from 1 on.
 
-    ``processed`` says that a caller's Python had a hand in its logits. The position that the error
+    ``processed`` says that logits processors had a hand in its logits. The position that the error
     names is that of the token in the row's text, from 0 on and without padding.
     """
     why = why_not_finite(dtype)
     if params.do_sample and params.temperature < LEAST_TEMPERATURE:
         why = f"temperature={params.temperature} makes them infinite; decode greedily instead"
-    also = "; or logits processors leave no token a finite score" if processed else ""
+    if processed:
+        why = f"logits processors leave no token a finite score, or {why}"
     return LogitsError(
         f"row {row.number} has no token to choose as its new token {number}, at position "
-        f"{row.start + number - 1}: the best of its logits is NaN or infinite ({why}{also})"
+        f"{row.start + number - 1}: the best of its logits is NaN or infinite ({why})"
     )
 
 

@@ -187,9 +187,10 @@ def forward(
     tensor; 0 keeps all. ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next
     token, ``ignore_index`` left out, or its sum over ``num_items_in_batch``; ``shift_labels`` stand
     for labels that are shifted already. ``output_hidden_states`` asks for every layer's output, or
-    for those at an index or indices, None standing for the others. Raises ValueError, naming the
-    argument, for ids out of range, a mask with holes, positions that fit neither, a cache of
-    another batch size, and what is not supported.
+    for those at an index or indices, None standing for the others. Logits and loss may be NaN or
+    infinite, as Hugging Face's. Raises ValueError, naming the argument, for ids out of range, a
+    mask with holes, positions that fit neither, a cache of another batch size, and what is not
+    supported.
     """
     run = _Run(
         model,

@@ -67,8 +67,9 @@ def generate(
     Returns ids ``[B * num_return_sequences, T + new]`` on the prompts' device, the prompt first and
     rows that stopped early filled up with ``pad_token_id``; or, with ``return_dict_in_generate``,
     transformers' GenerateDecoderOnlyOutput. Raises ValueError or TypeError, naming the argument,
-    for what is out of range, unknown or not supported, and torch.OutOfMemoryError, saying what to
-    lower, for what does not fit.
+    for what is out of range, unknown or not supported; torch.OutOfMemoryError, saying what to
+    lower, for what does not fit; and LogitsError, a RuntimeError that names row, token and
+    position, where the best logit of a row is NaN or infinite. A cache then holds what was run.
     """
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
     asked = resolve_args(
