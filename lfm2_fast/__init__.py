@@ -24,6 +24,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "Config",
+    "HookError",
     "Lfm2Config",
     "Lfm2ForCausalLM",
     "Lfm2Model",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lfm2_fast.hf.configuration import Lfm2Config
     from lfm2_fast.hf.interop import from_transformers, register, unregister
     from lfm2_fast.hf.load import load
+    from lfm2_fast.models.hooks import HookError
     from lfm2_fast.ops.select import BackendError
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
@@ -55,6 +57,7 @@ else:
             "CacheError": "cache.kv_cache",
             "CheckpointError": "config",
             "Config": "config",
+            "HookError": "models.hooks",
             "LogitsError": "engine.decode",
             "from_transformers": "hf.interop",
             "load": "hf.load",

@@ -64,7 +64,7 @@ class CapturedPrompt:
             padded = self.inputs[: self.size]
             self.logits.copy_(model(padded, batch, cache, batch.last_rows))
 
-        StepBuffers.of(model, cache).run_captured(cache, ("prompt", self.size), body)
+        StepBuffers.of(model, cache).run_captured(model, cache, ("prompt", self.size), body)
 
     def batch(self, *, on_host: bool) -> Batch:
         """Return the prompt as a batch; ``on_host`` waits for its numbers.

@@ -4,7 +4,8 @@ On a GPU a step is one captured graph per bucket of rows (1, 2, 4, ...): the for
 choice of tokens, and the next step's inputs. Steps of few rows are short, so one graph has several.
 The host launches a step before it has read the tokens of the step before, and so never waits for
 the newest. It learns late that a request has ended. The device knows at once, and the row runs on
-without effect. On a CPU the same steps have as many rows as are live, and are read at once.
+without effect. On a CPU, and where layers have hooks, the same steps have as many rows as are live,
+and are read at once.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class DecodeLoop:
     """Requests that are written together: ``admit`` them, then ``launch`` and ``read`` until done.
 
     ``lag`` counts the launches before the first of them is read. ``max_steps`` bounds the steps of
-    few rows in one launch, where there is a lag.
+    few rows in one launch, where there is a lag. Layers with hooks are called for the steps and
+    rows of the text alone: such steps are not captured, and nothing runs ahead or fills a bucket.
     """
 
     def __init__(
@@ -121,7 +123,10 @@ class DecodeLoop:
         max_steps: int = MAX_STEPS,
     ) -> None:
         self.model, self.cache, self.params = model, cache, params
+        self.hooked = model.has_hooked_layers
         self.lag = int(model.ops.captures) if lag is None else lag
+        if self.hooked:
+            self.lag = 0
         self.max_steps = max_steps if self.lag else 1
         token = model.config.cache_bytes(model.dtype.itemsize) * max(cache.slots, 1)
         self.ahead = max(AHEAD, AHEAD_BYTES // max(token, 1))
@@ -178,8 +183,10 @@ class DecodeLoop:
             steps = 1
         for row, _ in going:
             self.cache.expect_length(row.slot, row.start + row.launched + steps - 1)
-        count = bucket(len(self.places), self.cache)
-        self.buffers.run_steps(self.model, self.cache, count, choose=True, steps=steps)
+        count = self._rows_of_step(len(self.places))
+        self.buffers.run_steps(
+            self.model, self.cache, count, choose=True, steps=steps, hooked=self.hooked
+        )
         for row, _ in going:
             row.launched += steps
         self._copy_to_host(going, self.buffers.written[-steps:])
@@ -244,11 +251,15 @@ class DecodeLoop:
                 if self.cache.dummy_slot is not None:
                     self.buffers.clear_rows(place, place + 1, self.cache)
 
+    def _rows_of_step(self, live: int) -> int:
+        """Return the rows of a step in which so many are live."""
+        return live if self.hooked else bucket(live, self.cache)
+
     def _shrink(self) -> None:
         """Move to a smaller bucket, if the rows fit into one."""
         buffers, cache = self.buffers, self.cache
         kept = [place for place, row in enumerate(self.places) if row is not None]
-        if bucket(len(kept), cache) == bucket(len(self.places), cache):
+        if self._rows_of_step(len(kept)) == self._rows_of_step(len(self.places)):
             return
         if kept:
             at = on_device(kept, torch.int64, self.model.device)

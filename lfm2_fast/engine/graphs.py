@@ -46,6 +46,10 @@ class Graphs:
         self._warm: set[Hashable] = set()
         self.pool: Any = None
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Return True if there is a graph of ``key``."""
+        return key in self._graphs
+
     def run(self, key: Hashable, body: Callable[[], None]) -> None:
         """Do what ``body`` does.
 

@@ -39,12 +39,16 @@ class ModelRunner:
     """``prefill``, then ``step`` until done, over the slots of one cache.
 
     Every slot can be at another place in another sequence. The cache's ``history`` follows what
-    was run, so that a later call can tell which prefix it holds.
+    was run, so that a later call can tell which prefix it holds. Where layers have hooks, nothing
+    is captured. Hooks are looked for once, here: HookError is raised for one that would never be
+    called.
     """
 
     def __init__(self, model: Lfm2, cache: Cache) -> None:
+        model.check_hooks()
         self.model = model
         self.cache = cache
+        self.hooked = model.has_hooked_layers
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Run each prompt, of at least one token, in its slot; logits ``[B, V]`` of the last ones.
@@ -73,7 +77,7 @@ class ModelRunner:
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
-        if not self.model.ops.uses_graphs:
+        if self.hooked or not self.model.ops.uses_graphs:
             return self._run([[token] for token in tokens], slots)
         model, cache, count = self.model, self.cache, len(tokens)
         batch = cache.next_batch([1] * count, slots, model.device)
@@ -97,7 +101,8 @@ class ModelRunner:
         counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
         # A captured prompt knows no end but its own.
         alone = len(chunks) == 1 and ends in (None, [cache.lengths[slots[0]] + total])
-        prompt = CapturedPrompt.of(model, cache, total) if alone else None
+        captured = alone and not self.hooked
+        prompt = CapturedPrompt.of(model, cache, total) if captured else None
         batch = cache.next_batch(counts, slots, model.device if prompt is None else "cpu", ends)
         if prompt is None:
             packed = on_device(

@@ -130,13 +130,23 @@ class StepBuffers:
         return self.views[count]
 
     def run_steps(
-        self, model: Lfm2, cache: Cache, count: int, *, choose: bool, steps: int = 1
+        self,
+        model: Lfm2,
+        cache: Cache,
+        count: int,
+        *,
+        choose: bool,
+        steps: int = 1,
+        hooked: bool = False,
     ) -> None:
-        """Run steps of the first ``count`` rows; without ``choose`` one step up to ``logits``."""
+        """Run steps of the first ``count`` rows; without ``choose`` one step up to ``logits``.
+
+        ``hooked`` says that layers have hooks: then nothing is captured or replayed.
+        """
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
             self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
-        ops = model.ops if self.graphs is None else model.ops.for_capture
+        ops = model.ops if self.graphs is None or hooked else model.ops.for_capture
         if not ops.captures and count not in self.views:
             # CPU graphs keep all that they make: those of other counts would pile up.
             self.drop_graphs()
@@ -156,17 +166,22 @@ class StepBuffers:
                 chosen = made if argmax else ops.sample(made, state)
                 ops.advance(chosen, self.eos, cache.dummy_slot, inputs, written)
 
-        captured = ops.captures or count <= ops.cpu_graph_rows
+        captured = not hooked and (ops.captures or count <= ops.cpu_graph_rows)
         seen = self.state.seen is not None
         key = (choose, count, steps, state.active, state.all_drawn, seen)
-        self.run_captured(cache, key if captured else None, body)
+        self.run_captured(model, cache, key if captured else None, body)
 
-    def run_captured(self, cache: Cache, key: Hashable | None, body: Callable[[], None]) -> None:
+    def run_captured(
+        self, model: Lfm2, cache: Cache, key: Hashable | None, body: Callable[[], None]
+    ) -> None:
         """Run ``body``, captured under ``key`` where there are graphs and it has one."""
         if self._reallocations != cache.reallocations:
             self._reallocations = cache.reallocations
             self.drop_graphs()
         if self.graphs is None or key is None:
+            body()
+        elif key not in self.graphs and model.has_hooked_layers:
+            # A hook that came in the middle of a call: what it does must be in no graph.
             body()
         else:
             self.graphs.run(key, body)

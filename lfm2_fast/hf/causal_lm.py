@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.hf.compiling import uncompiled
 from lfm2_fast.hf.forward import (
     Wanted,
     as_asked,
@@ -59,10 +60,16 @@ class Lfm2Model(Lfm2PreTrainedModel):
         """Token id of padding, as the config says it."""
         return self.config.pad_token_id
 
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The layers, which may have forward hooks; a hook sees packed tokens, ``[T, H]``."""
+        return self.network.layers
+
     def get_output_embeddings(self) -> None:
         """Return None: there is no head."""
         return None
 
+    @uncompiled
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -105,11 +112,15 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
     @property
     def model(self) -> Lfm2Model:
         """The model without its head, on the same weights."""
-        base = Lfm2Model.__new__(Lfm2Model)
-        torch.nn.Module.__init__(base)
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_")})
-        base._idle, base._generation = [], self._generation
-        base._modules = self._modules
+        base = self.__dict__.get("_base")
+        if base is None:
+            base = Lfm2Model.__new__(Lfm2Model)
+            torch.nn.Module.__init__(base)
+            base._modules = self._modules
+            # Set past nn.Module, for which it would be one more part with weights.
+            self.__dict__["_base"] = base
+        names = ("config", "max_length", "model_tags", "name_or_path", "training", "_generation")
+        base.__dict__.update({name: getattr(self, name) for name in names}, _idle=[])
         return base
 
     @property
@@ -117,6 +128,7 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
         """The head: ``weight [V, H]``."""
         return self.network.lm_head
 
+    @uncompiled
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -161,6 +173,7 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
             answer.loss = refuse_backward(answer.loss)
         return as_asked(self, answer, return_dict)
 
+    @uncompiled
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts; see ``lfm2_fast.hf.generate.generate`` for the arguments."""
         return generate(self, *args, **kwargs)

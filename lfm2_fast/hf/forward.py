@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.hf.hooks import check_called
 from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from lfm2_fast.hf.packing import Packed, pack
 from lfm2_fast.hf.pretrained import INFERENCE, Lfm2PreTrainedModel
@@ -56,6 +57,8 @@ class _Run:
         cu_seq_lens_q: torch.Tensor | None,
         output_attentions: bool | None,
     ) -> None:
+        check_called(model)
+        model.network.check_hooks()
         if output_attentions:
             raise ValueError(f"output_attentions=True is not supported: {NO_ATTENTIONS}")
         if (input_ids is None) == (inputs_embeds is None):
@@ -188,9 +191,9 @@ def forward(
     token, ``ignore_index`` left out, or its sum over ``num_items_in_batch``; ``shift_labels`` stand
     for labels that are shifted already. ``output_hidden_states`` asks for every layer's output, or
     for those at an index or indices, None standing for the others. Logits and loss may be NaN or
-    infinite, as Hugging Face's. Raises ValueError, naming the argument, for ids out of range, a
-    mask with holes, positions that fit neither, a cache of another batch size, and what is not
-    supported.
+    infinite, as Hugging Face's. Raises HookError for a hook that would never be called. Raises
+    ValueError, naming the argument, for ids out of range, a mask with holes, positions that fit
+    neither, a cache of another batch size, and what is not supported.
     """
     run = _Run(
         model,

@@ -16,6 +16,7 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.hf.forward import check_ids
 from lfm2_fast.hf.generate_loop import run_generate_loop
 from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, warn, whole_number
+from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.hf.packing import unpadded
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
@@ -67,10 +68,12 @@ def generate(
     Returns ids ``[B * num_return_sequences, T + new]`` on the prompts' device, the prompt first and
     rows that stopped early filled up with ``pad_token_id``; or, with ``return_dict_in_generate``,
     transformers' GenerateDecoderOnlyOutput. Raises ValueError or TypeError, naming the argument,
-    for what is out of range, unknown or not supported; torch.OutOfMemoryError, saying what to
-    lower, for what does not fit; and LogitsError, a RuntimeError that names row, token and
-    position, where the best logit of a row is NaN or infinite. A cache then holds what was run.
+    for what is out of range, unknown or not supported; HookError for a hook that would never be
+    called; torch.OutOfMemoryError, saying what to lower, for what does not fit; and LogitsError, a
+    RuntimeError that names row, token and position, where the best logit of a row is NaN or
+    infinite. A cache then holds what was run.
     """
+    check_generates(model)
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
     asked = resolve_args(
         kwargs, generation_config, model.generation_defaults(), model.network.config.vocab_size

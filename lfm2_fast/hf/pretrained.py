@@ -14,6 +14,7 @@ from torch import nn
 
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config import Config
+from lfm2_fast.hf.compiling import is_own_method
 from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
 from lfm2_fast.hf.loading import load_as
@@ -185,7 +186,10 @@ class Lfm2PreTrainedModel(nn.Module):
             else:
                 rows.normal_(std=inner.initializer_range)
             weights[name] = torch.cat([old[:size], rows])
-        self.network = Lfm2(replace(inner, vocab_size=size), weights, backend=self.network.backend)
+        made = Lfm2(replace(inner, vocab_size=size), weights, backend=self.network.backend)
+        # With their hooks.
+        made.layers = self.network.layers
+        self.network = made
         self.config.vocab_size = size
         self._idle = []
         return self.network.embed_tokens
@@ -198,11 +202,22 @@ class Lfm2PreTrainedModel(nn.Module):
         self._idle = []
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no caches that wait, nor graphs that point at this model's tensors."""
+        return {**self.__dict__, "_idle": []}
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if is_own_method(self, name, value):
+            # The class's serves, compiled or not: what was set in its place goes.
+            self.__dict__.pop(name, None)
+            return
         # torch's Module would keep a module beside the property of that name, and use neither.
-        if isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property):
+        if isinstance(value, nn.Module) and hasattr(type(self), name):
             raise AttributeError(f"{name} cannot be replaced: {PARTS}")
         super().__setattr__(name, value)
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the kernels are compiled already."""
 
     def __getattr__(self, name: str) -> Any:
         # Called for what is not there: a part of the module, or a name of Hugging Face's class.

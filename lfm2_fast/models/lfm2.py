@@ -7,6 +7,7 @@ cache. Prefill, decode, chunked prefill and mixed batches are the same call with
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
+from lfm2_fast.models.hooks import check_hooks, checked_stream, is_hooked
 from lfm2_fast.models.rope import RopeFrequencies
 from lfm2_fast.ops.base import Ops, Rope
 from lfm2_fast.ops.residual import settled
@@ -76,13 +78,25 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """``x += operator(norm(x)); x += feed_forward(norm(x))``; the operator is the subclass's."""
+    """``x += operator(norm(x)); x += feed_forward(norm(x))``; the operator is the subclass's.
+
+    The residual stream ``x [T, H]`` is the one argument by position, as hooks expect it.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.operator_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the operations are compiled already."""
+
+    def checked(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return ``x``, checked where a caller's pre-hook may have replaced it."""
+        if not self._forward_pre_hooks:
+            return x
+        return checked_stream(x, self.operator_norm.weight, len(batch.positions))
 
     def add_feed_forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
         y = ops.norm_swiglu(x, self.ffn_norm, self.feed_forward.gate_up_proj)
@@ -97,9 +111,10 @@ class ConvBlock(Block):
         self.conv = ShortConv(config)
 
     def forward(
-        self, x: torch.Tensor, ops: Ops, rope: Rope, window: ConvWindow, batch: Batch
+        self, x: torch.Tensor, *, ops: Ops, rope: Rope, state: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        y = ops.norm_conv(x, self.operator_norm, self.conv, window, batch)
+        x = self.checked(x, batch)
+        y = ops.norm_conv(x, self.operator_norm, self.conv, state, batch)
         return self.add_feed_forward(ops.linear_add(y, self.conv.out_proj, x), ops)
 
 
@@ -111,10 +126,11 @@ class AttentionBlock(Block):
         self.self_attn = Attention(config)
 
     def forward(
-        self, x: torch.Tensor, ops: Ops, rope: Rope, pages: KVPages, batch: Batch
+        self, x: torch.Tensor, *, ops: Ops, rope: Rope, state: KVPages, batch: Batch
     ) -> torch.Tensor:
+        x = self.checked(x, batch)
         qkv = ops.norm_linear(x, self.operator_norm, self.self_attn.qkv_proj)
-        y = ops.attend(qkv, self.self_attn, rope, pages, batch)
+        y = ops.attend(qkv, self.self_attn, rope, state, batch)
         return self.add_feed_forward(ops.linear_add(y, self.self_attn.out_proj, x), ops)
 
 
@@ -139,6 +155,7 @@ class Lfm2(nn.Module):
             )
             self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.lm_head = projection(config, config.vocab_size, config.hidden_size)
+        self.part_names = frozenset(path.rpartition(".")[2] for path, _ in self.named_modules())
         self.load_state_dict(tie(config, weights), strict=True, assign=True)
         self.tie_weights()
         self.requires_grad_(False).eval()
@@ -149,6 +166,14 @@ class Lfm2(nn.Module):
         """Choose operations and make frequencies for the weights' present device and dtype."""
         self.ops = choose(self.backend, self.device, self.dtype)
         self.rope_frequencies = RopeFrequencies(self.config, self.device, self.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy chooses its operations anew: it may lie on another device or machine."""
+        return {name: value for name, value in self.__dict__.items() if name != "ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fit()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Lfm2:
         super()._apply(fn, recurse)
@@ -165,6 +190,18 @@ class Lfm2(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the activations and of the cache; quantized weights have their own."""
         return self.embedding_norm.weight.dtype
+
+    @property
+    def has_hooked_layers(self) -> bool:
+        """True if layers run a caller's Python, so that a step is run and not replayed."""
+        return any(is_hooked(each) or not isinstance(each, Block) for each in self.layers)
+
+    def check_hooks(self) -> None:
+        """Raise HookError, naming the module, for a hook that would never be called."""
+        check_hooks(self, self.layers, Block, TYPES, self.part_names)
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the operations are compiled already."""
 
     def tie_weights(self) -> None:
         """Make the head the embedding, if the config says that they are one."""
@@ -189,8 +226,12 @@ class Lfm2(nn.Module):
         The last norm and the head are still to come; where ``ops`` leaves a residual addition
         pending, the result holds it (``ops.residual``). ``embeds [T, H]`` stand for ``tokens``
         where those are None. ``collected`` gets the embedding and every block's output ``[T, H]``.
+        Hooks on layers are called; they see the stream with nothing pending, and may replace it.
         """
         ops = ops or self.ops
+        hooked = self.has_hooked_layers
+        if hooked:
+            ops = ops.settling
         frequencies = self.rope_frequencies
         rope = ops.rope(batch.positions, frequencies.of(batch), self.dtype, frequencies.scale)
         if tokens is None:
@@ -201,7 +242,9 @@ class Lfm2(nn.Module):
         if collected is not None:
             collected.append(x)
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, ops, rope, state, batch)
+            x = layer(x, ops=ops, rope=rope, state=state, batch=batch)
+            if hooked:
+                x = checked_stream(x, self.embedding_norm.weight, len(batch.positions))
             if collected is not None:
                 collected.append(settled(x))
         return x
@@ -240,3 +283,8 @@ class Lfm2(nn.Module):
             x = x[rows]
         head = ops.head_argmax if argmax else ops.norm_linear
         return head(x, self.embedding_norm, self.lm_head)
+
+
+# The types of all modules of a network as it was made.
+TYPES = frozenset((Lfm2, nn.ModuleList, ConvBlock, AttentionBlock, ShortConv, ShortConvTaps))
+TYPES |= {Attention, FeedForward, Projection, nn.RMSNorm}

@@ -73,6 +73,11 @@ class Ops:
         """The operations for captured work and its warm-up run: launch options may differ."""
         return self
 
+    @property
+    def settling(self) -> Ops:
+        """The operations for a caller's Python between layers: none leaves an addition pending."""
+        return self
+
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""
         return self.linear(self.rms_norm(x, norm), linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +42,20 @@ class PendingResidualOps(Ops):
     ``x`` and ``residual`` may be a tensor or a ``PendingResidual``, which ``linear_add`` gives.
     """
 
+    leaves_pending = True
+
+    @property
+    def settling(self) -> PendingResidualOps:
+        made = copy(self)
+        made.leaves_pending = False
+        return made
+
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         return self.linear(self._norm(x, norm), linear)
 
     def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
-        return PendingResidual(settled(residual), self.linear(y, linear))
+        made = PendingResidual(settled(residual), self.linear(y, linear))
+        return made if self.leaves_pending else settled(made)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm

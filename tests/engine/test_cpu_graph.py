@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,61 @@ def test_a_step_for_the_callers_own_python_is_recorded_too(tiny, monkeypatch) ->
     assert made
     monkeypatch.setattr(model.ops, "cpu_graph_rows", 0)
     assert torch.equal(model.generate([[1, 40, 41]], **ask), taped)
+
+
+@needs_native
+@pytest.mark.parametrize("processors", [[], [lambda ids, scores: scores * 1.0]])
+def test_what_is_recorded_rests_while_layers_have_hooks(tiny, processors, monkeypatch) -> None:
+    """It is not replayed, and steps are replayed again once the hook is gone."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    cache, replays = model.new_cache(1), []
+    replay = CpuGraph.replay
+    monkeypatch.setattr(CpuGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+
+    def write() -> torch.Tensor:
+        cache.reset()
+        ask = {"max_new_tokens": 10, "eos_token_id": [], "logits_processor": processors}
+        return model.generate([[1, 40, 41]], past_key_values=cache, **ask)
+
+    plain = write()
+    assert len(replays) == 8 and len(set(replays)) == 1
+    replays.clear()
+    seen: list[float] = []
+    layer = model.network.layers[3]
+    hooks = (
+        layer.register_forward_hook(lambda mod, args, out: seen.append(float(out.norm()))),
+        layer.register_forward_hook(lambda mod, args, out: -out),
+    )
+    steered = write()
+    assert len(seen) == 10 and not replays and not torch.equal(steered, plain)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(write(), plain)
+    assert len(seen) == 10 and len(replays) >= 8 and len(set(replays)) == 1
+
+
+@needs_native
+@pytest.mark.parametrize("token", [1, 2, 3])
+def test_a_hook_that_comes_in_the_middle_is_in_no_graph(tiny, token: int) -> None:
+    """Whichever step would have been recorded with it: later calls on the cache are as ever."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    cache, layer, hooks = model.new_cache(1), model.network.layers[3], []
+
+    def begin(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 3 + token and not hooks:
+            hooks.append(layer.register_forward_hook(lambda mod, args, out: -out))
+        return scores
+
+    def write(**more: Any) -> torch.Tensor:
+        ask = {"max_new_tokens": 10, "eos_token_id": [], "logits_processor": [begin]}
+        return model.generate([[1, 40, 41]], **ask, **more)
+
+    write(past_key_values=cache)
+    hooks[0].remove()
+    expected = write()
+    for _ in range(2):
+        cache.reset()
+        assert torch.equal(write(past_key_values=cache), expected)
 
 
 @needs_native

@@ -155,6 +155,45 @@ def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, gra
     assert {key[0] for key in graphs[-1]._graphs} == {False}
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("outside", [False, True], ids=["steps", "with a processor"])
+def test_hooks_on_layers_see_the_text_and_no_graph(plain, ahead, graphs, rows, outside) -> None:
+    """Each step and row of it once: nothing is captured, runs ahead, or fills a bucket."""
+    ends = ends_at(plain, 2, 5, 9, 14)
+    kwargs = {"max_new_tokens": 30, "eos_token_id": ends}
+    if outside:
+        kwargs["logits_processor"] = [lambda ids, scores: scores * 1.0]
+    cache = ahead.new_cache(rows)
+
+    def write(model: Any, **more: Any) -> torch.Tensor:
+        cache.reset()
+        return model.generate(PROMPTS[:rows], **kwargs, **more)
+
+    expected = write(plain)
+    for _ in range(3):
+        assert torch.equal(write(ahead, past_key_values=cache), expected)
+    ours = graphs[-1]._graphs
+    held = {key: graph.replays for key, graph in ours.items()}
+    assert held
+    for steer in (lambda mod, args, out: None, lambda mod, args, out: -out):
+        found = []
+        for model, more in ((plain, {}), (ahead, {"past_key_values": cache})):
+            seen: list[int] = []
+            layer = model.network.layers[3]
+            hooks = (
+                layer.register_forward_hook(lambda mod, args, out, to=seen: to.append(len(out))),
+                layer.register_forward_hook(steer),
+            )
+            found.append((write(model, **more), seen))
+            for hook in hooks:
+                hook.remove()
+        assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert not torch.equal(found[0][0], expected)
+    assert held == {key: graph.replays for key, graph in ours.items()}
+    assert torch.equal(write(ahead, past_key_values=cache), expected)
+    assert sum(graph.replays for graph in ours.values()) > sum(held.values())
+
+
 def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
     """A text that ended, then one that the streamer broke off: the cache says what it holds."""
 

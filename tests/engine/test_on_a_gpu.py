@@ -166,6 +166,23 @@ def decoded(model: Model) -> Any:
     return torch.cat([decoder.step([5, 6], [0, 2]) for _ in range(4)])
 
 
+def hooked(model: Model) -> Any:
+    """A layer's hooks wait for the device, and replace what it gives, once in each step."""
+    seen: list[float] = []
+    layer = model.model.layers[0]
+    hooks = (
+        layer.register_forward_hook(lambda mod, args, out: seen.append(float(out.norm()))),
+        layer.register_forward_hook(lambda mod, args, out: out * -1.5),
+    )
+    try:
+        texts = [write(prompts, max_new_tokens=4)(model)[:, -4:] for prompts in (ONE, LONG)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == 2 * 4 and min(seen) > 0
+    return torch.cat(texts)
+
+
 CALLS: dict[str, Callable[[Model], Any]] = {
     "greedy": write(TWO),
     "alone": write(ONE),
@@ -187,6 +204,7 @@ CALLS: dict[str, Callable[[Model], Any]] = {
     "streamed": streamed,
     "detailed": detailed,
     "continued": continued,
+    "hooked": hooked,
     "logits": lambda model: model(torch.tensor(ONE).to(model.device)).logits,
     "some logits": lambda model: model(torch.tensor(ONE), logits_to_keep=2).logits,
     "masked logits": lambda model: model(PADDED, attention_mask=PADDED != 0).logits[1],
