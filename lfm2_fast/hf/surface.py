@@ -9,7 +9,6 @@ _HUB = "upload a saved folder with the hub's own command"
 _LOOP = "generate() is this package's own loop: call it"
 _INSIDE = "it belongs to the inside of transformers' class"
 PARTS = "weights are fused: change them in transformers' model, and use from_transformers()"
-_LAYERS = "layers run packed here: ask for output_hidden_states=True"
 _DENSE = "load the checkpoint without quantization"
 _BODIES = "choose this package's bodies with load(..., backend=)"
 
@@ -42,7 +41,6 @@ _GROUPS = {
         retrieve_modules_from_names rotary_emb
         warn_if_padding_and_no_attention_mask""",
     PARTS: "set_decoder set_encoder set_input_embeddings set_output_embeddings",
-    _LAYERS: "layers",
     _DENSE: "dequantize",
     _BODIES: "kernel_config set_use_kernels use_kernels",
 }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lfm2_fast import HookError
 from tests.hf.page import IDS, names, same
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -27,6 +28,7 @@ ANSWERS: dict[str, Callable[[Any], Any]] = {
     "device": lambda m: m.device,
     "dtype": lambda m: m.dtype,
     "embed_tokens": lambda m: [m.embed_tokens.weight, m.embed_tokens(IDS)],
+    "layers": lambda m: [len(m.layers), m.layers[0].operator_norm.weight],
     "embedding_norm": lambda m: [m.embedding_norm.weight, m.embedding_norm(m.embed_tokens(IDS))],
     "forward": lambda m: m.forward(IDS)[0],
     "from_pretrained": lambda m: type(m).from_pretrained(m.name_or_path)(IDS)[0].dtype,
@@ -52,7 +54,7 @@ ANSWERS: dict[str, Callable[[Any], Any]] = {
     "tie_weights": lambda m: [m.tie_weights(), m.lm_head.weight is m.model.embed_tokens.weight],
     "vocab_size": lambda m: m.vocab_size,
 }
-OF_THE_BASE = {"embed_tokens", "embedding_norm", "padding_idx"}
+OF_THE_BASE = {"embed_tokens", "embedding_norm", "layers", "padding_idx"}
 OF_THE_HEAD = {
     "compute_transition_scores",
     "generate",
@@ -119,7 +121,6 @@ def test_methods_have_a_trial_each(both: tuple[Any, Any]) -> None:
             setattr(model, name, torch.nn.Linear(2, 2))
 
 
-@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
 def test_methods_of_torch(tiny: Path, pair: Callable) -> None:
     theirs, ours = pair(tiny)
     for each in names(TORCH, "same", "own", "accepted") - {"T_destination", "dump_patches"}:
@@ -150,14 +151,17 @@ def test_methods_of_torch(tiny: Path, pair: Callable) -> None:
     hooks = [
         ours.register_forward_hook(lambda *args: seen.append(args[2].logits)),
         ours.register_forward_pre_hook(lambda *args: seen.append(args[1])),
-        ours.register_full_backward_hook(lambda *_: seen.append(1)),
-        ours.register_full_backward_pre_hook(lambda *_: seen.append(1)),
     ]
     with torch.enable_grad():
         logits = ours(IDS).logits
     assert torch.equal(logits, plain) and not logits.requires_grad
     assert len(seen) == 2 and seen[0] == (IDS,) and torch.equal(seen[1], logits)
     for hook in hooks:
+        hook.remove()
+    for register in (ours.register_full_backward_hook, ours.register_full_backward_pre_hook):
+        hook = register(lambda *_: seen.append(1))
+        with pytest.raises(HookError, match="nothing runs backward"):
+            ours(IDS)
         hook.remove()
     state = ours.state_dict()
     assert all(name.startswith("network.") for name in state)
