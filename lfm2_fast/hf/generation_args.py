@@ -245,7 +245,7 @@ def resolve_args(
 
 def warn(message: str) -> None:
     """Warn at the caller of ``model.generate``: the stack level skips our own frames."""
-    warnings.warn(message, stacklevel=8)
+    warnings.warn(message, stacklevel=9)
 
 
 def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
