@@ -59,7 +59,7 @@ class Setup:
         self.prepare(sequences, context)
         self.cache.commit_batch(self.batch)
         self.prepare(sequences, tokens)
-        self.fill(context + tokens)
+        self.fill()
         self.positions = self.batch.positions
         self.inv_freq = self.model.network.rope_frequencies.inv_freq
         self.rope = self.ops.rope(self.positions, self.inv_freq, dtype)
@@ -76,12 +76,13 @@ class Setup:
         self.batch = self.cache.next_batch([tokens] * sequences, range(sequences), "cpu")
         self.cache.reserve(self.batch)
 
-    def fill(self, length: int) -> None:
-        """Let the cache hold random numbers, of contexts of ``length`` tokens."""
+    def fill(self) -> None:
+        """Let the cache hold random numbers."""
+        count = self.cache.pool.memory.count
         for state in self.cache.layers:
-            for tensor in state.tensors().values():
-                here = tensor[:, :, :length] if isinstance(state, KVPages) else tensor
-                here.copy_(self.draw(*here.shape))
+            paged = isinstance(state, KVPages)
+            for tensor in (state.k[:count], state.v[:count]) if paged else (state.rows,):
+                tensor.copy_(self.draw(*tensor.shape))
 
 
 def norm_conv(s: Setup) -> Tensors:

@@ -15,14 +15,15 @@ struct StepInputs {
   bool* finished;
 };
 
-// `scrap` is null where rows that have ended stay in their slots.
+// `eos` has `ends` tokens a row. `scrap` is null where rows that have ended stay in their slots.
 inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, const int64_t* scrap,
                     const StepInputs& inputs, int64_t rows, int64_t* written) {
   for (int64_t row = 0; row < rows; ++row) {
     bool& finished = inputs.finished[row];
     if (!finished) ++inputs.positions[row];
     const bool none = chosen[row] < 0;
-    finished = finished || none || std::find(eos, eos + ends, chosen[row]) != eos + ends;
+    const int64_t* own = eos + row * ends;
+    finished = finished || none || std::find(own, own + ends, chosen[row]) != own + ends;
     written[row] = chosen[row];
     inputs.tokens[row] = none ? 0 : chosen[row];
     if (scrap != nullptr && finished) {

@@ -216,7 +216,8 @@ void rope_native(const Tensor& positions, const Tensor& inv_freq, const Tensor& 
 void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
                          double eps, const Tensor& cos, const Tensor& sin, const Tensor& k_pages,
                          const Tensor& v_pages, const Tensor& table, const Tensor& cu_seqlens,
-                         const Tensor& slots, const Tensor& lengths, const Tensor& q) {
+                         const Tensor& slots, const Tensor& lengths,
+                         const std::optional<Tensor>& write_from, const Tensor& q) {
   with_type(qkv, [&](auto number) {
     using T = decltype(number);
     const int64_t tokens = q.size(0);
@@ -248,12 +249,19 @@ void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor
       expect_pages(op.k, k_pages.size(0), table.size(1), sequence.slot, sequence.position,
                    sequence.position + sequence.count);
     }
+    if (write_from) {
+      expect_packed(*write_from, "write_from", ScalarType::Int, {slots.numel()});
+    }
+    const int32_t* written = write_from ? read<int32_t>(*write_from) : nullptr;
     parallel_for(0, tokens, grain(qkv.size(1)), [&](int64_t first, int64_t last) {
-      for (const Sequence& sequence : sequences) {
+      for (size_t i = 0; i < sequences.size(); ++i) {
+        const Sequence& sequence = sequences[i];
         const int64_t begin = std::max(first, sequence.token);
         const int64_t end = std::min(last, sequence.token + sequence.count);
         for (int64_t token = begin; token < end; ++token) {
-          qk_norm_rope(op, token, sequence.slot, sequence.position + token - sequence.token);
+          const int64_t position = sequence.position + token - sequence.token;
+          const bool writes = !written || position >= written[i];
+          qk_norm_rope(op, token, sequence.slot, position, writes);
         }
       }
     });

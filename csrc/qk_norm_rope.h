@@ -1,4 +1,5 @@
-// RMSNorm and rotation of q and k, head by head; k and v go into their pages, q into `q`.
+// RMSNorm and rotation of q and k, head by head; k and v go into their pages, q into `q`. Of a token
+// that runs again, k and v are in their pages already and stay as they are.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,7 @@ LFM2_INLINE void rotate(const T* x, const T* cos, const T* sin, int64_t head_dim
 
 template <class T>
 LFM2_CLONES void qk_norm_rope(const QKNormRope<T>& op, int64_t token, int64_t slot,
-                              int64_t position) {
+                              int64_t position, bool writes) {
   const int64_t width = op.k.head_dim;
   const T* x = op.qkv[token];
   const T* cos = op.cos + token * width;
@@ -53,6 +54,7 @@ LFM2_CLONES void qk_norm_rope(const QKNormRope<T>& op, int64_t token, int64_t sl
     rms_norm_row(x, op.q_weight, op.eps, width, q);
     rotate(q, cos, sin, width, q);
   }
+  if (!writes) return;
   for (int64_t head = 0; head < op.kv_heads; ++head, x += width) {
     T* k = op.k.row(slot, head, position);
     rms_norm_row(x, op.k_weight, op.eps, width, k);

@@ -117,9 +117,10 @@ void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64
                     const Tensor& tokens, const Tensor& slots, const Tensor& positions,
                     const Tensor& lengths, const Tensor& finished, const Tensor& written) {
   const int64_t rows = tokens.numel();
-  const int64_t ends = eos.numel();
+  STD_TORCH_CHECK(eos.dim() == 2, "eos must have a row for each token");
+  const int64_t ends = eos.size(1);
   expect_packed(chosen, "chosen", ScalarType::Long, {rows});
-  expect_packed(eos, "eos", ScalarType::Long, {ends});
+  expect_packed(eos, "eos", ScalarType::Long, {rows, ends});
   expect_packed(tokens, "tokens", ScalarType::Long, {rows});
   expect_packed(slots, "slots", ScalarType::Long, {rows});
   expect_packed(positions, "positions", ScalarType::Long, {rows});

@@ -1,11 +1,11 @@
 """The next decode step's inputs, of this one's and of the tokens that were chosen.
 
 With S sequences: ``chosen, tokens, slots, positions, written [S]`` int64, ``lengths [S]`` int32,
-``finished [S]`` bool, ``eos [E]`` int64. A sequence goes one position on. If it chose one of
-``eos``, or a negative token, which is none, it is finished and goes no further; it runs on there,
-or, unless ``dummy_slot`` is negative, at position 0 of that slot. ``written`` gets the chosen
-tokens as they are, ``tokens`` 0 for what is none. Least bytes: a few per sequence; one launch
-instead of ten.
+``finished [S]`` bool, ``eos [S, E]`` int64. A sequence goes one position on. If it chose one of
+its ``eos``, or a negative token, which is none, it is finished and goes no further; it runs on
+there, or, unless ``dummy_slot`` is negative, at position 0 of that slot. ``written`` gets the
+chosen tokens as they are, ``tokens`` 0 for what is none. Least bytes: a few per sequence; one
+launch instead of ten.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _advance_kernel(
     position += tl.where(finished, 0, 1)
     finished |= chosen < 0
     for end in range(0, ends):
-        finished |= chosen == tl.load(eos_ptr + end)
+        finished |= chosen == tl.load(eos_ptr + offs_s * ends + end, mask=mask, other=-1)
     position = tl.where(finished & (dummy_slot >= 0), 0, position)
     tl.store(written_ptr + offs_s, chosen, mask=mask)
     tl.store(tokens_ptr + offs_s, tl.maximum(chosen, 0), mask=mask)
@@ -69,8 +69,9 @@ def advance_triton(
     ``pdl``: as in norm_linear.py.
     """
     (sequences,) = chosen.shape
-    for each in (chosen, tokens, slots, positions, lengths, finished, written, eos):
+    for each in (chosen, tokens, slots, positions, lengths, finished, written):
         assert each.dim() == 1 and each.is_contiguous()
+    assert eos.dim() == 2 and len(eos) == sequences and eos.is_contiguous()
     for each in (tokens, slots, positions, lengths, finished, written):
         assert each.shape == chosen.shape
     for each in (chosen, tokens, slots, positions, written, eos):
@@ -91,7 +92,7 @@ def advance_triton(
             written,
             -1 if dummy_slot is None else dummy_slot,
             sequences,
-            len(eos),
+            eos.shape[1],
             BLOCK_S=block_s,
             num_warps=4,
             **pdl_options(pdl),

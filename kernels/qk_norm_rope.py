@@ -4,7 +4,8 @@ With T tokens of S sequences packed end to end and head size D: ``qkv [T, (heads
 holds all q heads, all k, all v; ``q_weight, k_weight [D]``; ``cos, sin [T, D/2]`` float32;
 ``positions [T]`` int64, ``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64; ``q [T, heads, D]``;
 ``k_pages, v_pages [pages, kv_heads, page_size, D]``. Position p of a slot lies in row ``p %
-page_size`` of page ``table[slot, p // page_size]``, int32. Tokens after the last sequence are
+page_size`` of page ``table[slot, p // page_size]``, int32. ``write_from [S]`` int32 or None is the
+first position whose k and v are written. Tokens after the last sequence are
 padding, whose ``q`` is not written.
 
 A head is normed, and turned pairing element i with i + D/2, in float32 and rounded once; v is
@@ -28,6 +29,7 @@ def _qk_norm_rope_kernel(
     positions_ptr,
     cu_seqlens_ptr,
     slots_ptr,
+    write_from_ptr,
     table_ptr,
     q_ptr,
     k_pages_ptr,
@@ -88,6 +90,8 @@ def _qk_norm_rope_kernel(
     row = (position % page_size).to(tl.int64)
     row = page.to(tl.int64) * stride_pages_p + row * stride_pages_r
     at = (row + kv_head * stride_pages_h)[:, None] + offs_d[None, :]
+    if write_from_ptr is not None:
+        mask &= (position >= tl.load(write_from_ptr + sequence, mask=mask_n, other=0))[:, None]
     mask_k = mask & (~is_q & ~is_v)[:, None]
     tl.store(k_pages_ptr + at, turned_left, mask=mask_k)
     tl.store(k_pages_ptr + at + HALF, turned_right, mask=mask_k)
@@ -114,6 +118,7 @@ def qk_norm_rope_triton(
     positions: torch.Tensor,
     cu_seqlens: torch.Tensor,
     slots: torch.Tensor,
+    write_from: torch.Tensor | None,
     table: torch.Tensor,
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -133,6 +138,7 @@ def qk_norm_rope_triton(
     for dense in (q_weight, k_weight, cos, sin, positions, q):
         assert dense.is_contiguous()
     assert positions.shape == (tokens,) and cu_seqlens.shape == (sequences + 1,)
+    assert write_from is None or write_from.shape == slots.shape and write_from.is_contiguous()
     if tokens == 0:
         return
     block_n = 32
@@ -148,6 +154,7 @@ def qk_norm_rope_triton(
             positions,
             cu_seqlens,
             slots,
+            write_from,
             table,
             q,
             k_pages,

@@ -19,16 +19,20 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncEngine",
     "BackendError",
     "Cache",
     "CacheError",
     "CheckpointError",
     "Config",
+    "Engine",
     "HookError",
     "Lfm2Config",
     "Lfm2ForCausalLM",
     "Lfm2Model",
     "LogitsError",
+    "Request",
+    "SamplingParams",
     "from_transformers",
     "load",
     "register",
@@ -38,12 +42,16 @@ __all__ = [
 if TYPE_CHECKING:
     from lfm2_fast.cache.kv_cache import Cache, CacheError
     from lfm2_fast.config import CheckpointError, Config
+    from lfm2_fast.engine.async_engine import AsyncEngine
     from lfm2_fast.engine.decode import LogitsError
+    from lfm2_fast.engine.engine import Engine
+    from lfm2_fast.engine.request import Request
     from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
     from lfm2_fast.hf.configuration import Lfm2Config
     from lfm2_fast.hf.interop import from_transformers, register, unregister
     from lfm2_fast.hf.load import load
     from lfm2_fast.models.hooks import HookError
+    from lfm2_fast.ops.sampling import SamplingParams
     from lfm2_fast.ops.select import BackendError
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
@@ -59,6 +67,10 @@ else:
             "Config": "config",
             "HookError": "models.hooks",
             "LogitsError": "engine.decode",
+            "AsyncEngine": "engine.async_engine",
+            "Engine": "engine.engine",
+            "Request": "engine.request",
+            "SamplingParams": "ops.sampling",
             "from_transformers": "hf.interop",
             "load": "hf.load",
             "register": "hf.interop",

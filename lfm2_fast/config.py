@@ -97,6 +97,11 @@ class Config:
         original = scaling.get(ORIGINAL, self.max_position_embeddings)
         return max(self.max_position_embeddings, int(original * scaling.get("factor", 1)))
 
+    @property
+    def rope_follows_length(self) -> bool:
+        """True if the frequencies of rotary embedding depend on the length of the context."""
+        return dict(self.rope_scaling).get("rope_type") in ("dynamic", "longrope")
+
     def cache_bytes(self, item: int, tokens: int = 1) -> int:
         """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number."""
         layers = self.layer_types.count("full_attention")

@@ -80,6 +80,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for start, mark in MARKS.items():
             if path.startswith(start):
                 item.add_marker(mark)
+        given = getattr(item, "callspec", None)
+        crossed = given and (given.params.get("kernel_dtype"), given.params.get("grid_order"))
+        if crossed in ((torch.float32, "in_order"), (torch.float16, "reversed")):
+            # Each dtype and each order is in `make test`, every pair of them in `make nightly`.
+            item.add_marker("nightly")
 
 
 @pytest.fixture(scope="session")

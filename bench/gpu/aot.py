@@ -176,10 +176,11 @@ def launch_all(
         k, v = (
             some(sequences * pages_per_slot, kv_heads, page_size, size.head_dim) for _ in range(2)
         )
-        places = (positions, cu_seqlens, slots, table)
-        qk_norm_rope_triton(qkv, *norms, eps, cos, sin, *places, q, k, v)
+        for write_from in (None, lengths):
+            places = (positions, cu_seqlens, slots, write_from, table)
+            qk_norm_rope_triton(qkv, *norms, eps, cos, sin, *places, q, k, v)
         for most_tokens in (3, 16, 2048):
-            flash_prefill_triton(q, k, v, table, *places[1:3], lengths, out, most_tokens)
+            flash_prefill_triton(q, k, v, table, cu_seqlens, slots, lengths, out, most_tokens)
         splits = most_splits(pages_per_slot * page_size)
         means = some(
             sequences, kv_heads, splits, heads // kv_heads, size.head_dim, dtype=torch.float32
@@ -266,7 +267,7 @@ def launch_sample(
     logits = torch.zeros(sequences, vocab, dtype=dtype)
     whole = torch.zeros(sequences, dtype=torch.int64)
     inputs = (whole, whole, whole, whole.int(), whole.bool())
-    advance_triton(whole, whole, 1, *inputs, whole, pdl=pdl)
+    advance_triton(whole, whole[:, None], 1, *inputs, whole, pdl=pdl)
     filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
     choices = itertools.product(
         (None, logits.bool()), ((False, False), (True, False), (True, True))

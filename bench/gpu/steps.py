@@ -15,8 +15,9 @@ from bench.gpu.limits import DeviceClock, quantiles
 from bench.report.stats import ratio
 from bench.shapes import random_weights
 from lfm2_fast.cli.benchmark import Sequences, bytes_read_per_step
-from lfm2_fast.engine.decode import DecodeLoop, Request
+from lfm2_fast.engine.decode import DecodeLoop
 from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 from lfm2_fast.ops.triton_ops import TritonOps
 from lfm2_fast.weights.formats import INT8
@@ -62,8 +63,9 @@ class Decoding:
         device, context = self.model.device, self.context
         self.end()
         self.cache.reset()
-        steps = DecodeLoop(self.model.network, self.cache, self.params, ())
-        rows = [Request(i, slot=i, start=context, limit=self.room) for i in range(self.batch)]
+        steps = DecodeLoop(self.model.network, self.cache, self.params)
+        request = Request(prompt(context), self.params)
+        rows = [Row(0, request, i, limit=self.room, arrival=i, slot=i) for i in range(self.batch)]
         logits = ModelRunner(self.model.network, self.cache).prefill([prompt(context)], [0])
         for slot in range(1, self.batch):
             self.cache.copy(0, slot)

@@ -14,13 +14,14 @@ import torch
 class HostBatch:
     """Numbers of a batch on the host, one of each for every sequence.
 
-    ``slots`` names a sequence's slot in the cache, ``starts`` its context before this step,
-    ``query_lengths`` counts its tokens in this step.
+    ``slots`` names a sequence's slot in the cache, ``starts`` the position of its first token,
+    ``query_lengths`` counts its tokens in this step, ``write_from`` is as in ``Batch``.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     query_lengths: tuple[int, ...]
+    write_from: tuple[int, ...] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """Yield slot, start and query length of each sequence."""
@@ -35,6 +36,8 @@ class Batch:
     ``cu_seqlens [B + 1]`` int32 where each sequence starts in the packed axis, ``slots [B]`` int64
     its slot in the cache, ``lengths [B]`` int32 its context after this step. All four lie on the
     model's device. ``max_query`` is the most tokens that any sequence runs in this step.
+    ``write_from [B]`` int32 is the first position whose key and value are written: those of tokens
+    that run again are there already. None means all are written.
 
     ``final_lengths [B]`` int32, on the device, are the contexts at the end of the call that this
     step is a part of; None means ``lengths``. RoPE scaling that goes by the length takes these, so
@@ -52,6 +55,7 @@ class Batch:
     max_query: int
     host: HostBatch | None = None
     final_lengths: torch.Tensor | None = None
+    write_from: torch.Tensor | None = None
 
     @classmethod
     def prepare(
@@ -61,12 +65,15 @@ class Batch:
         slots: Sequence[int],
         device: torch.device | str,
         final_lengths: Sequence[int] | None = None,
+        *,
+        write_from: Sequence[int] | None = None,
     ) -> Batch:
-        """Continue the sequence in ``slots[i]`` from ``starts[i]`` by ``query_lengths[i]`` tokens.
+        """Run ``query_lengths[i]`` tokens of the sequence in ``slots[i]`` from ``starts[i]`` on.
 
-        ``final_lengths[i]`` is its context at the end of the call (default: after this step).
-        Sequences that run no token are left out. Raises ValueError for a slot that is named twice,
-        a negative length, and final lengths that this step passes.
+        ``final_lengths[i]`` is its context at the end of the call (default: after this step), and
+        ``write_from[i]`` the first position to write (default: the first that runs). Sequences that
+        run no token are left out. Raises ValueError for a slot that is named twice, a negative
+        length, and final lengths that this step passes.
         """
         if not len(query_lengths) == len(slots) == len(starts):
             raise ValueError(f"{len(query_lengths)} query lengths for {len(slots)} slots")
@@ -74,19 +81,18 @@ class Batch:
             raise ValueError(f"query lengths must not be negative, got {list(query_lengths)}")
         if len(set(slots)) != len(slots):
             raise ValueError(f"a slot may stand in a batch once, got slots {list(slots)}")
-        every = zip(query_lengths, starts, slots, strict=True)
-        live = [(n, start, slot) for n, start, slot in every if n]
-        ends = [start + n for n, start, _ in live]
+        live = [place for place, n in enumerate(query_lengths) if n]
+        ends = [starts[place] + query_lengths[place] for place in live]
         finals = ends
         if final_lengths is not None:
-            pairs = zip(query_lengths, final_lengths, strict=True)
-            finals = [final for n, final in pairs if n]
+            finals = [final_lengths[place] for place in live]
             if any(final < end for final, end in zip(finals, ends, strict=True)):
                 raise ValueError(f"this step ends at {ends}, beyond the final lengths {finals}")
         host = HostBatch(
-            query_lengths=tuple(n for n, _, _ in live),
-            starts=tuple(start for _, start, _ in live),
-            slots=tuple(slot for _, _, slot in live),
+            slots=tuple(slots[place] for place in live),
+            starts=tuple(starts[place] for place in live),
+            query_lengths=tuple(query_lengths[place] for place in live),
+            write_from=None if write_from is None else tuple(write_from[place] for place in live),
         )
         bounds = [0]
         for n in host.query_lengths:
@@ -100,6 +106,9 @@ class Batch:
             max_query=max(host.query_lengths, default=0),
             host=host,
             final_lengths=None if finals == ends else on_device(finals, torch.int32, device),
+            write_from=None
+            if host.write_from is None
+            else on_device(host.write_from, torch.int32, device),
         )
 
     @property

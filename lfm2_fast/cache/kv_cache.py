@@ -1,4 +1,4 @@
-"""Cache: the keys and values, and the conv windows, of every sequence."""
+"""Cache: the pages of keys and values, and the conv windows, of every sequence."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, on_device
+from lfm2_fast.cache.page_memory import PAGE_SIZE, PageMemory, pages_of
+from lfm2_fast.cache.page_pool import CacheError, PagePool
+from lfm2_fast.cache.prefix_index import Match
 from lfm2_fast.config import Config
-
-MIN_PAGE = 64
-MARKS = 16
 
 
 @dataclass
@@ -20,17 +20,12 @@ class KVPages:
     """One attention layer's ``k, v [pages, kv_heads, page_size, head_dim]``.
 
     ``table [slots, pages per slot]`` int32, shared by all layers, says which pages hold a slot's
-    sequence, in order. This cache gives every slot one page as long as its sequence, which the
-    eager body relies on: slot i owns page i.
+    sequence, in order. Entries beyond a sequence mean nothing.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     table: torch.Tensor
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What is stored per slot, by name."""
-        return {"k": self.k, "v": self.v}
 
 
 @dataclass
@@ -39,40 +34,28 @@ class ConvWindow:
 
     rows: torch.Tensor
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What is stored per slot, by name."""
-        return {"rows": self.rows}
-
-
-@dataclass
-class Mark:
-    """A slot's conv windows at one length, ``rows`` one ``[ring, hidden]`` per conv layer."""
-
-    rows: list[torch.Tensor]
-    oldest: int
-
-
-class CacheError(RuntimeError):
-    """The cache cannot do what was asked: no room left, or the state needed is gone."""
-
 
 class Cache:
     """What the model remembers of ``slots`` sequences, each with its own length.
 
-    A sequence's keys and values fill one page, which grows geometrically up to ``max_length``
-    tokens. A conv layer keeps a ring of the last ``width - 1 + spare`` rows of ``B * x``, addressed
-    by position, so a step writes one row and shifts nothing, and up to ``spare`` tokens can be
-    taken back by ``rollback``. ``lengths[slot]``, on the host, is the truth of how much context
-    every slot holds; whatever lies beyond it in the tensors is never read.
+    Keys and values lie in pages of ``PAGE_SIZE`` tokens, up to ``max_length`` tokens a sequence. A
+    sequence takes a page when it needs one, and gives its pages back when it is reset. Sequences
+    that begin alike may share full pages; a page with two owners is never written. ``pages``
+    bounds the pages of all sequences together (default: enough for all at full length).
 
-    ``history[slot]`` lists the token ids that a slot holds, as far as ``record_tokens`` was told.
-    Unlike keys and values, conv rows that a ring has passed over are gone; ``mark`` keeps a slot's
-    window at its present length (60 to 270 kB at the published sizes), and ``resume`` goes back to
-    the newest such place.
+    A conv layer keeps a ring of the last ``width - 1 + spare`` rows of ``B * x``, addressed by
+    position, so a step writes one row and shifts nothing. A window that the ring has passed over
+    is made again: the last ``replay_length`` tokens run once more, reading keys and values and
+    writing none. ``replay`` says how many tokens a slot must run again before it goes on.
+
+    ``lengths[slot]``, on the host, is the truth of how much context every slot holds; whatever lies
+    beyond it in the tensors is never read. ``history[slot]`` lists the token ids that a slot holds,
+    as far as ``record_tokens`` was told.
 
     ``dummy_slot`` is the index of an extra slot, which finished sequences write to while others
-    still run, or None. ``reallocations`` counts how often the pages have moved. ``kept`` holds the
-    decode buffers and graphs that use these pages.
+    still run, or None. With ``in_place`` pages never move, as captured graphs need, and tables are
+    narrow views that widen; ``reallocations`` counts how often they did. ``kept`` holds the decode
+    buffers and graphs that use this cache.
     """
 
     kept: Any = None
@@ -87,6 +70,8 @@ class Cache:
         dtype: torch.dtype,
         spare: int = 1,
         dummy_slot: bool = False,
+        in_place: bool = False,
+        pages: int | None = None,
     ) -> None:
         if slots < 0 or max_length < 1 or spare < 1:
             raise ValueError(
@@ -94,39 +79,73 @@ class Cache:
                 f"slots={slots}, max_length={max_length}, spare={spare}"
             )
         config = config.to_internal() if hasattr(config, "to_internal") else config
+        self._made_with = {
+            "config": config,
+            "slots": slots,
+            "max_length": max_length,
+            "device": device,
+            "dtype": dtype,
+            "spare": spare,
+            "dummy_slot": dummy_slot,
+            "in_place": in_place,
+            "pages": pages,
+        }
         self.signature = signature(config, dtype, device)
         self.slots = slots
         self.dummy_slot = slots if dummy_slot else None
         self.reallocations = 0
         self.max_length = max_length
+        self._follows_length = config.rope_follows_length
         self.past = config.conv_L_cache - 1
         self.ring = self.past + spare
+        self.replay_length = self.past * config.layer_types.count("conv")
         self.lengths = [0] * slots
         # The first position whose conv row is still in the ring, counting steps that broke off,
         # and the context to which steps that were launched may have gone.
         self._oldest = [0] * slots
         self._expected = [0] * slots
         self.history: list[list[int]] = [[] for _ in range(slots)]
-        self._marks: list[dict[int, Mark]] = [{} for _ in range(slots)]
-        self._capacity = min(MIN_PAGE, max_length)
+        places, most = slots + dummy_slot, pages_of(max_length)
+        memory = PageMemory(
+            config.layer_types.count("full_attention"),
+            config.num_key_value_heads,
+            config.head_dim,
+            limit=(slots * most if pages is None else pages) + dummy_slot,
+            device=device,
+            dtype=dtype,
+            in_place=in_place,
+        )
+        self.pool = PagePool(memory)
+        self._pages: list[list[int]] = [[] for _ in range(slots)]
         self.layers: list[KVPages | ConvWindow] = []
-        places = slots + dummy_slot
-        page = (places, config.num_key_value_heads, self._capacity, config.head_dim)
         window = (places, self.ring, config.hidden_size)
         # A cache made inside torch.inference_mode must stay writable outside of it.
         with torch.inference_mode(False):
-            table = torch.arange(places, dtype=torch.int32, device=device)[:, None]
+            self._table = torch.zeros(places, most, dtype=torch.int32, device=device)
             for kind in config.layer_types:
                 if kind == "conv":
                     rows = torch.zeros(window, device=device, dtype=dtype)
                     self.layers.append(ConvWindow(rows))
                 else:
-                    k = torch.empty(page, device=device, dtype=dtype)
-                    self.layers.append(KVPages(k, torch.empty_like(k), table))
+                    self.layers.append(KVPages(self._table, self._table, self._table))
+        # Kernels of a GPU launch as many programs as the table has columns for.
+        self._columns = 1 if in_place and memory.device.type != "cpu" else most
+        if dummy_slot:
+            self._table[slots, 0] = self.pool.take(1)[0]
+        self._lay_out()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps nothing that points at the tensors of this one."""
-        return {name: value for name, value in self.__dict__.items() if name != "kept"}
+        """A copy holds the same sequences in memory of its own."""
+        return {"made_with": self._made_with, "state": self.state_dict()}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__init__(**saved["made_with"])  # type: ignore[misc]
+        self.load_state_dict(saved["state"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        made = object.__new__(Cache)
+        made.__setstate__(self.__getstate__())
+        return made
 
     def get_seq_length(self) -> int:
         """Tokens held by the longest sequence."""
@@ -135,7 +154,12 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes that the pages and windows take on their device."""
-        return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
+        windows = (layer.rows.nbytes for layer in self.layers if isinstance(layer, ConvWindow))
+        return self.pool.memory.nbytes + sum(windows)
+
+    def pages(self, slot: int) -> list[int]:
+        """Return the numbers of the pages that hold a slot's sequence, in order."""
+        return list(self._pages[slot])
 
     def next_batch(
         self,
@@ -143,39 +167,53 @@ class Cache:
         slots: Sequence[int],
         device: torch.device | str,
         final_lengths: Sequence[int] | None = None,
+        *,
+        replays: Sequence[int] | None = None,
     ) -> Batch:
         """Return the batch that continues each ``slots[i]`` by ``query_lengths[i]`` tokens.
 
+        The first ``replays[i]`` of them are run again: their keys and values are there.
         ``final_lengths`` are those of ``Batch.prepare``. Raises ValueError for a slot that the
         cache does not have, and as ``Batch.prepare`` does.
         """
         for slot in slots:
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slot {slot} is not one of the cache's {self.slots} slots")
-        starts = [self.lengths[slot] for slot in slots]
-        return Batch.prepare(query_lengths, starts, slots, device, final_lengths)
+        held = [self.lengths[slot] for slot in slots]
+        if replays is None or not any(replays):
+            return Batch.prepare(query_lengths, held, slots, device, final_lengths)
+        starts = [length - again for length, again in zip(held, replays, strict=True)]
+        return Batch.prepare(query_lengths, starts, slots, device, final_lengths, write_from=held)
 
     def reserve(self, batch: Batch) -> None:
         """Make room for ``batch`` and note which conv rows it will overwrite.
 
-        Called before a step runs. Raises CacheError when a sequence would pass ``max_length`` or
-        the conv rows that it continues from are gone; then nothing has changed.
+        Called before a step runs. Raises CacheError when a sequence would pass ``max_length``, the
+        pages do not suffice, or the conv rows that it continues from are gone; then nothing has
+        changed.
         """
-        for slot, start, n in batch.required_host:
-            if start != self.lengths[slot]:
+        host = batch.required_host
+        held = host.starts if host.write_from is None else host.write_from
+        for (slot, start, n), known in zip(host, held, strict=True):
+            if known != self.lengths[slot]:
                 raise CacheError(
-                    f"the batch continues slot {slot} at token {start}, but the cache holds "
+                    f"the batch continues slot {slot} at token {known}, but the cache holds "
                     f"{self.lengths[slot]}; prepare a new batch for every step"
                 )
             if start + n > self.max_length:
                 raise CacheError(
-                    f"slot {slot} holds {start} tokens and {n} more do not fit into the cache's "
-                    f"max_length of {self.max_length}; start a cache with a larger max_length"
+                    f"slot {slot} holds {known} tokens and {start + n - known} more do not fit "
+                    f"into the cache's max_length of {self.max_length}; start a cache with a "
+                    "larger max_length"
                 )
-            self._check_window(slot, start)
-        self._grow(max((start + n for _, start, n in batch.required_host), default=0))
-        for slot, start, n in batch.required_host:
-            kept = self._first_kept(slot) if start else 0
+            if known - start < min(known, self.replay_length):
+                self._check_window(slot, start)
+        self.make_room({slot: start + n for slot, start, n in host})
+        for (slot, start, n), known in zip(host, held, strict=True):
+            # What was replayed is only a window's from the token on from which it was whole.
+            kept = self._first_kept(slot) if known and start == known else 0
+            if start < known:
+                kept = max(known - self.past, 0)
             self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0
 
     def commit_batch(self, batch: Batch) -> None:
@@ -183,17 +221,45 @@ class Cache:
         for slot, start, n in batch.required_host:
             self.lengths[slot] = start + n
 
-    def make_room(self, tokens: int) -> None:
-        """See that every slot has room for a context of so many tokens, before steps are launched.
+    def make_room(self, contexts: dict[int, int]) -> None:
+        """See that each slot has pages of its own for a context of so many tokens.
 
-        Raises CacheError when that is more than ``max_length``.
+        Raises CacheError when one is more than ``max_length``, or there are not enough pages; then
+        nothing has changed.
         """
-        if tokens > self.max_length:
-            raise CacheError(
-                f"{tokens} tokens do not fit into the cache's max_length of {self.max_length}; "
-                "start a cache with a larger max_length"
-            )
-        self._grow(tokens)
+        wanted: list[tuple[int, int]] = []
+        for slot, tokens in contexts.items():
+            if tokens > self.max_length:
+                raise CacheError(
+                    f"{tokens} tokens do not fit into the cache's max_length of "
+                    f"{self.max_length}; start a cache with a larger max_length"
+                )
+            pages = self._pages[slot]
+            first = self.lengths[slot] // PAGE_SIZE
+            # The page that is written next, if it has another owner, and those to come.
+            if first < len(pages) and tokens > self.lengths[slot]:
+                if self.pool.is_shared(pages[first]):
+                    wanted.append((slot, first))
+            wanted.extend((slot, column) for column in range(len(pages), pages_of(tokens)))
+        if not wanted:
+            return
+        known = self.pool.memory.count
+        taken = self.pool.take(len(wanted))
+        if self.pool.memory.count != known:
+            self._lay_out()
+        self._widen(max(column for _, column in wanted) + 1)
+        for (slot, column), page in zip(wanted, taken, strict=True):
+            pages = self._pages[slot]
+            if column < len(pages):
+                self.pool.memory.copy(pages[column], page, self.lengths[slot] % PAGE_SIZE)
+                self.pool.release([pages[column]])
+                pages[column] = page
+            else:
+                pages.append(page)
+        rows, columns = zip(*wanted, strict=True)
+        device = self._table.device
+        at = on_device(rows, torch.int64, device), on_device(columns, torch.int64, device)
+        self._table[at] = on_device(taken, torch.int32, device)
 
     def expect_length(self, slot: int, length: int) -> None:
         """Note that launched steps may extend the slot to ``length`` tokens.
@@ -214,8 +280,22 @@ class Cache:
         A slot whose history already lacks earlier tokens stays as it is: a prefix is all it tells.
         """
         for (slot, start, _), chunk in zip(batch.required_host, chunks, strict=True):
-            if len(self.history[slot]) == start:
-                self.history[slot].extend(chunk)
+            if len(self.history[slot]) >= start:
+                self.history[slot][start:] = chunk
+
+    def replay(self, slot: int) -> list[int]:
+        """Return the last tokens of a slot that must run again before it goes on.
+
+        They are none where its conv windows are there. Raises CacheError where they are not, and
+        the tokens are not known either.
+        """
+        length = self.lengths[slot]
+        if self._has_window(slot, length):
+            return []
+        first = max(0, length - self.replay_length)
+        if len(self.history[slot]) < length:
+            self._check_window(slot, length)
+        return self.history[slot][first:length]
 
     def rollback(self, tokens: int, slots: Iterable[int] | None = None) -> None:
         """Take back the last ``tokens`` of every given slot (default: all), as if never run.
@@ -235,58 +315,73 @@ class Cache:
                 )
             self._check_window(slot, length)
         for slot in chosen:
-            self._truncate(slot, self.lengths[slot] - tokens)
+            self.truncate(slot, self.lengths[slot] - tokens)
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
-        """Forget every token of the given slots (default: all)."""
+        """Forget every token of the given slots (default: all), and give their pages back."""
         for slot in range(self.slots) if slots is None else slots:
-            self._truncate(slot, 0)
+            self.truncate(slot, 0)
 
-    def mark(self, slot: int) -> None:
-        """Keep the slot's conv windows as they are now, so that ``resume`` can come back here.
+    def truncate(self, slot: int, length: int) -> None:
+        """Hold only the first ``length`` tokens of a slot, and give the other pages back.
 
-        A slot keeps its newest MARKS marks.
+        Where that goes back too far for the conv windows, ``replay`` says what to run again.
         """
-        marks = self._marks[slot]
-        marks.pop(self.lengths[slot], None)
-        rows = [layer.rows[slot].clone() for layer in self.layers if isinstance(layer, ConvWindow)]
-        marks[self.lengths[slot]] = Mark(rows, self._first_kept(slot))
-        if len(marks) > MARKS:
-            del marks[min(marks)]
+        self.lengths[slot] = length
+        del self.history[slot][length:]
+        kept = pages_of(length)
+        self.pool.release(self._pages[slot][kept:])
+        del self._pages[slot][kept:]
+        if length == 0:
+            self._oldest[slot] = self._expected[slot] = 0
 
-    def resume(self, slot: int, length: int) -> int:
-        """Go back to the longest restorable context of at most ``length`` tokens; give its length.
+    def go_back(self, slot: int, length: int) -> int:
+        """Hold at most the first ``length`` tokens of a slot, and return how many it holds.
 
-        That is ``length`` itself if the ring still holds its conv rows, else a mark, else 0.
+        They are none where the conv windows are gone and running tokens again would not bring them
+        back: with RoPE scaling that goes by the length of the context.
         """
-        length = min(length, self.lengths[slot])
-        if not self._has_window(slot, length):
-            marks = self._marks[slot]
-            length = max((marked for marked in marks if marked <= length), default=0)
-            # First the bookkeeping: if the copies break off, the window still counts as gone.
-            self._truncate(slot, length)
-            if length:
-                windows = (layer for layer in self.layers if isinstance(layer, ConvWindow))
-                for window, rows in zip(windows, marks[length].rows, strict=True):
-                    window.rows[slot] = rows
-                self._oldest[slot], self._expected[slot] = marks[length].oldest, 0
-        self._truncate(slot, length)
+        if self._follows_length and not self._has_window(slot, length):
+            length = 0
+        self.truncate(slot, length)
         return length
 
+    def attach(self, slot: int, match: Match, tokens: Sequence[int]) -> None:
+        """Make an empty slot hold the matched ``tokens``: whole pages shared, of one page a copy.
+
+        Without a page for the copy the slot holds the whole pages alone.
+        """
+        assert not self.lengths[slot] and len(tokens) == match.tokens
+        pages, held = list(match.pages), len(match.pages) * PAGE_SIZE
+        self.pool.share(pages)
+        if match.partial is not None:
+            # Owned while it is read, so that it is not the page that is taken.
+            self.pool.share([match.partial])
+            if self.pool.available:
+                pages += self.pool.take(1)
+                self.pool.memory.copy(match.partial, pages[-1], match.rows)
+                held += match.rows
+            self.pool.release([match.partial])
+        self._hold(slot, pages, held)
+        self.history[slot] = list(tokens[:held])
+        # No window is there: all that the slot goes on from is replayed.
+        self._oldest[slot] = held + 1 if held else 0
+
     def copy(self, source: int, target: int) -> None:
-        """Make slot ``target`` hold what slot ``source`` holds."""
+        """Make slot ``target`` hold what slot ``source`` holds, sharing its full pages."""
         held = self.lengths[source]
-        self._truncate(target, 0)
+        self.truncate(target, 0)
+        full = self._pages[source][: held // PAGE_SIZE]
+        rest = self.pool.take(1) if held % PAGE_SIZE else []
+        self.pool.share(full)
+        for page in rest:
+            self.pool.memory.copy(self._pages[source][len(full)], page, held % PAGE_SIZE)
         for layer in self.layers:
             if isinstance(layer, ConvWindow):
                 layer.rows[target] = layer.rows[source]
-            else:
-                layer.k[target, :, :held] = layer.k[source, :, :held]
-                layer.v[target, :, :held] = layer.v[source, :, :held]
-        self.lengths[target] = held
+        self._hold(target, [*full, *rest], held)
         self._oldest[target], self._expected[target] = self._first_kept(source), 0
         self.history[target] = list(self.history[source])
-        self._marks[target] = dict(self._marks[source])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A copy of everything held, as named tensors that ``load_state_dict`` takes back."""
@@ -296,56 +391,57 @@ class Cache:
             "recorded": torch.tensor([len(h) for h in self.history], dtype=torch.int64),
             "history": torch.tensor([t for h in self.history for t in h], dtype=torch.int64),
         }
-        held = self.get_seq_length()
+        pages = [
+            self.pool.memory.page(page)
+            for slot in range(self.slots)
+            for page in self._pages[slot][: pages_of(self.lengths[slot])]
+        ]
+        none = torch.empty(0, *self.pool.memory.shape, dtype=self.pool.memory.dtype)
+        state["pages"] = torch.stack(pages) if pages else none
         for i, layer in enumerate(self.layers):
             if isinstance(layer, ConvWindow):
                 state[f"layers.{i}.rows"] = layer.rows[: self.slots].clone()
-            else:
-                state[f"layers.{i}.k"] = layer.k[: self.slots, :, :held].clone()
-                state[f"layers.{i}.v"] = layer.v[: self.slots, :, :held].clone()
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Hold what ``state`` says. Raises CacheError if it is from a cache of another shape."""
-        held = int(state["lengths"].max()) if self.slots else 0
+        lengths = state["lengths"].tolist()
         recorded = int(state["recorded"].sum()) if self.slots else 0
         wanted: dict[str, tuple[int, ...]]
         wanted = {name: (self.slots,) for name in ("lengths", "oldest", "recorded")}
         wanted["history"] = (recorded,)
+        wanted["pages"] = (sum(map(pages_of, lengths)), *self.pool.memory.shape)
         for i, layer in enumerate(self.layers):
-            for name, tensor in layer.tensors().items():
-                shape = [self.slots, *tensor.shape[1:]]
-                if name != "rows":
-                    shape[2] = held
-                wanted[f"layers.{i}.{name}"] = tuple(shape)
+            if isinstance(layer, ConvWindow):
+                wanted[f"layers.{i}.rows"] = (self.slots, *layer.rows.shape[1:])
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if found != wanted or held > self.max_length:
+        if found != wanted or max(lengths, default=0) > self.max_length:
             wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
             raise CacheError(
                 f"this state is not of a cache with {self.slots} slots, ring {self.ring} and "
                 f"max_length {self.max_length}; it differs in {wrong or ['lengths']}"
             )
-        self._grow(held)
+        self.reset()
+        self.make_room(dict(enumerate(lengths)))
+        saved = iter(state["pages"])
+        for pages in self._pages:
+            for page in pages:
+                self.pool.memory.page(page).copy_(next(saved))
         for i, layer in enumerate(self.layers):
             if isinstance(layer, ConvWindow):
                 layer.rows[: self.slots].copy_(state[f"layers.{i}.rows"])
-            else:
-                layer.k[: self.slots, :, :held].copy_(state[f"layers.{i}.k"])
-                layer.v[: self.slots, :, :held].copy_(state[f"layers.{i}.v"])
-        self.lengths = state["lengths"].tolist()
+        self.lengths = lengths
         self._oldest, self._expected = state["oldest"].tolist(), [0] * self.slots
         parts = state["history"].split(state["recorded"].tolist())
         self.history = [part.tolist() for part in parts]
-        self._marks = [{} for _ in range(self.slots)]
 
-    def _truncate(self, slot: int, length: int) -> None:
-        """Hold only the first ``length`` tokens of a slot whose windows fit that length."""
-        self.lengths[slot] = length
-        del self.history[slot][length:]
-        marks = self._marks[slot]
-        self._marks[slot] = {marked: mark for marked, mark in marks.items() if marked <= length}
-        if length == 0:
-            self._oldest[slot] = self._expected[slot] = 0
+    def _hold(self, slot: int, pages: list[int], length: int) -> None:
+        """Make an empty slot hold ``length`` tokens in ``pages``."""
+        self._widen(len(pages))
+        self._pages[slot], self.lengths[slot] = pages, length
+        row = on_device(pages, torch.int32, self._table.device)
+        self._table[slot, : len(pages)] = row
+        self._lay_out()
 
     def _first_kept(self, slot: int) -> int:
         """The first position whose conv row is surely still in the ring."""
@@ -363,20 +459,19 @@ class Cache:
                 "off counts too); reset the slot and run its tokens again"
             )
 
-    def _grow(self, tokens: int) -> None:
-        """Make pages of at least ``tokens``, with all that those before hold."""
-        if tokens <= self._capacity:
-            return
-        # Steps that the host has not counted yet may have written rows as well.
-        held = max((*self.lengths, *self._expected), default=0)
-        capacity = min(self.max_length, max(tokens, 2 * self._capacity))
-        with torch.inference_mode(False):
-            for layer in self.layers:
-                if isinstance(layer, KVPages):
-                    k, v = (_longer(pages, capacity, held) for pages in (layer.k, layer.v))
-                    layer.k, layer.v = k, v
-        self._capacity = capacity
-        self.reallocations += 1
+    def _widen(self, columns: int) -> None:
+        """Have tables of at least so many columns."""
+        if columns > self._columns:
+            self._columns = min(max(columns, 2 * self._columns), self._table.shape[1])
+            self.reallocations += 1
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Hand every layer the pages and the table as they are now."""
+        attention = (layer for layer in self.layers if isinstance(layer, KVPages))
+        for number, layer in enumerate(attention):
+            layer.k, layer.v = self.pool.memory.layer(number)
+            layer.table = self._table[:, : self._columns]
 
 
 def signature(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
@@ -384,20 +479,3 @@ def signature(config: Config, dtype: torch.dtype, device: torch.device | str) ->
     heads = (config.num_key_value_heads, config.head_dim)
     sizes = (*heads, config.hidden_size, config.conv_L_cache)
     return (tuple(config.layer_types), *sizes, dtype, torch.empty(0, device=device).device)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
-    count = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
-
-
-def _longer(pages: torch.Tensor, page_size: int, held: int) -> torch.Tensor:
-    slots, kv_heads, _, head_dim = pages.shape
-    longer = pages.new_empty(slots, kv_heads, page_size, head_dim)
-    longer[:, :, :held] = pages[:, :, :held]
-    return longer

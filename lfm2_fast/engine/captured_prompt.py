@@ -20,13 +20,14 @@ class CapturedPrompt:
     """The tensors of a prompt of up to ``size`` tokens in one slot, the rest padding.
 
     ``inputs`` int64 has the ``size`` tokens, their positions, where the prompt begins and ends
-    among them, its slot, and its context after it: all that differs from prompt to prompt, so that
-    one copy brings it. ``logits [1, V]`` are those of the last token.
+    among them, its slot, its context after it, and the first position that it writes: all that
+    differs from prompt to prompt, so that one copy brings it. ``logits [1, V]`` are those of the
+    last token.
     """
 
     def __init__(self, model: Lfm2, size: int) -> None:
         self.size = size
-        self.inputs = torch.zeros(2 * size + 4, dtype=torch.int64, device=model.device)
+        self.inputs = torch.zeros(2 * size + 5, dtype=torch.int64, device=model.device)
         shape = (1, model.config.vocab_size)
         self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
 
@@ -48,12 +49,18 @@ class CapturedPrompt:
         return self.inputs.nbytes + self.logits.nbytes
 
     def prefill(
-        self, model: Lfm2, cache: Cache, tokens: Sequence[int], slot: int, start: int
+        self,
+        model: Lfm2,
+        cache: Cache,
+        tokens: Sequence[int],
+        slot: int,
+        start: int,
+        write_from: int,
     ) -> None:
-        """Fill ``logits``, going on from ``start`` in ``slot``."""
+        """Fill ``logits``, going on from ``start`` in ``slot``; write from ``write_from`` on."""
         count = len(tokens)
         rest = [0] * (self.size - count)
-        ends = (0, count, slot, start + count)
+        ends = (0, count, slot, start + count, write_from)
         values = [*tokens, *rest, *range(start, start + count), *rest, *ends]
         pinned = self.inputs.device.type == "cuda"
         host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
@@ -71,16 +78,17 @@ class CapturedPrompt:
 
         Operations that capture read device tensors alone, so only tests ask for it.
         """
-        positions, ends = self.inputs[self.size :].split((self.size, 4))
+        positions, ends = self.inputs[self.size :].split((self.size, 5))
         host = None
         if on_host:
-            _, count, slot, length = ends.tolist()
-            host = HostBatch((slot,), (length - count,), (count,))
+            _, count, slot, length, write_from = ends.tolist()
+            host = HostBatch((slot,), (length - count,), (count,), (write_from,))
         return Batch(
             positions=positions,
             cu_seqlens=ends[:2].int(),
             slots=ends[2:3],
-            lengths=ends[3:].int(),
+            lengths=ends[3:4].int(),
             max_query=self.size,
             host=host,
+            write_from=ends[4:].int(),
         )

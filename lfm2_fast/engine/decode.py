@@ -19,13 +19,12 @@ import torch
 
 from lfm2_fast.cache.batch import DecodeInputs, on_device
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.engine.logits import adjusted, log_probs
+from lfm2_fast.engine.request import LogProbs, Row
 from lfm2_fast.engine.step_buffers import MAX_STEPS, StepBuffers, bucket
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 
-# Tokens for which room is made at once, or more if they take fewer bytes than this: when pages
-# move, every graph is captured anew.
-AHEAD, AHEAD_BYTES = 256, 2**26
 # Largest batch for which one launch covers several steps. A larger batch keeps the device busy
 # without that, and the wasted steps of a finished row would slow the others.
 MULTI_STEP_ROWS = 4
@@ -37,22 +36,6 @@ class LogitsError(RuntimeError):
     """Logits are NaN or infinite: no token can be chosen by them, or no loss computed."""
 
 
-@dataclass
-class Request:
-    """A sequence that is being written: its slot, and its new tokens, as far as read.
-
-    NO_TOKEN is the last of them where there was none to choose.
-    """
-
-    number: int
-    slot: int
-    start: int  # tokens of the prompt
-    limit: int  # tokens to write at most
-    written: list[int] = field(default_factory=list)
-    launched: int = 0  # tokens whose steps were launched
-    ended: bool = False
-
-
 def why_not_finite(dtype: torch.dtype) -> str:
     """Return what makes numbers of a model of ``dtype`` NaN or infinite, and what to do."""
     if dtype == torch.float16:
@@ -61,10 +44,9 @@ def why_not_finite(dtype: torch.dtype) -> str:
 
 
 def no_token(
-    row: Request,
+    row: Row,
     number: int,
     dtype: torch.dtype,
-    params: SamplingParams,
     *,
     processed: bool = False,
 ) -> LogitsError:
@@ -73,28 +55,32 @@ def no_token(
     ``processed`` says that logits processors had a hand in its logits. The position that the error
     names is that of the token in the row's text, from 0 on and without padding.
     """
-    why = why_not_finite(dtype)
+    why, params = why_not_finite(dtype), row.request.sampling
     if params.do_sample and params.temperature < LEAST_TEMPERATURE:
         why = f"temperature={params.temperature} makes them infinite; decode greedily instead"
     if processed:
         why = f"logits processors leave no token a finite score, or {why}"
+    place = row.request.first_row + row.index
     return LogitsError(
-        f"row {row.number} has no token to choose as its new token {number}, at position "
+        f"row {place} has no token to choose as its new token {number}, at position "
         f"{row.start + number - 1}: the best of its logits is NaN or infinite ({why})"
     )
 
 
 @dataclass
 class Launch:
-    """Steps under way: ``tokens [steps, B]`` on the host, and a column of them for each request.
+    """Steps under way: ``tokens [steps, B]`` on the host, and a column of them for each row.
 
-    The tokens are there when the event ``copied`` has come, or at once if it is None. ``read``
-    counts the steps that were read.
+    The tokens are there when the event ``copied`` has come, or at once if it is None. ``ran`` says
+    that the steps ran the rows' tokens before; those of prompts did not. ``read`` counts the steps
+    that were read. ``logprobs`` are those that rows asked for, of a launch of one step.
     """
 
-    rows: list[tuple[Request, int]]
+    rows: list[tuple[Row, int]]
     tokens: torch.Tensor
     copied: Any
+    ran: bool
+    logprobs: dict[Row, LogProbs] = field(default_factory=dict)
     read: int = 0
 
     def unread_tokens(self) -> list[list[int]]:
@@ -105,35 +91,33 @@ class Launch:
 
 
 class DecodeLoop:
-    """Requests that are written together: ``admit`` them, then ``launch`` and ``read`` until done.
+    """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until done.
 
     ``lag`` counts the launches before the first of them is read. ``max_steps`` bounds the steps of
     few rows in one launch, where there is a lag. Layers with hooks are called for the steps and
     rows of the text alone: such steps are not captured, and nothing runs ahead or fills a bucket.
+    ``params`` are those of places that no row has had: steps of rows that choose alike are captured
+    once if those choose so too.
     """
 
     def __init__(
         self,
         model: Lfm2,
         cache: Cache,
-        params: SamplingParams,
-        eos: Sequence[int],
+        params: SamplingParams | None = None,
         *,
         lag: int | None = None,
         max_steps: int = MAX_STEPS,
     ) -> None:
-        self.model, self.cache, self.params = model, cache, params
+        self.model, self.cache = model, cache
         self.hooked = model.has_hooked_layers
         self.lag = int(model.ops.captures) if lag is None else lag
         if self.hooked:
             self.lag = 0
         self.max_steps = max_steps if self.lag else 1
-        token = model.config.cache_bytes(model.dtype.itemsize) * max(cache.slots, 1)
-        self.ahead = max(AHEAD, AHEAD_BYTES // max(token, 1))
         self.buffers = StepBuffers.of(model, cache)
-        self.buffers.begin(cache, params, eos, model.config.vocab_size)
-        self.eos = frozenset(eos)
-        self.places: list[Request | None] = []
+        self.buffers.begin(cache, params or SamplingParams(), model.config.vocab_size)
+        self.places: list[Row | None] = []
         self._unread: deque[Launch] = deque()
 
     @property
@@ -141,72 +125,97 @@ class DecodeLoop:
         """How many launches were not read to the end."""
         return len(self._unread)
 
-    def admit(self, rows: Sequence[Request], logits: torch.Tensor, state: SamplingState) -> None:
-        """Choose the first tokens of prompts that have run, by ``logits [B, V]``, and go on."""
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that have places, in their order."""
+        return [row for row in self.places if row is not None]
+
+    def is_under_way(self, row: Row) -> bool:
+        """Return True if a launch that was not read runs the row."""
+        return any(row is other for launch in self._unread for other, _ in launch.rows)
+
+    def admit(self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState) -> None:
+        """Choose the next tokens of rows whose texts have run, by ``logits [B, V]``, and go on."""
         self._retire()
         buffers, device = self.buffers, self.model.device
         free = [place for place, row in enumerate(self.places) if row is None]
         places = (free + list(range(len(self.places), len(self.places) + len(rows))))[: len(rows)]
         at = on_device(places, torch.int64, device)
-        chosen = self.model.ops.sample(logits, state)
+        buffers.set_eos(places, [row.request.eos for row in rows])
+        numbered = list(zip(rows, range(len(rows)), strict=True))
+        scores = adjusted(logits, numbered)
+        chosen = self.model.ops.sample(scores, state)
         slots = on_device([row.slot for row in rows], torch.int64, device)
-        # Each stands at the last token of its prompt.
-        positions = on_device([row.start - 1 for row in rows], torch.int64, device)
+        # Each stands at the last token of its text.
+        positions = on_device([row.start + row.launched - 1 for row in rows], torch.int64, device)
         lengths = (positions + 1).int()
         finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
         inputs = DecodeInputs(tokens, slots, positions, lengths, finished)
         written = torch.empty_like(chosen)
-        self.model.ops.advance(chosen, buffers.eos, self.cache.dummy_slot, inputs, written)
+        self.model.ops.advance(chosen, buffers.eos[at], self.cache.dummy_slot, inputs, written)
         for ours, made in zip(buffers.inputs, inputs, strict=True):
             ours[at] = made
         buffers.set_sampling(places, state)
         for place, row in zip(places, rows, strict=True):
-            row.launched = 1
+            row.launched += 1
             self.places[place : place + 1] = [row]
-        self._copy_to_host(list(zip(rows, range(len(rows)), strict=True)), written[None])
+        self._copy_to_host(numbered, written[None], ran=False, logits=logits)
 
     def launch(self) -> int:
-        """Launch steps of the rows that go on; how many, 0 if there are no such rows."""
+        """Launch steps of the rows that go on; how many, 0 if there are no such rows.
+
+        Where a row needs its logits changed or told, it is one step, and all launches before must
+        have been read. Raises CacheError, with nothing launched, where the pages do not suffice.
+        """
         self._retire()
         self._shrink()
         going = [(row, place) for place, row in enumerate(self.places) if row is not None]
         if not going:
             return 0
+        on_logits = any(row.needs_logits for row, _ in going)
+        assert not (on_logits and self._unread)
         needed = max(row.start + row.launched for row, _ in going)
-        most = max(row.start + row.limit - 1 for row, _ in going)
-        self.cache.make_room(max(needed, min(needed + self.ahead, most, self.cache.max_length)))
-        steps = self.max_steps if len(self.places) <= MULTI_STEP_ROWS else 1
+        steps = self.max_steps if len(self.places) <= MULTI_STEP_ROWS and not on_logits else 1
         # All that a launch writes is wanted, and has a place in the cache.
         if steps > min(row.limit - row.launched for row, _ in going) or (
             needed + steps - 1 > self.cache.max_length
         ):
             steps = 1
+        self.cache.make_room({row.slot: row.start + row.launched + steps - 1 for row, _ in going})
         for row, _ in going:
             self.cache.expect_length(row.slot, row.start + row.launched + steps - 1)
-        count = self._rows_of_step(len(self.places))
+        count, logits = self._rows_of_step(len(self.places)), None
         self.buffers.run_steps(
-            self.model, self.cache, count, choose=True, steps=steps, hooked=self.hooked
+            self.model,
+            self.cache,
+            count,
+            choose=not on_logits,
+            steps=steps,
+            hooked=self.hooked,
         )
+        if on_logits:
+            logits = self._choose(going, count)
         for row, _ in going:
             row.launched += steps
-        self._copy_to_host(going, self.buffers.written[-steps:])
+        self._copy_to_host(going, self.buffers.written[-steps:], ran=True, logits=logits)
         return steps
 
-    def read(self, keep: int) -> Iterator[tuple[list[Request], list[int]]]:
+    def _choose(self, going: list[tuple[Row, int]], count: int) -> torch.Tensor:
+        """Choose tokens by the logits of the step that ran, as requests change them; the logits."""
+        buffers, ops = self.buffers, self.model.ops
+        assert buffers.logits is not None
+        logits = buffers.logits[:count].clone()
+        chosen = ops.sample(adjusted(logits, going), buffers.view(count))
+        inputs, written = buffers.inputs.first(count), buffers.written[-1, :count]
+        ops.advance(chosen, buffers.eos[:count], self.cache.dummy_slot, inputs, written)
+        return logits
+
+    def read(self, keep: int) -> Iterator[tuple[list[Row], list[int], dict[Row, LogProbs]]]:
         """Tokens of all launches but the last ``keep``, step by step: rows, and a token for each.
 
-        They are the rows that were running; one that its token ends is marked as such. Raises
-        LogitsError where a row had no token to choose. The tokens of the other rows are taken all
-        the same, and may be read on.
+        They are the rows that were running; one that its token ends is marked as such. NO_TOKEN
+        stands, and ends the row, where it had none to choose. Third are log-probabilities.
         """
-        for rows, tokens in self._read(keep):
-            for row, token in zip(rows, tokens, strict=True):
-                if token < 0:
-                    raise no_token(row, len(row.written), self.model.dtype, self.params)
-            yield rows, tokens
-
-    def _read(self, keep: int) -> Iterator[tuple[list[Request], list[int]]]:
-        """Read as ``read`` does; a row without a token has NO_TOKEN, which ends it."""
         while len(self._unread) > keep:
             launch = self._unread[0]
             for tokens in launch.unread_tokens():
@@ -214,12 +223,12 @@ class DecodeLoop:
                 for row, column in launch.rows:
                     if row.ended:
                         continue
-                    # The step has run the token before; the first step was the prompt's.
-                    if row.written:
+                    # The step has run the token before; that of a text that was run did not.
+                    if launch.ran:
                         self.cache.commit_token(row.slot, row.written[-1])
                     token = tokens[column]
                     row.written.append(token)
-                    row.ended = token in self.eos or token < 0 or len(row.written) == row.limit
+                    row.ended = token in row.ends or token < 0 or len(row.written) == row.limit
                     if row.ended:
                         # Whatever is under way, the device has gone one token on at most.
                         ran = min(row.launched - 1, len(row.written))
@@ -227,7 +236,7 @@ class DecodeLoop:
                     rows.append(row)
                 launch.read += 1
                 if rows:  # steps that were under way when the last row ended have none
-                    yield rows, [row.written[-1] for row in rows]
+                    yield rows, [row.written[-1] for row in rows], launch.logprobs
             self._unread.popleft()
 
     def settle(self) -> None:
@@ -236,20 +245,29 @@ class DecodeLoop:
         If that fails, nothing is known, and the slots are empty.
         """
         try:
-            for _ in self._read(0):
+            for _ in self.read(0):
                 pass
         except BaseException:
             self._unread.clear()
             self.cache.reset()
             raise
 
+    def remove(self, row: Row) -> None:
+        """Take a row's place from it, as if it had never been there. Its launches must be read."""
+        assert not self.is_under_way(row)
+        if row in self.places:
+            self._vacate(self.places.index(row))
+
     def _retire(self) -> None:
         """Empty the places of rows that have ended, or need no more than they were asked for."""
         for place, row in enumerate(self.places):
             if row is not None and (row.ended or row.launched == row.limit):
-                self.places[place] = None
-                if self.cache.dummy_slot is not None:
-                    self.buffers.clear_rows(place, place + 1, self.cache)
+                self._vacate(place)
+
+    def _vacate(self, place: int) -> None:
+        self.places[place] = None
+        if self.cache.dummy_slot is not None:
+            self.buffers.clear_rows(place, place + 1, self.cache)
 
     def _rows_of_step(self, live: int) -> int:
         """Return the rows of a step in which so many are live."""
@@ -263,19 +281,39 @@ class DecodeLoop:
             return
         if kept:
             at = on_device(kept, torch.int64, self.model.device)
-            for each in buffers.inputs:
+            for each in (*buffers.inputs, buffers.eos):
                 each[: len(kept)] = each[at]
             buffers.set_sampling(range(len(kept)), buffers.state.pick(kept))
         buffers.clear_rows(len(kept), len(self.places), cache)
         self.places = [self.places[place] for place in kept]
 
-    def _copy_to_host(self, rows: list[tuple[Request, int]], tokens: torch.Tensor) -> None:
-        """Have ``tokens [steps, B]`` copied to where the host will read them, without waiting."""
+    def _copy_to_host(
+        self,
+        rows: list[tuple[Row, int]],
+        tokens: torch.Tensor,
+        *,
+        ran: bool,
+        logits: torch.Tensor | None,
+    ) -> None:
+        """Have ``tokens [steps, B]`` copied to where the host will read them, without waiting.
+
+        Log-probabilities of ``logits [B, V]``, for rows that ask for them, are waited for.
+        """
+        told = [(row, at) for row, at in rows if row.request.logprobs is not None]
+        logprobs: dict[Row, LogProbs] = {}
+        if told and logits is not None:
+            places = [at for _, at in told]
+            chosen = tokens[0].tolist()
+            counts = [row.request.logprobs or 0 for row, _ in told]
+            # A row without a token to choose has the log-probability of token 0, which is NaN.
+            own = [max(chosen[at], 0) for at in places]
+            found = log_probs(logits[places], own, counts)
+            logprobs = dict(zip((row for row, _ in told), found, strict=True))
         if tokens.device.type != "cuda":
-            self._unread.append(Launch(rows, tokens.clone(), None))
+            self._unread.append(Launch(rows, tokens.clone(), None, ran, logprobs))
             return
         host = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(tokens.device))
-        self._unread.append(Launch(rows, host, copied))
+        self._unread.append(Launch(rows, host, copied, ran, logprobs))

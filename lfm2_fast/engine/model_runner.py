@@ -53,33 +53,40 @@ class ModelRunner:
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Run each prompt, of at least one token, in its slot; logits ``[B, V]`` of the last ones.
 
-        Long prompts run in chunks. Each slot is marked at the prompt's end, so that its cache can
-        come back there (``Cache.resume``).
+        Long prompts run in chunks. A slot whose conv windows are gone replays its last tokens.
         """
         logits: dict[int, torch.Tensor] = {}
-        done = [0] * len(prompts)
+        replays = [self.cache.replay(slot) for slot in slots]
+        texts = [again + list(new) for again, new in zip(replays, prompts, strict=True)]
         ends = [self.cache.lengths[s] + len(p) for s, p in zip(slots, prompts, strict=True)]
-        while len(logits) < len(prompts):
+        done = [0] * len(texts)
+        while len(logits) < len(texts):
             room, counts = CHUNK, []
-            for prompt, ran in zip(prompts, done, strict=True):
-                counts.append(min(room, len(prompt) - ran))
+            for text, ran, again in zip(texts, done, replays, strict=True):
+                # What is replayed runs together with the first new token.
+                most = min(room, len(text) - ran)
+                counts.append(most if ran or most > len(again) else 0)
                 room -= counts[-1]
             rows = [row for row, n in enumerate(counts) if n]
-            chunks = [prompts[row][done[row] : done[row] + counts[row]] for row in rows]
-            last = self._run(chunks, [slots[row] for row in rows], [ends[row] for row in rows])
+            chunks = [texts[row][done[row] : done[row] + counts[row]] for row in rows]
+            last = self.run_chunks(
+                chunks,
+                [slots[row] for row in rows],
+                [0 if done[row] else len(replays[row]) for row in rows],
+                [ends[row] for row in rows],
+            )
             for row, row_logits in zip(rows, last, strict=True):
                 done[row] += counts[row]
-                if done[row] == len(prompts[row]):
+                if done[row] == len(texts[row]):
                     logits[row] = row_logits
-        for slot in slots:
-            self.cache.mark(slot)
-        return torch.stack([logits[row] for row in range(len(prompts))])
+        return torch.stack([logits[row] for row in range(len(texts))])
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
-        if self.hooked or not self.model.ops.uses_graphs:
-            return self._run([[token] for token in tokens], slots)
         model, cache, count = self.model, self.cache, len(tokens)
+        uncaptured = self.hooked or not model.ops.uses_graphs
+        if uncaptured or any(cache.replay(slot) for slot in slots):
+            return self.prefill([[token] for token in tokens], slots)
         batch = cache.next_batch([1] * count, slots, model.device)
         cache.reserve(batch)
         buffers = StepBuffers.of(model, cache)
@@ -90,29 +97,40 @@ class ModelRunner:
         assert buffers.logits is not None
         return buffers.logits[:count].clone()
 
-    def _run(
+    def run_chunks(
         self,
         chunks: Sequence[Sequence[int]],
         slots: Sequence[int],
-        ends: Sequence[int] | None = None,
+        replays: Sequence[int],
+        ends: Sequence[int],
+        *,
+        every: bool = False,
     ) -> torch.Tensor:
-        """Run the chunks of prompts that end at ``ends``; the logits of each one's last token."""
+        """Run chunks of texts that end at ``ends``; the logits of each one's last token.
+
+        The first ``replays[i]`` tokens of a chunk run again. ``every`` asks for the logits of every
+        token. Raises CacheError, with nothing changed, where the cache has not enough pages.
+        """
         model, cache = self.model, self.cache
         counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
-        # A captured prompt knows no end but its own.
-        alone = len(chunks) == 1 and ends in (None, [cache.lengths[slots[0]] + total])
-        captured = alone and not self.hooked
-        prompt = CapturedPrompt.of(model, cache, total) if captured else None
-        batch = cache.next_batch(counts, slots, model.device if prompt is None else "cpu", ends)
+        # A captured prompt knows no end but its own, and gives no logits but the last.
+        held = [cache.lengths[slot] - again for slot, again in zip(slots, replays, strict=True)]
+        own = [start + n for start, n in zip(held, counts, strict=True)]
+        free = own == list(ends) or not model.config.rope_follows_length
+        alone = len(chunks) == 1 and free and not every and not self.hooked
+        prompt = CapturedPrompt.of(model, cache, total) if alone else None
+        device = model.device if prompt is None else "cpu"
+        batch = cache.next_batch(counts, slots, device, ends, replays=replays)
         if prompt is None:
             packed = on_device(
                 [token for chunk in chunks for token in chunk], torch.int64, model.device
             )
-            rows = None if batch.max_query == 1 else batch.last_rows
+            rows = None if every or batch.max_query == 1 else batch.last_rows
             logits = run_batch(model, packed, batch, cache, rows)
         else:
             cache.reserve(batch)
-            prompt.prefill(model, cache, chunks[0], slots[0], batch.required_host.starts[0])
+            start = batch.required_host.starts[0]
+            prompt.prefill(model, cache, chunks[0], slots[0], start, start + replays[0])
             cache.commit_batch(batch)
             logits = prompt.logits.clone()
         cache.record_tokens(batch, chunks)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cache.batch import Batch, DecodeInputs, HostBatch
+from lfm2_fast.cache.batch import Batch, DecodeInputs, HostBatch, on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.graphs import Graphs, capture_cpu, capture_cuda
 from lfm2_fast.models.lfm2 import Lfm2
@@ -40,7 +40,7 @@ class StepBuffers:
             finished=torch.ones(size, dtype=torch.bool, device=device),
         )
         self.cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.eos = torch.full((EOS_TOKENS,), -1, device=device)
+        self.eos = torch.full((size, EOS_TOKENS), -1, device=device)
         self.logits: torch.Tensor | None = None
         self.marks: torch.Tensor | None = None
         self.state = SamplingState([SamplingParams()] * size, device=device)
@@ -67,19 +67,35 @@ class StepBuffers:
         steps = sum(each.nbytes for each in (self.written, *self.inputs, *extra))
         return steps + sum(prompt.nbytes for prompt in self.prompts.values())
 
-    def begin(self, cache: Cache, params: SamplingParams, eos: Sequence[int], vocab: int) -> None:
-        """Mark all rows finished and set the end tokens to ``eos``."""
-        if len(eos) > len(self.eos):
-            self.eos = torch.full((len(eos),), -1, device=self.eos.device)
-            self.drop_graphs()
+    def begin(self, cache: Cache, params: SamplingParams, vocab: int) -> None:
+        """Mark all rows finished, without end tokens, and let them choose as ``params`` say."""
         self.eos.fill_(-1)
-        self.eos[: len(eos)] = torch.tensor(eos, dtype=torch.int64)
-        if params.repetition_penalty != 1.0 and self.marks is None:
-            self.marks = torch.zeros(self.size, vocab, dtype=torch.bool, device=self.eos.device)
-        self.state.seen = None if params.repetition_penalty == 1.0 else self.marks
+        self.vocab = vocab
+        self.state.seen = None
+        self._mark_from(params.repetition_penalty != 1.0)
         blank = SamplingState([params] * self.size, device=self.eos.device)
         self.set_sampling(range(self.size), blank)
         self.clear_rows(0, self.size, cache)
+
+    def set_eos(self, places: Sequence[int], eos: Sequence[Sequence[int]]) -> None:
+        """Let each of ``eos`` end the row in its place."""
+        most = max(map(len, eos), default=0)
+        if most > self.eos.shape[1]:
+            wider = torch.full((self.size, most), -1, device=self.eos.device)
+            wider[:, : self.eos.shape[1]] = self.eos
+            self.eos = wider
+            self.drop_graphs()
+        padded = [[*own, *[-1] * (self.eos.shape[1] - len(own))] for own in eos]
+        at = on_device(places, torch.int64, self.eos.device)
+        self.eos[at] = torch.tensor(padded, dtype=torch.int64).to(self.eos.device)
+
+    def _mark_from(self, wanted: bool) -> None:
+        """Have a place for what rows have seen from now on, if that is wanted."""
+        if wanted and self.state.seen is None:
+            if self.marks is None:
+                shape = (self.size, self.vocab)
+                self.marks = torch.zeros(shape, dtype=torch.bool, device=self.eos.device)
+            self.state.seen = self.marks
 
     def drop_graphs(self) -> None:
         """Free the graphs, which point at tensors that are no longer used."""
@@ -88,6 +104,7 @@ class StepBuffers:
 
     def set_sampling(self, places: Sequence[int], state: SamplingState) -> None:
         """Make rows ``places`` choose tokens as the rows of ``state`` do."""
+        self._mark_from(state.seen is not None)
         self.state.copy_rows(places, state)
         self.views = {}
 
@@ -164,7 +181,7 @@ class StepBuffers:
                     self.logits[:count] = made
                     return
                 chosen = made if argmax else ops.sample(made, state)
-                ops.advance(chosen, self.eos, cache.dummy_slot, inputs, written)
+                ops.advance(chosen, self.eos[:count], cache.dummy_slot, inputs, written)
 
         captured = not hooked and (ops.captures or count <= ops.cpu_graph_rows)
         seen = self.state.seen is not None

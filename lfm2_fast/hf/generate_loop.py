@@ -8,7 +8,6 @@ for a free row (``run_without_hooks``).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,9 +15,12 @@ from typing import Any
 import torch
 
 from lfm2_fast.cache.batch import on_device
-from lfm2_fast.cache.kv_cache import Cache, common_prefix
-from lfm2_fast.engine.decode import DecodeLoop, Request, no_token
-from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.prefix_index import common_prefix
+from lfm2_fast.engine.decode import no_token
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.model_runner import CHUNK, ModelRunner
+from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.hf.generation_args import GenerationArgs
 from lfm2_fast.hf.packing import check_cache
@@ -119,57 +121,40 @@ class _GenerateLoop:
     def run_without_hooks(self, streamer: Any) -> dict[str, Any]:
         """Write without looking at any step; rows that wait take the slots of those that stop."""
         asked = self.asked
-        rows = [
-            Request(
-                number, slot=0, start=len(self.prompts[number // self.copies]), limit=self.budget
-            )
-            for number in range(self.rows)
-        ]
-        waiting, free = deque(rows), list(range(self.at_a_time))
         # Who watches the tokens come gets each when it is there.
         max_steps = MAX_STEPS if streamer is None else 1
-        steps = DecodeLoop(
-            self.model.network, self.cache, asked.sampling, asked.eos_token_id, max_steps=max_steps
-        )
-        progress = _progress(self.rows) if self.at_a_time < self.rows else None
-
-        def read(keep: int) -> None:
-            for running, tokens in steps.read(keep):
-                if streamer is not None:
-                    # Without rows that wait, every step is a column of the answer.
-                    column = [asked.pad_token_id] * self.rows
-                    for row, token in zip(running, tokens, strict=True):
-                        column[row.number] = token
-                    streamer.put(torch.tensor(column))
-                for row in running:
-                    if row.ended:
-                        free.append(row.slot)
+        engine = Engine(self.model.network, cache=self.cache, chunk=CHUNK, max_steps=max_steps)
+        together = self.at_a_time == self.rows
+        firsts: dict[int, int] = {}
+        for number, request in enumerate(self._requests()):
+            first = number * self.copies
+            slots = range(first, first + self.copies) if together else None
+            firsts[engine.add(request, slots)] = first
+        written: list[list[int]] = [[] for _ in range(self.rows)]
+        progress = None if together else _progress(self.rows)
+        columns = _Columns(streamer, self.rows, asked.pad_token_id)
+        try:
+            while engine.busy:
+                for event in engine.step():
+                    if event.error is not None:
+                        raise event.error
+                    row = firsts[event.id] + event.index
+                    if event.token is not None:
+                        written[row].append(event.token)
+                    if event.finish_reason is not None:
+                        columns.ended.add(row)
                         if progress is not None:
                             progress.update()
-
-        try:
-            while True:
-                read(steps.lag)
-                if free and waiting:
-                    admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                    for row in admitted:
-                        row.slot = free.pop(0)
-                    state = self._state(admitted)
-                    steps.admit(admitted, self._prefill(admitted), state)
-                    continue
-                if not steps.launch():
-                    if not steps.unread:
-                        break
-                    read(0)
+                columns.put(written)
         finally:
             if progress is not None:
                 progress.close()
-            steps.settle()
-        written = max((len(row.written) for row in rows), default=0)
-        text = torch.full((self.rows, self.width + written), asked.pad_token_id)
+            engine.abandon()
+        longest = max(map(len, written), default=0)
+        text = torch.full((self.rows, self.width + longest), asked.pad_token_id)
         text[:, : self.width] = self.ids.repeat_interleave(self.copies, 0)
-        for row in rows:
-            text[row.number, self.width :][: len(row.written)] = torch.tensor(row.written)
+        for row, tokens in enumerate(written):
+            text[row, self.width :][: len(tokens)] = torch.tensor(tokens)
         return self._output(text, [], [])
 
     def run_with_hooks(
@@ -178,10 +163,7 @@ class _GenerateLoop:
         """Write with the caller's Python between the steps, or what it wants to see of them."""
         asked, device = self.asked, self.model.device
         shown = asked.output_scores or asked.output_logits
-        rows = [
-            Request(number, slot=number, start=len(self.prompts[number // self.copies]), limit=0)
-            for number in range(self.rows)
-        ]
+        rows = self._rows()
         text = torch.full((self.rows, self.width + self.budget), asked.pad_token_id, device=device)
         text[:, : self.width] = self.ids.repeat_interleave(self.copies, 0)
         eos = torch.tensor(asked.eos_token_id, dtype=torch.int64, device=device)
@@ -220,11 +202,11 @@ class _GenerateLoop:
             else:
                 tokens = self.model.ops.sample(logits, state)
             told = dict(zip(live, tokens.tolist(), strict=True))
-            for row, token in told.items():
+            for place, token in told.items():
                 if token < 0:
                     processed = bool(processors) or written < asked.min_new_tokens
-                    dtype, params = self.model.dtype, asked.sampling
-                    raise no_token(rows[row], written + 1, dtype, params, processed=processed)
+                    dtype = self.model.dtype
+                    raise no_token(rows[place], written + 1, dtype, processed=processed)
             column = self.width + written
             text[here, column] = tokens
             written += 1
@@ -243,28 +225,52 @@ class _GenerateLoop:
             live = going
         return self._output(text[:, : self.width + written], kept_scores, kept_logits)
 
-    def _prefill(self, rows: Sequence[Request]) -> torch.Tensor:
+    def _requests(self) -> list[Request]:
+        """Return a request for each prompt."""
+        asked = self.asked
+        return [
+            Request(
+                prompt,
+                asked.sampling,
+                asked.eos_token_id,
+                self.budget,
+                seed=self.seed,
+                first_row=number * self.copies,
+                n=self.copies,
+            )
+            for number, prompt in enumerate(self.prompts)
+        ]
+
+    def _rows(self) -> list[Row]:
+        """Return the rows that are to be written, in their order, each in its slot."""
+        return [
+            Row(0, request, index, limit=self.budget, arrival=0, slot=request.first_row + index)
+            for request in self._requests()
+            for index in range(self.copies)
+        ]
+
+    def _prefill(self, rows: Sequence[Row]) -> torch.Tensor:
         """Run what the cache does not hold of each row's prompt, a prompt of several rows once."""
-        firsts: dict[int, Request] = {}
+        firsts: dict[int, Row] = {}
         for row in rows:
-            firsts.setdefault(row.number // self.copies, row)
+            firsts.setdefault(row.slot // self.copies, row)
         rest = []
         for prompt, row in ((self.prompts[number], row) for number, row in firsts.items()):
             # The last token runs in any case: its logits are what comes next.
             shared = common_prefix(prompt[:-1], self.cache.history[row.slot])
-            rest.append(prompt[self.cache.resume(row.slot, shared) :])
+            rest.append(prompt[self.cache.go_back(row.slot, shared) :])
         logits = self.runner.prefill(rest, [row.slot for row in firsts.values()])
         order = {number: place for place, number in enumerate(firsts)}
         for row in rows:
-            first = firsts[row.number // self.copies]
+            first = firsts[row.slot // self.copies]
             if row is not first:
                 self.cache.copy(first.slot, row.slot)
         if len(firsts) == len(rows):
             return logits
-        at = [order[row.number // self.copies] for row in rows]
+        at = [order[row.slot // self.copies] for row in rows]
         return logits[on_device(at, torch.int64, logits.device)]
 
-    def _state(self, rows: Sequence[Request]) -> SamplingState:
+    def _state(self, rows: Sequence[Row]) -> SamplingState:
         """How the rows' next tokens are chosen, after their prompts."""
         device, sampling = self.model.device, self.asked.sampling
         seen = None
@@ -272,13 +278,13 @@ class _GenerateLoop:
             shape = (len(rows), self.model.network.config.vocab_size)
             seen = torch.zeros(shape, dtype=torch.bool, device=device)
             for marks, row in zip(seen, rows, strict=True):
-                prompt = self.prompts[row.number // self.copies]
+                prompt = self.prompts[row.slot // self.copies]
                 marks.index_fill_(0, on_device(prompt, torch.int64, device), True)
         return SamplingState(
             [sampling] * len(rows),
             device=device,
             seed=self.seed,
-            rows=on_device([row.number for row in rows], torch.int64, device),
+            rows=on_device([row.slot for row in rows], torch.int64, device),
             positions=on_device([row.start for row in rows], torch.int64, device),
             seen=seen,
         )
@@ -308,6 +314,29 @@ def _forced(tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) ->
     best = scores.argmax(-1, keepdim=True)
     forced = (scores.gather(1, best) == torch.inf) & logits.gather(1, best).isfinite()
     return torch.where(forced, best, tokens[:, None])[:, 0]
+
+
+class _Columns:
+    """Hands a streamer the new tokens of all rows, column by column, as each is complete."""
+
+    def __init__(self, streamer: Any, rows: int, pad: int) -> None:
+        self.streamer, self.rows, self.pad = streamer, rows, pad
+        self.ended: set[int] = set()
+        self.told = 0
+
+    def put(self, written: list[list[int]]) -> None:
+        """Hand out each column in which every row that has not ended has a token."""
+        if self.streamer is None:
+            return
+        while any(len(tokens) > self.told for tokens in written):
+            column = [self.pad] * self.rows
+            for row, tokens in enumerate(written):
+                if len(tokens) > self.told:
+                    column[row] = tokens[self.told]
+                elif row not in self.ended:
+                    return
+            self.told += 1
+            self.streamer.put(torch.tensor(column))
 
 
 def _progress(rows: int) -> Any:

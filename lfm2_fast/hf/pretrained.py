@@ -335,6 +335,7 @@ class Lfm2PreTrainedModel(nn.Module):
             dtype=self.dtype,
             spare=spare + captures,
             dummy_slot=captures and slots > 1,
+            in_place=captures,
         )
 
     def borrow_cache(self, slots: int) -> Cache:

@@ -24,6 +24,7 @@ class RopeFrequencies:
         wide = torch.promote_types(dtype, torch.float32)
         scaling = dict(config.rope_scaling)
         self.kind: str = scaling.get("rope_type", "default")
+        self.follows_length = config.rope_follows_length
         self.scale = 1.0
         dim = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
         shares = dim / config.head_dim
@@ -50,7 +51,7 @@ class RopeFrequencies:
         All tokens of a row have the frequencies of the context at the end of the call, as if the
         whole of it ran at once. Nothing waits for the device.
         """
-        if self.kind not in ("dynamic", "longrope"):
+        if not self.follows_length:
             return self.inv_freq
         lengths = batch.lengths if batch.final_lengths is None else batch.final_lengths
         rows = self.of_lengths(lengths)

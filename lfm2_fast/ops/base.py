@@ -187,12 +187,13 @@ class Ops:
             rope,
             pages.k,
             pages.v,
+            pages.table,
             batch,
         )
 
     def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
         """Causal grouped-query attention over the pages: ``[T, heads, D] -> [T, heads * D]``."""
-        return ref.attention_ref(q, pages.k, pages.v, batch)
+        return ref.attention_ref(q, pages.k, pages.v, pages.table, batch)
 
 
 def epsilon(norm: nn.RMSNorm) -> float:

@@ -32,10 +32,11 @@ SCHEMAS = (
     # positions [T] int64, inv_freq [D / 2] or [T, D / 2] float32, cos and sin [T, 1, D]
     "rope_native(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin) -> ()",
     # qkv [T, (heads + 2 * kv_heads) * D], weights [D], pages [pages, kv_heads, page_size, D],
-    # table [slots, pages per slot] int32, q [T, heads, D]
+    # table [slots, pages per slot] int32, q [T, heads, D]; positions from write_from [B] int32 on
+    # are written to the pages
     "qk_norm_rope_native(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, "
     "Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, "
-    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(c!) q) -> ()",
+    "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor? write_from, Tensor(c!) q) -> ()",
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",
@@ -68,7 +69,7 @@ SCHEMAS = (
     "philox_native(Tensor seeds, Tensor rows, Tensor positions, Tensor(a!) out) -> ()",
     # scores [B, V] float32, uniform [B] float64, out [B] int64, -1 where softmax is undefined
     "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
-    # chosen, tokens, slots, positions and written [B] int64, eos [E] int64, lengths [B] int32,
+    # chosen, tokens, slots, positions and written [B] int64, eos [B, E] int64, lengths [B] int32,
     # finished [B] bool
     "advance_native(Tensor chosen, Tensor eos, int? dummy_slot, Tensor(a!) tokens, "
     "Tensor(b!) slots, Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) finished, "

@@ -222,6 +222,7 @@ class NativeOps(PendingResidualOps):
             batch.cu_seqlens,
             batch.slots,
             batch.lengths,
+            batch.write_from,
             q,
         )
         return q

@@ -146,42 +146,55 @@ def qk_norm_rope_ref(
     rope: tuple[torch.Tensor, torch.Tensor],
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
+    table: torch.Tensor,
     batch: Batch,
 ) -> torch.Tensor:
     """Normalise q and k per head, turn them, and write k and v into the cache.
 
     ``qkv [T, (heads + 2 * kv_heads) * D]`` holds all q heads, then all k, then all v; ``q_weight``
-    and ``k_weight`` are ``[D]``; ``rope`` is what ``rope_ref`` gives. The pages ``[slots, kv_heads,
-    page_size, D]`` hold a whole sequence each and are written at the tokens' positions. Result: q,
-    ``[T, heads, D]``.
+    and ``k_weight`` are ``[D]``; ``rope`` is what ``rope_ref`` gives. Position p of a slot lies in
+    row ``p % page_size`` of page ``table[slot, p // page_size]`` of the pages ``[pages, kv_heads,
+    page_size, D]``. They are written at the tokens' positions, from ``batch.write_from`` on.
+    Result: q, ``[T, heads, D]``.
     """
     kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     q = rotate_ref(rms_norm_ref(q, q_weight, eps), *rope)
     k = rotate_ref(rms_norm_ref(k, k_weight, eps), *rope)
+    host, page_size = batch.required_host, k_pages.shape[2]
     first = 0
-    for slot, start, n in batch.required_host:
-        here, there = slice(first, first + n), slice(start, start + n)
-        k_pages[slot, :, there] = k[here].transpose(0, 1)
-        v_pages[slot, :, there] = v[here].transpose(0, 1)
+    for (slot, start, n), written in zip(host, host.write_from or host.starts, strict=True):
+        here = slice(first + max(written - start, 0), first + n)
+        positions = torch.arange(max(written, start), start + n, device=table.device)
+        at = table[slot, positions // page_size].long(), positions % page_size
+        k_pages[at[0], :, at[1]] = k[here]
+        v_pages[at[0], :, at[1]] = v[here]
         first += n
     return q
 
 
 def attention_ref(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Batch
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: torch.Tensor,
+    batch: Batch,
 ) -> torch.Tensor:
     """Causal grouped-query attention of each sequence's newest tokens over its pages.
 
     ``q [T, heads, D]``, result ``[T, heads * D]``; the keys and values of the tokens themselves
-    are in the pages already. Query heads of a group share one KV head (Ainslie et al., 2023).
+    are in the pages already, which are as in ``qk_norm_rope_ref``. Query heads of a group share
+    one KV head (Ainslie et al., 2023).
     """
     out = torch.empty_like(q)
     first = 0
     for slot, start, n in batch.required_host:
         here, end = slice(first, first + n), start + n
-        keys, values = k_pages[slot, :, :end], v_pages[slot, :, :end]
+        pages = table[slot, : -(-end // k_pages.shape[2])].long()
+        keys, values = (
+            each[pages].transpose(0, 1).flatten(1, 2)[:, :end] for each in (k_pages, v_pages)
+        )
         out[here] = _attend_one(q[here], keys, values, start)
         first += n
     return out.flatten(1)
@@ -221,10 +234,11 @@ def advance_ref(
 ) -> None:
     """Turn the ``inputs`` of a decode step into the next step's, in place, by ``chosen [B]``.
 
-    A row that chose one of ``eos [E]``, or has NO_TOKEN, is finished. It runs on without effect: at
-    the first position of ``dummy_slot``, or, if that is None, at the position after its text, where
-    every further step writes and nobody reads. ``written [B]`` gets the chosen tokens as they are.
-    In the next step's tokens 0 stands for NO_TOKEN, since each must be a row of the embedding.
+    A row that chose one of its ``eos [B, E]``, or has NO_TOKEN, is finished. It runs on without
+    effect: at the first position of ``dummy_slot``, or, if that is None, at the position after its
+    text, where every further step writes and nobody reads. ``written [B]`` gets the chosen tokens
+    as they are. In the next step's tokens 0 stands for NO_TOKEN, since each must be a row of the
+    embedding.
     """
     tokens, slots, positions, lengths, finished = inputs
     positions += ~finished

@@ -55,7 +55,7 @@ class SamplingState:
         params: Sequence[SamplingParams],
         *,
         device: torch.device | str = "cpu",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         rows: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
@@ -66,8 +66,9 @@ class SamplingState:
             values = [getattr(row, field.name) for row in params]
             kind = {"do_sample": torch.bool, "top_k": torch.int64}.get(field.name, torch.float64)
             setattr(self, field.name, on_device(values, kind, device))
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        self.seeds = torch.full((count,), signed, dtype=torch.int64, device=device)
+        each = [seed] * count if isinstance(seed, int) else seed
+        signed = [one - 2**64 if one >= 2**63 else one for one in each]
+        self.seeds = on_device(signed, torch.int64, device)
         self.rows = torch.arange(count, device=device) if rows is None else rows
         self.positions = torch.zeros_like(self.seeds) if positions is None else positions.clone()
         self.seen = seen

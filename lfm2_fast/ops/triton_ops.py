@@ -238,6 +238,7 @@ class TritonOps(PendingResidualOps):
             batch.positions,
             batch.cu_seqlens,
             batch.slots,
+            batch.write_from,
             pages.table,
             q,
             pages.k,

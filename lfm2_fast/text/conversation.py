@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cache.kv_cache import Cache, common_prefix
-from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.prefix_index import common_prefix
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.text.segments import PASSAGES, Segment, Splitter
@@ -43,25 +43,20 @@ def stream_answer(
     max_new_tokens: int | None,
     arguments: Mapping[str, Any],
     cache: Cache | None = None,
-    stable: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """Continue ``ids``, handing text to ``sink`` as it comes.
 
     ``stopped`` is asked after every token. ``arguments`` go to ``generate``. The context's end
-    bounds the text, and so does ``max_new_tokens``. A cache is marked after the first ``stable``
-    ids, with which the next prompt will begin. Raises ValueError when nothing fits any more.
+    bounds the text, and so does ``max_new_tokens``. What ``cache`` holds of the ids is not run
+    again. Raises ValueError when nothing fits any more.
     """
     room = model.max_length - len(ids)
     if room < 1:
         raise ValueError(f"{len(ids)} tokens fill the context of {model.max_length}")
     budget = min(max_new_tokens or room, room)
     stream = TokenStream(tokenizer, sink, stopped)
-    kept = 0
-    if cache is not None:
-        kept = cache.resume(0, common_prefix(ids[:-1], cache.history[0]))
-        if kept < stable:
-            ModelRunner(model.network, cache).prefill([ids[kept:stable]], [0])
+    kept = 0 if cache is None else common_prefix(ids[:-1], cache.history[0])
     end = ""
     try:
         model.generate(
@@ -138,7 +133,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": message})
         said = False
         try:
-            ids, inside, stable = self._prompt()
+            ids, inside = self._prompt()
             splitter = Splitter(inside)
 
             def hand(segments: Iterable[Segment]) -> None:
@@ -155,7 +150,6 @@ class Conversation:
                 max_new_tokens=self.max_new_tokens,
                 arguments=self.arguments,
                 cache=self.cache,
-                stable=stable,
                 stopped=stopped,
             )
             hand(splitter.close())
@@ -174,11 +168,8 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": content})
         return answer
 
-    def _prompt(self) -> tuple[list[int], str | None, int]:
-        """The prompt's ids, the marker with which the template opened a passage, ids before it.
-
-        The next prompt will not repeat such a marker, and begin with the ids before it at most.
-        """
+    def _prompt(self) -> tuple[list[int], str | None]:
+        """Return the prompt's ids, and the marker with which the template opened a passage."""
         from jinja2 import TemplateError
 
         try:
@@ -187,11 +178,5 @@ class Conversation:
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        ids = self._encoded(text)
         inside = next((opener for opener in PASSAGES if text.rstrip().endswith(opener)), None)
-        if inside is None:
-            return ids, None, 0
-        return ids, inside, common_prefix(ids, self._encoded(text[: text.rindex(inside)]))
-
-    def _encoded(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False).input_ids, inside

@@ -9,6 +9,7 @@ import torch
 
 from lfm2_fast import Cache, CacheError
 from lfm2_fast.engine.model_runner import run_batch
+from tests.batches import fill, with_nan
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,8 @@ def test_a_reset_slot_is_as_new(model) -> None:
 
 def test_garbage_beyond_the_length_is_never_read(model) -> None:
     cache = model.new_cache(2)
-    for layer in cache.layers:
-        for tensor in layer.tensors().values():
-            tensor.fill_(float("nan"))
+    cache.make_room({0: 200, 1: 200})
+    fill(cache, with_nan)
     tokens = ids(7)
     got = run(model, cache, {1: tokens})[0]
     step = run(model, cache, {1: ids(1, seed=2)})[0]

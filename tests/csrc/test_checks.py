@@ -66,7 +66,7 @@ def arguments() -> dict[str, dict[str, Any]]:
         "qk_norm_rope": {
             "qkv": torch.randn(3, 32), "q_weight": torch.randn(8), "k_weight": torch.randn(8),
             "eps": EPS, "cos": torch.rand(3, 1, 8), "sin": torch.rand(3, 1, 8), **paged, **runs,
-            "q": torch.zeros(3, 2, 8),
+            "write_from": torch.zeros(3, dtype=torch.int32), "q": torch.zeros(3, 2, 8),
         },
         "flash_decode": {
             "q": torch.randn(3, 2, 8), **paged, "slots": ints, "lengths": runs["lengths"],
@@ -100,9 +100,9 @@ def arguments() -> dict[str, dict[str, Any]]:
         "philox": {"seeds": ints, "rows": ints, "positions": ints, "out": floats.clone()},
         "draw": {"scores": x, "uniform": floats, "out": torch.zeros(3, dtype=torch.int64)},
         "advance": {
-            "chosen": ints, "eos": torch.tensor([2, 5]), "dummy_slot": 3, "tokens": ints.clone(),
-            "slots": ints.clone(), "positions": ints.clone(), "lengths": ints.int(),
-            "finished": ints > 1, "written": ints.clone(),
+            "chosen": ints, "eos": torch.tensor([[2, 5]] * 3), "dummy_slot": 3,
+            "tokens": ints.clone(), "slots": ints.clone(), "positions": ints.clone(),
+            "lengths": ints.int(), "finished": ints > 1, "written": ints.clone(),
         },
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from lfm2_fast.ops import native_library
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
 from lfm2_fast.weights.formats import INT8
-from tests.batches import batch_of
+from tests.batches import batch_of, whole_pages
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -188,16 +188,16 @@ def test_qk_norm_rope(dtype, framed, intact, same_bits, within_budget) -> None:
             cos_sin = ref.rope_ref(
                 batch.positions, inv_freq.to(max(dtype, torch.float32, key=bits)), dtype
             )
-            q = ref.qk_norm_rope_ref(
-                qkv.to(dtype), *(w.to(dtype) for w in weights), EPS, cos_sin, k[0], v[0], batch
-            )
+            wide = [w.to(dtype) for w in weights]
+            places = k[0], v[0], whole_pages(k[0]), batch
+            q = ref.qk_norm_rope_ref(qkv.to(dtype), *wide, EPS, cos_sin, *places)
             return q, k[0], v[0]
 
         q = torch.full((tokens, heads, head_dim), NAN, dtype=dtype)
         k, v = framed(empty), framed(empty)
         cos_sin = ref.rope_ref(batch.positions, inv_freq, dtype)
         given = framed(qkv) if data.draw(st.booleans()) else qkv
-        runs = table, batch.cu_seqlens, batch.slots, batch.lengths
+        runs = table, batch.cu_seqlens, batch.slots, batch.lengths, batch.write_from
         BODIES.qk_norm_rope_native(given, *weights, EPS, *cos_sin, k, v, *runs, q)
         assert intact(k) and intact(v)
         exact_q, exact_k, _ = reference(torch.float64)
@@ -325,6 +325,6 @@ def test_pages_of_one_slot_are_enough() -> None:
     lengths = [11]
     batch = batch_of(lengths, [1], [0], CPU)
     q = torch.randn(1, 2, 16)
-    whole = KVPages(torch.cat([k[2:], k[:1]], 2), torch.cat([v[2:], v[:1]], 2), pages.table)
-    expected = ref.attention_ref(q, whole.k, whole.v, batch)
+    whole = [torch.cat([each[2:], each[:1]], 2) for each in (k, v)]
+    expected = ref.attention_ref(q, *whole, whole_pages(whole[0]), batch)
     torch.testing.assert_close(NativeOps().attention(q, pages, batch), expected)

@@ -17,7 +17,7 @@ from lfm2_fast.engine.model_runner import run_batch
 from lfm2_fast.ops import native_library, reference
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
-from tests.batches import batch_of
+from tests.batches import batch_of, whole_pages
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -48,12 +48,12 @@ class Case:
         self.k, self.v = torch.randn(2, slots, kv_heads, longest, head_dim).bfloat16()
 
     def reference(self, dtype: torch.dtype) -> torch.Tensor:
-        return ref.attention_ref(*(t.to(dtype) for t in (self.q, self.k, self.v)), self.batch)
+        given = (t.to(dtype) for t in (self.q, self.k, self.v))
+        return ref.attention_ref(*given, whole_pages(self.k), self.batch)
 
     def whole(self) -> KVPages:
-        """A page as long as its sequence for every slot, as the cache has them."""
-        table = torch.arange(len(self.lengths), dtype=torch.int32)[:, None]
-        return KVPages(self.k, self.v, table)
+        """A page as long as its sequence for every slot."""
+        return KVPages(self.k, self.v, whole_pages(self.k))
 
     def alone(self, i: int) -> Case:
         """The same without the other sequences."""

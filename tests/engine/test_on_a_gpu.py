@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor
 
 import lfm2_fast
-from lfm2_fast.cache.kv_cache import MIN_PAGE
+from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.cli.evaluation import evaluate
 from lfm2_fast.engine.captured_prompt import SIZES
 from lfm2_fast.engine.decode import MULTI_STEP_ROWS, DecodeLoop, Launch
@@ -147,7 +147,7 @@ def detailed(model: Model) -> Any:
 def continued(model: Model) -> Any:
     """A cache carries on, and outgrows what was captured on it."""
     cache = model.new_cache(1)
-    text = write(torch.arange(2, MIN_PAGE - 2)[None], past_key_values=cache)(model)
+    text = write(torch.arange(2, PAGE_SIZE - 2)[None], past_key_values=cache)(model)
     for _ in range(2):
         more = torch.cat([text.cpu(), torch.tensor([[55, 56]])], 1)
         text = write(more, past_key_values=cache)(model)

@@ -16,6 +16,7 @@ import lfm2_fast
 from lfm2_fast.engine import model_runner
 from lfm2_fast.engine.model_runner import run_batch
 from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.hf import generate_loop
 
 PROMPTS = [
     "The first argument",
@@ -356,15 +357,15 @@ def test_two_threads_do_not_disturb_each_other(ours, batch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch) -> list[int]:
-    """How many tokens each prefill ran."""
+    """How many tokens each prefill ran, without those that ran again."""
     counts: list[int] = []
-    prefill = model_runner.ModelRunner.prefill
+    run_chunks = model_runner.ModelRunner.run_chunks
 
-    def counted(self: Any, prompts: Any, slots: Any) -> torch.Tensor:
-        counts.append(sum(map(len, prompts)))
-        return prefill(self, prompts, slots)
+    def counted(self: Any, chunks: Any, slots: Any, replays: Any, ends: Any) -> torch.Tensor:
+        counts.append(sum(map(len, chunks)) - sum(replays))
+        return run_chunks(self, chunks, slots, replays, ends)
 
-    monkeypatch.setattr(model_runner.ModelRunner, "prefill", counted)
+    monkeypatch.setattr(model_runner.ModelRunner, "run_chunks", counted)
     return counts
 
 
@@ -384,8 +385,8 @@ def test_a_conversation_does_not_run_again(ours, tokenizer, ran: list[int]) -> N
     assert ran == [first.shape[1], 1 + more.shape[1], turn.shape[1]]
 
 
-def test_an_edited_answer_goes_back_to_the_prompts_end(ours, tokenizer, ran: list[int]) -> None:
-    """The conv rows inside the old answer are gone, but those at the prompt's end were kept."""
+def test_an_edited_answer_runs_from_the_edit_on(ours, tokenizer, ran: list[int]) -> None:
+    """The conv rows inside the old answer are gone: a few tokens run again to restore them."""
     first = tokenizer(PROMPTS[2], return_tensors="pt").input_ids
     cache = ours.new_cache(1)
     answer = ours.generate(first, max_new_tokens=20, **ENDLESS, past_key_values=cache)
@@ -394,8 +395,8 @@ def test_an_edited_answer_goes_back_to_the_prompts_end(ours, tokenizer, ran: lis
     for text in (edited, first[:, :4]):
         again = ours.generate(text, max_new_tokens=10, **ENDLESS, past_key_values=cache)
         assert torch.equal(again, ours.generate(text, max_new_tokens=10, **ENDLESS))
-    assert ran[1] == edited.shape[1] - first.shape[1], "the prompt was run again"
-    assert ran[3] == 4
+    assert ran[1] == edited.shape[1] - first.shape[1] - 8, "the prompt was run again"
+    assert ran[3] == 1
 
 
 def test_the_same_prompt_again(ours, tokenizer) -> None:
@@ -432,7 +433,7 @@ def test_long_prompts_run_in_chunks(ours, tiny: Path, tokenizer, monkeypatch) ->
     ids = tokenizer(text, return_tensors="pt").input_ids
     long, short = ids[:, :500], ids[:, 500:700]
     expected = [ours.generate(p, max_new_tokens=5)[0, -5:] for p in (long, short)]
-    monkeypatch.setattr(model_runner, "CHUNK", 64)
+    monkeypatch.setattr(generate_loop, "CHUNK", 64)
     for prompt, tail in zip((long, short), expected, strict=True):
         assert torch.equal(ours.generate(prompt, max_new_tokens=5)[0, -5:], tail)
     both = ours.generate([long[0].tolist(), short[0].tolist()], max_new_tokens=5)[:, -5:]

@@ -70,6 +70,7 @@ def same(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
+THREE = ("greedy", "drawn", "processed")
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "drawn": {"do_sample": True, "top_k": 1},
@@ -113,7 +114,7 @@ def test_what_came_before_was_streamed_and_the_stream_ends(
         assert streamer.ended == 1
 
 
-@pytest.mark.parametrize("way", [WAYS["greedy"], WAYS["drawn"], WAYS["processed"]], ids=str)
+@pytest.mark.parametrize("way", [WAYS[name] for name in THREE], ids=THREE)
 def test_a_callers_cache_says_what_it_holds(
     broken: Model, healthy: Model, step: int, way: dict
 ) -> None:

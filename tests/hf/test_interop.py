@@ -75,7 +75,8 @@ def test_rope_scaling_comes_along(random_checkpoint, kind: str) -> None:
     assert ours.config.rope_parameters["factor"] == 4.0 and ours.max_length == 20
     base = lfm2_fast.from_transformers(theirs.model)
     assert same(base(IDS).last_hidden_state, theirs.model(IDS).last_hidden_state)
-    ours.network.rope_frequencies.kind, ours.network.rope_frequencies.scale = "default", 1.0
+    frequencies = ours.network.rope_frequencies
+    frequencies.follows_length, frequencies.scale = False, 1.0
     assert not same(ours(IDS).logits, theirs(IDS).logits)
 
 

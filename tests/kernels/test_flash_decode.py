@@ -16,7 +16,7 @@ from lfm2_fast.cache.kv_cache import KVPages
 from lfm2_fast.kernels import flash_decode
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.ops import reference as ref
-from tests.batches import batch_of
+from tests.batches import batch_of, whole_pages
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -55,9 +55,9 @@ class Case:
         frequencies = self.inv_freq.to(torch.promote_types(dtype, torch.float32))
         rope = ref.rope_ref(batch.positions, frequencies, dtype)
         qkv = self.qkv.to(dtype)
-        q = ref.qk_norm_rope_ref(qkv, q_weight, k_weight, EPS, rope, k, v, batch)
+        q = ref.qk_norm_rope_ref(qkv, q_weight, k_weight, EPS, rope, k, v, whole_pages(k), batch)
         here = batch.slots, slice(None), batch.positions
-        return ref.attention_ref(q, k, v, batch), k[here], v[here]
+        return ref.attention_ref(q, k, v, whole_pages(k), batch), k[here], v[here]
 
     def arguments(self, pages: KVPages, place: Place, place_pages: Place) -> dict[str, Any]:
         """What the launcher takes: outputs and buffers NaN, counters zero."""
@@ -224,7 +224,8 @@ def test_one_key_above_all(chosen, kernel_device, kernel_dtype, run, same_bits) 
         case.qkv[:, 64:128] = case.qkv[:, :64]
     pages = torch.empty_like(case.k), torch.empty_like(case.v)
     rope = ref.rope_ref(batch.positions, case.inv_freq, kernel_dtype)
-    q = ref.qk_norm_rope_ref(case.qkv, *case.weights, EPS, rope, *pages, batch)
+    places = *pages, whole_pages(case.k), batch
+    q = ref.qk_norm_rope_ref(case.qkv, *case.weights, EPS, rope, *places)
     case.k[:] = -30 * q
     case.k[:, :, chosen] = 4 * q
     case.v[:, :, 300] = case.qkv[:, 128:]

@@ -14,7 +14,7 @@ from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.ops import reference as ref
-from tests.batches import batch_of
+from tests.batches import batch_of, whole_pages
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -40,7 +40,8 @@ class Case:
         self.k, self.v = (random(slots, kv_heads, longest, head_dim) for _ in "kv")
 
     def reference(self, dtype: torch.dtype) -> torch.Tensor:
-        return ref.attention_ref(*(t.to(dtype) for t in (self.q, self.k, self.v)), self.batch)
+        given = (t.to(dtype) for t in (self.q, self.k, self.v))
+        return ref.attention_ref(*given, whole_pages(self.k), self.batch)
 
     def arguments(self, pages: KVPages, place: Callable[..., Any]) -> dict[str, Any]:
         """What the launcher takes, with the result NaN."""

@@ -24,6 +24,7 @@ from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.ops.sampling import SamplingParams
 from lfm2_fast.ops.select import has_dependent_launch
 from lfm2_fast.ops.triton_ops import TritonOps
+from tests.batches import fill
 
 # The angles of rotary embedding, and the embedding's rows.
 START = ["rope", "embed"]
@@ -218,17 +219,15 @@ def check_chain(model: Any, choice: str, monkeypatch: pytest.MonkeyPatch) -> Non
     tokens: dict[bool, list[list[int]]] = {False: [], True: []}
     for captured, found in tokens.items():
         cache = model.new_cache(2)
-        cache.make_room(300)
+        cache.make_room({0: 300, 1: 300})
         torch.manual_seed(0)
-        for layer in cache.layers:
-            for each in layer.tensors().values():
-                each.normal_()
+        fill(cache, torch.Tensor.normal_)
         buffers = StepBuffers(
             model.network, cache, 2, lambda graphs, body: SimpleNamespace(replay=body)
         )
         if not captured:
             buffers.graphs = None
-        buffers.begin(cache, params, (), model.config.vocab_size)
+        buffers.begin(cache, params, model.config.vocab_size)
         batch = cache.next_batch([1, 1], [1, 0], model.device)
         buffers.load_inputs([9, 10], batch, cache)
         buffers.inputs.finished[:] = False

@@ -13,7 +13,7 @@ from lfm2_fast.cache.batch import Batch
 from lfm2_fast.kernels.qk_norm_rope import qk_norm_rope_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.ops import reference as ref
-from tests.batches import batch_of
+from tests.batches import batch_of, whole_pages
 
 pytestmark = pytest.mark.usefixtures("grid_order")
 
@@ -55,7 +55,8 @@ class Case:
         frequencies = self.inv_freq.to(torch.promote_types(dtype, torch.float32))
         rope = ref.rope_ref(self.batch.positions, frequencies, dtype)
         qkv = self.qkv.to(dtype)
-        q = ref.qk_norm_rope_ref(qkv, q_weight, k_weight, EPS, rope, k, v, self.batch)
+        places = k, v, whole_pages(k), self.batch
+        q = ref.qk_norm_rope_ref(qkv, q_weight, k_weight, EPS, rope, *places)
         return q, k, v
 
     def gathered(self, pages: torch.Tensor) -> torch.Tensor:
@@ -80,8 +81,9 @@ def run(framed, intact, traced):
         cos = torch.empty(tokens, head_dim // 2, device=qkv.device)
         sin = torch.empty_like(cos)
         rope_triton(batch.positions, case.inv_freq, cos, sin)
-        places = (batch.positions, batch.cu_seqlens, batch.slots, case.table)
-        with traced([qkv, *case.weights, cos, sin, *places], [q, k, v]):
+        places = (batch.positions, batch.cu_seqlens, batch.slots, batch.write_from, case.table)
+        read = [each for each in places if each is not None]
+        with traced([qkv, *case.weights, cos, sin, *read], [q, k, v]):
             qk_norm_rope_triton(qkv, *case.weights, EPS, cos, sin, *places, q, k, v)
         assert intact(k) and intact(v)
         return q, k, v

@@ -230,7 +230,7 @@ def break_scale(model: Any) -> None:
 
 
 def break_length(model: Any) -> None:
-    model.network.rope_frequencies.kind = "linear"
+    model.network.rope_frequencies.follows_length = False
 
 
 @pytest.mark.parametrize(

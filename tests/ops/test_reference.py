@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config import Config
 from lfm2_fast.ops import reference as ref
+from tests.batches import whole_pages
 
 HIDDEN = 6
 
@@ -141,11 +142,12 @@ def test_attention_against_a_sum_over_keys(group: int, start: int, count: int) -
     cache.lengths[1] = start
     batch = cache.next_batch([count], [1], "cpu")
     pages = torch.full((2, 2, kv_heads, 12, dim), math.nan, dtype=torch.float64)
+    table = whole_pages(pages[0])
     heads = kv_heads * group
     qkv = torch.randn(count, (heads + 2 * kv_heads) * dim, dtype=torch.float64)
     ones = torch.ones(dim, dtype=torch.float64)
     rope = torch.ones(count, 1, dim).double(), torch.zeros(count, 1, dim).double()
-    q = ref.qk_norm_rope_ref(qkv, 2 * ones, 3 * ones, 1e-9, rope, pages[0], pages[1], batch)
+    q = ref.qk_norm_rope_ref(qkv, 2 * ones, 3 * ones, 1e-9, rope, pages[0], pages[1], table, batch)
     parts = qkv.view(count, -1, dim)
     unit = parts / parts.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(q, 2 * unit[:, :heads])
@@ -153,7 +155,7 @@ def test_attention_against_a_sum_over_keys(group: int, start: int, count: int) -
     torch.testing.assert_close(pages[0, 1, :, start : start + count], k.transpose(0, 1))
     assert torch.equal(pages[1, 1, :, start : start + count], v.transpose(0, 1))
     pages[:, 1, :, :start] = torch.randn(2, kv_heads, start, dim, dtype=torch.float64)
-    got = ref.attention_ref(q, pages[0], pages[1], batch).view(count, -1, dim)
+    got = ref.attention_ref(q, pages[0], pages[1], table, batch).view(count, -1, dim)
     for t in range(count):
         for head in range(kv_heads * group):
             keys = pages[0, 1, head // group, : start + t + 1]

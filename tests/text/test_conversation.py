@@ -49,7 +49,7 @@ def after(tokens: int) -> Callable[[], bool]:
 
 def afresh(conversation: Conversation) -> str:
     """What greedy decoding without a cache answers to the messages so far."""
-    ids, _, _ = conversation._prompt()
+    ids, _ = conversation._prompt()
     answer = stream_answer(
         conversation.model,
         conversation.tokenizer,

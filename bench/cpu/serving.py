@@ -1,0 +1,188 @@
+"""Time the engine under many requests on a CPU, beside ``generate`` of another checkout.
+
+    python -m bench.cpu.serving --size 350M --before ../before
+
+Figures: output tokens a second of requests that come all at once; the first token of a prompt whose
+beginning is cached over one whose is not; how long rows that write wait for a token while a long
+prompt runs; and what a step costs beside the model. Weights are random, so texts mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import lfm2_fast
+from bench.report import results
+from bench.shapes import SIZES, checkpoint
+from lfm2_fast.cli.machine_load import Neighbours, quantile
+
+# What the other checkout runs: its own generate, as many rows at a time as are given.
+BEFORE = """
+import json, sys, time, torch, lfm2_fast
+folder, threads, rows = sys.argv[1], *map(int, sys.argv[2:4])
+prompts, new = json.loads(sys.argv[4])
+torch.set_num_threads(threads)
+model = lfm2_fast.load(folder, device="cpu", **json.loads(sys.argv[5]))
+options = dict(do_sample=False, eos_token_id=[], max_batch_size=rows)
+model.generate(prompts[:2], max_new_tokens=4, **options)
+begin = time.perf_counter()
+model.generate(prompts, max_new_tokens=new, **options)
+print(json.dumps(time.perf_counter() - begin))
+"""
+
+
+def prompt(row: int, length: int) -> list[int]:
+    """Token ids of a prompt, another for each row."""
+    return [2 + (7 * row + 31 * i) % 4001 for i in range(length)]
+
+
+def drain(engine: lfm2_fast.Engine) -> list[float]:
+    """Step until every request has ended; the seconds of each step."""
+    times = []
+    while engine.busy:
+        begin = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def together(model: Any, prompts: list[list[int]], new: int, rows: int) -> float:
+    """Seconds until requests that come at once have all ended."""
+    engine = lfm2_fast.Engine(model, max_rows=rows)
+    for ids in prompts:
+        engine.add(lfm2_fast.Request(ids, max_tokens=new))
+    return sum(drain(engine))
+
+
+def before(root: Path, folder: Path, threads: int, rows: int, given: str, options: str) -> float:
+    """Seconds that the other checkout's ``generate`` takes for the same prompts."""
+    python = str(root / ".venv" / "bin" / "python")
+    call = [python, "-c", BEFORE, str(folder), str(threads), str(rows), given, options]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=root)
+    return float(json.loads(done.stdout))
+
+
+def first_token(model: Any, length: int, cached: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds to the first token of prompts, the first ``cached`` tokens known or not, in turns."""
+    found: dict[str, list[float]] = {"hit": [], "miss": []}
+    engine = lfm2_fast.Engine(model, max_rows=1)
+    stem = prompt(0, cached)
+    engine.add(lfm2_fast.Request([*stem, 5], max_tokens=1))
+    drain(engine)
+    for turn in range(rounds):
+        rest = prompt(100 + turn, length - cached)
+        for kind, ids in (("hit", stem + rest), ("miss", prompt(50 + turn, cached) + rest)):
+            engine.add(lfm2_fast.Request(ids, max_tokens=1))
+            found[kind].append(sum(drain(engine)))
+    return found
+
+
+def waits(model: Any, rows: int, length: int) -> dict[str, float]:
+    """How long rows wait for a token while a prompt of ``length`` runs, in medians of its steps."""
+    engine = lfm2_fast.Engine(model, max_rows=rows + 1)
+    for row in range(rows):
+        engine.add(lfm2_fast.Request(prompt(row, 64), max_tokens=engine.max_length - 64))
+    for _ in range(20):
+        engine.step()
+    engine.add(lfm2_fast.Request(prompt(99, length), max_tokens=1))
+    times = []
+    while engine.scheduler.waiting or engine.scheduler.prefilling:
+        begin = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - begin)
+    engine.reset()
+    # The first step has no rate to go by.
+    steps = times[1:]
+    return {
+        "steps": len(steps),
+        "median": median(steps),
+        "p99": quantile(steps, 0.99),
+        "longest": max(steps),
+        "longest over median": max(steps) / median(steps),
+    }
+
+
+def own_time(model: Any, rows: int, steps: int) -> dict[str, float]:
+    """The engine's share of a step of ``rows``: all but the model's run and choice of tokens."""
+    engine = lfm2_fast.Engine(model, max_rows=rows)
+    for row in range(rows):
+        engine.add(lfm2_fast.Request(prompt(row, 16), max_tokens=steps + 30))
+    while engine.scheduler.waiting or engine.scheduler.prefilling:
+        engine.step()
+    inside: list[float] = []
+    run_steps = engine.decode.buffers.run_steps
+
+    def timed(*args: Any, **kwargs: Any) -> None:
+        begin = time.perf_counter()
+        run_steps(*args, **kwargs)
+        inside.append(time.perf_counter() - begin)
+
+    engine.decode.buffers.run_steps = timed  # type: ignore[method-assign]
+    whole = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - begin)
+    own = [a - b for a, b in zip(whole, inside, strict=True)]
+    engine.reset()
+    return {"step": median(whole), "own": median(own), "share": median(own) / median(whole)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="350M", choices=(*SIZES, "tiny"))
+    parser.add_argument(
+        "--before", type=Path, help="another checkout, with an environment in .venv"
+    )
+    parser.add_argument("--quantization", choices=("int8",))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens of each request")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--long", type=int, default=16_000, help="tokens of the long prompt")
+    parser.add_argument("--out", type=Path, help="default: bench/results/serving-SIZE.json")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    folder = checkpoint(given.size).resolve()
+    options = {"quantization": given.quantization} if given.quantization else {}
+    model = lfm2_fast.load(folder, device="cpu", **options)
+    protocol = {name: value for name, value in vars(given).items() if name not in ("out", "before")}
+    found = results.header(f"LFM2-{given.size}'s shape on a CPU, many requests", protocol)
+    others = Neighbours(own=[])
+    prompts = [prompt(row, given.prompt) for row in range(given.requests)]
+    new = given.new
+    tokens = given.requests * new
+
+    def tell(name: str, value: Any) -> None:
+        print(name, json.dumps(value), flush=True)
+        found[name] = value
+        found["others"] = others.seen()
+        suffix = f"-{given.quantization}" if given.quantization else ""
+        results.write(given.out or results.RESULTS / f"serving-{given.size}{suffix}.json", found)
+
+    tell("own time, 64 rows", own_time(model, 64, 40))
+    times = first_token(model, 1088, 1024, given.rounds + 3)
+    hit, miss = median(times["hit"]), median(times["miss"])
+    tell("first token", {**times, "hit over miss": hit / miss})
+    rates: dict[str, list[float]] = {"engine": [], "before": []}
+    for _ in range(given.rounds):
+        rates["engine"].append(tokens / together(model, prompts, new, 16))
+        if given.before is not None:
+            arguments = json.dumps([prompts, new]), json.dumps(options)
+            took = before(given.before.resolve(), folder, given.threads, 16, *arguments)
+            rates["before"].append(tokens / took)
+        tell("output tokens/s", rates)
+    tell("waits", waits(model, 8, given.long))
+
+
+if __name__ == "__main__":
+    main()

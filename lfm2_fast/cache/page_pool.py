@@ -1,0 +1,122 @@
+"""PagePool: every page of a KV cache is free, cached or owned."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from lfm2_fast.cache.page_memory import PageMemory
+
+
+class CacheError(RuntimeError):
+    """The cache cannot do what was asked: no room left, or the state needed is gone."""
+
+
+class PagePool:
+    """The owners of each page of ``memory``.
+
+    A page with owners is theirs; one that ``keep`` marked stays after its last owner, cached, until
+    another page is needed and it is the one least recently used. ``on_evict`` is told then.
+    """
+
+    def __init__(self, memory: PageMemory) -> None:
+        self.memory = memory
+        self.on_evict: Callable[[int], None] = lambda page: None
+        self._free: list[int] = []
+        self._owners: dict[int, int] = {}
+        self._kept: set[int] = set()
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def used(self) -> int:
+        """Pages that have an owner."""
+        return len(self._owners)
+
+    @property
+    def cached(self) -> int:
+        """Pages without owner whose content is kept."""
+        return len(self._cached)
+
+    @property
+    def free(self) -> int:
+        """Pages that can be taken without losing content, counting memory not taken yet."""
+        return self.memory.limit - self.used - self.cached
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return self.memory.limit - self.used
+
+    def take(self, count: int) -> list[int]:
+        """Own ``count`` pages, of any content.
+
+        Raises CacheError, with nothing changed, where fewer are available.
+        """
+        if count > self.available:
+            raise CacheError(
+                f"{count} more pages do not fit into the cache: {self.available} of its "
+                f"{self.memory.limit} are not owned; give it more memory, or run fewer or shorter "
+                "sequences at a time"
+            )
+        short = count - len(self._free)
+        if short > 0:
+            grown = self.memory.grow(min(short, self.memory.limit - self.memory.count))
+            self._free.extend(reversed(grown))
+        taken = []
+        for _ in range(count):
+            if not self._free:
+                page, _ = self._cached.popitem(last=False)
+                self._kept.discard(page)
+                self.on_evict(page)
+                self._free.append(page)
+            page = self._free.pop()
+            self._owners[page] = 1
+            taken.append(page)
+        return taken
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Add an owner to each page, which has owners or is cached."""
+        for page in pages:
+            self._cached.pop(page, None)
+            self._owners[page] = self._owners.get(page, 0) + 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Take an owner from each page; without owners it is free, or cached where it was kept.
+
+        ``pages`` are in the order of their text: the last are the first to be evicted.
+        """
+        for page in reversed(pages):
+            left = self._owners.pop(page) - 1
+            if left:
+                self._owners[page] = left
+            elif page in self._kept:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
+
+    def keep(self, page: int) -> None:
+        """Keep the content of an owned page beyond its last owner; it is never written again."""
+        self._kept.add(page)
+
+    def is_owned(self, page: int) -> bool:
+        """Return True if the page has an owner."""
+        return page in self._owners
+
+    def is_shared(self, page: int) -> bool:
+        """Return True if the page has another owner, or its content is kept."""
+        return self._owners.get(page, 0) > 1 or page in self._kept
+
+    def drop_cached(self) -> None:
+        """Free every cached page."""
+        while self._cached:
+            page, _ = self._cached.popitem(last=False)
+            self._kept.discard(page)
+            self.on_evict(page)
+            self._free.append(page)
+
+    def forget(self, page: int) -> None:
+        """Stop keeping a page's content."""
+        self._kept.discard(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)

@@ -1,0 +1,61 @@
+"""Changes to logits that no sampling operation makes, and log-probabilities of what was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from lfm2_fast.cache.batch import on_device
+from lfm2_fast.engine.request import LogProbs, Row
+
+
+def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Tensor:
+    """Return ``logits [B, V]`` in float32 as the requests of the rows want them.
+
+    ``rows`` have their places in the batch. Penalties come first, then the bias, the end tokens
+    that come too soon, and the hook. Raises ValueError where a hook gives another shape.
+    """
+    changed = [(row, place) for row, place in rows if row.request.changes_logits]
+    if not changed:
+        return logits
+    logits = logits.float().clone()
+    for row, place in changed:
+        request, own = row.request, logits[place]
+        counts = Counter(row.written)
+        if counts and (request.presence_penalty or request.frequency_penalty):
+            often = on_device(list(counts.values()), own.dtype, own.device)
+            less = request.presence_penalty + request.frequency_penalty * often
+            own[_at(list(counts), own)] -= less
+        if request.logit_bias:
+            bias = on_device(list(request.logit_bias.values()), own.dtype, own.device)
+            own[_at(list(request.logit_bias), own)] += bias
+        if len(row.written) < request.min_tokens and request.eos:
+            own.index_fill_(0, _at(list(request.eos), own), -math.inf)
+        if request.hook is not None:
+            made = request.hook(row.text, own)
+            if made.shape != own.shape:
+                raise ValueError(
+                    f"hook returned logits of shape {tuple(made.shape)}, expected "
+                    f"{tuple(own.shape)}: those of one row"
+                )
+            own.copy_(made)
+    return logits
+
+
+def log_probs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[LogProbs]:
+    """Return what ``logits [B, V]`` gave ``tokens``, and the best ``counts[i]`` of each row."""
+    scores = logits.float().log_softmax(-1)
+    own = scores.gather(1, _at(list(tokens), scores)[:, None])[:, 0].tolist()
+    best = scores.topk(max(max(counts, default=0), 1))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        LogProbs(value, tuple(zip(ids[:count], values[:count], strict=True)))
+        for value, (ids, values), count in zip(own, pairs, counts, strict=True)
+    ]
+
+
+def _at(tokens: list[int], like: torch.Tensor) -> torch.Tensor:
+    return on_device(tokens, torch.int64, like.device)

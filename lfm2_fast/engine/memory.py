@@ -1,0 +1,46 @@
+"""Memory of a device: how much is free, and how much of it an engine is to take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device's memory that nobody uses.
+
+    On a GPU what torch holds and does not use counts as free.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + held
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def bytes_of(memory: int | str, device: torch.device) -> int:
+    """Return the bytes that ``memory`` names: a number, "8GB", "500MB", or "80%" of what is free.
+
+    Raises ValueError for another text, and for nothing or less.
+    """
+    text = str(memory).strip()
+    units = {"%": free_memory(device) / 100, "GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+    for unit, size in {**units, "": 1}.items():
+        if text.endswith(unit):
+            try:
+                found = float(text.removesuffix(unit)) * size
+            except ValueError:
+                break
+            if 0 < found < 2**62:
+                return int(found)
+            break
+    raise ValueError(
+        f"memory must be bytes, or like '8GB' or '80%' of what is free, got {memory!r}"
+    )

@@ -1,0 +1,173 @@
+"""Request: a prompt and all that decides its continuations. Event: what became of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lfm2_fast.ops.sampling import SamplingParams
+
+# Changes a row's logits ``[V]`` float32, given its text: prompt and new tokens.
+Hook = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt of at least one token, and how it is continued.
+
+    A token is chosen as ``sampling`` says. Its draw depends on ``seed``, the continuation's place
+    among the request's ``n``, and the token's position, never on what else runs. ``eos`` are the
+    tokens that end the text, from ``min_tokens`` new ones on; ``max_tokens`` bounds the new tokens
+    (None: the context does). ``stop`` is asked after every new token, with the new tokens so far.
+    ``first_row`` is added to a continuation's place where draws depend on it, so that requests of
+    one seed draw apart.
+
+    ``logit_bias`` is added to the logits of single tokens. ``presence_penalty`` is subtracted from
+    those of new tokens that came before, ``frequency_penalty`` as often as each came. ``hook`` then
+    changes the logits freely. ``logprobs`` asks for the log-probabilities of each new token and of
+    the likeliest so many, by the logits as the model gave them; ``prompt_logprobs`` for those of
+    the prompt's tokens.
+
+    Requests of lower ``priority`` run first, equal ones in their order. ``deadline`` is a moment of
+    ``time.monotonic``. Only requests of equal ``salt`` share pages.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos: Sequence[int] = ()
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: Callable[[Sequence[int]], bool] | None = None
+    seed: int = 0
+    first_row: int = 0
+    n: int = 1
+    logit_bias: Mapping[int, float] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    hook: Hook | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    deadline: float | None = None
+    salt: bytes = b""
+
+    def check(self, vocab_size: int, max_length: int) -> None:
+        """Raise ValueError, naming field and value, for what cannot be run."""
+        length = len(self.prompt)
+        if length < 1:
+            raise ValueError("prompt has no tokens: give at least one")
+        wrong = [t for t in (*self.prompt, *(self.logit_bias or ())) if not 0 <= t < vocab_size]
+        if wrong:
+            raise ValueError(
+                f"token {wrong[0]} is not in this model's vocabulary of {vocab_size}; is the "
+                "tokenizer another model's?"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if length + (self.max_tokens or 1) > max_length:
+            raise ValueError(
+                f"a prompt of {length} tokens and {self.max_tokens or 1} new ones do not fit into "
+                f"the context of {max_length}; lower max_tokens or shorten the prompt"
+            )
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+        if self.min_tokens < 0 or self.min_tokens > (self.max_tokens or max_length):
+            raise ValueError(f"min_tokens={self.min_tokens} is not between 0 and max_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= vocab_size:
+                raise ValueError(f"{name} must be between 0 and {vocab_size}, got {value}")
+        numbers = {"presence_penalty": self.presence_penalty}
+        numbers |= {"frequency_penalty": self.frequency_penalty}
+        numbers |= {f"logit_bias of {t}": bias for t, bias in (self.logit_bias or {}).items()}
+        for name, value in numbers.items():
+            if math.isnan(value) or value == math.inf:
+                raise ValueError(f"{name} must be a number, got {value}")
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if tokens are not chosen from the model's logits by ``sampling`` alone."""
+        return bool(
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.hook
+            or self.min_tokens
+        )
+
+
+@dataclass(eq=False)
+class Row:
+    """One continuation of a request, from its admission to its end, preemptions included.
+
+    ``index`` is its place among the request's ``n``. ``written`` are the new tokens that the host
+    has read; ``launched`` counts those whose steps were launched. ``pinned`` is the only slot that
+    it may have, in a cache that a caller holds. ``finish_reason`` is "stop", "length", "cancelled",
+    "deadline" or "error" at the end.
+    """
+
+    id: int
+    request: Request
+    index: int
+    limit: int
+    arrival: int
+    slot: int = -1
+    pinned: int | None = None
+    written: list[int] = field(default_factory=list)
+    launched: int = 0
+    ended: bool = False
+    finish_reason: str | None = None
+    error: Exception | None = None
+    cached_tokens: int = 0
+    arrived: float = 0.0
+    last_token: float = 0.0
+    ends: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ends = frozenset(self.request.eos)
+
+    @property
+    def needs_logits(self) -> bool:
+        """True if its next step must stop at the logits."""
+        request = self.request
+        return request.logprobs is not None or request.changes_logits
+
+    @property
+    def start(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def text(self) -> list[int]:
+        """The prompt and the new tokens."""
+        return [*self.request.prompt, *self.written]
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """The log-probability of a token, and the likeliest tokens with theirs, best first."""
+
+    token: float
+    best: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A new token of a continuation, or its end, or both.
+
+    ``id`` is the request's, ``index`` the continuation's place among its ``n``. ``token`` is None
+    where it ends without a token more. ``finish_reason`` is set on its last event, and ``error``
+    where it failed. ``prompt_logprobs`` come with the first event; the first token has none.
+    """
+
+    id: int
+    index: int
+    token: int | None
+    finish_reason: str | None = None
+    logprobs: LogProbs | None = None
+    prompt_logprobs: tuple[LogProbs | None, ...] | None = None
+    cached_tokens: int = 0
+    error: Exception | None = None

@@ -1,0 +1,178 @@
+"""The engine in its own thread: what coroutines get, and what happens when they, or it, go."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast.engine.async_engine import AsyncEngine, EngineStopped
+from lfm2_fast.engine.engine import Engine, QueueFull
+from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.models.lfm2 import Lfm2
+
+
+@pytest.fixture(scope="module")
+def native(tiny) -> Lfm2:
+    return lfm2_fast.load(tiny, device="cpu", dtype="float32").network
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(work, 60)
+
+    return asyncio.run(bounded())
+
+
+def text(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(8, 900, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def alone(model: Lfm2, request: Request) -> list[int]:
+    engine, found = Engine(model, max_rows=1), []
+    engine.add(request)
+    while engine.busy:
+        found += [event.token for event in engine.step()]
+    return found
+
+
+async def tokens_of(engine: AsyncEngine, request: Request) -> list[int | None]:
+    return [event.token async for event in engine.generate(request)]
+
+
+def all_is_free(engine: Engine) -> bool:
+    return engine.cache.pool.used == 0 and not engine.rows
+
+
+def test_many_at_once_get_what_each_gets_alone(native) -> None:
+    requests = [Request(text(5 + 9 * i, i), max_tokens=4 + i) for i in range(12)]
+
+    async def work() -> list[list[int | None]]:
+        async with AsyncEngine(Engine(native, max_rows=3)) as engine:
+            return await asyncio.gather(*(tokens_of(engine, request) for request in requests))
+
+    assert run(work()) == [alone(native, request) for request in requests]
+
+
+def test_all_continuations_of_a_request_come(native) -> None:
+    async def work() -> list[Event]:
+        async with AsyncEngine(Engine(native)) as engine:
+            return [event async for event in engine.generate(Request(text(9), n=3, max_tokens=5))]
+
+    events = run(work())
+    assert sorted(event.index for event in events) == [0] * 5 + [1] * 5 + [2] * 5
+    assert [event.finish_reason for event in events].count("length") == 3
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_who_goes_away_frees_all(native, after: int) -> None:
+    async def work() -> None:
+        inner = Engine(native, max_rows=2, prefix_cache=False)
+        async with AsyncEngine(inner) as engine:
+            for _ in range(3):
+                events = engine.generate(Request(text(300), max_tokens=1000))
+                task = asyncio.ensure_future(take(events, after))
+                if after == 0:
+                    await asyncio.sleep(0)
+                    task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            request = Request(text(7), max_tokens=3)
+            assert await tokens_of(engine, request) == alone(native, request)
+            for _ in range(1000):
+                if all_is_free(inner):
+                    break
+                await asyncio.sleep(0.01)
+            assert all_is_free(inner)
+
+    async def take(events: Any, count: int) -> None:
+        seen = 0
+        async for _ in events:
+            seen += 1
+            if seen == count:
+                break
+        await events.aclose()
+
+    run(work())
+
+
+def test_what_cannot_run_is_refused_to_its_own_consumer(native) -> None:
+    async def work() -> None:
+        async with AsyncEngine(Engine(native, max_rows=1, max_waiting=1)) as engine:
+            with pytest.raises(ValueError, match="prompt has no tokens"):
+                await tokens_of(engine, Request([]))
+            running = asyncio.ensure_future(tokens_of(engine, Request(text(5), max_tokens=300)))
+            await asyncio.sleep(0.05)
+            asked = [tokens_of(engine, Request(text(5), max_tokens=1)) for _ in range(5)]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            assert any(isinstance(each, QueueFull) for each in found)
+            assert len(await running) == 300
+
+    run(work())
+
+
+def test_a_fault_reaches_everyone_and_the_next_request_works(native, monkeypatch) -> None:
+    request = Request(text(5), max_tokens=6)
+
+    async def work() -> None:
+        inner = Engine(native, max_rows=2)
+        async with AsyncEngine(inner) as engine:
+            with monkeypatch.context() as patch:
+                patch.setattr(inner, "_run_prompts", lambda: 1 / 0)
+                asked = [tokens_of(engine, request) for _ in range(3)]
+                found = await asyncio.gather(*asked, return_exceptions=True)
+            assert all(isinstance(each, ZeroDivisionError) for each in found), found
+            assert await tokens_of(engine, request) == alone(native, request)
+
+    run(work())
+
+
+def test_an_engine_that_does_not_begin_anew_says_why(native, monkeypatch) -> None:
+    def broken(*_: Any) -> None:
+        raise MemoryError("no more")
+
+    async def work() -> None:
+        inner = Engine(native)
+        engine = AsyncEngine(inner)
+        monkeypatch.setattr(inner, "step", broken)
+        monkeypatch.setattr(inner, "reset", broken)
+        with pytest.raises(MemoryError):
+            await tokens_of(engine, Request(text(5), max_tokens=6))
+        engine._thread.join(10)
+        with pytest.raises(EngineStopped):
+            await tokens_of(engine, Request(text(5), max_tokens=6))
+        engine.close()
+
+    run(work())
+
+
+def test_closing_ends_what_runs(native) -> None:
+    async def work() -> None:
+        engine = AsyncEngine(Engine(native))
+        running = asyncio.ensure_future(tokens_of(engine, Request(text(5), max_tokens=2000)))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(engine.close)
+        engine.close()
+        with pytest.raises(EngineStopped, match="the engine was closed"):
+            await running
+        with pytest.raises(EngineStopped):
+            await tokens_of(engine, Request(text(5)))
+
+    before = threading.active_count()
+    run(work())
+    assert threading.active_count() <= before
+
+
+def test_no_wake_up_is_lost(native) -> None:
+    """Requests that come one by one, each when the engine has just gone to sleep."""
+
+    async def work() -> None:
+        async with AsyncEngine(Engine(native, max_rows=1)) as engine:
+            for seed in range(150):
+                assert len(await tokens_of(engine, Request(text(2, seed), max_tokens=1))) == 1
+
+    run(work())
