@@ -357,7 +357,7 @@ class Engine:
             if wanted:
                 logits = self._with_prompt_logprobs(rows, texts, slots, counts)
             else:
-                ends = [len(row.text) for row in rows]
+                ends = [row.length for row in rows]
                 logits = self.runner.run_chunks(texts, slots, counts, ends)
         except CacheError:
             if not self._preempt(keep=rows[0]):
@@ -368,7 +368,7 @@ class Engine:
             self.scheduler.measured(rows, sum(map(len, texts)), took)
         for row in rows:
             self._enter(row)
-        done = [place for place, row in enumerate(rows) if self._ran(row) == len(row.text)]
+        done = [place for place, row in enumerate(rows) if self._ran(row) == row.length]
         if done:
             at = on_device(done, torch.int64, logits.device)
             self._begin_rows([rows[place] for place in done], logits[at])
@@ -386,7 +386,7 @@ class Engine:
         """Run chunks one by one, and note the log-probabilities that their requests ask for."""
         last = []
         for row, text, slot, again in zip(rows, texts, slots, replays, strict=True):
-            count, ends = row.request.prompt_logprobs, [len(row.text)]
+            count, ends = row.request.prompt_logprobs, [row.length]
             if count is None or row.written:
                 last.append(self.runner.run_chunks([text], [slot], [again], ends)[0])
                 continue
@@ -440,7 +440,7 @@ class Engine:
             for marks, row in zip(seen, rows, strict=True):
                 marks.index_fill_(0, on_device(row.text, torch.int64, device), True)
         numbers = [row.request.first_row + row.index for row in rows]
-        positions = [row.start + len(row.written) for row in rows]
+        positions = [row.length for row in rows]
         return SamplingState(
             params,
             device=device,
@@ -538,6 +538,8 @@ class Engine:
         self.scheduler.leave(row)
         self._give_back(row)
         row.launched = len(row.written)
+        # They are told anew, from the prompt's first chunk on.
+        self._prompt_logprobs.pop(row, None)
         self.scheduler.wait(row)
         self.statistics.preemptions += 1
         return True

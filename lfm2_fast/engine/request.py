@@ -141,6 +141,11 @@ class Row:
         return len(self.request.prompt)
 
     @property
+    def length(self) -> int:
+        """Tokens of the text."""
+        return self.start + len(self.written)
+
+    @property
     def text(self) -> list[int]:
         """The prompt and the new tokens."""
         return [*self.request.prompt, *self.written]

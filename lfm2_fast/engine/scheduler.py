@@ -48,7 +48,7 @@ class Scheduler:
         Prompts that fit into a chunk are packed. They take turns with longer ones, so neither waits
         for all of the other. While nobody decodes a chunk is as long as it may be.
         """
-        rests = [(row, len(row.text) - ran(row)) for row in self.prefilling]
+        rests = [(row, row.length - ran(row)) for row in self.prefilling]
         if not rests:
             return []
         if self.chunk is not None:
@@ -89,4 +89,4 @@ class Scheduler:
 def pages_wanted(row: Row) -> int:
     """Return the pages that must be there when a row is admitted: its text's and a reserve."""
     rest = row.limit - len(row.written)
-    return pages_of(len(row.text) + min(rest, RESERVED))
+    return pages_of(row.length + min(rest, RESERVED))

@@ -286,6 +286,21 @@ def test_log_probabilities_are_those_of_the_logits(exact, tiny) -> None:
             assert [token for token, _ in found.best] == best.indices.tolist()
 
 
+def test_a_preempted_prompt_tells_its_log_probabilities_once(exact) -> None:
+    engine = Engine(exact, max_rows=2, chunk=37)
+    engine.add(Request(text(4), max_tokens=30))
+    engine.step()
+    told = Request(text(100), max_tokens=2, prompt_logprobs=1)
+    id = engine.add(told)
+    engine.step()
+    engine.step()
+    assert engine.scheduler.prefilling and engine._preempt()
+    events = []
+    while engine.busy:
+        events += [event for event in engine.step() if event.id == id]
+    assert len(events[0].prompt_logprobs) == 100 and events[1].prompt_logprobs is None
+
+
 def test_priorities_come_first(native) -> None:
     engine = Engine(native, max_rows=1)
     order = [
