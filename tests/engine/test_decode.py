@@ -119,6 +119,7 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
     assert set(graphs[0]._graphs) > keys
 
 
+@pytest.mark.slow
 def test_graphs_stay_while_a_text_grows(ahead, graphs) -> None:
     """Pages never move, so what points at them stays right."""
     cache = ahead.new_cache(1)
@@ -129,6 +130,7 @@ def test_graphs_stay_while_a_text_grows(ahead, graphs) -> None:
     assert before.items() <= graphs[0]._graphs.items()
 
 
+@pytest.mark.slow
 def test_a_table_that_widens_drops_the_graphs(ahead, plain, graphs) -> None:
     """On a GPU a table has the columns that are needed, for kernels launch programs for each."""
     cache = ahead.new_cache(1)

@@ -181,6 +181,7 @@ def test_shared_pages_are_never_written(native) -> None:
         assert torch.equal(engine.cache.pool.memory.page(page), held)
 
 
+@pytest.mark.slow
 def test_fifty_requests_pass_through_a_pool_of_five_pages(exact) -> None:
     requests = [Request(text(3 + 7 * i % 120, i), max_tokens=40 + i % 30) for i in range(50)]
     engine = Engine(exact, max_rows=6, pages=5)
