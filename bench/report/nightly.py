@@ -35,7 +35,8 @@ class Recorder:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workerinput"):
             return
-        found = results.header("every test, the long proofs too", {"command": "make nightly"})
+        asked = session.config.invocation_params.args
+        found = results.header("tests, the long proofs too", {"pytest": list(map(str, asked))})
         found |= {
             "seconds": round(time.time() - self.begin),
             "outcomes": dict(sorted(self.outcomes.items())),

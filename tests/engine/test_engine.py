@@ -534,4 +534,4 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(exact) -> None:
 
 @pytest.mark.nightly
 def test_a_hundred_thousand_steps(exact) -> None:
-    schedules(exact, 900)
+    schedules(exact, 400)
