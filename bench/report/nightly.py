@@ -35,8 +35,9 @@ class Recorder:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workerinput"):
             return
-        asked = session.config.invocation_params.args
-        found = results.header("tests, the long proofs too", {"pytest": list(map(str, asked))})
+        option = session.config.option
+        asked = {"marks": option.markexpr, "left out": option.deselect or []}
+        found = results.header("tests, the long proofs too", asked)
         found |= {
             "seconds": round(time.time() - self.begin),
             "outcomes": dict(sorted(self.outcomes.items())),
