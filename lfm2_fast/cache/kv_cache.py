@@ -132,6 +132,7 @@ class Cache:
         self._columns = 1 if in_place and memory.device.type != "cpu" else most
         if dummy_slot:
             self._table[slots, 0] = self.pool.take(1)[0]
+        self._view = self._table[:, : self._columns]
         self._lay_out()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -464,6 +465,7 @@ class Cache:
         if columns > self._columns:
             self._columns = min(max(columns, 2 * self._columns), self._table.shape[1])
             self.reallocations += 1
+            self._view = self._table[:, : self._columns]
             self._lay_out()
 
     def _lay_out(self) -> None:
@@ -471,7 +473,8 @@ class Cache:
         attention = (layer for layer in self.layers if isinstance(layer, KVPages))
         for number, layer in enumerate(attention):
             layer.k, layer.v = self.pool.memory.layer(number)
-            layer.table = self._table[:, : self._columns]
+            # One object until it widens: bodies keep by it what their graphs point at.
+            layer.table = self._view
 
 
 def signature(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:

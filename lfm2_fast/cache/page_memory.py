@@ -68,13 +68,15 @@ class PageMemory:
             return list(range(first, self.count))
         ahead = max(pages, first // 4, _LEAST // max(self.page_bytes, 1))
         more = min(ahead, self.limit - first)
-        self.count += more
         if self.kind == "slabs":
-            return self._slab(more)
-        moved = self._empty(self.count)
+            numbers = self._slab(more)
+            self.count += more
+            return numbers
+        moved = self._empty(first + more)
         if self._slabs:
             moved[:first] = self._slabs[0]
         self._slabs = [moved]
+        self.count += more
         return list(range(first, self.count))
 
     def copy(self, source: int, target: int, tokens: int) -> None:

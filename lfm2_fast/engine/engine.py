@@ -244,7 +244,7 @@ class Engine:
     def rows(self) -> list[Row]:
         """Every row that has not ended."""
         rows = (*self.decode.rows, *self.scheduler.prefilling, *self.scheduler.waiting)
-        return [row for row in rows if not row.ended]
+        return [row for row in rows if row.finish_reason is None]
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -360,7 +360,7 @@ class Engine:
                 ends = [row.length for row in rows]
                 logits = self.runner.run_chunks(texts, slots, counts, ends)
         except CacheError:
-            if not self._preempt(keep=rows[0]):
+            if not self._preempt():
                 raise
             return
         if self.model.device.type == "cpu":
@@ -489,7 +489,7 @@ class Engine:
         row.last_token = now
         self.statistics.new_tokens += 1
         reason = None
-        if token in row.ends and count > request.min_tokens:
+        if token in row.ends:
             reason = "stop"
         elif request.stop is not None and request.stop(row.written):
             reason = "stop"
@@ -519,19 +519,21 @@ class Engine:
             )
         )
 
-    def _preempt(self, keep: Row | None = None) -> bool:
+    def _preempt(self) -> bool:
         """Take the pages of the youngest row; False if there is none but the oldest.
 
-        Its full pages stay in the index while nobody needs them. It waits again, and goes on later
-        as if nothing had been.
+        Where reading what is under way ends rows and frees their pages, no row is preempted. The
+        row's full pages stay in the index while nobody needs them. It waits again, and goes on
+        later as if nothing had been.
         """
+        before = self.cache.pool.available
         self._read(0)
         self._release()
+        if self.cache.pool.available > before:
+            return True
         rows = [row for row in self.rows if row.slot >= 0]
         rows.sort(key=lambda row: (row.request.priority, row.arrival))
-        if keep in rows and rows[-1] is keep:
-            rows.remove(keep)
-        if len(rows) < (2 if keep is None else 1):
+        if len(rows) < 2:
             return False
         row = rows[-1]
         self.decode.remove(row)

@@ -94,6 +94,17 @@ def test_growth_keeps_what_is_held(model) -> None:
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-3)
 
 
+def test_the_table_stays_the_same_object(model) -> None:
+    """Counters of kernels are kept by it, and captured graphs point at them."""
+    cache = model.new_cache(2)
+    tables = {id(layer.table) for layer in cache.layers if hasattr(layer, "table")}
+    run(model, cache, {0: ids(70)})
+    cache.copy(0, 1)
+    cache.reset([0])
+    again = {id(layer.table) for layer in cache.layers if hasattr(layer, "table")}
+    assert len(tables) == 1 and tables == again
+
+
 def test_full_cache_says_so_and_loses_nothing(model) -> None:
     cache = model.new_cache(1, max_length=10)
     run(model, cache, {0: ids(9)})

@@ -302,6 +302,19 @@ def test_a_preempted_prompt_tells_its_log_probabilities_once(exact) -> None:
     assert len(events[0].prompt_logprobs) == 100 and events[1].prompt_logprobs is None
 
 
+def test_an_end_token_that_a_hook_forces_ends_the_row(native) -> None:
+    def hook(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([9]), 0)
+
+    engine = Engine(native, max_rows=1)
+    engine.add(Request(text(5), eos=(9,), min_tokens=4, hook=hook, max_tokens=20))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert [(event.token, event.finish_reason) for event in events] == [(9, "stop")]
+    all_is_free(engine)
+
+
 def test_priorities_come_first(native) -> None:
     engine = Engine(native, max_rows=1)
     order = [
