@@ -30,7 +30,7 @@ TILE = 2048
 
 
 class Scratch(NamedTuple):
-    """What the launches hand on, of any content before."""
+    """Tensors that the launches hand on, of any content before."""
 
     keys: torch.Tensor  # [S, blocks] int64
     scores: torch.Tensor  # [S, V] float32

@@ -47,7 +47,7 @@ def _complete_streams() -> None:
 
 
 def _explained(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Describe an error in one line."""
     message = " ".join(str(error).split())
     if hasattr(error, "format_message"):
         where = getattr(getattr(error, "ctx", None), "command_path", "lfm2-fast")

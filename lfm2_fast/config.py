@@ -44,7 +44,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """What an LFM2 checkpoint says of its model, under the names that Hugging Face uses.
+    """Description of an LFM2 checkpoint's model, under the names that Hugging Face uses.
 
     ``intermediate_size`` is the size that the feed-forward matrices really have: the rounding
     that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
@@ -81,7 +81,7 @@ class Config:
 
     @property
     def num_hidden_layers(self) -> int:
-        """How many blocks the model has."""
+        """Number of blocks of the model."""
         return len(self.layer_types)
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+import lfm2_fast
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
+from lfm2_fast.engine.model_runner import run_batch
 
 
 def batch_of(
@@ -15,6 +17,25 @@ def batch_of(
 ) -> Batch:
     """Continue each of ``slots``, which hold ``lengths`` tokens, by so many of ``counts``."""
     return Batch.prepare(counts, [lengths[slot] for slot in slots], slots, device)
+
+
+def logits_of(
+    model: lfm2_fast.Lfm2ForCausalLM, steps: Sequence[Mapping[int, int]]
+) -> list[torch.Tensor]:
+    """Run steps of random tokens, whose counts are given by slot; the logits of each step."""
+    cache = model.new_cache(4)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for step in steps:
+        batch = cache.next_batch(list(step.values()), list(step), model.device)
+        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
+        found.append(run_batch(model.network, tokens.to(model.device), batch, cache))
+    return found
+
+
+def text(count: int, seed: int = 1) -> list[int]:
+    """Return random token ids of the small checkpoint's vocabulary."""
+    return torch.randint(8, 900, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def whole_pages(pages: torch.Tensor) -> torch.Tensor:

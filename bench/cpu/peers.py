@@ -129,7 +129,7 @@ def measure(
 
 
 def import_seconds(rounds: int) -> Figure:
-    """What importing all public names of the package adds to importing torch."""
+    """Time that importing all public names of the package adds to importing torch."""
     code = (
         "import time, torch; begin = time.perf_counter(); from lfm2_fast import *; "
         "print(time.perf_counter() - begin)"

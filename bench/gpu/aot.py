@@ -56,7 +56,7 @@ VOCABULARIES = (65536, 128000)
 
 @dataclass(frozen=True)
 class Size:
-    """What of a published model's config decides the shapes of its kernels."""
+    """Numbers of a published model's config that decide the shapes of its kernels."""
 
     name: str
     hidden: int

@@ -1,4 +1,4 @@
-"""What a GPU makes of decoding, at the published shapes with random weights; written as JSON.
+"""Time decoding on a GPU, at the published shapes with random weights; written as JSON.
 
     python -m bench.gpu.decode --seconds 480
 
@@ -42,7 +42,7 @@ TELLING, INT8 = "1.2B", "2.6B"
 
 
 def gate(device: torch.device) -> dict[str, Any]:
-    """Whether tokens are right, on trained weights and in float32, and where they are not."""
+    """Tell if tokens are right, on trained weights and in float32, and where they are not."""
     fast = lfm2_fast.load(TINY, device=device, dtype="float32")
     plain = lfm2_fast.load(TINY, device=device, dtype="float32", backend="eager")
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]

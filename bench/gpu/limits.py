@@ -1,4 +1,4 @@
-"""What a GPU can do at the most: a copy's bandwidth, a product's rate, the gap between kernels."""
+"""Limits of a GPU: a copy's bandwidth, a product's rate, the gap between kernels."""
 
 from __future__ import annotations
 

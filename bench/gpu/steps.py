@@ -109,12 +109,12 @@ class Decoding:
 
     @property
     def nbytes(self) -> int:
-        """What a step reads at the least: every weight, and the context's keys and values."""
+        """Bytes that a step reads at the least: every weight, and the context's keys and values."""
         config, item = self.model.network.config, self.model.dtype.itemsize
         return bytes_read_per_step(self.model) + config.cache_bytes(item, self.batch * self.context)
 
     def kernels(self) -> int:
-        """How many kernels a step has, as the profiler counts them in a replay.
+        """Number of kernels of a step, as the profiler counts them in a replay.
 
         What its process does from then on takes longer: the driver goes on reporting.
         """
@@ -142,7 +142,7 @@ def decode(
 
 
 def kernels(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[str, Any]:
-    """How many kernels a step has that ``decode`` times; nothing is to be timed after it."""
+    """Number of kernels of a step that ``decode`` times; nothing is to be timed after it."""
     decoding = Decoding(model, batch, context, 2 * STEPS)
     found = decoding.kernels()
     decoding.end()

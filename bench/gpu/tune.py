@@ -46,7 +46,7 @@ Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int]]]
 
 
 def replayed(operation: OneTokenRun, tiling: Tiling, pdl: bool) -> Callable[[], None]:
-    """What launches every copy once: on a GPU the replay of a graph."""
+    """Return a function that launches every copy once: on a GPU the replay of a graph."""
     if operation.device.type == "cpu":
         return lambda: operation.launch_all(tiling, False)
     operation.launch_all(tiling, pdl)
@@ -75,7 +75,7 @@ def in_turns(
 
 
 def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[str, Any]:
-    """What was found for a key; ``kept`` is the tiling that beats the rule's, or None."""
+    """Result for a key; ``kept`` is the tiling that beats the rule's, or None."""
     nbytes = key.rows * key.columns * dtype.itemsize
     copies = min(MOST_COPIES, max(2, -(-ROTATED // nbytes))) if device.type == "cuda" else 2
     operation = OneTokenRun(key, dtype, device, copies)

@@ -153,7 +153,7 @@ class OneTokenRun:
         return None if bool(chosen >= largest - off) else "it is wrong: not the largest logit"
 
     def meaning(self, dtype: torch.dtype) -> torch.Tensor:
-        """What the first weight gives, in plain PyTorch."""
+        """Result of the first weight, in plain PyTorch."""
         x, norm, weight = (t.to(dtype) for t in (self.x, self.norm, self.weights[0]))
         operation = self.key.operation
         if operation == "linear_add":

@@ -41,7 +41,7 @@ def share(size: str, context: int) -> Callable[[dict[str, Any], list[Figure]], R
 
 
 def against_compiled(size: str) -> Callable[[dict[str, Any], list[Figure]], Range | None]:
-    """How many times as fast as Hugging Face with its static cache, compiled."""
+    """Factor over the speed of Hugging Face with its static cache, compiled."""
 
     def find(gpu: dict[str, Any], peers: list[Figure]) -> Range | None:
         known = {f.engine: f for f in peers if f.name == f"decode {size}"}
@@ -96,7 +96,7 @@ def int8(gpu: dict[str, Any], peers: list[Figure]) -> Range | None:
 
 
 def cell(gpu: dict[str, Any], *names: str) -> dict[str, Any] | None:
-    """What was measured under these names; None where it was not."""
+    """Measurement under these names; None where it was not."""
     found: Any = gpu
     for name in names:
         found = found.get(name, {}) if isinstance(found, dict) else {}
@@ -124,7 +124,7 @@ GOALS = (
 
 
 def verdicts(gpu: dict[str, Any], peers: list[Figure]) -> list[Verdict]:
-    """What can be said from a file of each kind, either of which may be empty."""
+    """Verdicts from a file of each kind, either of which may be empty."""
     found = []
     for goal in GOALS:
         measured = goal.find(gpu, peers)

@@ -87,7 +87,7 @@ def memory_table(figures: Sequence[Figure]) -> str:
 
 
 def floor_table(speed: dict[str, float]) -> str:
-    """What a step must read at the least, and tokens a second at the memory's faster speed."""
+    """Bytes that a step reads at the least, and tokens a second at the memory's faster speed."""
     how = max(speed, key=lambda name: speed[name])
     bandwidth = speed[how]
     rows = []
@@ -111,7 +111,7 @@ def floor_table(speed: dict[str, float]) -> str:
 
 
 def profile_table(found: dict[str, Any]) -> str:
-    """Where a decode step's time goes, a column a backend."""
+    """Shares of a decode step's time, a column a backend."""
     sides = [name for name in ("eager", "native") if name in found]
     names = list(dict.fromkeys(name for side in sides for name in found[side]["operations"]))
     rows = []
@@ -127,7 +127,7 @@ def profile_table(found: dict[str, Any]) -> str:
 
 
 def quality_table(found: dict[str, Any]) -> str:
-    """What each kind of numbers loses."""
+    """Loss of each kind of numbers."""
     rows = [
         [
             name,
@@ -142,7 +142,7 @@ def quality_table(found: dict[str, Any]) -> str:
 
 
 def conditions(found: dict[str, Any]) -> str:
-    """Where and how a result file came about, as a sentence."""
+    """Origin of a result file, as a sentence."""
     machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
     others = found.get("others", {}).get("processors_used_by_others")
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

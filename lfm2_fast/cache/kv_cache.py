@@ -36,7 +36,7 @@ class ConvWindow:
 
 
 class Cache:
-    """What the model remembers of ``slots`` sequences, each with its own length.
+    """Memory of a model for ``slots`` sequences, each with its own length.
 
     Keys and values lie in pages of ``PAGE_SIZE`` tokens, up to ``max_length`` tokens a sequence. A
     sequence takes a page when it needs one, and gives its pages back when it is reset. Sequences
@@ -244,10 +244,7 @@ class Cache:
             wanted.extend((slot, column) for column in range(len(pages), pages_of(tokens)))
         if not wanted:
             return
-        known = self.pool.memory.count
-        taken = self.pool.take(len(wanted))
-        if self.pool.memory.count != known:
-            self._lay_out()
+        taken = self._take(len(wanted))
         self._widen(max(column for _, column in wanted) + 1)
         for (slot, column), page in zip(wanted, taken, strict=True):
             pages = self._pages[slot]
@@ -359,7 +356,7 @@ class Cache:
             # Owned while it is read, so that it is not the page that is taken.
             self.pool.share([match.partial])
             if self.pool.available:
-                pages += self.pool.take(1)
+                pages += self._take(1)
                 self.pool.memory.copy(match.partial, pages[-1], match.rows)
                 held += match.rows
             self.pool.release([match.partial])
@@ -373,7 +370,7 @@ class Cache:
         held = self.lengths[source]
         self.truncate(target, 0)
         full = self._pages[source][: held // PAGE_SIZE]
-        rest = self.pool.take(1) if held % PAGE_SIZE else []
+        rest = self._take(1) if held % PAGE_SIZE else []
         self.pool.share(full)
         for page in rest:
             self.pool.memory.copy(self._pages[source][len(full)], page, held % PAGE_SIZE)
@@ -442,14 +439,21 @@ class Cache:
         self._pages[slot], self.lengths[slot] = pages, length
         row = on_device(pages, torch.int32, self._table.device)
         self._table[slot, : len(pages)] = row
-        self._lay_out()
+
+    def _take(self, count: int) -> list[int]:
+        """Own ``count`` pages; layers see memory that grew. Raises CacheError as the pool does."""
+        known = self.pool.memory.count
+        taken = self.pool.take(count)
+        if self.pool.memory.count != known:
+            self._lay_out()
+        return taken
 
     def _first_kept(self, slot: int) -> int:
         """The first position whose conv row is surely still in the ring."""
         return max(self._oldest[slot], self._expected[slot] - self.ring)
 
     def _has_window(self, slot: int, length: int) -> bool:
-        """Whether the ring holds the conv rows that token ``length`` needs."""
+        """Return True if the ring holds the conv rows that token ``length`` needs."""
         return length == 0 or max(0, length - self.past) >= self._first_kept(slot)
 
     def _check_window(self, slot: int, length: int) -> None:

@@ -65,10 +65,7 @@ class PagePool:
         taken = []
         for _ in range(count):
             if not self._free:
-                page, _ = self._cached.popitem(last=False)
-                self._kept.discard(page)
-                self.on_evict(page)
-                self._free.append(page)
+                self._evict()
             page = self._free.pop()
             self._owners[page] = 1
             taken.append(page)
@@ -109,14 +106,11 @@ class PagePool:
     def drop_cached(self) -> None:
         """Free every cached page."""
         while self._cached:
-            page, _ = self._cached.popitem(last=False)
-            self._kept.discard(page)
-            self.on_evict(page)
-            self._free.append(page)
+            self._evict()
 
-    def forget(self, page: int) -> None:
-        """Stop keeping a page's content."""
+    def _evict(self) -> None:
+        """Free the cached page that was used longest ago."""
+        page, _ = self._cached.popitem(last=False)
         self._kept.discard(page)
-        if page in self._cached:
-            del self._cached[page]
-            self._free.append(page)
+        self.on_evict(page)
+        self._free.append(page)

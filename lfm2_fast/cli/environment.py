@@ -49,12 +49,12 @@ def machine_facts(device: str = "auto", backend: str = "auto") -> Facts:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What ``device`` is, and what makes a difference to speed there."""
+    """Facts of ``device``, and of what makes a difference to speed there."""
     return {"device": str(device), **(_cpu() if device.type == "cpu" else _gpu(device))}
 
 
 def versions() -> dict[str, str]:
-    """What is installed of the packages that matter."""
+    """Versions of the packages that matter."""
     found = {"lfm2_fast": lfm2_fast.__version__, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "safetensors"):
         try:

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far its predictions are from another's."""
+"""Loss of a model on a text, and the distance of its predictions from another's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """How many tokens the model wavers between, so to speak: ``exp(loss)``."""
+        """Number of tokens that the model wavers between: ``exp(loss)``."""
         return math.exp(self.loss)
 
 

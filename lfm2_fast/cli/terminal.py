@@ -1,4 +1,4 @@
-"""What the commands show: the answer on stdout, everything else on stderr."""
+"""Output of the commands: the answer on stdout, everything else on stderr."""
 
 from __future__ import annotations
 

@@ -169,16 +169,12 @@ class AsyncEngine:
         self._end_all(error)
 
     def _hand_out(self, events: list[Event]) -> None:
-        left: dict[int, bool] = {}
         for event in events:
             consumer = self._consumers.get(event.id)
             if consumer is not None:
                 self._call(consumer, consumer[1].put_nowait, event)
-                left[event.id] = True
-        running = {row.id for row in self.engine.rows}
-        for id in left:
-            if id not in running:
-                self._consumers.pop(id, None)
+        for id in {event.id for event in events} - {row.id for row in self.engine.rows}:
+            self._consumers.pop(id, None)
 
     def _end_all(self, error: BaseException) -> None:
         for consumer in self._consumers.values():

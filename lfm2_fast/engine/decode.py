@@ -67,6 +67,25 @@ def no_token(
     )
 
 
+def sampling_state(model: Lfm2, rows: Sequence[Row]) -> SamplingState:
+    """Return the state by which the next tokens of ``rows`` are chosen, after their texts."""
+    params, device, seen = [row.request.sampling for row in rows], model.device, None
+    if any(each.repetition_penalty != 1.0 for each in params):
+        shape = (len(rows), model.config.vocab_size)
+        seen = torch.zeros(shape, dtype=torch.bool, device=device)
+        for marks, row in zip(seen, rows, strict=True):
+            marks.index_fill_(0, on_device(row.text, torch.int64, device), True)
+    numbers = [row.request.first_row + row.index for row in rows]
+    return SamplingState(
+        params,
+        device=device,
+        seed=[row.request.seed for row in rows],
+        rows=on_device(numbers, torch.int64, device),
+        positions=on_device([row.length for row in rows], torch.int64, device),
+        seen=seen,
+    )
+
+
 @dataclass
 class Launch:
     """Steps under way: ``tokens [steps, B]`` on the host, and a column of them for each row.
@@ -106,23 +125,20 @@ class DecodeLoop:
         cache: Cache,
         params: SamplingParams | None = None,
         *,
-        lag: int | None = None,
         max_steps: int = MAX_STEPS,
     ) -> None:
         self.model, self.cache = model, cache
         self.hooked = model.has_hooked_layers
-        self.lag = int(model.ops.captures) if lag is None else lag
-        if self.hooked:
-            self.lag = 0
+        self.lag = int(model.ops.captures and not self.hooked)
         self.max_steps = max_steps if self.lag else 1
         self.buffers = StepBuffers.of(model, cache)
-        self.buffers.begin(cache, params or SamplingParams(), model.config.vocab_size)
+        self.buffers.begin(cache, params or SamplingParams())
         self.places: list[Row | None] = []
         self._unread: deque[Launch] = deque()
 
     @property
     def unread(self) -> int:
-        """How many launches were not read to the end."""
+        """Number of launches that were not read to the end."""
         return len(self._unread)
 
     @property
@@ -162,7 +178,7 @@ class DecodeLoop:
         self._copy_to_host(numbered, written[None], ran=False, logits=logits)
 
     def launch(self) -> int:
-        """Launch steps of the rows that go on; how many, 0 if there are no such rows.
+        """Launch steps of the rows that go on, and return their number; 0 without rows.
 
         Where a row needs its logits changed or told, it is one step, and all launches before must
         have been read. Raises CacheError, with nothing launched, where the pages do not suffice.
@@ -301,7 +317,8 @@ class DecodeLoop:
         """
         told = [(row, at) for row, at in rows if row.request.logprobs is not None]
         logprobs: dict[Row, LogProbs] = {}
-        if told and logits is not None:
+        if told:
+            assert logits is not None
             places = [at for _, at in told]
             chosen = tokens[0].tolist()
             counts = [row.request.logprobs or 0 for row, _ in told]

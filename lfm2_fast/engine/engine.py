@@ -13,16 +13,15 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_memory import PAGE_SIZE, pages_of
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.cache.prefix_index import Match, PrefixIndex, common_prefix
-from lfm2_fast.engine.decode import DecodeLoop, no_token
+from lfm2_fast.engine.decode import DecodeLoop, no_token, sampling_state
 from lfm2_fast.engine.logits import log_probs
 from lfm2_fast.engine.memory import bytes_of
-from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.engine.model_runner import ModelRunner, new_cache
 from lfm2_fast.engine.request import Event, LogProbs, Request, Row
 from lfm2_fast.engine.scheduler import Scheduler, pages_wanted
 from lfm2_fast.engine.statistics import Statistics
 from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.models.lfm2 import Lfm2
-from lfm2_fast.ops.sampling import SamplingState
 
 # Seconds that a chunk of a prompt may hold up the rows that decode.
 CHUNK_SECONDS = {"cuda": 0.05}
@@ -102,18 +101,9 @@ class Engine:
 
     def _begin(self, cache: Cache | None = None) -> None:
         """Run on ``cache``, or on a new one."""
-        captures = self.model.ops.captures
-        self.cache = cache or Cache(
-            self.model.config,
-            self.max_rows,
-            self.max_length,
-            device=self.model.device,
-            dtype=self.model.dtype,
-            spare=1 + captures,
-            dummy_slot=captures and self.max_rows > 1,
-            in_place=captures,
-            pages=self._pages,
-        )
+        if cache is None:
+            cache = new_cache(self.model, self.max_rows, self.max_length, pages=self._pages)
+        self.cache = cache
         self.index = PrefixIndex(self.cache.pool) if self._prefix_cache else None
         self.runner = ModelRunner(self.model, self.cache)
         self.decode = DecodeLoop(self.model, self.cache, max_steps=self._max_steps)
@@ -127,8 +117,7 @@ class Engine:
         config, dtype = self.model.config, self.model.dtype
         taken = bytes_of(memory, self.model.device)
         kinds = config.layer_types
-        page = 2 * kinds.count("full_attention") * config.num_key_value_heads * config.head_dim
-        page *= PAGE_SIZE * dtype.itemsize
+        page = config.cache_bytes(dtype.itemsize, PAGE_SIZE)
         window = kinds.count("conv") * (config.conv_L_cache + 2) * config.hidden_size
         windows = (self.max_rows + 1) * window * dtype.itemsize
         pages = (taken - windows) // max(page, 1)
@@ -409,7 +398,7 @@ class Engine:
                 places.append(place)
         if len(rows) > len(logits):
             logits = logits[on_device(places, torch.int64, logits.device)]
-        self.decode.admit(rows, logits, self._sampling(rows))
+        self.decode.admit(rows, logits, sampling_state(self.model, rows))
 
     def _fork(self, row: Row) -> list[Row]:
         """Give slots to the waiting continuations of a row's request: copies of its slot."""
@@ -429,26 +418,6 @@ class Engine:
             self.scheduler.leave(sibling)
             forked.append(sibling)
         return forked
-
-    def _sampling(self, rows: Sequence[Row]) -> SamplingState:
-        """Return how the rows' next tokens are chosen, after their texts."""
-        params = [row.request.sampling for row in rows]
-        device, seen = self.model.device, None
-        if any(each.repetition_penalty != 1.0 for each in params):
-            vocab = self.model.config.vocab_size
-            seen = torch.zeros(len(rows), vocab, dtype=torch.bool, device=device)
-            for marks, row in zip(seen, rows, strict=True):
-                marks.index_fill_(0, on_device(row.text, torch.int64, device), True)
-        numbers = [row.request.first_row + row.index for row in rows]
-        positions = [row.length for row in rows]
-        return SamplingState(
-            params,
-            device=device,
-            seed=[row.request.seed for row in rows],
-            rows=on_device(numbers, torch.int64, device),
-            positions=on_device(positions, torch.int64, device),
-            seen=seen,
-        )
 
     def _run_rows(self) -> None:
         """Launch a step of the rows that decode, and read what launches before it made."""
@@ -470,7 +439,7 @@ class Engine:
         now = time.monotonic()
         for rows, tokens, told in self.decode.read(keep):
             for row, token in zip(rows, tokens, strict=True):
-                if row.ended and row.finish_reason is not None:
+                if row.finish_reason is not None:
                     continue
                 self._token(row, token, told.get(row), now)
 

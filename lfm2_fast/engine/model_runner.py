@@ -17,6 +17,28 @@ from lfm2_fast.models.lfm2 import Lfm2
 CHUNK = 2048
 
 
+def new_cache(
+    model: Lfm2, slots: int, max_length: int, *, spare: int = 1, pages: int | None = None
+) -> Cache:
+    """Return an empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
+
+    ``spare`` and ``pages`` are those of ``Cache``. Where steps are captured, it has a dummy slot,
+    if sequences run together, and a conv row more for the step that is under way when a text ends.
+    """
+    captures = model.ops.captures
+    return Cache(
+        model.config,
+        slots,
+        max_length,
+        device=model.device,
+        dtype=model.dtype,
+        spare=spare + captures,
+        dummy_slot=captures and slots > 1,
+        in_place=captures,
+        pages=pages,
+    )
+
+
 def run_batch(
     model: Lfm2,
     tokens: torch.Tensor,

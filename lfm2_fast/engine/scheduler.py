@@ -1,4 +1,4 @@
-"""Scheduler: which requests wait, which run their prompts, and how long a chunk of those may be."""
+"""Scheduler: the order of waiting requests, and the next chunk of their prompts."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class StepBuffers:
 
     def __init__(self, model: Lfm2, cache: Cache, size: int, capture: Any = None) -> None:
         device = model.device
-        self.size = size
+        self.size, self.vocab = size, model.config.vocab_size
         self.made_for = model.ops
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
         tokens = torch.zeros(size, dtype=torch.int64, device=device)
@@ -67,10 +67,9 @@ class StepBuffers:
         steps = sum(each.nbytes for each in (self.written, *self.inputs, *extra))
         return steps + sum(prompt.nbytes for prompt in self.prompts.values())
 
-    def begin(self, cache: Cache, params: SamplingParams, vocab: int) -> None:
+    def begin(self, cache: Cache, params: SamplingParams) -> None:
         """Mark all rows finished, without end tokens, and let them choose as ``params`` say."""
         self.eos.fill_(-1)
-        self.vocab = vocab
         self.state.seen = None
         self._mark_from(params.repetition_penalty != 1.0)
         blank = SamplingState([params] * self.size, device=self.eos.device)

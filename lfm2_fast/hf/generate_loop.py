@@ -17,7 +17,7 @@ import torch
 from lfm2_fast.cache.batch import on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.prefix_index import common_prefix
-from lfm2_fast.engine.decode import no_token
+from lfm2_fast.engine.decode import no_token, sampling_state
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import CHUNK, ModelRunner
 from lfm2_fast.engine.request import Request, Row
@@ -25,7 +25,7 @@ from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.hf.generation_args import GenerationArgs
 from lfm2_fast.hf.packing import check_cache
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
-from lfm2_fast.ops.sampling import SamplingState, best_tokens, draw, penalize, warp
+from lfm2_fast.ops.sampling import best_tokens, draw, penalize, warp
 
 
 def run_generate_loop(
@@ -172,7 +172,7 @@ class _GenerateLoop:
         live = list(range(self.rows))
         written = 0
         logits = self._prefill(rows) if rows else torch.empty(0)
-        state = self._state(rows)
+        state = sampling_state(self.model.network, rows)
         while live and written < self.budget:
             here = torch.tensor(live, device=device)
             if processors or shown or written < asked.min_new_tokens:
@@ -269,25 +269,6 @@ class _GenerateLoop:
             return logits
         at = [order[row.slot // self.copies] for row in rows]
         return logits[on_device(at, torch.int64, logits.device)]
-
-    def _state(self, rows: Sequence[Row]) -> SamplingState:
-        """How the rows' next tokens are chosen, after their prompts."""
-        device, sampling = self.model.device, self.asked.sampling
-        seen = None
-        if sampling.repetition_penalty != 1.0:
-            shape = (len(rows), self.model.network.config.vocab_size)
-            seen = torch.zeros(shape, dtype=torch.bool, device=device)
-            for marks, row in zip(seen, rows, strict=True):
-                prompt = self.prompts[row.slot // self.copies]
-                marks.index_fill_(0, on_device(prompt, torch.int64, device), True)
-        return SamplingState(
-            [sampling] * len(rows),
-            device=device,
-            seed=self.seed,
-            rows=on_device([row.slot for row in rows], torch.int64, device),
-            positions=on_device([row.start for row in rows], torch.int64, device),
-            seen=seen,
-        )
 
     def _whole(self, values: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
         """``values`` of the live rows among zeros for those that have stopped."""

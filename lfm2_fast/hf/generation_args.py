@@ -121,7 +121,7 @@ FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 @dataclass(frozen=True)
 class GenerationArgs:
-    """What a call of ``generate`` asks for, checked; names and meanings are Hugging Face's."""
+    """Arguments of a call of ``generate``, checked; names and meanings are Hugging Face's."""
 
     sampling: SamplingParams
     max_new_tokens: int | None

@@ -103,12 +103,12 @@ def _quantized(parts: Sequence[torch.Tensor], format: Format) -> list[torch.Tens
         torch.empty(own, dtype=dtype or parts[0].dtype, device=parts[0].device)
         for own, dtype in format.parts(shape).values()
     ]
-    first = 0
+    first, count = 0, max(1, BLOCK // shape[1])
     for part in parts:
-        for rows in part.split(max(1, BLOCK // shape[1])):
-            for place, piece in zip(made, format.quantize(rows), strict=True):
-                place[first : first + len(rows)] = piece
-            first += len(rows)
+        places = [each[first : first + len(part)] for each in made]
+        here = (slice(i, i + count) for i in range(0, len(part), count))
+        format.fill(places, ((rows, part[rows]) for rows in here))
+        first += len(part)
     return made
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config import Config
+from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.hf.compiling import is_own_method
 from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
@@ -326,17 +327,8 @@ class Lfm2PreTrainedModel(nn.Module):
         captured, the cache has two things more: a dummy slot, if sequences run together, and a
         conv row for the step that is under way when a text ends.
         """
-        captures = self.ops.captures
-        return Cache(
-            self.network.config,
-            slots,
-            min(max_length or self.max_length, self.max_length),
-            device=self.device,
-            dtype=self.dtype,
-            spare=spare + captures,
-            dummy_slot=captures and slots > 1,
-            in_place=captures,
-        )
+        limit = min(max_length or self.max_length, self.max_length)
+        return new_cache(self.network, slots, limit, spare=spare)
 
     def borrow_cache(self, slots: int) -> Cache:
         """Return a cache for one call: the one that was given back, if it fits, else a new one."""

@@ -25,7 +25,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token; the defaults are greedy and leave the logits as they are."""
+    """Parameters of choosing a token; the defaults are greedy and leave the logits as they are."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -39,7 +39,7 @@ NEUTRAL = SamplingParams()
 
 
 class SamplingState:
-    """How the next token of each of B rows is chosen, on the device.
+    """State of the choice of the next token of each of B rows, on the device.
 
     ``do_sample [B]`` bool, ``top_k [B]`` int64 and ``temperature, top_p, min_p, repetition_penalty
     [B]`` float64 are SamplingParams by row. ``seeds, rows, positions [B]`` int64 decide the draws;
@@ -100,7 +100,7 @@ class SamplingState:
 
     @property
     def greedy(self) -> bool:
-        """Whether every row takes the likeliest token of the logits as they are."""
+        """Return True if every row takes the likeliest token of the logits as they are."""
         return not self.active
 
     def pick(self, places: Sequence[int]) -> SamplingState:

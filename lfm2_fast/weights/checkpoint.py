@@ -335,10 +335,7 @@ def _check_tensors(
 
 def _quantize(stored: _Stored, target: Format, places: list[torch.Tensor]) -> None:
     """Fill the parts ``places`` of the ``target`` format from a tensor, some rows at a time."""
-    for here, block in stored.blocks(max(1, BLOCK // stored.shape[1])):
-        made = target.quantize(block.to(places[0].device))
-        for place, part in zip(places, made, strict=True):
-            place[here] = part
+    target.fill(places, stored.blocks(max(1, BLOCK // stored.shape[1])))
     # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

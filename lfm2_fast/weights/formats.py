@@ -6,7 +6,7 @@ Implementations choose by ``projection.format``; nothing else asks whether a mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,18 @@ class Format:
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return rows ``weight [n, K]`` in this format, in the order of ``parts``."""
         return (weight,)
+
+    def fill(
+        self, places: Sequence[torch.Tensor], blocks: Iterable[tuple[slice, torch.Tensor]]
+    ) -> None:
+        """Fill ``places``, in the order of ``parts``, from dense rows and where those belong.
+
+        A block of rows is quantized at a time, on the device of ``places``.
+        """
+        for here, rows in blocks:
+            made = self.quantize(rows.to(places[0].device))
+            for place, part in zip(places, made, strict=True):
+                place[here] = part
 
     def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``[n, K]`` that the parts hold, in ``dtype``; dense ones as they are."""

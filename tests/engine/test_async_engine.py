@@ -8,18 +8,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-import torch
 
-import lfm2_fast
 from lfm2_fast.engine.async_engine import AsyncEngine, EngineStopped
 from lfm2_fast.engine.engine import Engine, QueueFull
 from lfm2_fast.engine.request import Event, Request
 from lfm2_fast.models.lfm2 import Lfm2
-
-
-@pytest.fixture(scope="module")
-def native(tiny) -> Lfm2:
-    return lfm2_fast.load(tiny, device="cpu", dtype="float32").network
+from tests.batches import text
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -27,10 +21,6 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         return await asyncio.wait_for(work, 60)
 
     return asyncio.run(bounded())
-
-
-def text(count: int, seed: int = 1) -> list[int]:
-    return torch.randint(8, 900, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def alone(model: Lfm2, request: Request) -> list[int]:

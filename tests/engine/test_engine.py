@@ -18,7 +18,7 @@ from lfm2_fast.engine.engine import Engine, QueueFull
 from lfm2_fast.engine.request import Event, Request
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams
-from tests.batches import fill, with_nan
+from tests.batches import fill, text, with_nan
 
 DRAWN = SamplingParams(do_sample=True, temperature=1.3, top_k=40)
 
@@ -27,15 +27,6 @@ DRAWN = SamplingParams(do_sample=True, temperature=1.3, top_k=40)
 def exact(tiny) -> Lfm2:
     """The trained checkpoint in float64, where nothing but the text decides a token."""
     return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager").network
-
-
-@pytest.fixture(scope="module")
-def native(tiny) -> Lfm2:
-    return lfm2_fast.load(tiny, device="cpu", dtype="float32").network
-
-
-def text(count: int, seed: int = 1) -> list[int]:
-    return torch.randint(8, 900, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def run(engine: Engine, steps: int = 10_000) -> dict[tuple[int, int], list[int]]:
@@ -53,7 +44,7 @@ def run(engine: Engine, steps: int = 10_000) -> dict[tuple[int, int], list[int]]
 
 
 def alone(model: Lfm2, request: Request) -> list[list[int]]:
-    """What each continuation of a request is if nothing else runs and nothing is kept."""
+    """Return each continuation of a request if nothing else runs and nothing is kept."""
     engine = Engine(model, max_rows=1, prefix_cache=False)
     id = engine.add(request)
     found = run(engine)

@@ -227,7 +227,7 @@ def check_chain(model: Any, choice: str, monkeypatch: pytest.MonkeyPatch) -> Non
         )
         if not captured:
             buffers.graphs = None
-        buffers.begin(cache, params, model.config.vocab_size)
+        buffers.begin(cache, params)
         batch = cache.next_batch([1, 1], [1, 0], model.device)
         buffers.load_inputs([9, 10], batch, cache)
         buffers.inputs.finished[:] = False

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.engine.model_runner import run_batch
 from lfm2_fast.ops import native_library, reference
 from lfm2_fast.ops.select import BackendError, choose
+from tests.batches import logits_of
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -43,19 +43,6 @@ CHANGED["long_rope"] = {
 STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}]
 
 
-def logits(
-    model: lfm2_fast.Lfm2ForCausalLM, steps: list[dict[int, int]] = STEPS
-) -> list[torch.Tensor]:
-    cache = model.new_cache(4)
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for step in steps:
-        batch = cache.next_batch(list(step.values()), list(step), CPU)
-        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
-        found.append(run_batch(model.network, tokens, batch, cache))
-    return found
-
-
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
     """New tensors begin as NaN, so that what no body wrote shows."""
@@ -75,7 +62,7 @@ def test_models_equal_eager(random_checkpoint, poisoned, dtype, within_budget, c
             random_checkpoint(**changed), device="cpu", dtype=dtype, backend=backend
         )
         assert model.ops.name == backend
-        return logits(model)
+        return logits_of(model, STEPS)
 
     exact, plain = load("eager", torch.float64), load("eager", dtype)
     for ours, a, b in zip(load("native", dtype), exact, plain, strict=True):
@@ -89,7 +76,7 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
     """Of the reference, only the projections and the attention of many tokens still serve."""
     model = lfm2_fast.load(random_checkpoint(), device="cpu")
     assert model.ops.name == "native"
-    expected = logits(model)
+    expected = logits_of(model, STEPS)
 
     def refuse(*args: object) -> None:
         raise AssertionError("the reference ran")
@@ -97,23 +84,23 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
     for name in dir(reference):
         if name.endswith("_ref") and name not in SERVING:
             monkeypatch.setattr(reference, name, refuse)
-    for ours, same in zip(logits(model), expected, strict=True):
+    for ours, same in zip(logits_of(model, STEPS), expected, strict=True):
         assert torch.equal(ours, same)
     one = {slot: 1 for slot in range(4)}
     monkeypatch.setattr(reference, "attention_ref", refuse)
     monkeypatch.setattr(reference, "linear_ref", refuse)
-    logits(model, [one, one])
+    logits_of(model, [one, one])
 
 
 def test_threads_do_not_meet(random_checkpoint) -> None:
     """One model, two Python threads with a cache each: what each alone gives."""
     model = lfm2_fast.load(random_checkpoint(), device="cpu")
     steps = [{0: 30, 1: 3}] + [{0: 1, 1: 1, 2: 1}] * 12
-    expected = logits(model, steps)
+    expected = logits_of(model, steps)
     found: list[Any] = [None, None]
 
     def work(i: int) -> None:
-        found[i] = [logits(model, steps) for _ in range(3)]
+        found[i] = [logits_of(model, steps) for _ in range(3)]
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for worker in workers:

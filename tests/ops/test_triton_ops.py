@@ -19,6 +19,7 @@ from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.ops import reference, triton_ops
 from lfm2_fast.ops.select import BackendError, Ops, choose
 from lfm2_fast.weights.formats import Projection
+from tests.batches import logits_of
 
 
 def layers(*kinds: str) -> dict[str, Any]:
@@ -80,17 +81,6 @@ def load(kernel_device):
     return load
 
 
-def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
-    cache = model.new_cache(4)
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for step in STEPS:
-        batch = cache.next_batch(list(step.values()), list(step), model.device)
-        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
-        found.append(run_batch(model.network, tokens.to(model.device), batch, cache))
-    return found
-
-
 @pytest.mark.usefixtures("grid_order")
 @pytest.mark.parametrize(
     "changed",
@@ -104,19 +94,21 @@ def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
 )
 def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget, changed) -> None:
     folder = random_checkpoint(**changed)
-    exact = logits(load(folder, "eager", torch.float64))
-    plain = logits(load(folder, "eager", kernel_dtype))
-    for ours, a, b in zip(logits(load(folder, "triton", kernel_dtype)), exact, plain, strict=True):
+    exact = logits_of(load(folder, "eager", torch.float64), STEPS)
+    plain = logits_of(load(folder, "eager", kernel_dtype), STEPS)
+    for ours, a, b in zip(
+        logits_of(load(folder, "triton", kernel_dtype), STEPS), exact, plain, strict=True
+    ):
         within_budget(ours, a, b)
 
 
 def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) -> None:
     """The steps of few tokens multiply by the integers themselves."""
     folder, int8 = random_checkpoint(**TWO_LAYERS), {"quantization": "int8"}
-    exact = logits(load(folder, "eager", torch.float64, **int8))
-    plain = logits(load(folder, "eager", torch.float32, **int8))
+    exact = logits_of(load(folder, "eager", torch.float64, **int8), STEPS)
+    plain = logits_of(load(folder, "eager", torch.float32, **int8), STEPS)
     ours = load(folder, "triton", torch.float32, **int8)
-    for found, a, b in zip(logits(ours), exact, plain, strict=True):
+    for found, a, b in zip(logits_of(ours, STEPS), exact, plain, strict=True):
         within_budget(found, a, b)
 
     def refuse(*args: object) -> None:
@@ -138,7 +130,7 @@ def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None
     for name in dir(reference):
         if name.endswith("_ref") and name != "linear_ref":
             monkeypatch.setattr(reference, name, refuse)
-    assert all(step.isfinite().all() for step in logits(model))
+    assert all(step.isfinite().all() for step in logits_of(model, STEPS))
 
 
 def test_a_decode_step_attends_in_one_launch_per_layer(
@@ -263,6 +255,7 @@ import os, sys
 {setting}
 import torch
 from lfm2_fast.ops.select import choose
+from tests.batches import logits_of
 cpu = torch.device("cpu")
 assert choose("auto", cpu, torch.float32).name in ("eager", "native")
 choose("triton", cpu, torch.float32)

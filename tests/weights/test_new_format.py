@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.engine.model_runner import run_batch
 from lfm2_fast.ops.select import why_not
 from lfm2_fast.weights import formats
 from lfm2_fast.weights.formats import Format, Parts, Projection
+from tests.batches import logits_of
 
 # A prompt beside a short one, then steps of one token.
 STEPS = [{1: 40, 0: 3}, {0: 1, 1: 1}, {1: 1}]
@@ -43,17 +43,6 @@ def half_pairs(monkeypatch: pytest.MonkeyPatch) -> Format:
     return made
 
 
-def logits(model: lfm2_fast.Lfm2ForCausalLM) -> list[torch.Tensor]:
-    cache = model.new_cache(2)
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for step in STEPS:
-        batch = cache.next_batch(list(step.values()), list(step), model.device)
-        tokens = torch.randint(8, 307, (sum(step.values()),), generator=generator)
-        found.append(run_batch(model.network, tokens, batch, cache))
-    return found
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("backend", ["eager", "native", "triton"])
 def test_every_backend_runs_it(
@@ -72,8 +61,11 @@ def test_every_backend_runs_it(
     model = load(backend, "float32")
     matrices = [part for part in model.modules() if isinstance(part, Projection)]
     assert matrices and all(part.format is half_pairs for part in matrices)
-    exact, plain = logits(load("eager", "float64")), logits(load("eager", "float32"))
-    for ours, a, b in zip(logits(model), exact, plain, strict=True):
+    exact, plain = (
+        logits_of(load("eager", "float64"), STEPS),
+        logits_of(load("eager", "float32"), STEPS),
+    )
+    for ours, a, b in zip(logits_of(model, STEPS), exact, plain, strict=True):
         within_budget(ours, a, b)
 
 

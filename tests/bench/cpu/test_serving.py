@@ -15,7 +15,8 @@ pytestmark = pytest.mark.bench
 
 def test_every_figure_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "serving.json"
-    few = ["--requests", "3", "--prompt", "9", "--new", "4", "--rounds", "1", "--long", "300"]
+    few = ["--threads", "1", "--requests", "3", "--prompt", "9", "--new", "4"]
+    few += ["--rounds", "1", "--long", "300"]
     monkeypatch.setattr("sys.argv", ["serving", "--size", "tiny", *few, "--out", str(out)])
     serving.main()
     found = json.loads(out.read_text())
