@@ -42,7 +42,7 @@ def bench_decode(
     benchmark.group = f"{size} decode, batch {batch}, context {context}"
     benchmark.pedantic(sequences.decode, (STEPS,), rounds=rounds, warmup_rounds=warm)
     cached = model.network.config.cache_bytes(model.dtype.itemsize, batch * context)
-    # The time of a round has generate's beginning in it, which is one more step.
+    # A round begins with the last token of before, which is one more step.
     steps = STEPS + 1
     note(benchmark, steps * batch, steps * (bytes_read_per_step(model) + cached), bandwidth)
 

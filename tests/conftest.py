@@ -372,8 +372,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     made: list[Graphs] = []
     init = StepBuffers.__init__
 
-    def with_graphs(self: StepBuffers, model: Any, cache: Any, size: int) -> None:
-        init(self, model, cache, size, Recorded)
+    def with_graphs(self: StepBuffers, model: Any, cache: Any) -> None:
+        init(self, model, cache, Recorded)
         assert self.graphs is not None
         made.append(self.graphs)
 

@@ -18,6 +18,7 @@ from lfm2_fast.cli.benchmark import Sequences, bytes_read_per_step
 from lfm2_fast.engine.decode import DecodeLoop
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.engine.request import Request, Row
+from lfm2_fast.engine.step_buffers import StepBuffers
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 from lfm2_fast.ops.triton_ops import TritonOps
 from lfm2_fast.weights.formats import INT8
@@ -55,6 +56,7 @@ class Decoding:
         self.model, self.params = model, params or SamplingParams()
         self.batch, self.context, self.room = batch, context, room
         self.cache = model.new_cache(batch, context + room)
+        self.buffers = StepBuffers(model.network, self.cache)
         self.steps: DecodeLoop | None = None
         self.begin()
 
@@ -63,10 +65,11 @@ class Decoding:
         device, context = self.model.device, self.context
         self.end()
         self.cache.reset()
-        steps = DecodeLoop(self.model.network, self.cache, self.params)
+        network = self.model.network
+        steps = DecodeLoop(network, self.cache, self.buffers, params=self.params)
         request = Request(prompt(context), self.params)
         rows = [Row(0, request, i, limit=self.room, arrival=i, slot=i) for i in range(self.batch)]
-        logits = ModelRunner(self.model.network, self.cache).prefill([prompt(context)], [0])
+        logits = ModelRunner(network, self.cache, self.buffers).prefill([prompt(context)], [0])
         for slot in range(1, self.batch):
             self.cache.copy(0, slot)
         positions = torch.full((self.batch,), context, device=device)
@@ -203,11 +206,12 @@ def prefill(model: lfm2_fast.Lfm2ForCausalLM, length: int, rate: float) -> dict[
     """Microseconds of a prompt on the device, and its share of ``rate``, in teraflops a second."""
     config, times = model.network.config, []
     cache = model.new_cache(1, length)
+    runner = ModelRunner(model.network, cache)
     for _ in range(5):
         cache.reset()
         clock = DeviceClock(model.device)
         clock.mark()
-        ModelRunner(model.network, cache).prefill([prompt(length)], [0])
+        runner.prefill([prompt(length)], [0])
         clock.mark()
         times += clock.microseconds()
     found = quantiles(times[1:])
@@ -250,7 +254,7 @@ def first_token(model: lfm2_fast.Lfm2ForCausalLM, length: int, copied: float) ->
 
 
 def as_host_sees(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
-    """Microseconds between the tokens that ``generate`` hands to a streamer on the host."""
+    """Microseconds between the tokens that the engine hands out on the host."""
     sequences = Sequences(model)
     sequences.start([prompt(context)], 3 * STEPS)
     sequences.decode(WARM)

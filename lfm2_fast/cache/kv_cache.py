@@ -54,11 +54,8 @@ class Cache:
 
     ``dummy_slot`` is the index of an extra slot, which finished sequences write to while others
     still run, or None. With ``in_place`` pages never move, as captured graphs need, and tables are
-    narrow views that widen; ``reallocations`` counts how often they did. ``kept`` holds the decode
-    buffers and graphs that use this cache.
+    narrow views that widen; ``reallocations`` counts how often they did.
     """
-
-    kept: Any = None
 
     def __init__(
         self,
@@ -162,6 +159,11 @@ class Cache:
         """Return the numbers of the pages that hold a slot's sequence, in order."""
         return list(self._pages[slot])
 
+    def take_memory(self) -> None:
+        """Take the memory of all pages now. Raises torch.OutOfMemoryError as torch does."""
+        self.pool.take_memory()
+        self._lay_out()
+
     def next_batch(
         self,
         query_lengths: Sequence[int],
@@ -223,7 +225,7 @@ class Cache:
             self.lengths[slot] = start + n
 
     def make_room(self, contexts: dict[int, int]) -> None:
-        """See that each slot has pages of its own for a context of so many tokens.
+        """See that each slot has pages of its own for its context, in tokens.
 
         Raises CacheError when one is more than ``max_length``, or there are not enough pages; then
         nothing has changed.
@@ -465,7 +467,7 @@ class Cache:
             )
 
     def _widen(self, columns: int) -> None:
-        """Have tables of at least so many columns."""
+        """Have tables of at least ``columns``."""
         if columns > self._columns:
             self._columns = min(max(columns, 2 * self._columns), self._table.shape[1])
             self.reallocations += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import torch
+
 from lfm2_fast.cache.page_memory import PageMemory
 
 
@@ -26,6 +28,7 @@ class PagePool:
         self._owners: dict[int, int] = {}
         self._kept: set[int] = set()
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._refused: torch.OutOfMemoryError | None = None
 
     @property
     def used(self) -> int:
@@ -50,18 +53,16 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """Own ``count`` pages, of any content.
 
-        Raises CacheError, with nothing changed, where fewer are available.
+        Raises CacheError, with nothing changed, where fewer are available: by the limit, or because
+        the device has no more memory. The limit is what the device gave, then.
         """
         if count > self.available:
             raise CacheError(
                 f"{count} more pages do not fit into the cache: {self.available} of its "
                 f"{self.memory.limit} are not owned; give it more memory, or run fewer or shorter "
                 "sequences at a time"
-            )
-        short = count - len(self._free)
-        if short > 0:
-            grown = self.memory.grow(min(short, self.memory.limit - self.memory.count))
-            self._free.extend(reversed(grown))
+            ) from self._refused
+        self._grow(count)
         taken = []
         for _ in range(count):
             if not self._free:
@@ -70,6 +71,10 @@ class PagePool:
             self._owners[page] = 1
             taken.append(page)
         return taken
+
+    def take_memory(self) -> None:
+        """Take memory for all pages now. Raises torch.OutOfMemoryError as torch does."""
+        self._free[:0] = reversed(self.memory.grow(self.memory.limit - self.memory.count))
 
     def share(self, pages: Sequence[int]) -> None:
         """Add an owner to each page, which has owners or is cached."""
@@ -103,10 +108,30 @@ class PagePool:
         """Return True if the page has another owner, or its content is kept."""
         return self._owners.get(page, 0) > 1 or page in self._kept
 
+    def forget(self, page: int) -> None:
+        """Keep the content of an owned page no longer than its last owner."""
+        self._kept.discard(page)
+
     def drop_cached(self) -> None:
         """Free every cached page."""
         while self._cached:
             self._evict()
+
+    def _grow(self, count: int) -> None:
+        """Take memory for as many of ``count`` pages as are not there; else cached ones must do."""
+        short = min(count - len(self._free), self.memory.limit - self.memory.count)
+        if short <= 0:
+            return
+        try:
+            self._free.extend(reversed(self.memory.grow(short)))
+        except torch.OutOfMemoryError as error:
+            self.memory.limit, self._refused = self.memory.count, error
+            if count > self.available:
+                raise CacheError(
+                    f"the device has no memory for {count} more pages of the cache, which has "
+                    f"{self.memory.nbytes / 2**20:.0f} MiB so far; run fewer or shorter sequences "
+                    "at a time"
+                ) from error
 
     def _evict(self) -> None:
         """Free the cached page that was used longest ago."""

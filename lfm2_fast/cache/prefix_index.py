@@ -50,11 +50,21 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def match(self, tokens: Sequence[int], salt: bytes = b"") -> Match:
-        """Return the longest indexed part of a text's beginning."""
+    def match(
+        self, tokens: Sequence[int], salt: bytes = b"", digests: list[bytes] | None = None
+    ) -> Match:
+        """Return the longest indexed part of a text's beginning.
+
+        ``digests`` are those of the text's first full pages, as far as they are known. The list is
+        extended, so that a text that is looked up again is not hashed again.
+        """
+        digests = [] if digests is None else digests
         parent, pages = _root(salt), []
-        for first in range(0, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
-            digest = _digest(parent, tokens[first : first + PAGE_SIZE])
+        for number in range(len(tokens) // PAGE_SIZE):
+            if number == len(digests):
+                part = tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
+                digests.append(_digest(parent, part))
+            digest = digests[number]
             if digest not in self._entries:
                 break
             parent = digest
@@ -85,6 +95,13 @@ class PrefixIndex:
                 self._children.setdefault(parent, set()).add(digest)
                 self.pool.keep(page)
             parent = digest
+
+    def clear(self) -> None:
+        """Forget every text, and free the pages that have no owner."""
+        self.pool.drop_cached()
+        for page in list(self._digests):
+            self.pool.forget(page)
+            self._evicted(page)
 
     def _evicted(self, page: int) -> None:
         digest = self._digests.pop(page)

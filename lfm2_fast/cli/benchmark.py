@@ -1,6 +1,6 @@
 """Measurements of ``lfm2-fast bench``: how a model answers, over prompt, output and batch.
 
-Everything goes through ``generate``, as a caller's text does. The floor of a step is what it must
+Everything is a request of the engine, as a caller's text is. The floor of a step is what it must
 read at the least, every weight once and the keys and values of the context, over the speed of the
 device's memory: that of a copy or of a sum, whichever is faster there.
 """
@@ -21,6 +21,8 @@ from lfm2_fast.cli.environment import hardware, versions
 from lfm2_fast.cli.machine_load import Neighbours, doubts, memory, memory_speed, spread
 from lfm2_fast.cli.session import summary
 from lfm2_fast.cli.terminal import Terminal
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
 
@@ -35,7 +37,7 @@ class Case:
 
 
 class Sequences:
-    """Sequences that grow step by step, through ``generate`` and one cache that carries on."""
+    """Sequences that grow step by step, as requests on one cache that carries on."""
 
     def __init__(self, model: Lfm2ForCausalLM) -> None:
         self.model = model
@@ -46,8 +48,8 @@ class Sequences:
 
         ``room`` is how many tokens each may come to write besides.
         """
-        self.text = torch.tensor(prompts)
-        slots, length = len(prompts), self.text.shape[1] + 1 + room
+        self.texts = [list(ids) for ids in prompts]
+        slots, length = len(prompts), len(prompts[0]) + 1 + room
         cache = self.cache
         if cache is None or (cache.slots, cache.max_length) != (slots, length):
             self.cache = self.model.new_cache(slots, length)
@@ -59,35 +61,29 @@ class Sequences:
 
     def decode(self, steps: int) -> list[float]:
         """Write ``steps`` tokens and one to each sequence; seconds of each step but the first,
-        in which ``generate`` begins."""
-        came = TokenTimes()
-        self._write(steps + 1, streamer=came)
-        return [b - a for a, b in zip(came.times[1:], came.times[2:], strict=False)]
+        which runs the last token of before."""
+        times = self._write(steps + 1)
+        return [b - a for a, b in zip(times, times[1:], strict=False)]
 
-    def _write(self, count: int, **more: Any) -> None:
-        self.text = self.model.generate(
-            self.text,
-            attention_mask=torch.ones_like(self.text),
-            max_new_tokens=count,
-            do_sample=False,
-            repetition_penalty=1.0,
-            eos_token_id=[],
-            past_key_values=self.cache,
-            **more,
-        )
-
-
-class TokenTimes:
-    """A streamer that notes when tokens come."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+    def _write(self, count: int) -> list[float]:
+        """Write ``count`` tokens to each sequence; the times at which each had one more."""
+        cache, network = self.cache, self.model.network
+        assert cache is not None
+        buffers = self.model.workspace.buffers(network, cache)
+        engine = Engine(network, cache=cache, buffers=buffers)
+        slots = {
+            engine.add(Request(text, max_tokens=count, stream=True), [slot]): slot
+            for slot, text in enumerate(self.texts)
+        }
+        times: list[float] = []
+        before = min(map(len, self.texts))
+        while engine.busy:
+            for event in engine.step():
+                assert event.token is not None
+                self.texts[slots[event.id]].append(event.token)
+            if min(map(len, self.texts)) > before + len(times):
+                times.append(time.perf_counter())
+        return times
 
 
 def prompt(row: int, length: int, vocab_size: int) -> list[int]:
@@ -106,7 +102,7 @@ def bytes_read_per_step(model: Lfm2ForCausalLM) -> int:
 def cases(prompts: str, outputs: str, batches: str) -> list[Case]:
     """Every combination of the counts in texts like "1,4,16", short prompts first.
 
-    Raises ValueError, naming the command's option, for what is not such a text.
+    Raises ValueError, naming the command's option, for another text.
     """
     given = {"--prompt": prompts, "--output": outputs, "--batch": batches}
     prompt, output, batch = (counts(name, text) for name, text in given.items())
@@ -228,7 +224,7 @@ def measure(
             "rounds": rounds,
             "order": "all cases once a round; the first round warms up and does not count",
             "sampling": "greedy, no end token",
-            "step": "from one token's arrival at a streamer to the next one's",
+            "step": "from the event of one token to that of the next",
         },
         "memory_bytes_per_second": speed,
         "warm_up_seconds": warm_up,

@@ -20,7 +20,7 @@ class EngineStopped(RuntimeError):
 
 
 class AsyncEngine:
-    """Drives ``engine`` in a thread; nobody else may use it meanwhile.
+    """Drives ``engine`` in a thread; nothing else may use it meanwhile.
 
     ``generate`` is an asynchronous iterator over a request's events. A consumer that goes away
     cancels its request. An exception out of a step reaches every consumer, and the engine begins
@@ -95,8 +95,10 @@ class AsyncEngine:
     ) -> None:
         """Have the thread do something before its next step. Raises EngineStopped when closed."""
         with self._wake:
-            if self._closed or self._fault is not None:
-                raise EngineStopped("the engine was closed") from self._fault
+            if self._fault is not None:
+                raise EngineStopped(_why(self._fault)) from self._fault
+            if self._closed:
+                raise EngineStopped("the engine was closed")
             if adding is not None:
                 self._adding.update([adding])
             self._commands.append(command)
@@ -154,7 +156,7 @@ class AsyncEngine:
         except BaseException as fault:
             with self._wake:
                 self._fault = fault
-            self._stop(EngineStopped(f"the engine does not begin anew: {fault}"))
+            self._stop(EngineStopped(_why(fault)))
             return False
         return True
 
@@ -186,8 +188,12 @@ class AsyncEngine:
         try:
             consumer[0].call_soon_threadsafe(function, *arguments)
         except RuntimeError:
-            # Its loop is closed: nobody waits any more.
+            # Its loop is closed: no coroutine waits any more.
             return
+
+
+def _why(fault: BaseException) -> str:
+    return f"the engine does not begin anew: {fault}"
 
 
 def _settle(added: asyncio.Future[int], id: int | None, error: Exception | None) -> None:

@@ -32,13 +32,13 @@ class CapturedPrompt:
         self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
 
     @classmethod
-    def of(cls, model: Lfm2, cache: Cache, tokens: int) -> CapturedPrompt | None:
-        """The cache's tensors for a prompt of so many tokens, or None if it is not captured."""
+    def of(cls, model: Lfm2, buffers: StepBuffers, tokens: int) -> CapturedPrompt | None:
+        """Return the tensors for a prompt of ``tokens``, or None if it is not captured."""
         size = min((size for size in SIZES if size >= tokens), default=0)
         # One token is a step's.
         if not model.ops.captures or tokens < 2 or not size:
             return None
-        kept = StepBuffers.of(model, cache).prompts
+        kept = buffers.prompts
         if size not in kept:
             kept[size] = cls(model, size)
         return kept[size]
@@ -52,6 +52,7 @@ class CapturedPrompt:
         self,
         model: Lfm2,
         cache: Cache,
+        buffers: StepBuffers,
         tokens: Sequence[int],
         slot: int,
         start: int,
@@ -71,7 +72,7 @@ class CapturedPrompt:
             padded = self.inputs[: self.size]
             self.logits.copy_(model(padded, batch, cache, batch.last_rows))
 
-        StepBuffers.of(model, cache).run_captured(model, cache, ("prompt", self.size), body)
+        buffers.run_captured(model, cache, ("prompt", self.size), body)
 
     def batch(self, *, on_host: bool) -> Batch:
         """Return the prompt as a batch; ``on_host`` waits for its numbers.

@@ -2,10 +2,10 @@
 
 On a GPU a step is one captured graph per bucket of rows (1, 2, 4, ...): the forward pass, the
 choice of tokens, and the next step's inputs. Steps of few rows are short, so one graph has several.
-The host launches a step before it has read the tokens of the step before, and so never waits for
+The host launches a step before it has read the tokens of the step before, so it never waits for
 the newest. It learns late that a request has ended. The device knows at once, and the row runs on
-without effect. On a CPU, and where layers have hooks, the same steps have as many rows as are live,
-and are read at once.
+without effect. On a CPU, and where layers have hooks, a step has only the rows that are live, and
+is read at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -86,6 +86,22 @@ def sampling_state(model: Lfm2, rows: Sequence[Row]) -> SamplingState:
     )
 
 
+class Chooser(Protocol):
+    """Chooses the tokens of all rows of a step, in place of the sampling operation."""
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if a token need not be the model's choice: then a lack of one has another cause."""
+
+    def __call__(
+        self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState
+    ) -> torch.Tensor:
+        """Return the next token ``[B]`` int64 of each row by ``logits [B, V]``.
+
+        NO_TOKEN stands for none. ``state`` is that of the rows; ``state.record`` is called.
+        """
+
+
 @dataclass
 class Launch:
     """Steps under way: ``tokens [steps, B]`` on the host, and a column of them for each row.
@@ -112,26 +128,26 @@ class Launch:
 class DecodeLoop:
     """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until done.
 
-    ``lag`` counts the launches before the first of them is read. ``max_steps`` bounds the steps of
-    few rows in one launch, where there is a lag. Layers with hooks are called for the steps and
-    rows of the text alone: such steps are not captured, and nothing runs ahead or fills a bucket.
-    ``params`` are those of places that no row has had: steps of rows that choose alike are captured
-    once if those choose so too.
+    ``lag`` counts the launches before the first of them is read. Where there is a lag, few rows run
+    several steps a launch, unless one of them asks for each token at once. Layers with hooks are
+    called for the steps and rows of the text alone: their steps are not captured, and nothing runs
+    ahead or fills a bucket. ``params`` are those of places that no row has had: steps of rows that
+    choose alike are captured once if those choose so too. ``chooser`` chooses the tokens, if given.
     """
 
     def __init__(
         self,
         model: Lfm2,
         cache: Cache,
-        params: SamplingParams | None = None,
+        buffers: StepBuffers | None = None,
         *,
-        max_steps: int = MAX_STEPS,
+        params: SamplingParams | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.chooser = model, cache, chooser
         self.hooked = model.has_hooked_layers
         self.lag = int(model.ops.captures and not self.hooked)
-        self.max_steps = max_steps if self.lag else 1
-        self.buffers = StepBuffers.of(model, cache)
+        self.buffers = StepBuffers(model, cache) if buffers is None else buffers
         self.buffers.begin(cache, params or SamplingParams())
         self.places: list[Row | None] = []
         self._unread: deque[Launch] = deque()
@@ -159,8 +175,10 @@ class DecodeLoop:
         at = on_device(places, torch.int64, device)
         buffers.set_eos(places, [row.request.eos for row in rows])
         numbered = list(zip(rows, range(len(rows)), strict=True))
-        scores = adjusted(logits, numbered)
-        chosen = self.model.ops.sample(scores, state)
+        if self.chooser is None:
+            chosen = self.model.ops.sample(adjusted(logits, numbered), state)
+        else:
+            chosen = self.chooser(rows, logits, state)
         slots = on_device([row.slot for row in rows], torch.int64, device)
         # Each stands at the last token of its text.
         positions = on_device([row.start + row.launched - 1 for row in rows], torch.int64, device)
@@ -188,15 +206,9 @@ class DecodeLoop:
         going = [(row, place) for place, row in enumerate(self.places) if row is not None]
         if not going:
             return 0
-        on_logits = any(row.needs_logits for row, _ in going)
+        on_logits = self.on_logits
         assert not (on_logits and self._unread)
-        needed = max(row.start + row.launched for row, _ in going)
-        steps = self.max_steps if len(self.places) <= MULTI_STEP_ROWS and not on_logits else 1
-        # All that a launch writes is wanted, and has a place in the cache.
-        if steps > min(row.limit - row.launched for row, _ in going) or (
-            needed + steps - 1 > self.cache.max_length
-        ):
-            steps = 1
+        steps = 1 if on_logits else self._steps_of_launch(going)
         self.cache.make_room({row.slot: row.start + row.launched + steps - 1 for row, _ in going})
         for row, _ in going:
             self.cache.expect_length(row.slot, row.start + row.launched + steps - 1)
@@ -216,21 +228,50 @@ class DecodeLoop:
         self._copy_to_host(going, self.buffers.written[-steps:], ran=True, logits=logits)
         return steps
 
+    @property
+    def on_logits(self) -> bool:
+        """True if the next step stops at its logits: all launches before are read first."""
+        return self.chooser is not None or any(row.needs_logits for row in self.rows)
+
+    def _steps_of_launch(self, going: list[tuple[Row, int]]) -> int:
+        """Return the steps of the next launch: all that it writes is wanted and has a place."""
+        if not self.lag or len(self.places) > MULTI_STEP_ROWS:
+            return 1
+        longest = max(row.start + row.launched for row, _ in going)
+        wanted = min(row.limit - row.launched for row, _ in going)
+        fit = longest + MAX_STEPS - 1 <= self.cache.max_length and wanted >= MAX_STEPS
+        return 1 if not fit or any(row.request.stream for row, _ in going) else MAX_STEPS
+
     def _choose(self, going: list[tuple[Row, int]], count: int) -> torch.Tensor:
         """Choose tokens by the logits of the step that ran, as requests change them; the logits."""
         buffers, ops = self.buffers, self.model.ops
         assert buffers.logits is not None
         logits = buffers.logits[:count].clone()
-        chosen = ops.sample(adjusted(logits, going), buffers.view(count))
+        if self.chooser is None:
+            chosen = ops.sample(adjusted(logits, going), buffers.view(count))
+        else:
+            chosen = self._by_chooser(self.chooser, going, logits)
         inputs, written = buffers.inputs.first(count), buffers.written[-1, :count]
         ops.advance(chosen, buffers.eos[:count], self.cache.dummy_slot, inputs, written)
         return logits
 
-    def read(self, keep: int) -> Iterator[tuple[list[Row], list[int], dict[Row, LogProbs]]]:
-        """Tokens of all launches but the last ``keep``, step by step: rows, and a token for each.
+    def _by_chooser(
+        self, chooser: Chooser, going: list[tuple[Row, int]], logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the chooser's tokens, of all places in ``logits [B, V]``."""
+        places = [place for _, place in going]
+        state, at = self.buffers.state.pick(places), on_device(places, torch.int64, logits.device)
+        own = chooser([row for row, _ in going], logits[at], state)
+        self.buffers.set_sampling(places, state)
+        chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        chosen[at] = own
+        return chosen
 
-        They are the rows that were running; one that its token ends is marked as such. NO_TOKEN
-        stands, and ends the row, where it had none to choose. Third are log-probabilities.
+    def read(self, keep: int) -> Iterator[tuple[list[Row], list[int], dict[Row, LogProbs]]]:
+        """Yield the tokens of all launches but the last ``keep``: rows and tokens, step by step.
+
+        They are the rows that were running. A row is marked as ended by its last token, or by
+        NO_TOKEN, which stands where it had none to choose. Third are log-probabilities.
         """
         while len(self._unread) > keep:
             launch = self._unread[0]
@@ -286,7 +327,7 @@ class DecodeLoop:
             self.buffers.clear_rows(place, place + 1, self.cache)
 
     def _rows_of_step(self, live: int) -> int:
-        """Return the rows of a step in which so many are live."""
+        """Return the rows of a step in which ``live`` are live."""
         return live if self.hooked else bucket(live, self.cache)
 
     def _shrink(self) -> None:

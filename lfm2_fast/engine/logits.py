@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 
 from lfm2_fast.cache.batch import on_device
-from lfm2_fast.engine.request import LogProbs, Row
+from lfm2_fast.engine.request import Hook, LogProbs, Row
 
 
 def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Tensor:
     """Return ``logits [B, V]`` in float32 as the requests of the rows want them.
 
     ``rows`` have their places in the batch. Penalties come first, then the bias, the end tokens
-    that come too soon, and the hook. Raises ValueError where a hook gives another shape.
+    that come too soon, and the hook. Where a hook raises, or gives another shape, the row's
+    ``error`` is set and its logits are NaN, so that it has no token to choose.
     """
     changed = [(row, place) for row, place in rows if row.request.changes_logits]
     if not changed:
@@ -35,14 +36,22 @@ def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Ten
         if len(row.written) < request.min_tokens and request.eos:
             own.index_fill_(0, _at(list(request.eos), own), -math.inf)
         if request.hook is not None:
-            made = request.hook(row.text, own)
-            if made.shape != own.shape:
-                raise ValueError(
-                    f"hook returned logits of shape {tuple(made.shape)}, expected "
-                    f"{tuple(own.shape)}: those of one row"
-                )
-            own.copy_(made)
+            try:
+                own.copy_(_hooked(request.hook, row, own))
+            except Exception as error:
+                row.error = error
+                own.fill_(math.nan)
     return logits
+
+
+def _hooked(hook: Hook, row: Row, own: torch.Tensor) -> torch.Tensor:
+    made = hook(row.text, own)
+    if made.shape != own.shape:
+        raise ValueError(
+            f"hook returned logits of shape {tuple(made.shape)}, expected {tuple(own.shape)}: "
+            "those of one row"
+        )
+    return made
 
 
 def log_probs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[LogProbs]:

@@ -9,7 +9,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of a device's memory that nobody uses.
+    """Return the bytes of a device's memory that are not in use.
 
     On a GPU what torch holds and does not use counts as free.
     """

@@ -61,15 +61,17 @@ class ModelRunner:
     """``prefill``, then ``step`` until done, over the slots of one cache.
 
     Every slot can be at another place in another sequence. The cache's ``history`` follows what
-    was run, so that a later call can tell which prefix it holds. Where layers have hooks, nothing
+    was run, so that a later call can tell which prefix it holds. ``buffers`` are those of steps on
+    the cache; new ones are made if none are given. Where layers have hooks, nothing
     is captured. Hooks are looked for once, here: HookError is raised for one that would never be
     called.
     """
 
-    def __init__(self, model: Lfm2, cache: Cache) -> None:
+    def __init__(self, model: Lfm2, cache: Cache, buffers: StepBuffers | None = None) -> None:
         model.check_hooks()
         self.model = model
         self.cache = cache
+        self.buffers = StepBuffers(model, cache) if buffers is None else buffers
         self.hooked = model.has_hooked_layers
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
@@ -111,7 +113,7 @@ class ModelRunner:
             return self.prefill([[token] for token in tokens], slots)
         batch = cache.next_batch([1] * count, slots, model.device)
         cache.reserve(batch)
-        buffers = StepBuffers.of(model, cache)
+        buffers = self.buffers
         buffers.load_inputs(tokens, batch, cache)
         buffers.run_steps(model, cache, bucket(count, cache), choose=False)
         cache.commit_batch(batch)
@@ -140,7 +142,7 @@ class ModelRunner:
         own = [start + n for start, n in zip(held, counts, strict=True)]
         free = own == list(ends) or not model.config.rope_follows_length
         alone = len(chunks) == 1 and free and not every and not self.hooked
-        prompt = CapturedPrompt.of(model, cache, total) if alone else None
+        prompt = CapturedPrompt.of(model, self.buffers, total) if alone else None
         device = model.device if prompt is None else "cpu"
         batch = cache.next_batch(counts, slots, device, ends, replays=replays)
         if prompt is None:
@@ -152,7 +154,8 @@ class ModelRunner:
         else:
             cache.reserve(batch)
             start = batch.required_host.starts[0]
-            prompt.prefill(model, cache, chunks[0], slots[0], start, start + replays[0])
+            write_from = start + replays[0]
+            prompt.prefill(model, cache, self.buffers, chunks[0], slots[0], start, write_from)
             cache.commit_batch(batch)
             logits = prompt.logits.clone()
         cache.record_tokens(batch, chunks)

@@ -28,11 +28,15 @@ class Request:
     ``logit_bias`` is added to the logits of single tokens. ``presence_penalty`` is subtracted from
     those of new tokens that came before, ``frequency_penalty`` as often as each came. ``hook`` then
     changes the logits freely. ``logprobs`` asks for the log-probabilities of each new token and of
-    the likeliest so many, by the logits as the model gave them; ``prompt_logprobs`` for those of
+    as many of the likeliest, by the logits as the model gave them; ``prompt_logprobs`` for those of
     the prompt's tokens.
 
     Requests of lower ``priority`` run first, equal ones in their order. ``deadline`` is a moment of
-    ``time.monotonic``. Only requests of equal ``salt`` share pages.
+    ``time.monotonic``. Only requests of equal ``salt`` share pages. ``stream`` says that each token
+    is wanted when it is there: its steps are then launched one by one. ``adapter`` names a LoRA
+    adapter of the engine, which has none yet.
+
+    An exception out of ``stop`` or ``hook`` ends its continuation alone, whose last event has it.
     """
 
     prompt: Sequence[int]
@@ -53,6 +57,8 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    stream: bool = False
+    adapter: str | None = None
 
     def check(self, vocab_size: int, max_length: int) -> None:
         """Raise ValueError, naming field and value, for what cannot be run."""
@@ -74,8 +80,17 @@ class Request:
             )
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
+        if self.adapter is not None:
+            raise ValueError(
+                f"adapter={self.adapter!r} is not there: this engine has none; merge it into the "
+                "weights, and load those"
+            )
         if self.min_tokens < 0 or self.min_tokens > (self.max_tokens or max_length):
-            raise ValueError(f"min_tokens={self.min_tokens} is not between 0 and max_tokens")
+            raise ValueError(
+                f"min_tokens must be from 0 to max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= vocab_size:
@@ -88,15 +103,15 @@ class Request:
                 raise ValueError(f"{name} must be a number, got {value}")
 
     @property
+    def changes_every_step(self) -> bool:
+        """True if no token is chosen from the model's logits by ``sampling`` alone."""
+        penalties = self.presence_penalty or self.frequency_penalty
+        return bool(self.logit_bias or penalties or self.hook)
+
+    @property
     def changes_logits(self) -> bool:
-        """True if tokens are not chosen from the model's logits by ``sampling`` alone."""
-        return bool(
-            self.logit_bias
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.hook
-            or self.min_tokens
-        )
+        """True if some token is not chosen from the model's logits by ``sampling`` alone."""
+        return self.changes_every_step or self.min_tokens > 0
 
 
 @dataclass(eq=False)
@@ -106,7 +121,8 @@ class Row:
     ``index`` is its place among the request's ``n``. ``written`` are the new tokens that the host
     has read; ``launched`` counts those whose steps were launched. ``pinned`` is the only slot that
     it may have, in a cache that a caller holds. ``finish_reason`` is "stop", "length", "cancelled",
-    "deadline" or "error" at the end.
+    "deadline" or "error" at the end. ``admitted`` is True once the row has had a slot. ``digests``
+    are those of its text's first pages, as the prefix index hashes them.
     """
 
     id: int
@@ -122,8 +138,10 @@ class Row:
     finish_reason: str | None = None
     error: Exception | None = None
     cached_tokens: int = 0
+    admitted: bool = False
     arrived: float = 0.0
     last_token: float = 0.0
+    digests: list[bytes] = field(default_factory=list)
     ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +151,8 @@ class Row:
     def needs_logits(self) -> bool:
         """True if its next step must stop at the logits."""
         request = self.request
-        return request.logprobs is not None or request.changes_logits
+        early = request.min_tokens > self.launched
+        return request.logprobs is not None or early or request.changes_every_step
 
     @property
     def start(self) -> int:

@@ -10,7 +10,7 @@ from lfm2_fast.engine.request import Row
 
 # Most tokens of a chunk, and the least that is worth a pass over the weights.
 MOST, LEAST = 2048, 32
-# Pages for so many new tokens must be there when a request is admitted.
+# New tokens whose pages must be there when a request is admitted.
 RESERVED = 256
 
 
@@ -18,12 +18,14 @@ class Scheduler:
     """The rows that wait, in order, and those whose prompts run.
 
     Rows wait by priority, then by arrival. A preempted row keeps its arrival, so it is the first of
-    its priority again. ``seconds`` bounds a chunk while other rows decode.
+    its priority again. ``seconds`` bounds a chunk while other rows decode; ``first`` is its tokens
+    as long as no chunk was timed. ``chunk`` fixes the tokens of every chunk.
     """
 
-    def __init__(self, seconds: float, chunk: int | None = None) -> None:
+    def __init__(self, seconds: float, chunk: int | None = None, *, first: int = 2 * LEAST) -> None:
         self.seconds = seconds
         self.chunk = chunk
+        self.first = first
         self.waiting: list[Row] = []
         self.prefilling: list[Row] = []
         # Seconds a prompt token, of the last chunk and by row: a token costs more after more.
@@ -46,9 +48,9 @@ class Scheduler:
         """Return the rows whose prompts run next, and how many tokens of each.
 
         Prompts that fit into a chunk are packed. They take turns with longer ones, so neither waits
-        for all of the other. While nobody decodes a chunk is as long as it may be.
+        for all of the other. While no row decodes a chunk is as long as it may be.
         """
-        rests = [(row, row.length - ran(row)) for row in self.prefilling]
+        rests = [(row, row.length - ran(row)) for row in self.prefilling if row.length > ran(row)]
         if not rests:
             return []
         if self.chunk is not None:
@@ -80,7 +82,7 @@ class Scheduler:
     def _room(self, row: Row) -> int:
         cost = self._costs.get(row, self._cost)
         if cost is None:
-            return LEAST * 2
+            return self.first
         room = int(self.seconds / max(cost, 1e-9))
         room = room // PAGE_SIZE * PAGE_SIZE if room >= PAGE_SIZE else room
         return min(max(room, LEAST), MOST)

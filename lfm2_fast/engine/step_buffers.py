@@ -26,8 +26,8 @@ class StepBuffers:
     steps chose, the newest last, and NO_TOKEN where a row had none to choose.
     """
 
-    def __init__(self, model: Lfm2, cache: Cache, size: int, capture: Any = None) -> None:
-        device = model.device
+    def __init__(self, model: Lfm2, cache: Cache, capture: Any = None) -> None:
+        device, size = model.device, bucket(cache.slots, cache)
         self.size, self.vocab = size, model.config.vocab_size
         self.made_for = model.ops
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
@@ -52,13 +52,6 @@ class StepBuffers:
             capture = capture_cpu
         self.graphs = None if capture is None else Graphs(device, capture)
         self._reallocations = cache.reallocations
-
-    @classmethod
-    def of(cls, model: Lfm2, cache: Cache) -> StepBuffers:
-        """The cache's buffers, made anew if there are none, or another model's."""
-        if cache.kept is None or cache.kept.made_for is not model.ops:
-            cache.kept = cls(model, cache, bucket(cache.slots, cache))
-        return cache.kept
 
     @property
     def nbytes(self) -> int:

@@ -20,6 +20,7 @@ from lfm2_fast.hf.forward import (
 from lfm2_fast.hf.generate import generate
 from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+from lfm2_fast.hf.workspace import Workspace
 from lfm2_fast.weights.formats import Projection
 
 
@@ -120,7 +121,8 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
             # Set past nn.Module, for which it would be one more part with weights.
             self.__dict__["_base"] = base
         names = ("config", "max_length", "model_tags", "name_or_path", "training", "_generation")
-        base.__dict__.update({name: getattr(self, name) for name in names}, _idle=[])
+        base.__dict__.update({name: getattr(self, name) for name in names})
+        base.__dict__["workspace"] = Workspace()
         return base
 
     @property

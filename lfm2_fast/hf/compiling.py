@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate ``function`` such that torch.compile runs it as it is, with all that it calls."""
+    """Decorate ``function`` so that torch.compile runs it as it is, with all that it calls."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

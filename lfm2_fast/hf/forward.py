@@ -32,7 +32,7 @@ NO_ATTENTIONS = "attention is fused: use transformers' class with attn_implement
 def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
     """Check arguments that a forward call does not use; ``packed`` says that rows may be packed.
 
-    Raises ValueError for what is not supported and TypeError for a name that nobody knows.
+    Raises ValueError for what is not supported and TypeError for an unknown name.
     """
     for name, value in others.items():
         if name == "seq_idx" and not packed and value is not None:
@@ -186,8 +186,8 @@ def forward(
     or the longer one of a whole conversation whose last T columns count, marks padding on the left
     or the right with zeros; logits there are zeros. ``position_ids`` may say what the mask implies,
     or restart at 0 within a row: then the row holds several sequences, as ``cu_seq_lens_q [S + 1]``
-    says of a single row. ``logits_to_keep`` keeps the last so many columns, or those of an index
-    tensor; 0 keeps all. ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next
+    says of a single row. ``logits_to_keep`` is a number of last columns, or a tensor of
+    indices; 0 keeps all. ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next
     token, ``ignore_index`` left out, or its sum over ``num_items_in_batch``; ``shift_labels`` stand
     for labels that are shifted already. ``output_hidden_states`` asks for every layer's output, or
     for those at an index or indices, None standing for the others. Logits and loss may be NaN or
@@ -281,7 +281,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 def refuse_backward(loss: torch.Tensor) -> torch.Tensor:
-    """Return ``loss`` such that its ``backward()`` raises RuntimeError, saying what to do."""
+    """Return ``loss`` whose ``backward()`` raises RuntimeError, saying what to do."""
     return _NoBackward.apply(loss, torch.zeros((), requires_grad=True))
 
 

@@ -94,7 +94,7 @@ def generate(
         ids,
         mask,
         past_key_values,
-        _seed(seed, generator),
+        seed_of(seed, generator),
         processors=processors,
         criteria=_criteria(asked, stopping_criteria, tokenizer),
         streamer=streamer,
@@ -191,7 +191,11 @@ def _replace_by_processors(
     return asked, sorted(processors, key=lambda each: type(each).__name__ not in replaced)
 
 
-def _seed(seed: int | None, generator: torch.Generator | None) -> int:
+def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
+    """Return ``seed``, or a number drawn from ``generator``, or from torch's own generator.
+
+    Raises ValueError for both, and for a seed out of range.
+    """
     if seed is None:
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
@@ -205,12 +209,17 @@ def _seed(seed: int | None, generator: torch.Generator | None) -> int:
     return found
 
 
+def stop_criterion(asked: GenerationArgs, tokenizer: Any) -> Any:
+    """Return transformers' criterion for stop strings. Raises ValueError without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError("stop_strings needs the tokenizer: pass tokenizer=...")
+    from transformers import StopStringCriteria
+
+    return StopStringCriteria(tokenizer, list(asked.stop_strings))
+
+
 def _criteria(asked: GenerationArgs, stopping_criteria: Any, tokenizer: Any) -> list[Any]:
     criteria = list(stopping_criteria or ())
     if asked.stop_strings:
-        if tokenizer is None:
-            raise ValueError("stop_strings needs the tokenizer: pass tokenizer=...")
-        from transformers import StopStringCriteria
-
-        criteria.append(StopStringCriteria(tokenizer, list(asked.stop_strings)))
+        criteria.append(stop_criterion(asked, tokenizer))
     return criteria

@@ -163,7 +163,7 @@ def resolve_args(
 
     ``call`` holds what the caller wrote, ``generation_config`` an object of transformers or a
     mapping, or None; ``defaults`` is what the checkpoint's generation_config.json says, whose
-    unknown keys are left alone. Raises TypeError for a name that nobody knows and ValueError for
+    unknown keys are left alone. Raises TypeError for an unknown name and ValueError for
     a value that is out of range or not supported, naming it.
     """
     given = {name for name, value in call.items() if value is not None}
@@ -271,7 +271,7 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_number(value: Any) -> int | None:
-    """``value`` as an int, whoever's integer it is; None if it is none."""
+    """Return ``value`` as an int, of whatever integer type; None if it is none."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

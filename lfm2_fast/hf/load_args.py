@@ -29,8 +29,8 @@ ACCEPTED = {
     "allow_all_kernels": "kernels are this package's own",
     "fusion_config": "projections are always fused",
     "_fast_init": "weights are never initialized and then replaced",
-    "_from_auto": "it tells who calls",
-    "_from_pipeline": "it tells who calls",
+    "_from_auto": "it names the caller",
+    "_from_pipeline": "it names the caller",
     "_commit_hash": "the commit is found by revision",
     "adapter_kwargs": "there is no adapter to load",
 }
@@ -90,7 +90,7 @@ def _check(
 ) -> None:
     """Note on the logger what has no effect.
 
-    Raises ValueError for a value that is refused, TypeError for a name that nobody knows.
+    Raises ValueError for a value that is refused, TypeError for an unknown name.
     """
     for name, value in given.items():
         if name in accepted:

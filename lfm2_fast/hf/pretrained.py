@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
 from lfm2_fast.hf.loading import load_as
 from lfm2_fast.hf.surface import PARTS, REFUSED_NAMES
+from lfm2_fast.hf.workspace import Workspace
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.base import Ops
 from lfm2_fast.weights import checkpoint
@@ -80,8 +80,7 @@ class Lfm2PreTrainedModel(nn.Module):
             weights = random_weights(internal, dtype, torch.get_default_device())
         self.network = Lfm2(internal, weights, backend=backend)
         super().train(False)
-        # Caches that wait for the next call, with the graphs captured on them.
-        self._idle: list[Cache] = []
+        self.workspace = Workspace()
 
     @classmethod
     def from_pretrained(
@@ -192,7 +191,7 @@ class Lfm2PreTrainedModel(nn.Module):
         made.layers = self.network.layers
         self.network = made
         self.config.vocab_size = size
-        self._idle = []
+        self.workspace = Workspace()
         return self.network.embed_tokens
 
     def _apply(
@@ -200,12 +199,8 @@ class Lfm2PreTrainedModel(nn.Module):
     ) -> Lfm2PreTrainedModel:
         super()._apply(fn, recurse)
         # Captured graphs point at the weights as they were.
-        self._idle = []
+        self.workspace = Workspace()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no caches that wait, nor graphs that point at this model's tensors."""
-        return {**self.__dict__, "_idle": []}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if is_own_method(self, name, value):
@@ -329,21 +324,6 @@ class Lfm2PreTrainedModel(nn.Module):
         """
         limit = min(max_length or self.max_length, self.max_length)
         return new_cache(self.network, slots, limit, spare=spare)
-
-    def borrow_cache(self, slots: int) -> Cache:
-        """Return a cache for one call: the one that was given back, if it fits, else a new one."""
-        with suppress(IndexError):
-            # One thread gets it; another that comes at once finds none.
-            cache = self._idle.pop()
-            if cache.slots == slots and cache.max_length == self.max_length:
-                return cache
-        return self.new_cache(slots)
-
-    def give_back(self, cache: Cache) -> None:
-        """Keep a borrowed cache for the next call, where that saves capturing steps anew."""
-        if self.ops.captures:
-            cache.reset()
-            self._idle = [cache]
 
     def save_pretrained(
         self,

@@ -236,7 +236,7 @@ def advance_ref(
 
     A row that chose one of its ``eos [B, E]``, or has NO_TOKEN, is finished. It runs on without
     effect: at the first position of ``dummy_slot``, or, if that is None, at the position after its
-    text, where every further step writes and nobody reads. ``written [B]`` gets the chosen tokens
+    text, where every further step writes and nothing reads. ``written [B]`` gets the chosen tokens
     as they are. In the next step's tokens 0 stands for NO_TOKEN, since each must be a row of the
     embedding.
     """

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.cache.prefix_index import common_prefix
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.generate import seed_of, stop_criterion
 from lfm2_fast.hf.generation_args import resolve_args
+from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.text.segments import PASSAGES, Segment, Splitter
-from lfm2_fast.text.token_stream import Stopped, Timing, TokenStream
+from lfm2_fast.text.token_stream import Timing, TokenStream
+
+# Last tokens of a text that are searched for a stop string: more than any of them has.
+STOP_TOKENS = 256
 
 
 @dataclass
@@ -47,40 +53,74 @@ def stream_answer(
 ) -> Answer:
     """Continue ``ids``, handing text to ``sink`` as it comes.
 
-    ``stopped`` is asked after every token. ``arguments`` go to ``generate``. The context's end
-    bounds the text, and so does ``max_new_tokens``. What ``cache`` holds of the ids is not run
-    again. Raises ValueError when nothing fits any more.
+    ``stopped`` is asked after every token. ``arguments`` are those of ``generate`` that choose
+    tokens and end the text. The context's end bounds the text, and so does ``max_new_tokens``. What
+    ``cache`` holds of the ids is not run again. Raises ValueError when nothing fits any more, and
+    what ``generate`` raises.
     """
+    check_generates(model)
     room = model.max_length - len(ids)
     if room < 1:
         raise ValueError(f"{len(ids)} tokens fill the context of {model.max_length}")
     budget = min(max_new_tokens or room, room)
-    stream = TokenStream(tokenizer, sink, stopped)
-    kept = 0 if cache is None else common_prefix(ids[:-1], cache.history[0])
-    end = ""
+    request = _request(model, tokenizer, ids, budget, arguments)
+    held = model.new_cache(1) if cache is None else cache
+    buffers = model.workspace.buffers(model.network, held)
+    engine = Engine(model.network, cache=held, buffers=buffers)
+    stream, end, kept = TokenStream(tokenizer, sink), "", 0
+    id = engine.add(request, [0])
     try:
-        model.generate(
-            torch.tensor([ids]),
-            max_new_tokens=budget,
-            past_key_values=cache,
-            streamer=stream,
-            tokenizer=tokenizer,
-            **arguments,
-        )
-    except Stopped:
-        end = "stopped"
-    else:
-        if len(stream.ids) == budget and stream.ids[-1] not in _ends(model, arguments):
-            end = "the context is full" if budget == room else f"cut at {budget} tokens"
+        while engine.busy:
+            for event in engine.step():
+                if event.error is not None:
+                    raise event.error
+                kept = event.cached_tokens
+                if event.token is not None:
+                    stream.put(event.token)
+                    if stopped():
+                        end = "stopped"
+                        engine.cancel(id)
+                        break
+                if event.finish_reason == "length":
+                    end = "the context is full" if budget == room else f"cut at {budget} tokens"
+    finally:
+        engine.abandon()
+    stream.end()
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
 
 
-def _ends(model: Lfm2ForCausalLM, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text which ``generate`` writes with ``arguments``."""
-    given = {"eos_token_id": arguments["eos_token_id"]} if "eos_token_id" in arguments else {}
-    config = arguments.get("generation_config")
+def _request(
+    model: Lfm2ForCausalLM,
+    tokenizer: Any,
+    ids: list[int],
+    budget: int,
+    arguments: Mapping[str, Any],
+) -> Request:
+    """Return the request that ``generate`` would make of one prompt.
+
+    Arguments that follow all rows, like ``logits_processor``, are unknown here: TypeError.
+    """
     defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
-    return resolve_args(given, config, defaults, vocab_size).eos_token_id
+    given = dict(arguments)
+    seed = seed_of(given.pop("seed", None), given.pop("generator", None))
+    asked = resolve_args(given, given.pop("generation_config", None), defaults, vocab_size)
+    stop = None
+    if asked.stop_strings:
+        criterion = stop_criterion(asked, tokenizer)
+
+        def stop(written: Sequence[int]) -> bool:
+            return bool(criterion(torch.tensor([[*ids, *written][-STOP_TOKENS:]]), None))
+
+    return Request(
+        ids,
+        asked.sampling,
+        asked.eos_token_id,
+        budget,
+        min_tokens=min(asked.min_new_tokens, budget),
+        stop=stop,
+        seed=seed,
+        stream=True,
+    )
 
 
 def check_template(tokenizer: Any, name: str) -> None:
@@ -94,7 +134,7 @@ class Conversation:
 
     The cache stays from one answer to the next, and only what it does not hold is run. The messages
     are the truth: every prompt is made from them anew, so a template that leaves out earlier
-    thinking leaves it out here too. ``arguments`` go to ``generate``.
+    thinking leaves it out here too. ``arguments`` are those of ``stream_answer``.
     """
 
     def __init__(

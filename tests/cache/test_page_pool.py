@@ -84,6 +84,51 @@ def test_a_full_pool_says_so_and_changes_nothing() -> None:
     assert sorted(pool.take(3)) == [0, 1, 2]
 
 
+class Small(PageMemory):
+    """Memory of a device that has room for four pages, whatever the limit says."""
+
+    def grow(self, pages: int) -> list[int]:
+        if self.count + pages > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().grow(pages)
+
+
+def test_a_device_without_memory_is_a_limit() -> None:
+    """What is cached is evicted then, and what does not fit changes nothing."""
+    small = Small(1, 1, 8, limit=9, device="cpu", dtype=torch.float32, in_place=False)
+    pool = PagePool(small)
+    index = PrefixIndex(pool)
+    text = list(range(3 * PAGE_SIZE))
+    pages = pool.take(3)
+    index.enter(text, pages)
+    pool.release(pages)
+    with pytest.raises(CacheError, match="the device has no memory for 6 more pages"):
+        pool.take(6)
+    assert (pool.used, pool.cached, pool.free) == (0, 3, 0)
+    assert len(set(pool.take(3))) == 3
+    assert (pool.used, pool.cached, pool.available) == (3, 0, 0)
+
+
+def test_all_memory_can_be_taken_at_once() -> None:
+    pool = PagePool(memory(5))
+    held = pool.take(1)
+    pool.take_memory()
+    assert pool.memory.count == 5 and pool.memory.grow(0) == []
+    assert sorted(held + pool.take(4)) == list(range(5))
+
+
+def test_a_known_text_is_not_hashed_again() -> None:
+    pool = PagePool(memory(9))
+    index = PrefixIndex(pool)
+    text, digests = list(range(3 * PAGE_SIZE + 5)), []
+    assert index.match(text, digests=digests).tokens == 0 and len(digests) == 1
+    index.enter(text, pool.take(4))
+    assert index.match(text, digests=digests) == index.match(text)
+    assert len(digests) == 3
+    # Whatever the text says now, the pages are those of its digests.
+    assert index.match([0] * len(text), digests=digests).pages == index.match(text).pages
+
+
 def texts() -> list[list[int]]:
     """Texts of which some begin alike, for pages and in mid-page."""
     pick = random.Random(0)
@@ -133,9 +178,9 @@ class Pages(RuleBasedStateMachine):
         self.pool.release(pages)
 
     @rule()
-    def drop(self) -> None:
-        self.pool.drop_cached()
-        assert self.pool.cached == 0
+    def clear(self) -> None:
+        self.index.clear()
+        assert self.pool.cached == len(self.index) == 0
 
     @invariant()
     def pages_add_up(self) -> None:

@@ -297,7 +297,12 @@ class StandInGpu(TorchDispatchMode):
 
         def nothing(*args: Any, **kwargs: Any) -> None: ...
 
-        event = SimpleNamespace(record=nothing, synchronize=lambda: self.wait("an event"))
+        event = SimpleNamespace(
+            record=nothing,
+            synchronize=lambda: self.wait("an event"),
+            query=lambda: True,
+            elapsed_time=lambda other: 1.0,
+        )
         stream = SimpleNamespace(synchronize=lambda: self.wait("a stream"))
         told = SimpleNamespace(name="stand-in", multi_processor_count=0, total_memory=2**37)
         for name, value in {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,9 @@ from lfm2_fast.engine.step_buffers import StepBuffers, bucket
 from lfm2_fast.hf import generate_loop
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops import native_library
-from lfm2_fast.ops.base import Ops
 from lfm2_fast.ops.reference import advance_ref
-from lfm2_fast.ops.sampling import SamplingState
 from tests.batches import sequence_of
-
-
-class Capturing(Ops):
-    """The eager bodies, driven as those that can be captured are: a step ahead, in buckets."""
-
-    captures = True
-
-    def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-        # Numbers made ahead are the host's, and no part of what is captured.
-        state._ahead = state._ahead[:, :0]
-        # Nor are the parameters, of which the tensors alone follow the caller's.
-        kept = zip(state.params, state.top_k.tolist(), strict=True)
-        state.params = [replace(params, top_k=top_k) for params, top_k in kept]
-        return super().sample(logits, state)
+from tests.engine.capturing import Capturing
 
 
 # In float64: a bucket's products are summed in another order than those of as many rows as there
@@ -154,10 +138,10 @@ def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
 
 def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
     cache = ahead.new_cache(2)
-    first = StepBuffers.of(ahead, cache)
-    assert StepBuffers.of(ahead, cache) is first
+    first = ahead.workspace.buffers(ahead.network, cache)
+    assert ahead.workspace.buffers(ahead.network, cache) is first
     ahead.network.ops = Capturing()
-    assert StepBuffers.of(ahead, cache) is not first
+    assert ahead.workspace.buffers(ahead.network, cache) is not first
 
 
 def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, graphs) -> None:
@@ -168,7 +152,7 @@ def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, gra
 
     kwargs = {"max_new_tokens": 25, "eos_token_id": ends, "logits_processor": [dampen]}
     assert torch.equal(ahead.generate(PROMPTS, **kwargs), plain.generate(PROMPTS, **kwargs))
-    assert {key[0] for key in graphs[-1]._graphs} == {False}
+    assert {key[0] for each in graphs for key in each._graphs} == {False}
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -350,10 +334,11 @@ def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: i
     chunks = [[1 + i % 97 for i in range(n)] for n in (prefix, length) if n]
     for chunk in chunks:
         wanted = ModelRunner(plain.network, expected).prefill([chunk], [1])
+    runner = ModelRunner(ahead.network, cache)
     for _ in range(3):
         cache.reset()
         for chunk in chunks:
-            found = ModelRunner(ahead.network, cache).prefill([chunk], [1])
+            found = runner.prefill([chunk], [1])
         torch.testing.assert_close(found, wanted)
         assert cache.lengths == expected.lengths and cache.history == expected.history
         same_contents(cache, expected, 1)
@@ -403,9 +388,10 @@ def test_a_prompt_in_chunks_that_could_be_captured(scaled, graphs, monkeypatch) 
     wanted = ModelRunner(plain.network, plain.new_cache(1)).prefill([prompt], [0])
     monkeypatch.setattr(model_runner, "CHUNK", 20)
     cache = ahead.new_cache(1)
+    runner = ModelRunner(ahead.network, cache)
     for _ in range(3):
         cache.reset()
-        found = ModelRunner(ahead.network, cache).prefill([prompt], [0])
+        found = runner.prefill([prompt], [0])
         torch.testing.assert_close(found, wanted)
     assert {key[0] for each in graphs for key in each._graphs} == {"prompt"}
 
@@ -564,7 +550,6 @@ def test_what_follows_all_rows_needs_them_at_a_time(plain) -> None:
         {"logits_processor": [lambda ids, scores: scores]},
         {"streamer": object()},
         {"past_key_values": plain.new_cache(5)},
-        {"min_new_tokens": 2},
     ):
         with pytest.raises(ValueError, match="need all rows at a time"):
             plain.generate(PROMPTS, max_batch_size=2, max_new_tokens=3, **wrong)
@@ -644,7 +629,10 @@ def test_state_and_copies_leave_out_dummy_slot_and_graphs(plain, ahead, graphs) 
         kwargs = {"max_new_tokens": 5, "eos_token_id": None}
         model.generate(PROMPTS[:2], past_key_values=cache, **kwargs)
     assert caches[1].dummy_slot == 2 and len(caches[1].layers[0].rows) == 3
-    assert caches[1].kept is not None and copy.deepcopy(caches[1]).kept is None
+    twin = copy.deepcopy(caches[1])
+    buffers = ahead.workspace.buffers(ahead.network, caches[1])
+    assert buffers.graphs._warm
+    assert ahead.workspace.buffers(ahead.network, twin) is not buffers
     state = caches[1].state_dict()
     fresh = ahead.new_cache(2)
     fresh.load_state_dict(state)

@@ -74,10 +74,10 @@ def test_a_copy_has_a_head_that_is_tied_anew(tiny) -> None:
 
 def test_a_copy_takes_no_cache_that_waits(tiny) -> None:
     model = lfm2_fast.load(tiny, device="cpu", backend="eager")
-    model._idle = [model.new_cache(1)]
+    model.workspace._idle = [model.new_cache(1)]
     for copied in COPIES.values():
-        assert copied(model)._idle == []
-    assert len(model._idle) == 1
+        assert len(copied(model).workspace) == 0
+    assert len(model.workspace) == 1
 
 
 @pytest.mark.interpreter

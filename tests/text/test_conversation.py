@@ -145,9 +145,12 @@ def test_only_an_end_token_is_no_cut(
 
 
 def test_arguments_that_are_no_settings(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
-    """They go to ``generate`` like others; a setting that has no effect is warned of once."""
+    """A setting that has no effect is warned of once; what is not supported is refused by name."""
     ids = tokenizer("What is a list?").input_ids
-    arguments = {"seed": 3, "logits_processor": [], "top_k": 5, "do_sample": False}
+    refused: dict[str, Any] = {"logits_processor": []}
+    with pytest.raises(TypeError, match="logits_processor"):
+        stream_answer(model, tokenizer, ids, print, max_new_tokens=2, arguments=refused)
+    arguments = {"seed": 3, "top_k": 5, "do_sample": False}
     with pytest.warns(UserWarning, match="top_k without do_sample") as seen:
         answer = stream_answer(
             model, tokenizer, ids, lambda text: None, max_new_tokens=2, arguments=arguments

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm2_fast.text.segments import MARKERS, Segment, Splitter
-from lfm2_fast.text.token_stream import Stopped, TokenStream
+from lfm2_fast.text.token_stream import TokenStream
 
 # Markers, parts of them and what looks like them, between words and white space.
 PIECES = [
@@ -165,9 +164,8 @@ def stream(tokenizer: Any, ids: list[int]) -> tuple[list[str], str]:
     """The pieces in which a stream hands over the text of ids, and what it says the text is."""
     pieces: list[str] = []
     tokens = TokenStream(tokenizer, pieces.append)
-    tokens.put(torch.tensor([[1, 5, 9]]))
     for token in ids:
-        tokens.put(torch.tensor([token]))
+        tokens.put(token)
     tokens.end()
     assert tokens.ids == ids
     return pieces, tokens.text
@@ -197,13 +195,10 @@ def test_special_tokens_are_dropped_but_for_markers(tokenizer: Any) -> None:
     assert stream(tokenizer, ids)[1] == "a<|tool_call_start|>[f()]<|tool_call_end|>"
 
 
-def test_a_stream_can_stop(tokenizer: Any) -> None:
-    pieces: list[str] = []
-    tokens = TokenStream(tokenizer, pieces.append, lambda: len(tokens.ids) == 2)
-    tokens.put(torch.tensor([[1]]))
-    tokens.put(torch.tensor([300]))
-    with pytest.raises(Stopped):
-        tokens.put(torch.tensor([301]))
-    tokens.end()
-    assert "".join(pieces) == tokens.text == tokenizer.decode([300, 301])
-    assert tokens.timing.tokens == 2
+def test_the_times_of_a_stream_are_those_of_its_tokens(tokenizer: Any) -> None:
+    tokens = TokenStream(tokenizer, lambda text: None)
+    assert str(tokens.timing) == "no tokens"
+    for token in (300, 301):
+        tokens.put(token)
+    timing = tokens.timing
+    assert timing.tokens == 2 and timing.begun <= timing.first < timing.last

@@ -1,0 +1,69 @@
+"""Slots: the slots of a cache that rows have, and the prefix index over its pages."""
+
+from __future__ import annotations
+
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.prefix_index import Match, PrefixIndex, common_prefix
+from lfm2_fast.engine.request import Row
+
+
+class Slots:
+    """Gives slots of ``cache`` to rows and takes them back.
+
+    With ``shares`` the full pages of every text are entered into an index, and rows whose texts
+    begin alike share them. ``leaving`` are rows that ended, whose pages a step under way may still
+    write to.
+    """
+
+    def __init__(self, cache: Cache, *, shares: bool) -> None:
+        self.cache = cache
+        self.index = PrefixIndex(cache.pool) if shares else None
+        self.free = list(reversed(range(cache.slots)))
+        self.leaving: list[Row] = []
+
+    def match(self, row: Row) -> Match:
+        """Return what the index has of a row's text, but for its last token."""
+        if self.index is None or row.request.prompt_logprobs is not None:
+            return Match()
+        return self.index.match(row.text[:-1], row.request.salt, row.digests)
+
+    def take(self, row: Row, match: Match) -> None:
+        """Give a row a slot that holds what ``match`` found of its text.
+
+        A caller's slot goes back to what it shares with the text.
+        """
+        if row.pinned is None:
+            row.slot = self.free.pop()
+            if match.tokens:
+                self.cache.attach(row.slot, match, row.text[: match.tokens])
+            return
+        row.slot = row.pinned
+        self.free.remove(row.slot)
+        shared = common_prefix(row.text[:-1], self.cache.history[row.slot])
+        self.cache.go_back(row.slot, shared)
+
+    def fork(self, row: Row, sibling: Row) -> bool:
+        """Give ``sibling`` a slot with all that the row's holds; False where none can be had."""
+        # A page for what is not full, and one that is written next.
+        if not self.free or self.cache.pool.available < 2:
+            return False
+        slot = self.free[-1] if sibling.pinned is None else sibling.pinned
+        self.free.remove(slot)
+        self.cache.copy(row.slot, slot)
+        sibling.slot = slot
+        return True
+
+    def enter(self, row: Row) -> None:
+        """Enter the full pages that a row's slot holds into the index."""
+        if self.index is not None:
+            slot = row.slot
+            held = self.cache.history[slot][: self.cache.lengths[slot]]
+            self.index.enter(held, self.cache.pages(slot), row.request.salt)
+
+    def give_back(self, row: Row) -> None:
+        """Empty a row's slot, if it is no caller's; full pages stay in the index."""
+        if row.pinned is None:
+            self.enter(row)
+            self.cache.reset([row.slot])
+        self.free.append(row.slot)
+        row.slot = -1

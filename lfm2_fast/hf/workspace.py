@@ -1,0 +1,53 @@
+"""Workspace: what calls of ``generate`` leave for the next one: caches, step buffers and graphs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from weakref import WeakKeyDictionary
+
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.engine.model_runner import new_cache
+from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.models.lfm2 import Lfm2
+
+
+class Workspace:
+    """Step buffers of each cache while the cache lives, and a cache that no call uses.
+
+    Capturing a step takes longer than running it. So the graphs of a caller's cache stay from call
+    to call, and a call without a cache takes the one that the call before gave back. A copy is
+    empty: graphs point at the tensors of the model that they were captured on.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: WeakKeyDictionary[Cache, StepBuffers] = WeakKeyDictionary()
+        self._idle: list[Cache] = []
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()
+
+    def buffers(self, model: Lfm2, cache: Cache) -> StepBuffers:
+        """Return the step buffers of a cache, made anew for other operations than before."""
+        found = self._buffers.get(cache)
+        if found is None or found.made_for is not model.ops:
+            found = self._buffers[cache] = StepBuffers(model, cache)
+        return found
+
+    def take(self, model: Lfm2, slots: int, max_length: int) -> Cache:
+        """Return an empty cache: the one that was given back if it fits, else a new one."""
+        with suppress(IndexError):
+            # One thread gets it; another that comes at once finds none.
+            cache = self._idle.pop()
+            if (cache.slots, cache.max_length) == (slots, max_length):
+                return cache
+        return new_cache(model, slots, max_length)
+
+    def give_back(self, model: Lfm2, cache: Cache) -> None:
+        """Keep a cache for the next call, where that saves capturing steps anew."""
+        if model.ops.captures:
+            cache.reset()
+            self._idle = [cache]
+
+    def __len__(self) -> int:
+        """Return how many caches it holds itself."""
+        return len(self._idle)

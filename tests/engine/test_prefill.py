@@ -1,0 +1,99 @@
+"""Admission and chunks: who waits for whom, and what is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lfm2_fast.cache.page_memory import PAGE_SIZE
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.engine.scheduler import MOST, Scheduler
+from tests.batches import text
+
+
+def events_of(engine: Engine) -> list[Event]:
+    """Step until all requests have ended; their events."""
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def test_only_a_twin_waits_for_a_prompt_that_runs(native: Any) -> None:
+    """A prompt of the same beginning waits for its pages; one behind it does not."""
+    engine = Engine(native, max_rows=3, chunk=64)
+    prompt = text(5 * PAGE_SIZE)
+    first = engine.add(Request(prompt, max_tokens=1))
+    twin = engine.add(Request(prompt + [7], max_tokens=1))
+    other = engine.add(Request(text(30, 2), max_tokens=1))
+    engine.step()
+    assert [row.id for row in engine.scheduler.waiting] == [twin]
+    assert {row.id for row in engine.scheduler.prefilling} | {other} == {first, other}
+    events = events_of(engine)
+    assert next(e for e in events if e.id == twin).cached_tokens >= 4 * PAGE_SIZE
+
+
+def test_nothing_passes_a_prompt_that_waits_for_pages(native: Any) -> None:
+    engine = Engine(native, max_rows=3, pages=6, prefix_cache=False)
+    engine.add(Request(text(4 * PAGE_SIZE), max_tokens=60))
+    engine.step()
+    long = engine.add(Request(text(4 * PAGE_SIZE, 2), max_tokens=2))
+    short = engine.add(Request(text(3, 3), max_tokens=2))
+    engine.step()
+    assert [row.id for row in engine.scheduler.waiting] == [long, short]
+    ended = [event.id for event in events_of(engine) if event.finish_reason]
+    assert set(ended[1:]) == {long, short}
+
+
+def test_a_prompt_is_counted_once(native: Any) -> None:
+    """Whatever is forked or preempted."""
+    engine = Engine(native, max_rows=4)
+    stem = text(3 * PAGE_SIZE)
+    engine.add(Request(stem + [5], max_tokens=1))
+    events_of(engine)
+    id = engine.add(Request(stem + [6, 7], max_tokens=4, n=3))
+    engine.step()
+    engine.step()
+    assert len(engine.decode.rows) == 3
+    assert engine._preempt() and engine.statistics.preemptions == 1
+    events = [event for event in events_of(engine) if event.id == id]
+    assert {event.cached_tokens for event in events} == {len(stem)}
+    assert engine.statistics.prompt_tokens == 2 * len(stem) + 3
+    assert engine.statistics.prefix_hits == len(stem)
+
+
+def test_the_index_can_be_cleared(native: Any) -> None:
+    engine = Engine(native, max_rows=2)
+    request = Request(text(3 * PAGE_SIZE), max_tokens=1)
+    for hits in (0, 2 * PAGE_SIZE + 63, 0):
+        if hits == 0:
+            engine.clear_prefix_cache()
+            assert engine.cache.pool.cached == 0
+        engine.add(request)
+        assert events_of(engine)[0].cached_tokens == hits
+
+
+def test_prompts_that_tell_take_their_pages_first(native: Any) -> None:
+    """Two in a chunk, of which the pages of one are there: neither runs by half."""
+    engine = Engine(native, max_rows=2, pages=4, chunk=256, prefix_cache=False)
+    ids = [engine.add(Request(text(90, i), max_tokens=3, prompt_logprobs=1)) for i in range(2)]
+    engine.prefill.admit(others=False)
+    taken = engine.cache.pool.take(1)
+    assert engine.step() == [] and engine.cache.lengths == [0, 0]
+    assert engine.statistics.preemptions == 1
+    engine.cache.pool.release(taken)
+    told = {event.id: event.prompt_logprobs for event in events_of(engine) if event.prompt_logprobs}
+    assert {id: len(found) for id, found in told.items()} == dict.fromkeys(ids, 90)
+
+
+def test_chunks_begin_as_they_are_told_to() -> None:
+    """As long as none was timed; then the seconds say how long."""
+    from lfm2_fast.engine.request import Row
+
+    scheduler = Scheduler(0.05, first=MOST)
+    row = Row(0, Request(text(9000)), 0, limit=1, arrival=0)
+    scheduler.prefilling.append(row)
+    assert scheduler.next_chunk(lambda row: 0, True) == [(row, MOST)]
+    scheduler.measured([row], 1000, 0.1)
+    assert scheduler.next_chunk(lambda row: 0, True) == [(row, 448)]
+    assert scheduler.next_chunk(lambda row: 0, False) == [(row, MOST)]
