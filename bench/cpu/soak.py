@@ -18,7 +18,7 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Soak:
         self.ends: Counter[str] = Counter()
         self.requests = 0
         self.failures: list[str] = []
+        self.pages: dict[str, int] = {}
         self.kept: list[tuple[Ask, list[int]]] = []
         self._plain = 0
         self._keep = random.Random(1)
@@ -101,6 +102,8 @@ class Soak:
             if not stop.is_set():
                 await asyncio.wait({stopped}, timeout=end - loop.time())
             await self._drain(clients)
+            if watch.done():
+                self._fail(f"nothing was noted from some moment on: {watch.exception()!r}")
             watch.cancel()
             self._account()
         loop.remove_signal_handler(signal.SIGINT)
@@ -110,7 +113,7 @@ class Soak:
 
     async def _client(self, front: AsyncEngine, ask: Ask) -> None:
         """Read a request's events, to its end or until the client leaves."""
-        events = front.generate(ask.request)
+        events: Any = front.generate(ask.request)
         tokens: list[list[int]] = [[] for _ in range(ask.request.n)]
         reasons: list[str] = []
         seen = 0
@@ -221,7 +224,7 @@ class Soak:
         return {"checked": len(self.kept), "of": self._plain, "differ": parted}
 
 
-def memory_of(series: dict[str, Sequence[float]]) -> dict[str, float]:
+def memory_of(series: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the resident memory's slope and range over the last two thirds of the samples."""
     first = len(series["seconds"]) // 3
     seconds, resident = (list(series[name][first:]) for name in ("seconds", "resident_bytes"))
@@ -276,10 +279,13 @@ def main() -> None:
     engine = Engine(model, max_rows=given.rows, pages=given.pages, max_waiting=256)
     soak = Soak(engine, Traffic(given.seed, ids), given.checks)
     others = Neighbours(own=[])
-    finished = asyncio.run(soak.run(given.minutes, given.rate, given.seed))
-    found["others"] = others.seen()
-    report(soak, found, finished)
-    results.write(given.out, found)
+    finished = False
+    try:
+        finished = asyncio.run(soak.run(given.minutes, given.rate, given.seed))
+    finally:
+        found["others"] = others.seen()
+        report(soak, found, finished)
+        results.write(given.out, found)
     exact = lfm2_fast.load(TINY, device="cpu", dtype="float64", backend="eager").network
     found["greedy"] = soak.check(model, exact)
     results.write(given.out, found)
