@@ -55,7 +55,7 @@ class Traffic:
     def next(self) -> Ask:
         """Return what the next client asks for."""
         prompt = self._prompt()
-        most = 300 if self._comes(0.05, "long answer") else self._size(120)
+        most = 300 if self._comes(0.12, "long answer") else self._size(120)
         fields: dict[str, Any] = {"max_tokens": most, "eos": ENDS}
         fields["seed"] = self.pick.randrange(2**32)
         fields["n"] = self.pick.choice([1, 1, 1, 1, 1, 1, 1, 2, 2, 3])

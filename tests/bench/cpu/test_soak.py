@@ -44,7 +44,7 @@ def test_a_short_soak_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["protocol"]["dtype"] == "bfloat16" and found["commit"]
     assert found["requests"] > 10 and found["new_tokens"] > 100
     assert found["greedy"]["checked"] == 3
-    assert found["pages"]["used"] == 0 and found["pages"]["limit"] == 24
+    assert found["pages"]["used"] == 0 and found["pages"]["limit"] == 16
     lengths = {len(values) for values in found["series"].values()}
     assert len(lengths) == 1 and min(lengths) >= 3
     assert found["memory"]["last_mib"] > 50
