@@ -26,8 +26,6 @@ from bench.worker import EngineError
 HOST = "127.0.0.1"
 # Seconds: for a file to be loaded, and for the slowest of many requests.
 START, LONGEST = 120.0, 1800.0
-# Of no proxy, whatever the environment says.
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Far above any logit, so that the biased token is the next one.
 FORCED = 1e6
 
@@ -50,6 +48,8 @@ class LlamaServer:
         self, program: Path, file: Path, threads: int, rows: int, length: int, name: str
     ) -> None:
         self.name, self.port = name, free_port()
+        # Without a proxy, whatever the environment says.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         if not program.is_file():
             raise EngineError(f"there is no program {program}: run `make peers`", name)
         # The prompt cache keeps states between requests, which none of these asks for.
@@ -145,7 +145,7 @@ class LlamaServer:
             {"Content-Type": "application/json"},
         )
         try:
-            with OPENER.open(request, timeout=LONGEST) as answer:
+            with self.opener.open(request, timeout=LONGEST) as answer:
                 found = json.load(answer)
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")
@@ -160,7 +160,7 @@ class LlamaServer:
         """Wait until the file is loaded."""
         while True:
             try:
-                with OPENER.open(f"http://{HOST}:{self.port}/health", timeout=5):
+                with self.opener.open(f"http://{HOST}:{self.port}/health", timeout=5):
                     return
             except (OSError, http.client.HTTPException):
                 pass

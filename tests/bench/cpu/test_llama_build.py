@@ -113,9 +113,13 @@ def test_a_build_that_fails_leaves_no_stamp(
     assert not llama_build.built()
 
 
-def test_a_missing_compiler_is_named(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(
+    tools: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     llama_build.check_compiler()
     (tools / "c++").unlink()
+    assert llama_build.main() == 1 and not llama_build.PEERS.exists()
+    assert "is not built: no compiler c++" in capsys.readouterr().err
     with pytest.raises(BuildError, match=r"c\+\+ or g\+\+ or clang\+\+ .*apt install .*\$CXX"):
         llama_build.check_compiler()
     monkeypatch.setenv("CXX", "cc -std=c++20")
@@ -145,7 +149,7 @@ def test_the_pinned_version_is_downloaded(tools: Path, tmp_path: Path) -> None:
     made, into = sdist(tmp_path / "index", "setup.py"), tmp_path / "into"
     copies = f'echo "$@" > {tmp_path}/pip; /bin/mkdir {into}; /bin/cp {made} {into}/'
     (tools / "python").write_text(f"#!/bin/sh\n{copies}\n")
-    assert llama_build.download(into) == into / made.name
+    sdist(into, "old").rename(into / "llama_cpp_python-1.1.tar.gz")
     assert llama_build.download(into) == into / made.name
     asked = (tmp_path / "pip").read_text()
     assert "--no-binary llama-cpp-python" in asked and "llama-cpp-python==1.2" in asked
