@@ -37,7 +37,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_vocabulary(writer: Any, config: dict[str, Any]) -> None:
-    """Add a token ``t<id>`` for every id, since the server refuses a file without texts."""
+    """Add a token ``t<id>`` for every id, since the server aborts without texts."""
     size = config["vocab_size"]
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import subprocess
 import tempfile
@@ -31,7 +32,7 @@ FORCED = 1e6
 
 
 def free_port() -> int:
-    """Port that nobody listens at."""
+    """Port that is free now."""
     with socket.socket() as made:
         made.bind((HOST, 0))
         return int(made.getsockname()[1])
@@ -61,7 +62,12 @@ class LlamaServer:
         begin = time.perf_counter()
         try:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                # A debugger's lines would come after the one that names the fault.
+                env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             )
         except OSError as error:
             self.log.close()
