@@ -41,8 +41,7 @@ lint: $(READY) ## Check style and types
 peers: $(PEERS) ## Build llama.cpp's own server, bench, quantize and perplexity, once, for this processor
 
 bench: $(PEERS) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
-	@echo "takes about BENCH_MINUTES minutes on two cores at 350M's shape;" \
-	"larger shapes as much longer as they are larger"
+	@echo "every case says how long it has left; larger shapes take as much longer as they are larger"
 	@$(BIN)/pip install -q -c constraints.txt gguf
 	$(BIN)/python -m bench.cpu.peers --size $(SIZE)
 

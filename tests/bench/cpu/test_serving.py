@@ -77,12 +77,12 @@ def test_the_real_server_takes_turns_with_the_engine(
     pytest.importorskip("gguf")
     out = tmp_path / "serving.json"
     monkeypatch.setattr(serving, "checkpoint", lambda size: folder)
-    given = [*FEW, "--out", str(out), "--quantization", "int8"]
+    given = [*FEW, "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["serving", "--size", "tiny", *given])
     serving.main()
     found = json.loads(out.read_text())
     assert {name: len(rates) for name, rates in found["output tokens/s"].items()} == {
         "engine": 1,
-        "llama-server Q8_0": 1,
+        "llama-server BF16": 1,
     }
-    assert found["engine over llama-server Q8_0"]["must"] == 2.4
+    assert found["engine over llama-server BF16"]["value"] > 0
