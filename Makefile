@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HARNESS := $(VENV)/.harness
+PEERS := $(or $(LFM2_FAST_PEERS_DIR),build/peers)/.ready
 # On every core, whose workers take a thread each (tests/conftest.py) and tests from one another.
 PYTEST := $(BIN)/pytest -p no:benchmark -n auto --maxprocesses=16 --dist=worksteal
 SIZE := 350M
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test check nightly lint bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
+.PHONY: help demo test check nightly lint peers bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
 .PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
@@ -37,14 +38,12 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# llama.cpp is compiled for this processor, once, in some five minutes.
-bench: $(READY) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
-	@echo "takes about 12 minutes on two cores at 350M's shape, 5 of them to compile llama.cpp once;" \
-	"larger shapes as much longer as they are larger"
-	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
-	$(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python gguf llama-cpp-python \
-	|| echo "llama.cpp could not be built and is left out" >&2
-	$(BIN)/python -m bench.cpu.peers --size $(SIZE) $(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH))
+peers: $(PEERS) ## Build llama.cpp's own server, bench, quantize and perplexity, once, for this processor
+
+bench: $(PEERS) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
+	@echo "every case says how long it has left; larger shapes take as much longer as they are larger"
+	@$(BIN)/pip install -q -c constraints.txt gguf
+	$(BIN)/python -m bench.cpu.peers --size $(SIZE)
 
 bench-report: $(READY) ## Rewrite the tables of the documentation from bench/results
 	$(BIN)/python -m bench.report.tables
@@ -92,6 +91,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/pi
 # The extra "eval", without building the package once more: two minutes, 600 MB.
 $(HARNESS): $(READY)
 	$(BIN)/pip install -c constraints.txt 'lm_eval[hf]'
+	@touch $@
+
+$(PEERS): constraints.txt | $(READY)
+	$(BIN)/python -m bench.cpu.llama_build
 	@touch $@
 
 $(BIN)/pip:

@@ -26,9 +26,6 @@ ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm2_fast int8": ("cpu.engines", "Ours", {"quantization": "int8"}),
     "transformers": ("cpu.engines", "HuggingFace", {}),
     "transformers compiled": ("cpu.engines", "HuggingFaceCompiled", {}),
-    "llama.cpp BF16": ("cpu.llama_cpp", "LlamaCpp", {"kind": "BF16"}),
-    "llama.cpp Q8_0": ("cpu.llama_cpp", "LlamaCpp", {"kind": "Q8_0"}),
-    "llama.cpp Q4_0": ("cpu.llama_cpp", "LlamaCpp", {"kind": "Q4_0"}),
 }
 # The same names on a GPU.
 GPU_ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -110,11 +107,6 @@ class Service:
     def __init__(self, name: str, *, gpu: bool = False) -> None:
         module, kind, options = (GPU_ENGINES if gpu else ENGINES | REFERENCES)[name]
         self.engine = getattr(importlib.import_module(f"bench.{module}"), kind)(**options)
-
-    def prepare(self, folder: str) -> None:
-        """Make the files that the engine needs beside the checkpoint."""
-        if hasattr(self.engine, "file"):
-            self.engine.file(Path(folder), self.engine.kind)
 
     def load(self, folder: str, threads: int) -> float:
         begin = time.perf_counter()

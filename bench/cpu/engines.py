@@ -1,8 +1,7 @@
-"""The engines that are compared, each driven in its own best way through the same few calls.
+"""The engines that are Python, each driven in its own best way through the same few calls.
 
-This file and ``llama_cpp.py`` alone know how an engine is called: ``lfm2_fast`` through its public
-``generate``; Hugging Face through the model's forward call, to which its own ``generate`` only adds
-time; llama.cpp through its C interface.
+``lfm2_fast`` is called through its public ``generate``; Hugging Face through the model's forward
+call, to which its own ``generate`` only adds time. llama.cpp is a program: ``llama_bench.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""llama.cpp's own program ``llama-bench`` as an engine, where one is given.
+"""llama.cpp as an engine: its own ``llama-bench``, after a look at the logits of its server.
 
-Its options and the fields of its JSON are those of llama.cpp's ``tools/llama-bench/README.md``.
-It chooses no token and shows no logits, so these cannot be checked: all that can be said is whether
-the same file was right when llama-cpp-python ran it.
+The options and the fields of its JSON are those of llama.cpp's ``tools/llama-bench/README.md``.
 """
 
 from __future__ import annotations
@@ -12,65 +10,71 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bench.cpu.llama_cpp import write_gguf
-from bench.worker import EngineError
+import numpy as np
 
-KINDS = ("BF16", "Q8_0", "Q4_0")
-PREFIX = "llama-bench "
-# Weights in memory of the process, as other engines have them: older spelling, newer, none.
-UNMAPPED = (["-mmp", "0"], ["-lm", "none"], [])
+from bench.cpu.gguf_file import GGUFError, gguf_file
+from bench.cpu.llama_server import LlamaServer
+from bench.gate import PROMPT, STEPS
+from bench.worker import EngineError
+from lfm2_fast.cli.machine_load import memory
+
+PREFIX = "llama.cpp "
 LONGEST = 900
 
 
 class LlamaBench:
-    """The program on a GGUF file of one kind, which is made beside the checkpoint if need be.
+    """The program on a checkpoint's GGUF file of one kind, which is made where it is missing.
 
-    Raises EngineError where the program or the file cannot be had, or the program fails.
+    ``programs`` is the folder of llama.cpp's programs. Each turn is a run of its own, which loads
+    the file anew. Raises EngineError where the program or the file cannot be had.
     """
 
-    def __init__(self, program: Path, kind: str, folder: Path, threads: int) -> None:
-        self.program, self.kind, self.threads = program, kind, threads
-        self.name = PREFIX + kind
-        self.build = ""
-        if not program.is_file():
-            raise EngineError(f"there is no program {program}", self.name)
-        self.file = self._file(folder, kind)
-        self.unmapped: list[str] = []
-        for place, options in enumerate(UNMAPPED):
-            self.unmapped = options
-            try:
-                self._run(0, 0, 1)
-                break
-            except EngineError:
-                if place == len(UNMAPPED) - 1:
-                    raise
+    def __init__(self, programs: Path, kind: str, folder: Path, threads: int) -> None:
+        self.program, self.threads = programs / "llama-bench", threads
+        self.programs, self.name = programs, PREFIX + kind
+        self.versions: dict[str, str] = {}
+        if not self.program.is_file():
+            raise EngineError(f"there is no program {self.program}: run `make peers`", self.name)
+        try:
+            self.file = gguf_file(folder, kind, programs / "llama-quantize")
+        except GGUFError as error:
+            raise EngineError(str(error), self.name) from error
 
-    @property
-    def versions(self) -> dict[str, str]:
-        return {"llama-bench": self.build}
+    def inspect(self, size: int) -> tuple[np.ndarray, float, dict[str, int]]:
+        """Logits ``[STEPS, size]`` of ``gate.PROMPT``, seconds to load the file, memory in bytes.
+
+        All three are the server's, which runs the file as ``llama-bench`` does, and shows logits.
+        """
+        program, length = self.programs / "llama-server", len(PROMPT) + STEPS
+        with LlamaServer(program, self.file, self.threads, 1, length, self.name) as server:
+            logits = server.logits(PROMPT, STEPS, size)
+            return logits, server.seconds, memory(pid=server.process.pid)
 
     def rate(self, context: int, steps: int) -> float:
         """Tokens a second of one run: ``steps`` after ``context``, or with no steps, of these."""
-        found = self._run(0, context, steps) if steps else self._run(context, 0, 0)
-        return float(found["samples_ts"][0])
+        prompt, depth = (0, context) if steps else (context, 0)
+        wanted = {"n_prompt": prompt, "n_depth": depth, "n_gen": steps, "n_threads": self.threads}
+        # Weights lie in memory of the process, as other engines have them.
+        options = ["-m", self.file, "-t", self.threads, "-ngl", 0, "-lm", "none"]
+        options += ["-p", prompt, "-d", depth, "-n", steps, "-r", 1, "-o", "json"]
+        found = self._run([str(self.program), *map(str, options)])
+        try:
+            ran = {name: found[name] for name in wanted}
+            samples = found["samples_ts"]
+            self.versions = {"llama.cpp": str(found["build_commit"])}
+        except (KeyError, TypeError) as error:
+            raise EngineError(f"its answer lacks a field: {error}", self.name) from error
+        if ran != wanted or len(samples) != 1:
+            raise EngineError(f"it ran {ran}, {len(samples)} times, not {wanted} once", self.name)
+        return float(samples[0])
 
     def close(self) -> None:
         """Nothing runs between turns."""
 
-    def _run(self, prompt: int, depth: int, steps: int) -> dict[str, Any]:
-        """Run the program once; its object of the one test."""
-        wanted = {"n_prompt": prompt, "n_depth": depth, "n_gen": steps, "n_threads": self.threads}
-        options = ["-m", self.file, "-t", self.threads, "-ngl", 0, *self.unmapped]
-        options += ["-p", prompt, "-n", steps, "-r", 1, "-o", "json"]
-        if depth:
-            options += ["-d", depth]
+    def _run(self, command: list[str]) -> Any:
+        """Run the program; the object of its one test."""
         try:
-            done = subprocess.run(
-                [str(self.program), *map(str, options)],
-                capture_output=True,
-                text=True,
-                timeout=LONGEST,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EngineError(str(error), self.name) from error
         if done.returncode:
@@ -78,33 +82,6 @@ class LlamaBench:
             raise EngineError(f"it ended with code {done.returncode} and said: {said}", self.name)
         try:
             (found,) = json.loads(done.stdout)
-            ran = {name: found.get(name, 0) for name in wanted}
-            self.build = f"{found['build_number']} ({found['build_commit']})"
-            samples = found["samples_ts"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise EngineError(f"its answer is not one test's JSON: {error}", self.name) from error
-        if ran != wanted or len(samples) != 1:
-            raise EngineError(f"it ran {ran}, {len(samples)} times, not {wanted} once", self.name)
         return found
-
-    def _file(self, folder: Path, kind: str) -> Path:
-        """The same file that llama-cpp-python reads, or one made anew."""
-        path = folder / f"{kind}.gguf"
-        if path.is_file():
-            return path
-        partial, quantiser = path.with_suffix(".partial"), self.program.with_name("llama-quantize")
-        try:
-            if kind != "BF16" and quantiser.is_file():
-                base = self._file(folder, "BF16")
-                command = [str(quantiser), str(base), str(partial), kind]
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONGEST)
-            elif kind == "Q4_0":
-                raise EngineError(
-                    "its file is made by llama-quantize, which is not beside the program", self.name
-                )
-            else:
-                write_gguf(folder, partial, kind)
-        except (ImportError, OSError, subprocess.SubprocessError) as error:
-            raise EngineError(f"no {path.name}: {error}", self.name) from error
-        partial.replace(path)
-        return path

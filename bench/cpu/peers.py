@@ -1,10 +1,10 @@
 """Time this package beside Hugging Face and llama.cpp on a CPU: what ``make bench`` runs.
 
-    python -m bench.cpu.peers [--size 350M] [--llama-bench PROGRAM]
+    python -m bench.cpu.peers [--size 350M]
 
 All engines run one checkpoint of random weights, in turns A B C ... C B A, each in a process of its
 own. Before anything is timed an engine's logits are held against the reference in float32: what
-computes something else is not timed.
+computes something else is not timed. llama.cpp's programs are those that ``make peers`` builds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.cpu.llama_bench import KINDS, PREFIX, LlamaBench
-from bench.gate import PROMPT, STEPS, distance, rounding, wrong_logits
+from bench.cpu.gguf_file import KINDS
+from bench.cpu.llama_bench import PREFIX, LlamaBench
+from bench.cpu.llama_build import program
+from bench.cpu.references import Reference, reference
+from bench.gate import PROMPT, STEPS, distance
 from bench.report import results
 from bench.report.goals import goal_table, verdicts
 from bench.report.results import Figure
 from bench.report.tables import figure_table, memory_table
 from bench.shapes import SIZES, checkpoint
-from bench.worker import ENGINES, REFERENCES, ROOT, EngineError, Remote
+from bench.worker import ENGINES, ROOT, EngineError, Remote
 from lfm2_fast.cli.machine_load import Neighbours, memory, memory_speed
 
-# What 8 and 4 bits cost, by the last word of an engine's name; others see ``gate.rounding``.
-# Random weights suffer more than trained ones; logits of another model are off by 1.4.
-ALLOWED = {"Q4_0": 0.9, "Q8_0": 0.2, "int8": 0.2}
-
 Engine = Remote | LlamaBench
+NAMES = (*ENGINES, *(PREFIX + kind for kind in KINDS))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Facts of an engine that has loaded a checkpoint: seconds and bytes that it took for it."""
+
+    logits: np.ndarray
+    seconds: float
+    resident: float
+    peak: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def why_not(engine: Engine, name: str) -> str | None:
     if engine.name == "transformers compiled" and name not in COMPILED_CASES:
         return "compiling takes a minute for each case"
     if isinstance(engine, LlamaBench) and CASES[name].batch > 1:
-        return "the program runs one sequence"
+        return "llama-bench runs one sequence"
     return None
 
 
@@ -142,70 +152,67 @@ def import_seconds(rounds: int) -> Figure:
     return Figure("import", "lfm2_fast", "s", times[1:])
 
 
-def reference_logits(name: str, folder: Path, threads: int) -> np.ndarray:
-    """The logits that engines are held against, of a process that is gone again."""
-    reference = Remote(name)
-    reference.ask("load", folder=str(folder), threads=threads)
-    found = reference.logits(PROMPT, STEPS)
-    reference.close()
-    return found
+def open_remote(name: str, folder: Path, threads: int) -> tuple[Remote, Opened]:
+    """Load an engine in a process of its own, and run the gate's prompt."""
+    engine = Remote(name)
+    try:
+        empty = memory(pid=engine.process.pid).get("resident", 0)
+        seconds = engine.ask("load", folder=str(folder), threads=threads)
+        logits = engine.logits(PROMPT, STEPS)
+    except EngineError:
+        engine.close()
+        raise
+    held = memory(pid=engine.process.pid)
+    return engine, Opened(logits, seconds, held["resident"] - empty, held["peak"])
+
+
+def open_llama(
+    kind: str, folder: Path, threads: int, programs: Path, size: int
+) -> tuple[LlamaBench, Opened]:
+    """Make llama.cpp's file of a kind, and run the gate's prompt in its server.
+
+    ``size`` is the vocabulary's.
+    """
+    engine = LlamaBench(programs, kind, folder, threads)
+    logits, seconds, held = engine.inspect(size)
+    return engine, Opened(logits, seconds, held["resident"], held["peak"])
 
 
 def open_engines(
-    names: Sequence[str], folder: Path, threads: int, llama_python: str | None
-) -> tuple[list[Remote], list[Figure], dict[str, str]]:
-    """The engines that run here and are right, their load times, and why others are left out."""
-    exact, plain = (reference_logits(name, folder, threads) for name in REFERENCES)
-    rounded = rounding(exact, plain)
-    engines, figures, skipped = [], [], {}
+    names: Sequence[str], folder: Path, threads: int, programs: Path, right: Reference
+) -> tuple[list[Engine], list[Figure], dict[str, str]]:
+    """The engines that run here and are right, their load times, and why others are left out.
+
+    ``programs`` is the folder of llama.cpp's.
+    """
+    engines: list[Engine] = []
+    figures, skipped = [], {}
     for name in names:
-        python = llama_python if name.startswith("llama.cpp") else None
+        engine: Engine
+        held = right.centred() if name.startswith(PREFIX) else right
         try:
-            engine = Remote(name, python)
-            engine.ask("prepare", folder=str(folder))
-            empty = memory(pid=engine.process.pid).get("resident", 0)
-            seconds = engine.ask("load", folder=str(folder), threads=threads)
-            allowed = ALLOWED.get(name.split()[-1], rounded)
-            logits = engine.logits(PROMPT, STEPS)
-            wrong = wrong_logits(logits, exact, allowed)
+            if name.startswith(PREFIX):
+                kind, size = name.removeprefix(PREFIX), right.exact.shape[-1]
+                engine, found = open_llama(kind, folder, threads, programs, size)
+            else:
+                engine, found = open_remote(name, folder, threads)
         except EngineError as error:
-            wrong = str(error)
+            wrong: str | None = str(error)
+        else:
+            wrong = held.wrong(name, found.logits)
+            if wrong:
+                engine.close()
         if wrong:
             skipped[name] = wrong
             print(f"left out: {name}: {wrong}", flush=True)
             continue
         engines.append(engine)
-        held = memory(pid=engine.process.pid)
-        figures.append(Figure("load", name, "s", [seconds]))
-        figures.append(Figure("memory after load", name, "bytes", [held["resident"] - empty]))
-        figures.append(Figure("peak memory", name, "bytes", [held["peak"]]))
-        figures.append(Figure("logits", name, "error", [distance(logits, exact)]))
-        print(f"{name}: right, loaded in {seconds:.1f} s", flush=True)
+        figures.append(Figure("load", name, "s", [found.seconds]))
+        figures.append(Figure("memory after load", name, "bytes", [found.resident]))
+        figures.append(Figure("peak memory", name, "bytes", [found.peak]))
+        figures.append(Figure("logits", name, "error", [distance(found.logits, held.exact)]))
+        print(f"{name}: right, loaded in {found.seconds:.1f} s", flush=True)
     return engines, figures, skipped
-
-
-def open_llama_bench(
-    program: Path, folder: Path, threads: int, right: Collection[str]
-) -> tuple[list[LlamaBench], dict[str, str], dict[str, str]]:
-    """``llama-bench`` on each file that can be had; why others are not; what is known of theirs.
-
-    ``right`` are the engines whose logits passed the gate.
-    """
-    found, skipped, ungated = [], {}, {}
-    for kind in KINDS:
-        name = PREFIX + kind
-        try:
-            engine = LlamaBench(program, kind, folder, threads)
-        except EngineError as error:
-            skipped[name] = str(error)
-            print(f"left out: {name}: {error}", flush=True)
-            continue
-        found.append(engine)
-        same = f"llama.cpp {kind}" in right
-        known = "were right in llama-cpp-python" if same else "were seen by nobody"
-        ungated[name] = f"it shows no logits; those of its file {known}"
-        print(f"{name}: runs; {ungated[name]}", flush=True)
-    return found, skipped, ungated
 
 
 def main() -> None:
@@ -215,24 +222,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--engines", help="names with commas; default: all", default="")
     parser.add_argument("--cases", help="numbers from 1, with commas; default: all", default="")
-    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python and gguf")
-    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program of that name")
+    parser.add_argument(
+        "--llama", type=Path, default=program(""), help="the folder of llama.cpp's programs"
+    )
     parser.add_argument("--out", type=Path, help="default: bench/results/cpu-SIZE.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    names = given.engines.split(",") if given.engines else list(ENGINES)
+    names = given.engines.split(",") if given.engines else list(NAMES)
     every = list(CASES)
     wanted = [every[int(n) - 1] for n in given.cases.split(",")] if given.cases else every
     folder = checkpoint(given.size)
     print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
     print("engines load, and their logits are held against the reference's", flush=True)
-    remotes, figures, skipped = open_engines(names, folder, given.threads, given.llama_python)
-    engines: list[Engine] = list(remotes)
-    ungated: dict[str, str] = {}
-    if given.llama_bench:
-        right = {engine.name for engine in remotes}
-        added = open_llama_bench(given.llama_bench, folder, given.threads, right)
-        engines, skipped, ungated = [*engines, *added[0]], skipped | added[1], added[2]
+    right = reference(folder, given.threads)
+    engines, figures, skipped = open_engines(names, folder, given.threads, given.llama, right)
     figures.append(import_seconds(5))
     speed = memory_speed(torch.device("cpu"))
     figures += [Figure(name, "machine", "bytes/s", [value]) for name, value in speed.items()]
@@ -245,15 +248,14 @@ def main() -> None:
             "order": "engines in turns, back and forth; one turn each before that does not count",
             "sample": "tokens a second of one turn, choice of the likeliest token included",
             "cases": {name: vars(CASES[name]) for name in wanted},
-            "memory": "resident after loading and a few tokens, less what was before loading",
+            "memory": "resident after loading and a few tokens, less what was before loading; "
+            "of llama.cpp all of its server's",
             "gate": "logits of a prompt and of steps after it against float32",
         },
     )
-    found["versions"] |= {key: value for e in engines for key, value in e.versions.items()}
     found["skipped"] = skipped
-    if ungated:
-        found["ungated"] = ungated
     out = given.out or results.RESULTS / f"cpu-{given.size}.json"
+    remotes = [engine for engine in engines if isinstance(engine, Remote)]
     others = Neighbours(own=[engine.process.pid for engine in remotes])
     for place, name in enumerate(wanted):
 
@@ -262,6 +264,7 @@ def main() -> None:
 
         figures += measure(engines, name, given.rounds, skipped, told)
         print(f"\n{figure_table(figures, [name])}\n", flush=True)
+        found["versions"] |= {key: value for e in engines for key, value in e.versions.items()}
         found |= {"others": others.seen(), "figures": results.as_json(figures)}
         results.write(out, found)
     for engine in engines:

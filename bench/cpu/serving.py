@@ -1,7 +1,8 @@
-"""Time the engine under many requests on a CPU, beside ``generate`` of another checkout.
+"""Time the engine under many requests on a CPU, beside llama.cpp's server and another checkout.
 
-    python -m bench.cpu.serving --size 350M --before ../before
+    python -m bench.cpu.serving --size 350M --quantization int8 --requests 32 --before ../before
 
+``llama-server`` reads the same weights in BF16, or in Q8_0 beside int8; ``make peers`` builds it.
 Figures: output tokens a second of requests that come all at once; the first token of a prompt whose
 beginning is cached over one whose is not; how long rows that write wait for a token while a long
 prompt runs; and what a step costs beside the model. Weights are random, so texts mean nothing.
@@ -13,6 +14,9 @@ import argparse
 import json
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,8 +25,16 @@ import torch
 
 import lfm2_fast
 from bench.cpu.engines import prompt
+from bench.cpu.gguf_file import gguf_file
+from bench.cpu.llama_build import program
+from bench.cpu.llama_server import LlamaServer
+from bench.cpu.references import reference
+from bench.gate import PROMPT, STEPS
 from bench.report import results
+from bench.report.goals import judged
+from bench.report.stats import ratio
 from bench.shapes import SIZES, checkpoint
+from bench.worker import EngineError
 from lfm2_fast.cli.machine_load import Neighbours, quantile
 
 # What the other checkout runs: its own generate, as many rows at a time as are given.
@@ -38,6 +50,11 @@ begin = time.perf_counter()
 model.generate(prompts, max_new_tokens=new, **options)
 print(json.dumps(time.perf_counter() - begin))
 """
+
+# Rows that the engine, the other checkout and the server run at once.
+ROWS = 16
+# The engine's int8 over the server's Q8_0, in output tokens a second.
+Q8_0, MUST, AIM = "llama-server Q8_0", 2.4, 3.0
 
 
 def drain(engine: lfm2_fast.Engine) -> list[float]:
@@ -64,6 +81,49 @@ def before(root: Path, folder: Path, threads: int, rows: int, given: str, option
     call = [python, "-c", BEFORE, str(folder), str(threads), str(rows), given, options]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=root)
     return float(json.loads(done.stdout))
+
+
+def llama_server(path: Path, folder: Path, threads: int, length: int, kind: str) -> LlamaServer:
+    """Start ``llama-server`` on the checkpoint's file of a kind, with room for ``ROWS`` requests.
+
+    Raises EngineError where its logits are not the reference's.
+    """
+    name = f"llama-server {kind}"
+    right = reference(folder, threads).centred()
+    file = gguf_file(folder, kind, path.with_name("llama-quantize"))
+    server = LlamaServer(path, file, threads, ROWS, length, name)
+    try:
+        logits = server.logits(PROMPT, STEPS, right.exact.shape[-1])
+        if wrong := right.wrong(name, logits):
+            raise EngineError(wrong, name)
+        server.together([PROMPT] * 2, 4)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def interleave(
+    sides: dict[str, Callable[[], float]],
+    tokens: int,
+    rounds: int,
+    tell: Callable[[str, Any], None],
+) -> dict[str, list[float]]:
+    """Output tokens a second of every side, in turns, back and forth; told after each round."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds):
+        for name in sides if i % 2 == 0 else reversed(sides):
+            rates[name].append(tokens / sides[name]())
+        tell("output tokens/s", rates)
+    return rates
+
+
+def verdict(ours: list[float], theirs: list[float], name: str) -> dict[str, Any]:
+    """Ratio of medians with its interval, and beside Q8_0 the goal that it reaches."""
+    found = ratio(ours, theirs, paired=True)
+    if name != Q8_0:
+        return dict(zip(("value", "low", "high"), found, strict=True))
+    return asdict(judged(f"requests at once against {name}", MUST, AIM, found, more_is_better=True))
 
 
 def first_token(model: Any, length: int, cached: int, rounds: int) -> dict[str, list[float]]:
@@ -136,6 +196,9 @@ def main() -> None:
     parser.add_argument(
         "--before", type=Path, help="another checkout, with an environment in .venv"
     )
+    parser.add_argument(
+        "--llama-server", type=Path, help="default: that of `make peers`, where it was run"
+    )
     parser.add_argument("--quantization", choices=("int8",))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, default=64)
@@ -149,33 +212,44 @@ def main() -> None:
     folder = checkpoint(given.size).resolve()
     options = {"quantization": given.quantization} if given.quantization else {}
     model = lfm2_fast.load(folder, device="cpu", **options)
-    protocol = {name: value for name, value in vars(given).items() if name not in ("out", "before")}
+    paths = ("out", "before", "llama_server")
+    protocol = {name: value for name, value in vars(given).items() if name not in paths}
     found = results.header(f"LFM2-{given.size}'s shape on a CPU, many requests", protocol)
-    others = Neighbours(own=[])
     prompts = [prompt(row, given.prompt) for row in range(given.requests)]
     new = given.new
-    tokens = given.requests * new
+    sides = {"engine": lambda: together(model, prompts, new, ROWS)}
+    if given.before is not None:
+        root, arguments = given.before.resolve(), (json.dumps([prompts, new]), json.dumps(options))
+        sides["before"] = lambda: before(root, folder, given.threads, ROWS, *arguments)
+    path = given.llama_server or program("llama-server")
+    with ExitStack() as stack:
+        own = []
+        if given.llama_server is None and not path.is_file():
+            print("llama-server is left out: `make peers` builds it", flush=True)
+        else:
+            kind, length = "Q8_0" if given.quantization else "BF16", given.prompt + new
+            server = stack.enter_context(llama_server(path, folder, given.threads, length, kind))
+            sides[server.name] = lambda: server.together(prompts, new)
+            own.append(server.process.pid)
+        others = Neighbours(own)
 
-    def tell(name: str, value: Any) -> None:
-        print(name, json.dumps(value), flush=True)
-        found[name] = value
-        found["others"] = others.seen()
-        suffix = f"-{given.quantization}" if given.quantization else ""
-        results.write(given.out or results.RESULTS / f"serving-{given.size}{suffix}.json", found)
+        def tell(name: str, value: Any) -> None:
+            print(name, json.dumps(value), flush=True)
+            found[name] = value
+            found["others"] = others.seen()
+            suffix = f"-{given.quantization}" if given.quantization else ""
+            out = given.out or results.RESULTS / f"serving-{given.size}{suffix}.json"
+            results.write(out, found)
 
-    tell("own time, 64 rows", own_time(model, 64, 40))
-    times = first_token(model, 1088, 1024, given.rounds + 3)
-    hit, miss = median(times["hit"]), median(times["miss"])
-    tell("first token", {**times, "hit over miss": hit / miss})
-    rates: dict[str, list[float]] = {"engine": [], "before": []}
-    for _ in range(given.rounds):
-        rates["engine"].append(tokens / together(model, prompts, new, 16))
-        if given.before is not None:
-            arguments = json.dumps([prompts, new]), json.dumps(options)
-            took = before(given.before.resolve(), folder, given.threads, 16, *arguments)
-            rates["before"].append(tokens / took)
-        tell("output tokens/s", rates)
-    tell("waits", waits(model, 8, given.long))
+        tell("own time, 64 rows", own_time(model, 64, 40))
+        times = first_token(model, 1088, 1024, given.rounds + 3)
+        hit, miss = median(times["hit"]), median(times["miss"])
+        tell("first token", {**times, "hit over miss": hit / miss})
+        rates = interleave(sides, given.requests * new, given.rounds, tell)
+        for name in rates:
+            if name.startswith("llama-server"):
+                tell(f"engine over {name}", verdict(rates["engine"], rates[name], name))
+        tell("waits", waits(model, 8, given.long))
 
 
 if __name__ == "__main__":

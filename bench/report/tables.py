@@ -156,8 +156,6 @@ def conditions(found: dict[str, Any]) -> str:
     if found.get("skipped"):
         reasons = "; ".join(f"{name} ({why})" for name, why in found["skipped"].items())
         text += f" Left out: {reasons}."
-    for name, known in found.get("ungated", {}).items():
-        text += f" {name} is timed unchecked: {known}."
     return text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,15 @@ def memory(device: torch.device | None = None, pid: int | None = None) -> dict[s
 class Neighbours:
     """What the processors did between its making and ``seen``, besides the processes in ``own``.
 
-    Reads Linux's /proc; elsewhere it sees nothing.
+    Programs that these started and that have ended are their own too. Reads Linux's /proc;
+    elsewhere it sees nothing.
     """
 
     def __init__(self, own: Iterable[int] | None = None) -> None:
         self.own = {os.getpid(), *(own or ())}
         self.begin = time.perf_counter()
         self.total, self.stolen = _processors()
-        self.each = _processes()
+        self.each = _processes(self.own)
 
     def seen(self) -> dict[str, Any]:
         """Processors that others used on average, those the host took away, and who used most."""
@@ -101,7 +102,7 @@ class Neighbours:
         total, stolen = _processors()
         used = {
             pid: (name, spent - self.each.get(pid, (name, 0))[1])
-            for pid, (name, spent) in _processes().items()
+            for pid, (name, spent) in _processes(self.own).items()
         }
         ours = sum(spent for pid, (_, spent) in used.items() if pid in self.own)
         by_name: dict[str, float] = {}
@@ -143,8 +144,8 @@ def _processors() -> tuple[int, int]:
     return user + nice + system + irq + softirq, stolen
 
 
-def _processes() -> dict[int, tuple[str, int]]:
-    """Name and ticks of every process that lives."""
+def _processes(parents: Container[int]) -> dict[int, tuple[str, int]]:
+    """Name and ticks of every process that lives, of ``parents`` with those of ended children."""
     found = {}
     for path in PROC.glob("[0-9]*/stat"):
         try:
@@ -153,5 +154,6 @@ def _processes() -> dict[int, tuple[str, int]]:
             continue  # it has ended meanwhile
         name = text[text.index("(") + 1 : text.rindex(")")]
         fields = text[text.rindex(")") + 2 :].split()
-        found[int(path.parent.name)] = (name, sum(int(x) for x in fields[11:13]))
+        pid = int(path.parent.name)
+        found[pid] = (name, sum(int(x) for x in fields[11 : 15 if pid in parents else 13]))
     return found

@@ -60,6 +60,11 @@ class Request:
     stream: bool = False
     adapter: str | None = None
 
+    def __post_init__(self) -> None:
+        # A caller's lists may grow while the request runs.
+        object.__setattr__(self, "prompt", tuple(self.prompt))
+        object.__setattr__(self, "eos", tuple(self.eos))
+
     def check(self, vocab_size: int, max_length: int) -> None:
         """Raise ValueError, naming field and value, for what cannot be run."""
         length = len(self.prompt)

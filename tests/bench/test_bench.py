@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -69,6 +70,16 @@ def test_neighbours_see_another_program_and_not_our_own() -> None:
     assert found["processors_used_by_others"] > 0.2
     assert any(name.startswith("python") for name in found["busiest"])
     assert without["processors_used_by_others"] < found["processors_used_by_others"] - 0.1
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="it reads Linux's /proc")
+def test_a_program_that_we_started_and_that_has_ended_is_our_own() -> None:
+    spin = "import time\nwhile time.process_time() < 0.4: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    user, system, *children, _ = os.times()
+    assert sum(children) > 0.3
+    _, ticks = Neighbours().each[os.getpid()]
+    assert ticks / os.sysconf("SC_CLK_TCK") > user + system + sum(children) - 0.1
 
 
 def test_bench_writes_figures_that_fit_together(
@@ -381,26 +392,3 @@ def test_an_engine_that_fails_says_why(remote: Remote, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="config.json"):
         remote.ask("load", folder=str(tmp_path), threads=1)
     assert remote.versions["torch"] == metadata.version("torch")
-
-
-def test_gguf_holds_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    from safetensors.torch import load_file
-
-    from bench.cpu.llama_cpp import write_gguf
-
-    path = tmp_path / "x.gguf"
-    write_gguf(tiny, path)
-    reader = gguf.GGUFReader(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    weights = load_file(tiny / "model.safetensors")
-    assert len(found) == len(weights)
-    embedding = torch.from_numpy(found["token_embd.weight"].data.copy()).view(torch.bfloat16)
-    assert torch.equal(embedding, weights["model.embed_tokens.weight"])
-    conv = torch.from_numpy(found["blk.0.shortconv.conv.weight"].data.copy())
-    assert torch.equal(conv, weights["model.layers.0.conv.conv.weight"].squeeze(1).float())
-    heads = reader.fields["lfm2.attention.head_count_kv"].contents()
-    assert [bool(n) for n in heads] == [
-        kind == "full_attention"
-        for kind in lfm2_fast.Config.from_file(tiny / "config.json").layer_types
-    ]

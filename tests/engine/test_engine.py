@@ -375,6 +375,18 @@ def test_what_cannot_run_is_refused(native) -> None:
             Engine(native, **given)
 
 
+def test_a_list_that_grows_later_changes_no_request(native) -> None:
+    prompt, ends = text(20), [5]
+    engine = Engine(native, max_rows=1)
+    request = Request(prompt, eos=ends, max_tokens=9)
+    expected = alone(native, request)[0]
+    id = engine.add(request)
+    engine.step()
+    prompt += [7, 8]
+    ends.append(expected[3])
+    assert run(engine)[id, 0] == expected[1:]
+
+
 def test_a_full_queue_refuses(native) -> None:
     """Rows that can run at once do not wait; a request is taken whole, or not at all."""
     engine = Engine(native, max_rows=2, max_waiting=1)

@@ -1,0 +1,18 @@
+"""A checkpoint beside which benchmarks may write."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny: Path) -> Path:
+    """A copy of the small checkpoint's config and weights."""
+    made = tmp_path / "checkpoint"
+    made.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, made / name)
+    return made
