@@ -18,8 +18,10 @@ class BatchChooser:
     """Chooses the tokens of all rows of a step as Hugging Face does.
 
     ``text [B, T]`` begins as the prompts, padded, and gets each new token; a row that has stopped
-    has padding. Processors see the whole batch, where a row that has stopped has zeros. ``scores``
-    and ``logits`` keep those of every step, ``[B, V]`` float32, if they were asked for.
+    has padding. With ``complete`` the processors do all that the arguments ask for; without it they
+    come between penalties and filters. Processors see the whole batch, where a row that has stopped
+    has zeros. ``scores`` and ``logits`` keep those of every step, ``[B, V]`` float32, if they were
+    asked for.
     """
 
     def __init__(
@@ -29,8 +31,11 @@ class BatchChooser:
         prompts: torch.Tensor,
         budget: int,
         processors: Sequence[Any],
+        *,
+        complete: bool = False,
     ) -> None:
         self.ops, self.asked, self.processors = ops, asked, processors
+        self.complete = complete
         self.rows, self.width = prompts.shape
         self.count = 0
         self._text = prompts.new_full((self.rows, self.width + budget), asked.pad_token_id)
@@ -71,9 +76,9 @@ class BatchChooser:
         self, logits: torch.Tensor, here: torch.Tensor, state: SamplingState
     ) -> torch.Tensor:
         asked, scores = self.asked, logits
-        if state.seen is not None:
+        if state.seen is not None and not self.complete:
             scores = penalize(scores, state.seen, state.repetition_penalty)
-        if self.count < asked.min_new_tokens:
+        if self.count < asked.min_new_tokens and not self.complete:
             scores = scores.index_fill(1, self._eos, -torch.inf)
         if self.processors:
             whole = self._whole(scores, here)
@@ -81,7 +86,7 @@ class BatchChooser:
                 whole = processor(self.text, whole)
             scores = whole[here]
         if asked.sampling.do_sample:
-            scores = warp(scores, state)
+            scores = scores if self.complete else warp(scores, state)
             tokens = draw(scores, state.uniforms())
         else:
             tokens = best_tokens(scores)

@@ -5,6 +5,7 @@ Rows run at their own lengths and leave when they stop; padding exists only in w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,13 @@ from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.hf.forward import check_ids
 from lfm2_fast.hf.generate_loop import run_generate_loop
-from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, warn, whole_number
+from lfm2_fast.hf.generation_args import (
+    OF_THE_CALL,
+    GenerationArgs,
+    resolve_args,
+    warn,
+    whole_number,
+)
 from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.hf.packing import unpadded
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
@@ -53,6 +60,9 @@ def generate(
     ``bos_token_id``, ``num_return_sequences``, ``stop_strings`` (with ``tokenizer``),
     ``return_dict_in_generate`` with ``output_scores`` and ``output_logits``.
 
+    Arguments that are logits processors in transformers (``PROCESSED`` in generation_args.py), and
+    ``prefix_allowed_tokens_fn``, ``negative_prompt_ids`` and ``max_time``, run by its own classes.
+
     ``logits_processor`` is Hugging Face's callables over the whole batch ``(input_ids, scores)``,
     where rows that have stopped have zeros; ``stopping_criteria`` likewise, with the scores of all
     steps, or None unless ``output_scores`` is asked for. ``streamer`` gets the prompt, then every
@@ -75,6 +85,7 @@ def generate(
     """
     check_generates(model)
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
+    of_the_call = {name: kwargs.pop(name, None) for name in OF_THE_CALL}
     asked = resolve_args(
         kwargs, generation_config, model.generation_defaults(), model.network.config.vocab_size
     )
@@ -87,7 +98,9 @@ def generate(
     empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"input_ids row {empty[0]} has no tokens; every row needs one at least")
-    asked, processors = _replace_by_processors(asked, list(logits_processor or ()))
+    processors = list(logits_processor or ())
+    if not asked.processed and not any(each is not None for each in of_the_call.values()):
+        asked, processors = _replace_by_processors(asked, processors)
     output = run_generate_loop(
         model,
         asked,
@@ -99,6 +112,7 @@ def generate(
         criteria=_criteria(asked, stopping_criteria, tokenizer),
         streamer=streamer,
         most_rows=max_batch_size,
+        of_the_call={n: each for n, each in of_the_call.items() if each is not None},
     )
     output["sequences"] = output["sequences"].to(where or model.device)
     if not asked.return_dict_in_generate:
@@ -222,4 +236,8 @@ def _criteria(asked: GenerationArgs, stopping_criteria: Any, tokenizer: Any) -> 
     criteria = list(stopping_criteria or ())
     if asked.stop_strings:
         criteria.append(stop_criterion(asked, tokenizer))
+    if asked.max_time < math.inf:
+        from transformers import MaxTimeCriteria
+
+        criteria.append(MaxTimeCriteria(asked.max_time))
     return criteria

@@ -7,7 +7,7 @@ the sampling operation, and all rows begin together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ from lfm2_fast.hf.batch_chooser import BatchChooser
 from lfm2_fast.hf.generation_args import GenerationArgs
 from lfm2_fast.hf.packing import check_cache
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+from lfm2_fast.hf.processors import logits_processors
 
 
 def run_generate_loop(
@@ -36,19 +37,24 @@ def run_generate_loop(
     criteria: list[Any],
     streamer: Any,
     most_rows: int | None,
+    of_the_call: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Continue the prompts, ``ids`` and ``mask [B, T]``; the fields of Hugging Face's output."""
+    """Continue the prompts, ``ids`` and ``mask [B, T]``; the fields of Hugging Face's output.
+
+    ``of_the_call`` has what transformers' processors take beside the arguments.
+    """
     rows = len(ids) * asked.num_return_sequences
     if most_rows is not None and most_rows < 1:
         raise ValueError(f"max_batch_size must be at least 1, got {most_rows}")
     shown = asked.output_scores or asked.output_logits
-    outside = bool(processors or criteria or shown)
+    complete = bool(asked.processed or of_the_call)
+    outside = bool(processors or criteria or shown or complete)
     at_a_time = rows if most_rows is None else min(rows, most_rows)
     if at_a_time < rows and (outside or streamer is not None or cache is not None):
         raise ValueError(
             f"max_batch_size={most_rows} is less than {rows} rows, but streamer, past_key_values, "
-            "scores, stop_strings, logits_processor and stopping_criteria need all rows at a time; "
-            "leave max_batch_size out, or pass fewer prompts"
+            "scores, stop_strings, max_time, stopping_criteria and logits processors, those of "
+            "arguments too, need all rows at a time; leave max_batch_size out or pass fewer prompts"
         )
     own, workspace = cache is None, model.workspace
     if cache is None:
@@ -59,7 +65,13 @@ def run_generate_loop(
     call = _Call(model, asked, ids, mask, cache, seed)
     chooser = None
     if outside:
-        chooser = BatchChooser(model.ops, asked, call.texts(model.device), call.budget, processors)
+        texts = call.texts(model.device)
+        if complete:
+            masks = mask.repeat_interleave(asked.num_return_sequences, 0).to(model.device)
+            processors = logits_processors(
+                model, asked, texts, masks, call.budget, processors, of_the_call
+            )
+        chooser = BatchChooser(model.ops, asked, texts, call.budget, processors, complete=complete)
     try:
         if streamer is not None:
             streamer.put(call.texts("cpu"))

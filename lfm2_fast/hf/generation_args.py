@@ -39,11 +39,34 @@ SUPPORTED = {
     "eos_token_id",
     "pad_token_id",
     "bos_token_id",
+    "max_time",
+}
+# What a call alone may have: functions and tensors, for transformers' logits processors.
+OF_THE_CALL = ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask")
+# What transformers' logits processors do, each with the values that ask for nothing.
+PROCESSED: dict[str, tuple[Any, ...]] = {
+    "min_length": (0,),
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "renormalize_logits": (False,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "remove_invalid_values": (False,),
+    "exponential_decay_length_penalty": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": (),
+    "guidance_scale": (1, 1.0),
+    "watermarking_config": (),
 }
 # What else Hugging Face's call takes, each with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "min_length": (0,),
-    "max_time": (),
     "early_stopping": (False,),
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -54,30 +77,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (),
     "cache_config": (),
     "max_cache_len": (),
-    "typical_p": (1.0,),
-    "top_h": (),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "encoder_repetition_penalty": (1.0,),
     "length_penalty": (1.0,),
     "diversity_penalty": (0.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
     "force_words_ids": (),
     "constraints": (),
-    "renormalize_logits": (False,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "remove_invalid_values": (False,),
-    "exponential_decay_length_penalty": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": (),
     "token_healing": (False,),
-    "guidance_scale": (1, 1.0),
     "low_memory": (False,),
-    "watermarking_config": (),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "decoder_start_token_id": (),
@@ -87,9 +92,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "disable_compile": (False, True),
     "assistant_model": (),
     "assistant_tokenizer": (),
-    "prefix_allowed_tokens_fn": (),
-    "negative_prompt_ids": (),
-    "negative_prompt_attention_mask": (),
     "synced_gpus": (False,),
     "use_model_defaults": (),
     "custom_generate": (),
@@ -100,6 +102,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
 }
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+KNOWN = {*SUPPORTED, *PROCESSED, *UNSUPPORTED}
 # Of UNSUPPORTED, what changes no token that is written here: how memory is used, or a setting of
 # beams where there are none.
 WITHOUT_EFFECT = {
@@ -115,7 +118,7 @@ WITHOUT_EFFECT = {
     "compile_config",
     "disable_compile",
 }
-# Of UNSUPPORTED, filters of drawn tokens: greedy decoding does not ask for them.
+# Of PROCESSED, filters of drawn tokens: greedy decoding does not ask for them.
 FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 
@@ -124,6 +127,8 @@ class GenerationArgs:
     """Arguments of a call of ``generate``, checked; names and meanings are Hugging Face's."""
 
     sampling: SamplingParams
+    processed: dict[str, Any]  # what transformers' logits processors are to do
+    max_time: float  # seconds; infinite without one
     max_new_tokens: int | None
     max_length: int | None
     max_length_is_given: bool  # by the call or its generation_config
@@ -168,7 +173,7 @@ def resolve_args(
     """
     given = {name for name, value in call.items() if value is not None}
     for name in call:
-        if name not in SUPPORTED and name not in UNSUPPORTED:
+        if name not in KNOWN:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
     values = {
         **DEFAULTS,
@@ -177,13 +182,17 @@ def resolve_args(
         **call,
     }
     asked = {**_known(_as_mapping(generation_config)), **call}
-    for name, neutral in UNSUPPORTED.items():
+    processed = {}
+    for name, neutral in (*UNSUPPORTED.items(), *PROCESSED.items()):
         value = values.get(name)
         if value is None or value in neutral:
             continue
         if name in WITHOUT_EFFECT or (name in FILTERS and not values.get("do_sample")):
             if name in asked:
                 warn(f"{name}={value!r} has no effect here")
+            continue
+        if name in PROCESSED:
+            processed[name] = value
             continue
         if name in asked:
             remedy = "leave it out"
@@ -208,6 +217,8 @@ def resolve_args(
         unused = [name for name in SAMPLING_ONLY if name in given]
         if unused:
             warn(f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy")
+    for name in ("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+        check.count(name, least=0)  # transformers takes any for none
     eos = check.tokens("eos_token_id", vocab_size)
     pad = check.tokens("pad_token_id", vocab_size) or eos
     max_new_tokens = check.count("max_new_tokens", least=1)
@@ -227,6 +238,8 @@ def resolve_args(
         )
     return GenerationArgs(
         sampling=sampling,
+        processed=processed,
+        max_time=check.number("max_time", math.inf, above=0.0),
         max_new_tokens=max_new_tokens,
         max_length=max_length,
         max_length_is_given=asked.get("max_length") is not None,
@@ -263,11 +276,7 @@ def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """The generation parameters that are set; version notes and the like are no parameters."""
-    return {
-        name: value
-        for name, value in values.items()
-        if value is not None and (name in SUPPORTED or name in UNSUPPORTED)
-    }
+    return {name: value for name, value in values.items() if value is not None and name in KNOWN}
 
 
 def whole_number(value: Any) -> int | None:

@@ -496,7 +496,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed or generator, not both"),
     ({"num_beams": 4}, ValueError, "num_beams=4 is not supported by lfm2_fast"),
     ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha=0.6 is not supported"),
-    ({"max_time": 1.0}, ValueError, "max_time=1.0 is not supported"),
+    ({"max_time": -1.0}, ValueError, "max_time must be above 0"),
     ({"output_attentions": True}, ValueError, "output_attentions=True is not supported"),
     ({"assistant_model": object()}, ValueError, "assistant_model=.* is not supported"),
     ({"generation_config": {"num_beams": 2}}, ValueError, "num_beams=2 is not supported"),
@@ -625,12 +625,10 @@ def test_what_the_checkpoints_file_says_in_vain_stops_no_call(
 
 def test_what_the_checkpoints_file_asks_for_is_told_with_the_file(tiny: Path) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
-    model.generation_config = {"no_repeat_ngram_size": 2}
+    model.generation_config = {"penalty_alpha": 0.6}
     ids = torch.tensor([[1, 40, 41]])
-    with pytest.raises(
-        ValueError, match=r"generation_config\.json: pass no_repeat_ngram_size=None"
-    ):
+    with pytest.raises(ValueError, match=r"generation_config\.json: pass penalty_alpha=None"):
         model.generate(ids, max_new_tokens=2)
-    assert model.generate(ids, max_new_tokens=2, no_repeat_ngram_size=None).shape == (1, 5)
+    assert model.generate(ids, max_new_tokens=2, penalty_alpha=None).shape == (1, 5)
     with pytest.warns(UserWarning, match="use_cache=False has no effect here"):
-        model.generate(ids, max_new_tokens=2, no_repeat_ngram_size=None, use_cache=False)
+        model.generate(ids, max_new_tokens=2, penalty_alpha=None, use_cache=False)
