@@ -79,6 +79,8 @@ class Sequences:
         before = min(map(len, self.texts))
         while engine.busy:
             for event in engine.step():
+                if event.error is not None:
+                    raise event.error
                 assert event.token is not None
                 self.texts[slots[event.id]].append(event.token)
             if min(map(len, self.texts)) > before + len(times):

@@ -24,7 +24,7 @@ from lfm2_fast.hf.generation_args import (
     whole_number,
 )
 from lfm2_fast.hf.hooks import check_generates
-from lfm2_fast.hf.packing import unpadded
+from lfm2_fast.hf.packing import check_cache, text_before, unpadded
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 
@@ -67,8 +67,9 @@ def generate(
     where rows that have stopped have zeros; ``stopping_criteria`` likewise, with the scores of all
     steps, or None unless ``output_scores`` is asked for. ``streamer`` gets the prompt, then every
     token, on the CPU. ``past_key_values`` is a cache of this model with one
-    slot per returned row; ``inputs`` still hold the whole text, of which the longest prefix that
-    the cache can restore is not run again, and the cache then holds all but the last token.
+    slot per returned row. ``inputs`` hold the whole text, of which the longest prefix that the
+    cache can restore is not run again; or only what is new, with an ``attention_mask`` of more
+    columns, which counts what the cache holds. It then holds all but the last token.
     ``max_batch_size`` bounds how many rows are written at a time: as one stops, the next prompt
     takes its place; the answer is in order, as ever, and progress is shown on a terminal. Callables
     and streamers, which follow all rows, need all of them at a time.
@@ -83,6 +84,44 @@ def generate(
     RuntimeError that names row, token and position, where the best logit of a row is NaN or
     infinite. A cache then holds what was run.
     """
+    try:
+        return _generate(
+            model,
+            inputs,
+            generation_config,
+            list(logits_processor or ()),
+            stopping_criteria,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            generator=generator,
+            seed=seed,
+            max_batch_size=max_batch_size,
+            kwargs=kwargs,
+        )
+    finally:
+        # Whatever fails, and before the first step too: a thread may wait for the text.
+        if streamer is not None:
+            streamer.end()
+
+
+def _generate(
+    model: Lfm2PreTrainedModel,
+    inputs: Any,
+    generation_config: Any,
+    processors: list[Any],
+    stopping_criteria: Any,
+    *,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    streamer: Any,
+    tokenizer: Any,
+    generator: torch.Generator | None,
+    seed: int | None,
+    max_batch_size: int | None,
+    kwargs: dict[str, Any],
+) -> Any:
     check_generates(model)
     ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
     of_the_call = {name: kwargs.pop(name, None) for name in OF_THE_CALL}
@@ -94,11 +133,18 @@ def generate(
             raise ValueError("generate() needs input_ids: the checkpoint names no bos_token_id")
         ids = torch.tensor([[asked.bos_token_id]])
     ids = check_ids(model, ids)
-    mask = _inferred_mask(ids, asked) if mask is None else unpadded(ids, mask.to(ids.device))
+    before: list[list[int]] = [[] for _ in ids]
+    if mask is None:
+        mask = _inferred_mask(ids, asked)
+    else:
+        whole, mask = mask, unpadded(ids, mask.to(ids.device), holes=True)
+        if past_key_values is not None:
+            check_cache(model, past_key_values, len(ids) * asked.num_return_sequences)
+            copies = asked.num_return_sequences
+            before = text_before(past_key_values, ids.shape[1], whole, copies)
     empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"input_ids row {empty[0]} has no tokens; every row needs one at least")
-    processors = list(logits_processor or ())
     if not asked.processed and not any(each is not None for each in of_the_call.values()):
         asked, processors = _replace_by_processors(asked, processors)
     output = run_generate_loop(
@@ -112,6 +158,7 @@ def generate(
         criteria=_criteria(asked, stopping_criteria, tokenizer),
         streamer=streamer,
         most_rows=max_batch_size,
+        before=before,
         of_the_call={n: each for n, each in of_the_call.items() if each is not None},
     )
     output["sequences"] = output["sequences"].to(where or model.device)
@@ -143,10 +190,9 @@ def _prompts(
     if isinstance(inputs, torch.Tensor):
         ids = inputs
     elif isinstance(inputs, str) or not isinstance(inputs, Sequence):
-        raise ValueError(
-            f"input_ids must be token ids (a tensor, or lists), got {type(inputs).__name__}; "
-            "use the checkpoint's tokenizer to make them from text"
-        )
+        raise _no_ids(inputs, "")
+    elif inputs and isinstance(inputs[0], str | Mapping | torch.Tensor):
+        raise _no_ids(inputs[0], "a list of ")
     elif inputs and isinstance(inputs[0], Sequence):
         ids, left = _left_padded(inputs, model.config.pad_token_id or 0)
         mask = left if mask is None else mask
@@ -157,6 +203,19 @@ def _prompts(
     if mask is not None and mask.dim() == 1:
         mask = mask[None]
     return ids, mask, inputs.device if isinstance(inputs, torch.Tensor) else None
+
+
+def _no_ids(found: Any, many: str) -> ValueError:
+    """Return the error for prompts that are no token ids: text, messages, several tensors."""
+    remedy = "use the checkpoint's tokenizer to make them from text"
+    if isinstance(found, Mapping):
+        remedy = "use the tokenizer's apply_chat_template to make them from messages"
+    elif isinstance(found, torch.Tensor):
+        remedy = "stack tensors of one length, or pass their tolist()"
+    kind = type(found).__name__
+    return ValueError(
+        f"input_ids must be token ids (a tensor, or lists), got {many}{kind}; {remedy}"
+    )
 
 
 def _left_padded(

@@ -19,7 +19,7 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import CHUNK
 from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.batch_chooser import BatchChooser
-from lfm2_fast.hf.generation_args import GenerationArgs
+from lfm2_fast.hf.generation_args import GenerationArgs, warn
 from lfm2_fast.hf.packing import check_cache
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.hf.processors import logits_processors
@@ -37,10 +37,12 @@ def run_generate_loop(
     criteria: list[Any],
     streamer: Any,
     most_rows: int | None,
+    before: list[list[int]],
     of_the_call: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Continue the prompts, ``ids`` and ``mask [B, T]``; the fields of Hugging Face's output.
 
+    ``before`` has the tokens of each row that stand before its ids and are in ``cache`` already.
     ``of_the_call`` has what transformers' processors take beside the arguments.
     """
     rows = len(ids) * asked.num_return_sequences
@@ -62,7 +64,7 @@ def run_generate_loop(
     else:
         check_cache(model, cache, rows)
     buffers = workspace.buffers(model.network, cache)
-    call = _Call(model, asked, ids, mask, cache, seed)
+    call = _Call(model, asked, ids, mask, cache, seed, before)
     chooser = None
     if outside:
         texts = call.texts(model.device)
@@ -88,9 +90,6 @@ def run_generate_loop(
             "lower max_batch_size, max_new_tokens, num_return_sequences or the length of the "
             f"prompts, or load a smaller dtype or quantization ({error})"
         ) from error
-    finally:
-        if streamer is not None:
-            streamer.end()
     if own and not asked.return_dict_in_generate:
         workspace.give_back(model.network, cache)
     return output
@@ -107,11 +106,15 @@ class _Call:
         mask: torch.Tensor,
         cache: Cache,
         seed: int,
+        before: list[list[int]],
     ) -> None:
         self.asked, self.cache, self.seed, self.ids = asked, cache, seed, ids
         self.copies = asked.num_return_sequences
         self.rows, self.width = len(ids) * self.copies, ids.shape[1]
-        self.prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        own = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        self.prompts = [held + new for held, new in zip(before, own, strict=True)]
+        if any(cache.lengths):
+            self._warn_of_lost_context()
         self.budget = asked.new_tokens(self.width, model.max_length)
         self.longest = max(map(len, self.prompts), default=0)
         needed = self.longest + self.budget
@@ -126,6 +129,18 @@ class _Call:
                 f"past_key_values has a max_length of {cache.max_length}, but a prompt of "
                 f"{self.longest} tokens and {self.budget} new ones need {needed}"
             )
+
+    def _warn_of_lost_context(self) -> None:
+        """Warn where a filled cache has nothing in common with the prompt, and so is of no use."""
+        for number, prompt in enumerate(self.prompts):
+            held = self.cache.history[number * self.copies]
+            if held and held[0] != prompt[0]:
+                warn(
+                    f"past_key_values holds {len(held)} tokens with which the prompt of row "
+                    f"{number} does not begin: they are dropped; to go on from them, pass the "
+                    "whole text, or an attention_mask that counts them too"
+                )
+                return
 
     def texts(self, device: torch.device | str) -> torch.Tensor:
         """Return the padded prompt of every row ``[B, T]``."""

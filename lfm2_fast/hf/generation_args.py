@@ -199,8 +199,8 @@ def resolve_args(
         else:
             remedy = f"it stands in the checkpoint's generation_config.json: pass {name}=None"
         raise ValueError(
-            f"{name}={value!r} is not supported by lfm2_fast; {remedy}, or use Hugging Face's "
-            "model for it"
+            f"{name}={_in_a_line(value)} is not supported by lfm2_fast; {remedy}, or use Hugging "
+            "Face's model for it"
         )
     check = _Check(values)
     do_sample = check.flag("do_sample")
@@ -258,7 +258,7 @@ def resolve_args(
 
 def warn(message: str) -> None:
     """Warn at the caller of ``model.generate``: the stack level skips our own frames."""
-    warnings.warn(message, stacklevel=9)
+    warnings.warn(message, stacklevel=10)
 
 
 def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
@@ -277,6 +277,12 @@ def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """The generation parameters that are set; version notes and the like are no parameters."""
     return {name: value for name, value in values.items() if value is not None and name in KNOWN}
+
+
+def _in_a_line(value: Any) -> str:
+    """Return ``repr(value)``, or its class's name where that is no short line, as a model's."""
+    shown = repr(value)
+    return shown if len(shown) < 80 and "\n" not in shown else f"<{type(value).__name__}>"
 
 
 def whole_number(value: Any) -> int | None:

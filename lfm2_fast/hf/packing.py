@@ -165,8 +165,43 @@ def check_cache(model: Lfm2PreTrainedModel, cache: Any, rows: int) -> None:
         )
 
 
-def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """``[B, T]`` bool, true at tokens; ValueError for a mask that does not fit or has holes."""
+def text_before(
+    cache: Cache, width: int, attention_mask: torch.Tensor, copies: int
+) -> list[list[int]]:
+    """Return the tokens that a filled cache holds before the ids of each row.
+
+    A mask of more columns than the ids' ``width`` speaks of them: the ids are only what is new.
+    Row i is in slot ``i * copies``. Raises ValueError where the mask counts other tokens than the
+    cache holds, or the cache was not told its token ids.
+    """
+    found = []
+    for row, mask in enumerate(attention_mask[:, : attention_mask.shape[1] - width]):
+        slot, count = row * copies, int((mask != 0).sum())
+        held = cache.lengths[slot]
+        if count and count != held:
+            raise ValueError(
+                f"attention_mask row {row} has {count} tokens before those of input_ids, but "
+                f"past_key_values holds {held}; pass the whole text as input_ids, of which only "
+                "what the cache does not hold is run"
+            )
+        known = cache.history[slot][:count]
+        if len(known) < count:
+            raise ValueError(
+                f"past_key_values does not know the ids of the {count} tokens before input_ids row "
+                f"{row}: it was filled from inputs_embeds; pass the whole text as input_ids"
+            )
+        found.append(known)
+    return found
+
+
+def unpadded(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, holes: bool = False
+) -> torch.Tensor:
+    """Return a mask ``[B, T]`` bool that is true at tokens.
+
+    Raises ValueError for a mask that does not fit and, unless ``holes`` are allowed, for one with
+    zeros between tokens.
+    """
     count, width = input_ids.shape[:2]
     if attention_mask is None:
         return torch.ones(count, width, dtype=torch.bool, device=input_ids.device)
@@ -181,7 +216,7 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> to
         )
     mask = attention_mask[:, attention_mask.shape[1] - width :].to(input_ids.device) != 0
     edges = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, :1].sum(-1)
-    if (edges > 1).any():
+    if not holes and (edges > 1).any():
         row = int((edges > 1).nonzero()[0])
         raise ValueError(
             f"attention_mask row {row} has zeros between tokens; padding may stand on the left or "

@@ -1,0 +1,155 @@
+"""Caches that callers fill, padding inside rows, and calls that are refused."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DynamicCache, TextIteratorStreamer
+
+import lfm2_fast
+
+FIRST = "The with statement is used to wrap the execution of a block. To create a"
+MORE = " new table with the"
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Path, pair: Callable) -> tuple[Any, lfm2_fast.Lfm2ForCausalLM]:
+    return pair(tiny)
+
+
+@pytest.fixture(scope="module")
+def ours(models) -> lfm2_fast.Lfm2ForCausalLM:
+    return models[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny, padding_side="left")
+
+
+def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
+    return tokenizer(text, return_tensors="pt", **options).input_ids
+
+
+def test_a_filled_cache_and_only_the_new_ids(models, tokenizer) -> None:
+    """As Hugging Face's: a mask for all says that there is more than the ids."""
+    first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
+    mask = torch.ones(1, first.shape[1] + more.shape[1], dtype=torch.long)
+    found = []
+    for model in models:
+        cache = model(first, use_cache=True).past_key_values
+        found.append(
+            model.generate(more, attention_mask=mask, past_key_values=cache, max_new_tokens=8)
+        )
+        assert cache.get_seq_length() == mask.shape[1] + 7
+    assert torch.equal(*found)
+    whole = models[1].generate(torch.cat([first, more], 1), max_new_tokens=8)
+    assert torch.equal(whole[:, first.shape[1] :], found[1])
+
+
+def test_several_rows_go_on_from_their_own_lengths(ours, tokenizer) -> None:
+    texts = [FIRST, "A list"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    more = ids_of(tokenizer, MORE, add_special_tokens=False).repeat(2, 1)
+    cache = ours.new_cache(2)
+    ours(**batch, past_key_values=cache)
+    mask = torch.cat([batch.attention_mask, torch.ones_like(more)], 1)
+    found = ours.generate(more, attention_mask=mask, past_key_values=cache, max_new_tokens=6)
+    for row, text in enumerate(texts):
+        whole = torch.cat([ids_of(tokenizer, text), more[:1]], 1)
+        assert torch.equal(ours.generate(whole, max_new_tokens=6)[0, -6:], found[row, -6:])
+
+
+def test_a_second_turn_of_a_padded_batch(ours, tokenizer) -> None:
+    """Padding stands inside the rows then; each is as alone."""
+    batch = tokenizer([FIRST, "A list"], return_tensors="pt", padding=True)
+    end = int(ours.generate(**batch, max_new_tokens=9)[1, batch.input_ids.shape[1] + 1])
+    cache = ours.new_cache(2)
+    first = ours.generate(**batch, max_new_tokens=9, eos_token_id=[end], past_key_values=cache)
+    assert (first[1] == end).any()
+    width = batch.input_ids.shape[1]
+    written = torch.cat([torch.ones(2, 1), (first[:, width:-1] != end).cumprod(1)], 1).long()
+    more = ids_of(tokenizer, MORE, add_special_tokens=False).repeat(2, 1)
+    ids = torch.cat([first, more], 1)
+    mask = torch.cat([batch.attention_mask, written, torch.ones_like(more)], 1)
+    assert int((mask[1] == 0).sum()) > int((batch.attention_mask[1] == 0).sum())
+    found = ours.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6)
+    for row in range(2):
+        alone = ours.generate(ids[row, mask[row] != 0][None], max_new_tokens=6)
+        assert torch.equal(found[row, -6:], alone[0, -6:])
+
+
+def test_a_cache_that_does_not_fit_the_mask_is_refused(ours, tokenizer) -> None:
+    first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
+    cache = ours.new_cache(1)
+    ours(first[:, :5], past_key_values=cache)
+    mask = torch.ones(1, first.shape[1] + more.shape[1])
+    call = {"attention_mask": mask, "past_key_values": cache, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=r"row 0 has \d+ tokens before.*holds 5; pass the whole"):
+        ours.generate(more, **call)
+    cache = ours.new_cache(1)
+    ours(inputs_embeds=ours.get_input_embeddings()(first), past_key_values=cache)
+    with pytest.raises(ValueError, match="does not know the ids of the .* inputs_embeds"):
+        ours.generate(more, **{**call, "past_key_values": cache})
+    with pytest.raises(TypeError, match=r"new_cache\(\), not DynamicCache"):
+        ours.generate(more, **{**call, "past_key_values": DynamicCache()})
+
+
+def test_context_that_is_dropped_is_told(ours, tokenizer) -> None:
+    first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
+    cache = ours.new_cache(1)
+    ours(first, past_key_values=cache)
+    with pytest.warns(UserWarning, match="holds 17 tokens with which the prompt of row 0 does not"):
+        ours.generate(more, past_key_values=cache, max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.generate(first, past_key_values=ours.new_cache(1), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_beams": 2}, {"max_new_tokens": 10**6}, {"nonsense": 1}, {"seed": -1}],
+    ids=str,
+)
+def test_a_refused_call_ends_its_streamer(ours, tokenizer, wrong: dict[str, Any]) -> None:
+    """A reader in another thread would wait for ever."""
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=10)
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            ours.generate([[1, 2]], streamer=streamer, **{"max_new_tokens": 2, **wrong})
+        except (ValueError, TypeError) as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert "".join(streamer) == ""
+    thread.join()
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["one", "two"], "a list of str; use the checkpoint's tokenizer"),
+        ([{"role": "user", "content": "a"}], "a list of dict; use the tokenizer's apply_chat"),
+        ([torch.tensor([1, 2]), torch.tensor([3])], "a list of Tensor; stack tensors"),
+    ],
+    ids=["texts", "messages", "tensors"],
+)
+def test_what_is_no_ids_is_told(ours, inputs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours.generate(inputs, max_new_tokens=2)
+
+
+def test_a_model_in_an_argument_takes_no_page(models) -> None:
+    with pytest.raises(ValueError, match="^assistant_model=<Lfm2ForCausalLM> is not supp") as told:
+        models[1].generate([[1]], assistant_model=models[0])
+    assert len(str(told.value).splitlines()) == 1
