@@ -6,6 +6,8 @@ Triton kernels run on the machine's GPU, or in Triton's interpreter where there 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -217,10 +219,12 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter without what it does again: a quarter of its time.
+    """Triton's interpreter without what it does in vain.
 
     At each call of a function inside of a kernel it looks through all of Triton's language for what
-    to replace, though the launch has replaced the same already.
+    to replace, though the launch has replaced the same already. It computes whether each sum,
+    difference or product of integers overflows, and then asserts that only with its option
+    ``debug``, which is off. And it makes its table of dtypes anew each time that it looks into it.
     """
     if not INTERPRETED:
         yield
@@ -241,9 +245,22 @@ def quick_interpreter() -> Iterator[None]:
             replaced[names] = replace(fn)
         return replaced[names]
 
+    builder = interpreter.interpreter_builder
+    options = dataclasses.replace(
+        builder.options,
+        sanitize_overflow=builder.options.debug and builder.options.sanitize_overflow,
+    )
+    in_numpy = interpreter._get_np_dtype
+    of_scalar = functools.cache(in_numpy)
+
+    def in_numpy_once(dtype: Any) -> Any:
+        return in_numpy(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", begin)
         patch.setattr(interpreter, "_patch_lang", replace_once)
+        patch.setattr(builder, "options", options)
+        patch.setattr(interpreter, "_get_np_dtype", in_numpy_once)
         yield
 
 
