@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HARNESS := $(VENV)/.harness
 # On every core, whose workers take a thread each (tests/conftest.py) and tests from one another.
-PYTEST := $(BIN)/pytest -p no:benchmark -n auto --maxprocesses=16 --dist=worksteal
+# Python keeps what it has compiled even if the shell forbids that: tests start it a hundred times.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -p no:benchmark -n auto --maxprocesses=16 --dist=worksteal
 SIZE := 350M
 SANITIZER := -fsanitize=address,undefined
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,26 +139,14 @@ def forks() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def load(forks: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """Load ``name`` in a process of its own, which this returns when it has ended."""
+def execute(
+    forks: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in a process of its own, which this returns when it has ended."""
 
-    def load(
-        cache: Path,
-        url: str,
-        name: str = "org/model",
-        extra: str = "",
-        stderr: str | None = None,
-        **env: str,
+    def execute(
+        program: str, cache: Path, url: str, stderr: str | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        program = f"""
-import sys, time, lfm2_fast
-time.sleep = lambda seconds: None  # the hub's client retries as it does, but without its pauses
-try:
-    model = lfm2_fast.load({name!r}, device="cpu", {extra})
-except lfm2_fast.CheckpointError as error:
-    sys.exit(f"CheckpointError: {{error}}")
-print(model.num_parameters(), model.name_or_path)
-"""
         settings = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
         for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
             if name not in env:
@@ -170,6 +159,31 @@ print(model.num_parameters(), model.name_or_path)
         status = int(forks.stdout.readline())
         texts = (path.read_text() if path.exists() else "" for path in (out, err))
         return subprocess.CompletedProcess(program, status, *texts)
+
+    return execute
+
+
+@pytest.fixture
+def load(execute: Callable[..., subprocess.CompletedProcess[str]]) -> Load:
+    """Load ``name`` in a process of its own."""
+
+    def load(
+        cache: Path,
+        url: str,
+        name: str = "org/model",
+        extra: str = "",
+        **options: str | None,
+    ) -> subprocess.CompletedProcess[str]:
+        program = f"""
+import sys, time, lfm2_fast
+time.sleep = lambda seconds: None  # the hub's client retries as it does, but without its pauses
+try:
+    model = lfm2_fast.load({name!r}, device="cpu", {extra})
+except lfm2_fast.CheckpointError as error:
+    sys.exit(f"CheckpointError: {{error}}")
+print(model.num_parameters(), model.name_or_path)
+"""
+        return execute(program, cache, url, **options)
 
     return load
 
@@ -332,15 +346,19 @@ def test_weights_missing_in_the_cache_are_named_offline(
 
 
 @pytest.mark.slow
-def test_the_command_line_loads_from_the_hub(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+def test_the_command_line_loads_from_the_hub(
+    hub: Hub, execute: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
     hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
-        env.pop(name, None)
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "lfm2_fast", *arguments]
-        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
+        program = f"""
+import os, sys
+from lfm2_fast.__main__ import main
+sys.stdin = open(os.devnull)
+main({list(arguments)!r})
+"""
+        return execute(program, tmp_path, hub.url)
 
     told = command("info", "org/model")
     assert "model.context: 2048\n" in told.stdout
