@@ -73,6 +73,7 @@ MARKS = {
     "models/test_published_sizes.py": "slow",
     "ops/test_triton_ops.py": "interpreter",
     "packaging/": "build",
+    "weights/test_hub.py": "slow",
 }
 
 Pair = tuple[Any, lfm2_fast.Lfm2ForCausalLM]

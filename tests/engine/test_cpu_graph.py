@@ -177,6 +177,7 @@ def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
     assert torch.equal(turn, model.generate(longer, max_new_tokens=6))
 
 
+@pytest.mark.slow
 def test_recording_imports_no_compiler(tiny) -> None:
     """torch's takes a second, for which the second token of every process would wait."""
     code = (

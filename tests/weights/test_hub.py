@@ -188,7 +188,6 @@ print(model.num_parameters(), model.name_or_path)
     return load
 
 
-@pytest.mark.slow
 def test_only_what_is_needed_is_downloaded_once(hub: Hub, load: Load, tmp_path: Path) -> None:
     for _ in range(2):
         result = load(tmp_path, hub.url)
@@ -206,7 +205,6 @@ def test_only_what_is_needed_is_downloaded_once(hub: Hub, load: Load, tmp_path: 
     assert unreachable.returncode == 0, unreachable.stderr
 
 
-@pytest.mark.slow
 def test_a_terminal_sees_a_progress_bar(hub: Hub, load: Load, tmp_path: Path) -> None:
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
@@ -241,7 +239,6 @@ def test_a_config_that_does_not_fit_stops_before_the_weights(
     assert hub.asked == ["config.json"]
 
 
-@pytest.mark.slow
 def test_missing_files_are_named(hub: Hub, load: Load, tmp_path: Path) -> None:
     del hub.files["model.safetensors"]
     message = refused(load(tmp_path / "a", hub.url))
@@ -276,7 +273,6 @@ def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, load: Load, tmp_p
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
 def test_a_file_that_the_hub_would_not_give_is_not_missing(
     hub: Hub, load: Load, tmp_path: Path
 ) -> None:
@@ -308,7 +304,6 @@ def test_a_gated_model_says_what_to_do(hub: Hub, load: Load, tmp_path: Path) -> 
     assert "org/model is gated: accept its terms" in refused(load(tmp_path, hub.url))
 
 
-@pytest.mark.slow
 def test_no_network_and_not_cached(load: Load, tmp_path: Path) -> None:
     nobody = "http://127.0.0.1:9"
     for result in (
@@ -321,7 +316,6 @@ def test_no_network_and_not_cached(load: Load, tmp_path: Path) -> None:
         assert "connect once to download it, or give a folder" in message
 
 
-@pytest.mark.slow
 def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
     hub: Hub, load: Load, tmp_path: Path
 ) -> None:
@@ -345,7 +339,6 @@ def test_weights_missing_in_the_cache_are_named_offline(
     assert "connect to the network once" in message
 
 
-@pytest.mark.slow
 def test_the_command_line_loads_from_the_hub(
     hub: Hub, execute: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
