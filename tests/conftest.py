@@ -6,6 +6,10 @@ Triton kernels run on the machine's GPU, or in Triton's interpreter where there 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,6 +73,7 @@ MARKS = {
     "models/test_published_sizes.py": "slow",
     "ops/test_triton_ops.py": "interpreter",
     "packaging/": "build",
+    "weights/test_hub.py": "slow",
 }
 
 Pair = tuple[Any, lfm2_fast.Lfm2ForCausalLM]
@@ -81,7 +86,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if path.startswith(start):
                 item.add_marker(mark)
         given = getattr(item, "callspec", None)
-        crossed = given and (given.params.get("kernel_dtype"), given.params.get("grid_order"))
+        if given is None:
+            continue
+        body, dtype = given.params.get("body"), given.params.get("kernel_dtype")
+        if isinstance(body, tuple) and body[0] == "triton":
+            dtype = body[1]
+        crossed = dtype, given.params.get("grid_order")
         if crossed in ((torch.float32, "in_order"), (torch.float16, "reversed")):
             # Each dtype and each order is in `make test`, every pair of them in `make nightly`.
             item.add_marker("nightly")
@@ -217,16 +227,20 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter without what it does again: a quarter of its time.
+    """Triton's interpreter without what it does in vain or again.
 
-    At each call of a function inside of a kernel it looks through all of Triton's language for what
-    to replace, though the launch has replaced the same already.
+    It computes whether each sum, difference or product of integers overflows, and then asserts that
+    only with its option ``debug``, which is off. At each launch it looks through all of Triton's
+    language for what to replace, and at each call of a function inside of a kernel, though the
+    launch has replaced the same already. And it makes a table of dtypes at each look into it, and
+    the constants of a shape for each tensor.
     """
     if not INTERPRETED:
         yield
         return
     from triton.runtime import interpreter
 
+    tl, builder = interpreter.tl, interpreter.interpreter_builder
     launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
     replaced: dict[tuple[str, ...], Any] = {}
 
@@ -235,15 +249,41 @@ def quick_interpreter() -> Iterator[None]:
         launch(self, *args, **kwargs)
 
     def replace_once(fn: Any) -> Any:
-        language = (interpreter.tl, interpreter.tl.core)
-        names = tuple(n for n, v in fn.__globals__.items() if any(v is each for each in language))
+        names = tuple(n for n, v in fn.__globals__.items() if v is tl or v is tl.core)
         if names not in replaced:
             replaced[names] = replace(fn)
         return replaced[names]
 
+    @functools.cache
+    def builtins_of(language: Any) -> list[tuple[str, Any]]:
+        return [each for each in inspect.getmembers(language) if tl.core.is_builtin(each[1])]
+
+    def replace_builtins(language: Any, builder: Any, scope: Any) -> None:
+        for name, member in builtins_of(language):
+            interpreter._patch_attr(language, name, member, builder, scope)
+
+    in_numpy = interpreter._get_np_dtype
+    of_scalar = functools.cache(in_numpy)
+
+    def in_numpy_once(dtype: Any) -> Any:
+        return in_numpy(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+
+    @functools.cache
+    def constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return tl.core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
+
+    def make(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants(tuple(type.shape) if type.is_block() else ())
+
+    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", begin)
         patch.setattr(interpreter, "_patch_lang", replace_once)
+        patch.setattr(interpreter, "_patch_builtin", replace_builtins)
+        patch.setattr(interpreter, "_get_np_dtype", in_numpy_once)
+        patch.setattr(tl.core.tensor, "__init__", make)
+        patch.setattr(builder, "options", options)
         yield
 
 

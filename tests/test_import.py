@@ -25,6 +25,7 @@ def python(code: str, *args: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_runs_where_torch_and_safetensors_are_all_there_is(tiny: Path) -> None:
     code = """
 import sys
@@ -41,6 +42,7 @@ print(model.generate(ids, max_new_tokens=4).tolist())
     assert 1 <= len(row[3:]) <= 4
 
 
+@pytest.mark.slow
 def test_import_adds_little_to_torchs() -> None:
     code = """
 import json, sys, time, torch
@@ -168,6 +170,7 @@ def test_kernels_import_kernels_alone() -> None:
             assert other.partition(".")[0] == "kernels", file.name
 
 
+@pytest.mark.slow
 def test_a_checkout_lends_the_package_its_kernels_alone() -> None:
     code = """
 import importlib.util, lfm2_fast

@@ -37,6 +37,8 @@ from lfm2_fast.ops.select import has_dependent_launch
 CONTEXTS = (128, 2048, 8192, 32768)
 BATCHES = (64, 16, 2, 4, 8, 32)
 PROMPTS = (32, 128, 512, 2048, 8192)
+# What a text of the gate has at the most.
+GATE_TOKENS = 60
 # The sizes for which goals are set in the first token and the largest batch, and in int8.
 TELLING, INT8 = "1.2B", "2.6B"
 
@@ -58,7 +60,7 @@ def gate(device: torch.device) -> dict[str, Any]:
         ("a prompt of 100 tokens", [[1 + i % 97 for i in range(100)]], {}),
         ("twenty rows", 4 * prompts, {}),
     ):
-        kwargs = {"max_new_tokens": 60, **arguments}
+        kwargs = {"max_new_tokens": GATE_TOKENS, **arguments}
         try:
             expected = plain.generate(given, **kwargs)
             for run in ("as it is", "captured", "replayed"):

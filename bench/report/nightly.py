@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import results
-
 
 class Recorder:
     """Counts the outcomes of all tests, and keeps outcome and seconds of those marked nightly."""
@@ -35,6 +33,8 @@ class Recorder:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workerinput"):
             return
+        from bench.report import results  # imports torch, which the workers may do without
+
         option = session.config.option
         asked = {"marks": option.markexpr, "left out": option.deselect or []}
         found = results.header("tests, the long proofs too", asked)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def package(tmp_path: Path) -> Path:
     without = shutil.ignore_patterns("*.so", "__pycache__", "tiny")
     shutil.copytree(Path(lfm2_fast.__file__).parent, tmp_path / "lfm2_fast", ignore=without)
     return tmp_path
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[..., ctypes.CDLL]:
+    """Compiles a source whose NUMBER is that of a dtype."""
+    names = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+    def build(source: str, dtype: torch.dtype, *options: str) -> ctypes.CDLL:
+        (tmp_path / "a.cpp").write_text(source, encoding="utf-8")
+        options += ("-std=c++17", "-fPIC", "-shared", f"-I{CSRC}", f"-DNUMBER={names[dtype]}")
+        done = run(*COMPILER, *options, "a.cpp", "-o", "a.so", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(tmp_path / "a.so"))
+
+    return build
 
 
 ASK = """
@@ -89,27 +105,65 @@ def test_an_extension_without_cuda_is_said() -> None:
     assert "built without CUDA" in str(native_library.why_not(torch.device("cuda")))
 
 
-# What the loader takes on this machine, every other test of the bodies runs on.
-TAKEN = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}.get(
-    torch.backends.cpu.get_cpu_capability(), "x86-64"
-)
+LEVELS = {"x86-64": (), "x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",)}
+
+
+def need(level: str) -> None:
+    if LEVELS[level] and torch.backends.cpu.get_cpu_capability() not in LEVELS[level]:
+        pytest.skip(f"this machine is no {level}")
+
+
+# Two operations without torch's headers, which take the compiler ten times as long.
+OPERATIONS = """
+#include "rms_norm.h"
+#include "swiglu.h"
+
+using namespace lfm2;
+
+extern "C" void norm(NUMBER* x, NUMBER* weight, NUMBER* out, int64_t width, int64_t rows) {
+  rms_norm<NUMBER>({x, width}, weight, 1e-5f, width, {out, width}, 0, rows);
+}
+
+extern "C" void gate(NUMBER* gate_up, NUMBER* out, int64_t width, int64_t rows) {
+  swiglu<NUMBER>({gate_up, 2 * width}, width, {out, width}, 0, rows);
+}
+"""
 
 
 @compiles
 @x86
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "level",
-    [
-        pytest.param(level, marks=pytest.mark.nightly if level == TAKEN else ())
-        for level in ("x86-64", "x86-64-v3", "x86-64-v4")
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_operations_for_each_instruction_set(level, dtype, compiled, within_budget) -> None:
+    """Each clone that the loader chooses from, built as the only one."""
+    need(level)
+    library = compiled(OPERATIONS, dtype, "-O3", f"-march={level}", "-DLFM2_NO_CLONES")
+    torch.manual_seed(0)
+    rows, width = 3, 37
+    x, gate_up = torch.randn(rows, width).to(dtype), (4 * torch.randn(rows, 2 * width)).to(dtype)
+    weight = torch.randn(width).to(dtype)
+
+    def computed(function: Any, *given: torch.Tensor) -> torch.Tensor:
+        out = torch.full((rows, width), float("nan"), dtype=dtype)
+        at = [ctypes.c_void_p(each.data_ptr()) for each in (*given, out)]
+        function(*at, ctypes.c_int64(width), ctypes.c_int64(rows))
+        return out
+
+    for function, given, meaning in (
+        (library.norm, (x, weight), lambda x, weight: ref.rms_norm_ref(x, weight, 1e-5)),
+        (library.gate, (gate_up,), ref.swiglu_ref),
+    ):
+        exact = meaning(*(each.double() for each in given))
+        within_budget(computed(function, *given), exact, meaning(*given))
+
+
+@compiles
+@x86
+@pytest.mark.nightly
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_alone(level: str, tmp_path: Path) -> None:
-    """Each clone that the loader chooses from, built as the only one, passes the bodies' tests."""
-    needs = {"x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",)}.get(level)
-    if needs and torch.backends.cpu.get_cpu_capability() not in needs:
-        pytest.skip(f"this machine is no {level}")
+    """The whole extension, built for one alone, passes the bodies' tests."""
+    need(level)
     flags = f"-march={level} -DLFM2_NO_CLONES"
     places = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
     build = (sys.executable, "setup.py", "-q", "build", *places)
@@ -178,13 +232,20 @@ def test_what_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
 
 
 @compiles_cuda
-@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_80", marks=pytest.mark.nightly)])
-def test_cuda_sources_compile(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "what"),
+    [
+        ("sm_90", "-cubin"),  # the host's code is checked, but none is made
+        pytest.param("sm_90", "-c", marks=pytest.mark.nightly),
+        pytest.param("sm_80", "-c", marks=pytest.mark.nightly),
+    ],
+)
+def test_cuda_sources_compile(arch: str, what: str, tmp_path: Path) -> None:
     """Without spills, for GPUs that are not here."""
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     options = ("-std=c++17", "-O3", "-DUSE_CUDA", target, f"-I{INCLUDE}", f"-arch={arch}")
-    command = ("nvcc", *options, "-Xptxas", "-v", "-c", CSRC / "cuda.cu", "-o", tmp_path / "a.o")
-    done = run(*command, cwd=ROOT)
+    options += ("-Xptxas", "-v", what)
+    done = run("nvcc", *options, CSRC / "cuda.cu", "-o", tmp_path / "a.o", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
     assert len(spills) >= 42 and set(spills) == {"0"}
@@ -246,28 +307,13 @@ extern "C" void step(NUMBER* bcx, NUMBER* weight, NUMBER* bias, NUMBER* window, 
 """
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], ctypes.CDLL]:
-    """The CUDA kernel compiled for the CPU, its threads run one after another."""
-    names = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-    def build(dtype: torch.dtype) -> ctypes.CDLL:
-        folder = tmp_path_factory.mktemp("emulated")
-        (folder / "a.cpp").write_text(EMULATION, encoding="utf-8")
-        options = ("-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CSRC}", f"-DNUMBER={names[dtype]}")
-        done = run(*COMPILER, *options, "a.cpp", "-o", "a.so", cwd=folder)
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(folder / "a.so"))
-
-    return build
-
-
 @compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cuda_kernel_computes_what_the_reference_does(
-    dtype, emulated, same_bits, within_budget
+    dtype, compiled, same_bits, within_budget
 ) -> None:
-    library, count = emulated(dtype), 6
+    """Its threads run one after another on the CPU."""
+    library, count = compiled(EMULATION, dtype, "-O1"), 6
     starts, slots = [9, 0, 127_000, 1, 7, 2], [4, 0, 6, 1, 8, 2]
     batch = Batch.prepare([1] * count, starts, slots, "cpu")
     for width in (2, 3, 8):

@@ -22,13 +22,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 TESTS = (
-    "cli/test_evaluation.py::test_eight_bits_lose_little",
-    "hf/test_causal_lm.py::test_bf16_is_no_further_from_fp32_than_hugging_faces",
-    "hf/test_causal_lm.py::test_held_out_loss_is_hugging_faces",
     "csrc/test_linear.py::test_many_tokens_are_right",
     "ops/test_native_ops.py::test_models_equal_eager",
     "weights/test_formats.py::test_bodies_keep_close_to_the_widened_matrix",
 )
+ON_TRAINED_WEIGHTS = (
+    "cli/test_evaluation.py::test_eight_bits_lose_little",
+    "hf/test_causal_lm.py::test_bf16_is_no_further_from_fp32_than_hugging_faces",
+    "hf/test_causal_lm.py::test_held_out_loss_is_hugging_faces",
+)
+NIGHTLY = pytest.mark.nightly
+PROCESSORS = ["AVX2", pytest.param("AVX512_CORE", marks=NIGHTLY)]
 
 
 def python(most: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -38,19 +42,21 @@ def python(most: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most", ["AVX2", "AVX512_CORE"])
-def test_an_older_processor_multiplies_rightly(most: str) -> None:
+@pytest.mark.parametrize("tests", [TESTS, pytest.param(ON_TRAINED_WEIGHTS, marks=NIGHTLY)])
+@pytest.mark.parametrize("most", PROCESSORS)
+def test_an_older_processor_multiplies_rightly(most: str, tests: tuple[str, ...]) -> None:
     """Without bfloat16's products and, in both cases, with 8-bit ones that overflow."""
     if most == "AVX512_CORE" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         pytest.skip("this machine has no more than AVX2, which is the other case")
-    tests = (str(ROOT / "tests" / test) for test in TESTS)
-    done = python(most, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not nightly", *tests)
+    names = (str(ROOT / "tests" / test) for test in tests)
+    done = python(most, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not nightly", *names)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
 
 
 @pytest.mark.slow
-def test_info_says_what_is_multiplied() -> None:
+@pytest.mark.parametrize("most", PROCESSORS)
+def test_info_says_what_is_multiplied(most: str) -> None:
     """Of 8-bit integers what is exact: not what oneDNN does, which PyTorch leaves out on AVX2."""
     code = """
 import torch
@@ -60,11 +66,10 @@ a, b = (127 * signs).to(torch.int8)
 print(bool((torch._int_mm(a, b) == a.double() @ b.double()).all()))
 main(["info", "--json"])
 """
-    for most in ("AVX2", "AVX512_CORE"):
-        exact, _, told = python(most, "-c", code).stdout.partition("\n")
-        products = json.loads(told)["device"]["products"].split()
-        assert "float32" in products
-        assert str("int8" in products) == exact
-        if torch.backends.cpu.get_cpu_capability() == "AVX512":
-            assert "int8" not in products
-        assert most != "AVX2" or "bfloat16" not in products
+    exact, _, told = python(most, "-c", code).stdout.partition("\n")
+    products = json.loads(told)["device"]["products"].split()
+    assert "float32" in products
+    assert str("int8" in products) == exact
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert "int8" not in products
+    assert most != "AVX2" or "bfloat16" not in products

@@ -177,6 +177,7 @@ def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
     assert torch.equal(turn, model.generate(longer, max_new_tokens=6))
 
 
+@pytest.mark.slow
 def test_recording_imports_no_compiler(tiny) -> None:
     """torch's takes a second, for which the second token of every process would wait."""
     code = (
@@ -206,39 +207,44 @@ class Watch:
 
     def put(self, tokens):
         self.tokens += 1
-        if self.tokens in (2_000, 10_000):
+        if self.tokens in (first, last):
             alive.append(sum(graph() is not None for graph in made))
             resident.append(memory()["resident"])
 
     def end(self):
         pass
 
+first, last = map(int, sys.argv[2:])
 made, alive, resident = [], [], []
 graphs.CpuGraph = CpuGraph
 model = lfm2_fast.load(sys.argv[1], device="cpu", dtype="bfloat16")
 options = dict(do_sample=True, seed=0, repetition_penalty=1.1, eos_token_id=None)
-for count, watch in ((1_200, None), (10_000, Watch())):
+for count, watch in ((first * 3 // 5, None), (last, Watch())):
     model.generate([[1, 40, 41]], max_new_tokens=count, streamer=watch, **options)
-cached = model.network.config.cache_bytes(model.dtype.itemsize) * 8_000
+cached = model.network.config.cache_bytes(model.dtype.itemsize) * (last - first)
 print(json.dumps([resident[1] - resident[0] - cached, len(made), alive]))
 """
 
 
 @needs_native
 @pytest.mark.slow
-def test_ten_thousand_tokens_take_the_caches_memory_alone(tiny, tmp_path) -> None:
-    """From the 2,000th on, the process grows by the keys and values that were written.
+@pytest.mark.parametrize(
+    ("first", "last"), [(400, 2_000), pytest.param(2_000, 10_000, marks=pytest.mark.nightly)]
+)
+def test_a_long_text_takes_the_caches_memory_alone(tiny, tmp_path, first: int, last: int) -> None:
+    """From the ``first`` token on, the process grows by the keys and values that were written.
 
     Besides, Python keeps the tokens themselves: each a number in two lists, some 50 bytes. The
     smallest tensor that could be forgotten takes 480, so 128 are allowed.
     """
     longer = shutil.copytree(tiny, tmp_path / "longer")
     config = json.loads((longer / "config.json").read_text())
-    config["max_position_embeddings"] = 10_100
+    config["max_position_embeddings"] = last + 100
     (longer / "config.json").write_text(json.dumps(config))
-    done = subprocess.run([sys.executable, "-c", LONG, longer], capture_output=True, text=True)
+    command = [sys.executable, "-c", LONG, longer, str(first), str(last)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, made, alive = json.loads(done.stdout)
-    assert grown < 128 * 8_000
+    assert grown < 128 * (last - first)
     # What was recorded on a cache goes with it, and stays while the cache does.
     assert made == 2 and alive == [1, 1]

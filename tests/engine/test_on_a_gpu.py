@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +144,11 @@ def detailed(model: Model) -> Any:
     return torch.stack(found.logits)
 
 
-def continued(model: Model) -> Any:
+def continued(model: Model, times: int = 1) -> Any:
     """A cache carries on, and outgrows what was captured on it."""
     cache = model.new_cache(1)
     text = write(torch.arange(2, PAGE_SIZE - 2)[None], past_key_values=cache)(model)
-    for _ in range(2):
+    for _ in range(times):
         more = torch.cat([text.cpu(), torch.tensor([[55, 56]])], 1)
         text = write(more, past_key_values=cache)(model)
     return text
@@ -204,6 +204,7 @@ CALLS: dict[str, Callable[[Model], Any]] = {
     "streamed": streamed,
     "detailed": detailed,
     "continued": continued,
+    "continued twice": lambda model: continued(model, 2),
     "hooked": hooked,
     "logits": lambda model: model(torch.tensor(ONE).to(model.device)).logits,
     "some logits": lambda model: model(torch.tensor(ONE), logits_to_keep=2).logits,
@@ -212,6 +213,17 @@ CALLS: dict[str, Callable[[Model], Any]] = {
     "decoded": decoded,
     "evaluated": lambda model: torch.tensor(evaluate(model, torch.arange(2, 90), window=20).loss),
 }
+
+# What other calls show a part at a time.
+COMBINED = {
+    "alone", "drawn by torch", "several", "padded", "more than steps take", "two at a time",
+    "no fewer", "processed and drawn", "continued twice",
+}  # fmt: skip
+
+
+def cases(names: Iterable[str], long: Collection[str]) -> list[Any]:
+    """Those of ``names``, the ones in ``long`` for ``make nightly`` alone."""
+    return [pytest.param(name, marks=pytest.mark.nightly if name in long else ()) for name in names]
 
 
 def check(call: Callable[[Model], Any], models: tuple[Model, Model]) -> None:
@@ -222,15 +234,22 @@ def check(call: Callable[[Model], Any], models: tuple[Model, Model]) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_it_gives_what_the_cpu_gives(call: Callable[[Model], Any], models, gpu) -> None:
-    check(call, models)
+@pytest.mark.parametrize("name", cases(CALLS, COMBINED))
+def test_it_gives_what_the_cpu_gives(name: str, models, gpu) -> None:
+    check(CALLS[name], models)
 
 
 @pytest.mark.parametrize("name", ["greedy", "captured prompt", "processed", "logits"])
-@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"backend": "eager"}], ids=str)
-def test_other_weights_and_bodies_do_too(name: str, options, folder: Path, gpu) -> None:
-    check(CALLS[name], both(folder, **options))
+def test_plain_pytorch_gives_it_too(name: str, folder: Path, gpu) -> None:
+    check(CALLS[name], both(folder, backend="eager"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    cases(["greedy", "captured prompt", "processed", "logits"], ["captured prompt", "processed"]),
+)
+def test_eight_bits_do_too(name: str, folder: Path, gpu) -> None:
+    check(CALLS[name], both(folder, quantization="int8"))
 
 
 LONG_ROPE = {
@@ -243,8 +262,15 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("kind", SCALED)
-@pytest.mark.parametrize("name", ["greedy", "captured prompt"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("greedy", "dynamic"),
+        ("captured prompt", "longrope"),
+        pytest.param("greedy", "longrope", marks=pytest.mark.nightly),
+        pytest.param("captured prompt", "dynamic", marks=pytest.mark.nightly),
+    ],
+)
 def test_frequencies_that_follow_from_the_length_are_captured(
     name: str, kind: str, random_checkpoint, gpu: StandInGpu
 ) -> None:
@@ -281,7 +307,7 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
     assert launched[:4] == ["launch", "read", "launch", "read"]
 
 
-@pytest.mark.parametrize("name", ["alone", "drawn", "processed"])
+@pytest.mark.parametrize("name", cases(["alone", "drawn", "processed"], ["drawn"]))
 def test_a_row_without_a_token_is_told(name: str, random_checkpoint, gpu: StandInGpu) -> None:
     """By its number and position, though steps are launched ahead; later calls are right."""
     ours, plain = both(random_checkpoint(**FEW, tie_word_embeddings=False))

@@ -220,6 +220,7 @@ def test_callers_processors_and_criteria_equal_hugging_face(models, batch) -> No
         assert torch.equal(ours.generate(**batch, **kwargs), expected)
 
 
+@pytest.mark.slow
 def test_callers_processors_replace_those_of_arguments(models, batch) -> None:
     """As Hugging Face has it, whose warning is a log line."""
     from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -260,6 +261,7 @@ def test_a_criterion_may_answer_for_all_rows(ours, batch) -> None:
     assert output.sequences.shape[1] == batch["input_ids"].shape[1] + 3
 
 
+@pytest.mark.slow
 def test_scores_and_logits_equal_hugging_face(models, batch) -> None:
     from transformers.generation import GenerateDecoderOnlyOutput
 

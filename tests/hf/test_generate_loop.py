@@ -193,6 +193,7 @@ def test_processors_that_leave_nothing_to_choose(healthy: Model, sampling: dict)
     assert masked.shape == (3, 7 + 14) and int(masked[1, 9]) >= 9
 
 
+@pytest.mark.slow
 def test_a_score_of_infinity_forces_a_token_as_in_hugging_face(tiny: Path, pair: Callable) -> None:
     """Decoding greedily; a draw among infinity is no draw, there and here."""
     theirs, ours = pair(tiny)

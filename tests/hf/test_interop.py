@@ -146,7 +146,7 @@ print(json.dumps([*numbers, ours.get_memory_footprint()]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [pytest.param(None, marks=pytest.mark.nightly), "int8"])
 def test_the_peak_of_memory_is_their_model_and_the_copies(quantization: str | None) -> None:
     """Of the process, beside theirs: what is copied, and less than 16 MB for all else.
 

@@ -96,7 +96,7 @@ def test_wheel_holds_the_package_and_nothing_else(checkout: Path, wheel: Path) -
     package = {
         file.relative_to(checkout).as_posix()
         for file in (checkout / "lfm2_fast").rglob("*")
-        if file.is_file() and file.suffix != ".so"
+        if file.is_file() and file.suffix not in (".so", ".pyc")
     }
     kernels = {f"lfm2_fast/kernels/{file.name}" for file in (checkout / "kernels").iterdir()}
     assert {"lfm2_fast/py.typed", "lfm2_fast/tiny/model.safetensors"} <= package
@@ -147,7 +147,14 @@ def test_kernels_folder_does_not_shadow_the_package_kernels(checkout: Path, tmp_
         pytest.param("auto", "compiler", 0, "no C++ compiler", id="auto-no-compiler"),
         pytest.param("auto", "torch", 0, "no torch", id="auto-no-torch"),
         pytest.param("auto", "libraries", 0, "no torch", id="auto-broken-torch"),
-        pytest.param("1", "compiler", 1, "no C++ compiler", id="insist-no-compiler"),
+        pytest.param(
+            "1",
+            "compiler",
+            1,
+            "no C++ compiler",
+            id="insist-no-compiler",
+            marks=pytest.mark.nightly,
+        ),
         pytest.param("1", "torch", 1, "no torch", id="insist-no-torch"),
         pytest.param("0", "compiler", 0, "", id="skip"),
         pytest.param("yes", "compiler", 1, "must be auto, 1 or 0", id="nonsense"),
@@ -168,7 +175,7 @@ def test_setup_says_why_it_does_not_build(
     assert said in done.stderr if said else not done.stderr
 
 
-@pytest.mark.parametrize("name", ["", " "])
+@pytest.mark.parametrize("name", [pytest.param("", marks=pytest.mark.nightly), " "])
 def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(
     checkout: Path, tmp_path: Path, name: str
 ) -> None:
@@ -192,7 +199,9 @@ def test_setup_needs_no_name_of_a_compiler_and_no_nvcc(
     [
         pytest.param("--inplace", "", True, "for this machine alone", id="here"),
         pytest.param("--force", "", False, "for the oldest x86-64", id="elsewhere"),
-        pytest.param("--inplace", "-march=haswell", False, "", id="told"),
+        pytest.param(
+            "--inplace", "-march=haswell", False, "", id="told", marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_setup_says_what_an_old_compiler_builds_for(

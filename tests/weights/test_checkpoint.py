@@ -322,7 +322,7 @@ def sharded_350m(true_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     ("folder", "quantization", "most", "left"),
     [
         ("true_350m", None, 1.25, 1.05),
-        ("true_350m", "int8", 0.8, 0.6),
+        pytest.param("true_350m", "int8", 0.8, 0.6, marks=pytest.mark.nightly),
         ("sharded_350m", "int8", 0.8, 0.6),
     ],
 )

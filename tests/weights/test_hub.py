@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,26 +139,14 @@ def forks() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def load(forks: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """Load ``name`` in a process of its own, which this returns when it has ended."""
+def execute(
+    forks: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in a process of its own, which this returns when it has ended."""
 
-    def load(
-        cache: Path,
-        url: str,
-        name: str = "org/model",
-        extra: str = "",
-        stderr: str | None = None,
-        **env: str,
+    def execute(
+        program: str, cache: Path, url: str, stderr: str | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        program = f"""
-import sys, time, lfm2_fast
-time.sleep = lambda seconds: None  # the hub's client retries as it does, but without its pauses
-try:
-    model = lfm2_fast.load({name!r}, device="cpu", {extra})
-except lfm2_fast.CheckpointError as error:
-    sys.exit(f"CheckpointError: {{error}}")
-print(model.num_parameters(), model.name_or_path)
-"""
         settings = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
         for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
             if name not in env:
@@ -171,10 +160,34 @@ print(model.num_parameters(), model.name_or_path)
         texts = (path.read_text() if path.exists() else "" for path in (out, err))
         return subprocess.CompletedProcess(program, status, *texts)
 
+    return execute
+
+
+@pytest.fixture
+def load(execute: Callable[..., subprocess.CompletedProcess[str]]) -> Load:
+    """Load ``name`` in a process of its own."""
+
+    def load(
+        cache: Path,
+        url: str,
+        name: str = "org/model",
+        extra: str = "",
+        **options: str | None,
+    ) -> subprocess.CompletedProcess[str]:
+        program = f"""
+import sys, time, lfm2_fast
+time.sleep = lambda seconds: None  # the hub's client retries as it does, but without its pauses
+try:
+    model = lfm2_fast.load({name!r}, device="cpu", {extra})
+except lfm2_fast.CheckpointError as error:
+    sys.exit(f"CheckpointError: {{error}}")
+print(model.num_parameters(), model.name_or_path)
+"""
+        return execute(program, cache, url, **options)
+
     return load
 
 
-@pytest.mark.slow
 def test_only_what_is_needed_is_downloaded_once(hub: Hub, load: Load, tmp_path: Path) -> None:
     for _ in range(2):
         result = load(tmp_path, hub.url)
@@ -192,7 +205,6 @@ def test_only_what_is_needed_is_downloaded_once(hub: Hub, load: Load, tmp_path: 
     assert unreachable.returncode == 0, unreachable.stderr
 
 
-@pytest.mark.slow
 def test_a_terminal_sees_a_progress_bar(hub: Hub, load: Load, tmp_path: Path) -> None:
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
@@ -227,7 +239,6 @@ def test_a_config_that_does_not_fit_stops_before_the_weights(
     assert hub.asked == ["config.json"]
 
 
-@pytest.mark.slow
 def test_missing_files_are_named(hub: Hub, load: Load, tmp_path: Path) -> None:
     del hub.files["model.safetensors"]
     message = refused(load(tmp_path / "a", hub.url))
@@ -262,7 +273,6 @@ def test_a_cut_connection_is_named_and_goes_on_later(hub: Hub, load: Load, tmp_p
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
 def test_a_file_that_the_hub_would_not_give_is_not_missing(
     hub: Hub, load: Load, tmp_path: Path
 ) -> None:
@@ -294,7 +304,6 @@ def test_a_gated_model_says_what_to_do(hub: Hub, load: Load, tmp_path: Path) -> 
     assert "org/model is gated: accept its terms" in refused(load(tmp_path, hub.url))
 
 
-@pytest.mark.slow
 def test_no_network_and_not_cached(load: Load, tmp_path: Path) -> None:
     nobody = "http://127.0.0.1:9"
     for result in (
@@ -307,7 +316,6 @@ def test_no_network_and_not_cached(load: Load, tmp_path: Path) -> None:
         assert "connect once to download it, or give a folder" in message
 
 
-@pytest.mark.slow
 def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
     hub: Hub, load: Load, tmp_path: Path
 ) -> None:
@@ -331,16 +339,19 @@ def test_weights_missing_in_the_cache_are_named_offline(
     assert "connect to the network once" in message
 
 
-@pytest.mark.slow
-def test_the_command_line_loads_from_the_hub(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+def test_the_command_line_loads_from_the_hub(
+    hub: Hub, execute: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
     hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
-        env.pop(name, None)
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "lfm2_fast", *arguments]
-        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
+        program = f"""
+import os, sys
+from lfm2_fast.__main__ import main
+sys.stdin = open(os.devnull)
+main({list(arguments)!r})
+"""
+        return execute(program, tmp_path, hub.url)
 
     told = command("info", "org/model")
     assert "model.context: 2048\n" in told.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from bench.gpu.steps import Decoding, prefill_flops
 from bench.report import gpu_goals, gpu_tables, tables
 from bench.report.results import Figure
 from bench.shapes import SIZES, config_of
-from bench.worker import EngineError
+from bench.worker import GPU_ENGINES, EngineError
 from lfm2_fast.weights.fusion import num_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,16 +24,20 @@ CONFIG = ROOT / "lfm2_fast" / "tiny" / "config.json"
 ON_CPU = ["--device", "cpu", "--config", str(CONFIG)]
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"bench.{module}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+@pytest.fixture
+def two_layers(tmp_path: Path) -> Path:
+    """The small checkpoint's config, with a third of its layers."""
+    config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    config |= {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
 
 
-def test_it_measures_and_keeps_what_it_has(tmp_path: Path) -> None:
+def test_it_measures_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "GATE_TOKENS", 12)
     out = tmp_path / "results" / "gpu.json"
-    done = run("gpu.decode", *ON_CPU, "--out", str(out), "--seconds", "0")
-    assert done.returncode == 0, done.stderr
+    decode.main([*ON_CPU, "--out", str(out), "--seconds", "0"])
     found = json.loads(out.read_text(encoding="utf-8"))
     assert all(found["gate"]["tokens_are_the_references"].values())
     decoded = found["decode"]["config"]["context 128"]
@@ -154,17 +156,34 @@ def test_turns_end_when_the_time_is_up(size: peers.Size) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "engines",
+    [
+        ["lfm2_fast", "transformers compiled"],
+        pytest.param(list(GPU_ENGINES), marks=pytest.mark.nightly),
+    ],
+    ids=len,
+)
 def test_peers_beside_hugging_face(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engines: list[str],
+    two_layers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(peers, "STEPS", 6)
+    for name, few in (("STEPS", 6), ("WARM", 2), ("CONTEXT", 20)):
+        monkeypatch.setattr(peers, name, few)
     out = tmp_path / "gpu-peers.json"
-    peers.main([*ON_CPU, "--out", str(out), "--rounds", "4", "--seconds", "0"])
+    call = ["--device", "cpu", "--config", str(two_layers), "--out", str(out)]
+    call += ["--engines", ",".join(engines)]
+    peers.main([*call, "--rounds", "4", "--seconds", "0"])
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["skipped"] == {"config": {}}
-    assert list(found["sizes"]["config"]) == ["lfm2_fast", "transformers", "transformers compiled"]
+    assert list(found["sizes"]["config"]) == engines
     assert found["how"]["config"]["transformers compiled"] == "traced alone"
-    assert [(row["unit"], len(row["samples"])) for row in found["figures"]] == [("us", 4)] * 3
+    assert [(row["unit"], len(row["samples"])) for row in found["figures"]] == [("us", 4)] * len(
+        engines
+    )
     assert "Hugging Face, static cache, compiled" in capsys.readouterr().out
 
 

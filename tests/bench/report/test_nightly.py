@@ -34,7 +34,7 @@ def test_without_its_fixture(broken): pass
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.nightly), "1"])
 def test_outcomes_are_recorded(tmp_path: Path, workers: str) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = nightly\n")
