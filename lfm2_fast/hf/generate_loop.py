@@ -189,7 +189,7 @@ class _GenerateLoop:
                     scores = whole[here]
                 if asked.sampling.do_sample:
                     scores = warp(scores, state)
-                    tokens = draw(scores, state.uniforms())
+                    tokens = draw(scores, state)
                 else:
                     tokens = best_tokens(scores)
                     if processors:
