@@ -80,34 +80,25 @@ void warp_native(const Tensor& logits, const Tensor& temperature, const Tensor& 
   });
 }
 
-void philox_native(const Tensor& seeds, const Tensor& rows, const Tensor& positions,
-                   const Tensor& out) {
-  const int64_t count = out.numel();
-  for (const auto& [tensor, name] : {std::pair{seeds, "seeds"}, {rows, "rows"},
-                                     {positions, "positions"}}) {
-    expect_packed(tensor, name, ScalarType::Long, {count});
-  }
-  expect_packed(out, "out", ScalarType::Double, {count});
-  const int64_t* seed = read<int64_t>(seeds);
-  const int64_t* row = read<int64_t>(rows);
-  const int64_t* position = read<int64_t>(positions);
-  double* to = write<double>(out);
-  for (int64_t i = 0; i < count; ++i) to[i] = philox(seed[i], row[i], position[i]);
-}
-
-void draw_native(const Tensor& scores, const Tensor& uniform, const Tensor& out) {
+void draw_native(const Tensor& scores, const Tensor& seeds, const Tensor& numbers,
+                 const Tensor& positions, const Tensor& out) {
   const int64_t rows = out.numel();
   const int64_t width = scores.size(1);
   expect(scores, "scores", ScalarType::Float, {rows, width});
-  expect_packed(uniform, "uniform", ScalarType::Double, {rows});
+  for (const auto& [tensor, name] : {std::pair{seeds, "seeds"}, {numbers, "rows"},
+                                     {positions, "positions"}}) {
+    expect_packed(tensor, name, ScalarType::Long, {rows});
+  }
   expect_packed(out, "out", ScalarType::Long, {rows});
   STD_TORCH_CHECK(width > 0, "an empty row has nothing to draw");
   const auto from = rows_of<const float>(scores);
-  const double* at = read<double>(uniform);
+  const int64_t* seed = read<int64_t>(seeds);
+  const int64_t* number = read<int64_t>(numbers);
+  const int64_t* position = read<int64_t>(positions);
   int64_t* to = write<int64_t>(out);
   parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      to[row] = draw(from[row], at[row], width);
+      to[row] = draw(from[row], Place{seed[row], number[row], position[row]}, width);
     }
   });
 }
@@ -139,7 +130,6 @@ STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   library.impl("best_tokens_native", TORCH_BOX(&best_tokens_native));
   library.impl("penalize_native", TORCH_BOX(&penalize_native));
   library.impl("warp_native", TORCH_BOX(&warp_native));
-  library.impl("philox_native", TORCH_BOX(&philox_native));
   library.impl("draw_native", TORCH_BOX(&draw_native));
   library.impl("advance_native", TORCH_BOX(&advance_native));
 }

@@ -10,6 +10,7 @@
 
 #include "dtypes.h"
 #include "exp.h"
+#include "gumbel.h"
 
 namespace lfm2 {
 
@@ -182,74 +183,38 @@ LFM2_CLONES void warp(const T* logits, const Warp& by, int64_t count, float* sco
   }
 }
 
-LFM2_INLINE double block_mass(const float* scores, float best, int64_t first, int64_t last,
-                              double* each) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = first; i < last; ++i) {
-    each[i - first] = exponential(static_cast<double>(scores[i]) - static_cast<double>(best));
-    sum += each[i - first];
-  }
-  return sum;
-}
-
-// The first token up to which softmax's mass is more than `uniform` of the whole; kNoToken where
-// softmax is undefined.
-LFM2_CLONES inline int64_t draw(const float* scores, double uniform, int64_t count) {
+// The first token whose score and noise are the largest sum, which draws by softmax; kNoToken where
+// softmax is undefined. Noise is bounded, and falls as words rise: a block whose best score is too
+// low needs no words, and one whose least word is too high no logarithms.
+LFM2_CLONES inline int64_t draw(const float* scores, const Place& place, int64_t count) {
+  constexpr float kRounding = 1e-5f;  // more than the noise is off
   const float best = value_of(best_rank(scores, 0, count));
   if (!std::isfinite(best)) return kNoToken;
-  std::vector<double> blocks;
-  blocks.reserve(count / kScan + 1);
-  double each[kScan];
-  double total = 0;
-  for (int64_t first = 0; first < count; first += kScan) {
-    const int64_t last = std::min(first + kScan, count);
-    const bool all_cut = best_rank(scores, first, last) == rank(kCut);
-    blocks.push_back(all_cut ? 0.0 : block_mass(scores, best, first, last, each));
-    total += blocks.back();
-  }
-  const double target = uniform * total;
-  double sum = 0;
-  int64_t token = count - 1;
-  for (size_t block = 0; block < blocks.size(); ++block) {
-    if (blocks[block] == 0.0) continue;
-    const int64_t first = static_cast<int64_t>(block) * kScan;
-    const int64_t last = std::min(first + kScan, count);
-    const bool here = sum + blocks[block] > target;
-    if (here) block_mass(scores, best, first, last, each);
-    // A sum in another order may come out a rounding lower: then it is the block's last token.
-    for (int64_t i = first; here && i < last; ++i) {
-      if (each[i - first] == 0.0) continue;
-      token = i;
-      sum += each[i - first];
-      if (sum > target) return token;
+  uint32_t words[kNoiseBlock];
+  float sums[kNoiseBlock];
+  float most = kLeastNoise;  // the best token's sum is larger
+  int64_t token = kNoToken;
+  for (int64_t first = 0; first < count; first += kNoiseBlock) {
+    const float* block = scores + first;
+    const int64_t size = std::min(kNoiseBlock, count - first);
+    const float lead = largest(block, size) - best;
+    if (lead + kMostNoise <= most) continue;
+    philox(place, first, words);
+    uint32_t least = 0xFFFFFFFFu;
+#pragma omp simd reduction(min : least)
+    for (int64_t i = 0; i < kNoiseBlock; ++i) least = words[i] < least ? words[i] : least;
+    if (lead + gumbel(least) + kRounding <= most) continue;
+    float top = kCut;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < size; ++i) {
+      sums[i] = block[i] - best + gumbel(words[i]);
+      top = sums[i] > top ? sums[i] : top;
     }
-    if (here) return token;
-    sum += blocks[block];
+    if (top <= most) continue;
+    most = top;
+    token = first + (std::find(sums, sums + size, top) - sums);
   }
   return token;
-}
-
-// A number in (0, 1): the first word of Philox-4x32-10 (Salmon et al., 2011) with `seed` as key and
-// counter (position, row, 0, 0).
-inline double philox(uint64_t seed, uint64_t row, uint64_t position) {
-  uint32_t c0 = static_cast<uint32_t>(position);
-  uint32_t c1 = static_cast<uint32_t>(row);
-  uint32_t c2 = 0;
-  uint32_t c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed);
-  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{c0} * 0xD2511F53u;
-    const uint64_t b = uint64_t{c2} * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return (c0 + 0.5) / 4294967296.0;
 }
 
 }  // namespace lfm2

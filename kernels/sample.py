@@ -8,11 +8,11 @@ A row whose best score is NaN or infinite has the token -1.
 Two to four launches, none of which waits for the host. The first makes scores, and keys: of every
 block of 128 the best score's place among all floats above the token, so that the greatest key is
 the first of the best. Where a row keeps the best k or the mass p, the second finds what is cut
-(``sample_cut.py``). Where a row draws, the third sums the mass that is left in every tile, so that
-the last has one tile to look into (``sample_draw.py``).
+(``sample_cut.py``). Where a row draws, the third finds the best sum of score and noise in every
+tile, and the last the best of all (``sample_draw.py``).
 
-Scores are float32 and divided as IEEE says; masses are float64, so that their order of summation
-decides no token. Least bytes: SV elements.
+Scores are float32 and divided as IEEE says; the masses of top-p are float64, so that their order of
+summation decides no token. Least bytes: SV elements.
 """
 
 import math
@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
-from lfm2_fast.kernels.sample_cut import BLOCK, _sample_cut_kernel, place_of
-from lfm2_fast.kernels.sample_draw import _sample_draw_kernel, _sample_masses_kernel
+from lfm2_fast.kernels.sample_cut import BLOCK, NO_KEY, _sample_cut_kernel, place_of
+from lfm2_fast.kernels.sample_draw import _sample_draw_kernel, _sample_last_kernel
 
 TILE = 2048
 
@@ -34,13 +34,12 @@ class Scratch(NamedTuple):
 
     keys: torch.Tensor  # [S, blocks] int64
     scores: torch.Tensor  # [S, V] float32
-    few: torch.Tensor  # [S, V] int32: places that may become the cut
+    few: torch.Tensor  # [S, V] int64: places that may become the cut, each above its token
     few_masses: torch.Tensor  # [S, V] float64: their masses
     picked: torch.Tensor  # [S, blocks] int32: the blocks that hold them
     cuts: torch.Tensor  # [S] int32: the place of the least score that stays
-    skips: torch.Tensor  # [S] int32: how many of its equals go
-    masses: torch.Tensor  # [S, tiles] float64: of what is above the cut
-    equals: torch.Tensor  # [S, tiles] int32: how many equal it
+    firsts: torch.Tensor  # [S] int32: the first token that stays of those that have it
+    sums: torch.Tensor  # [S, tiles] int64: as keys, of score and noise
 
     @classmethod
     def empty(cls, logits: torch.Tensor, *, draws: bool, cuts: bool) -> "Scratch":
@@ -57,13 +56,12 @@ class Scratch(NamedTuple):
         return cls(
             keys=keys,
             scores=empty(rows, vocab, dtype=torch.float32),
-            few=empty(cut, vocab),
+            few=empty(cut, vocab, dtype=torch.int64),
             few_masses=empty(cut, vocab, dtype=torch.float64),
             picked=empty(cut, blocks),
             cuts=empty(cut),
-            skips=empty(cut),
-            masses=empty(rows, tiles, dtype=torch.float64),
-            equals=empty(rows, tiles),
+            firsts=empty(cut),
+            sums=empty(rows, tiles, dtype=torch.int64),
         )
 
 
@@ -104,7 +102,7 @@ def _sample_scores_kernel(
         tl.store(scores_ptr + row * vocab + offs_v, score, mask=mask)
     # Of equal scores the first has the greatest key.
     key = (place_of(score).to(tl.int64) << 32) | (0x7FFFFFFF - offs_v)
-    best = tl.max(tl.where(mask, key, -(2**63)), axis=1)
+    best = tl.max(tl.where(mask, key, NO_KEY), axis=1)
     tl.store(keys_ptr + row * blocks + offs_b, best, mask=offs_b < blocks)
 
 
@@ -148,7 +146,7 @@ def sample_triton(
     assert scratch.keys.shape == (sequences, blocks)
     assert not draws or scratch.scores.shape == logits.shape
     assert not (draws and cuts) or scratch.few.shape == scratch.few_masses.shape == logits.shape
-    assert not draws or scratch.masses.shape == scratch.equals.shape == (sequences, tiles)
+    assert not draws or scratch.sums.shape == (sequences, tiles)
     assert all(each.is_contiguous() for each in scratch)
     if sequences == 0:
         return
@@ -182,7 +180,7 @@ def sample_triton(
                 top_k,
                 top_p,
                 scratch.cuts,
-                scratch.skips,
+                scratch.firsts,
                 scratch.picked,
                 scratch.few,
                 scratch.few_masses,
@@ -195,15 +193,17 @@ def sample_triton(
                 **pdl_options(pdl),
             )
         if draws:
-            _sample_masses_kernel[(tiles, sequences)](
+            _sample_draw_kernel[(tiles, sequences)](
                 scratch.scores,
                 scratch.keys,
                 sampled,
                 min_p,
                 scratch.cuts,
-                scratch.skips,
-                scratch.masses,
-                scratch.equals,
+                scratch.firsts,
+                seeds,
+                rows,
+                positions,
+                scratch.sums,
                 vocab,
                 blocks,
                 CUT=cuts,
@@ -211,29 +211,18 @@ def sample_triton(
                 BLOCK_V=TILE,
                 **pdl_options(pdl),
             )
-        _sample_draw_kernel[(sequences,)](
+        _sample_last_kernel[(sequences,)](
             scratch.keys,
-            scratch.scores,
+            scratch.sums,
             sampled,
-            min_p,
-            scratch.cuts,
-            scratch.skips,
-            scratch.masses,
-            scratch.equals,
-            seeds,
-            rows,
             positions,
             marks,
             tokens,
-            vocab,
             blocks,
             tiles,
             stride_seen,
             DRAWS=draws,
-            CUT=draws and cuts,
             BLOCK_B=block_b,
             BLOCK_T=triton.next_power_of_2(tiles),
-            BLOCK_V=TILE,
-            num_warps=8,
             **pdl_options(pdl),
         )

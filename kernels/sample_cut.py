@@ -1,4 +1,4 @@
-"""Which scores top-k and top-p leave: the least that stays, and how many of its equals go.
+"""Scores that top-k and top-p leave: the least that stays, and the first token that has it.
 
 A score is looked for by its place among all floats, an integer of the same order, so halving an
 interval of integers finds it in at most 32 steps, and nothing is sorted. The best of every block of
@@ -15,6 +15,8 @@ from lfm2_fast.kernels.pdl import pdl_wait
 BLOCK = tl.constexpr(128)
 LEAST = tl.constexpr(-(2**31))
 NAN = tl.constexpr(2**31 - 1)
+# Below all keys.
+NO_KEY = tl.constexpr(-(2**63))
 # The places of infinity and of its negative.
 INFINITY = tl.constexpr(0x7F800000)
 NOTHING = tl.constexpr(-0x7F800001)
@@ -49,7 +51,7 @@ def is_defined(best):
 def best_key(keys_ptr, blocks, BLOCK_B: tl.constexpr):
     """The greatest of a row's keys, whose upper half is a place, and all the places."""
     offs_b = tl.arange(0, BLOCK_B)
-    keys = tl.load(keys_ptr + offs_b, mask=offs_b < blocks, other=-(2**63))
+    keys = tl.load(keys_ptr + offs_b, mask=offs_b < blocks, other=NO_KEY)
     return tl.max(keys, axis=0), (keys >> 32).to(tl.int32)
 
 
@@ -61,7 +63,7 @@ def _sample_cut_kernel(
     top_k_ptr,
     top_p_ptr,
     cuts_ptr,
-    skips_ptr,
+    firsts_ptr,
     picked_ptr,
     few_ptr,
     few_masses_ptr,
@@ -86,7 +88,7 @@ def _sample_cut_kernel(
     has_k = (k > 0) & (k < vocab)
     has_p = p < 1
     tl.store(cuts_ptr + row, LEAST)
-    tl.store(skips_ptr + row, 0)
+    tl.store(firsts_ptr + row, 0)
     if (tl.load(do_sample_ptr + row) == 0) | (not is_defined(best)) | (not (has_k | has_p)):
         return
 
@@ -116,7 +118,7 @@ def _sample_cut_kernel(
         place, mass = place_of(score), mass_of(score, best_score)
         stays = (offs_v < vocab) & (place >= bound)
         at = few + tl.cumsum(stays.to(tl.int32), axis=0) - 1
-        tl.store(few_ptr + at, place, mask=stays)
+        tl.store(few_ptr + at, (place.to(tl.int64) << 32) | offs_v, mask=stays)
         tl.store(few_masses_ptr + at, mass, mask=stays)
         few += tl.sum(stays.to(tl.int32), axis=0)
         rest += tl.sum(tl.where(stays | has_k, 0.0, mass), axis=0)
@@ -153,8 +155,26 @@ def _sample_cut_kernel(
             goes = ((under + some * each) * share).to(tl.float32) <= limit
             skip = tl.where(goes, some, skip)
             most = tl.where(goes, most, some - 1)
+    first_token = cut * 0
+    if skip > 0:
+        first_token = _token_behind(few_ptr, few, cut, skip, BLOCK_C * BLOCK)
     tl.store(cuts_ptr + row, cut)
-    tl.store(skips_ptr + row, skip)
+    tl.store(firsts_ptr + row, first_token)
+
+
+@triton.jit
+def _token_behind(few_ptr, count, place, skip, BLOCK_N: tl.constexpr):
+    """The token behind the first ``skip`` of those that have ``place``."""
+    found, token = skip * 0, skip * 0
+    for first in range(0, count, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        key = tl.load(few_ptr + offs_n, mask=offs_n < count, other=NO_KEY)
+        equal = (offs_n < count) & ((key >> 32) == place)
+        number = found + tl.cumsum(equal.to(tl.int32), axis=0)
+        behind = tl.where(equal & (number <= skip), (key & 0x7FFFFFFF).to(tl.int32) + 1, 0)
+        token = tl.maximum(token, tl.max(behind, axis=0))
+        found += tl.sum(equal.to(tl.int32), axis=0)
+    return token
 
 
 @triton.jit
@@ -170,24 +190,24 @@ def _kth_best(places, least, best, k):
 
 
 @triton.jit
-def _how_many(places_ptr, count, low, high, BLOCK_N: tl.constexpr):
+def _how_many(few_ptr, count, low, high, BLOCK_N: tl.constexpr):
     """How many of ``count`` places are from ``low`` to below ``high``."""
     total = count * 0
     for first in range(0, count, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        place = tl.load(places_ptr + offs_n, mask=offs_n < count, other=LEAST)
+        place = tl.load(few_ptr + offs_n, mask=offs_n < count, other=NO_KEY) >> 32
         within = (place >= low) & (place < high)
         total += tl.sum(within.to(tl.int32), axis=0)
     return total
 
 
 @triton.jit
-def _mass(places_ptr, masses_ptr, count, low, high, BLOCK_N: tl.constexpr):
+def _mass(few_ptr, masses_ptr, count, low, high, BLOCK_N: tl.constexpr):
     """The mass of what has a place from ``low`` to below ``high``."""
     total = tl.sum(tl.zeros([BLOCK_N], tl.float64), axis=0)
     for first in range(0, count, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        place = tl.load(places_ptr + offs_n, mask=offs_n < count, other=LEAST)
+        place = tl.load(few_ptr + offs_n, mask=offs_n < count, other=NO_KEY) >> 32
         mass = tl.load(masses_ptr + offs_n, mask=offs_n < count, other=0)
         total += tl.sum(tl.where((place >= low) & (place < high), mass, 0.0), axis=0)
     return total

@@ -141,6 +141,15 @@ def quality_table(found: dict[str, Any]) -> str:
     return markdown(["", "loss", "above float32", "KL", "same token likeliest"], rows)
 
 
+def draws_table(found: dict[str, Any]) -> str:
+    """Draws that differ from float32's, a row a kind of numbers, a column a method."""
+    rows = [
+        [name, f"{100 * row['inverse']:.2f} %", f"{100 * row['gumbel']:.2f} %"]
+        for name, row in found["kinds"].items()
+    ]
+    return markdown(["", "inverse distribution function", "Gumbel's max"], rows)
+
+
 def conditions(found: dict[str, Any]) -> str:
     """Origin of a result file, as a sentence."""
     machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
@@ -177,9 +186,11 @@ def tables() -> dict[str, Callable[[], str]]:
     for path in sorted(RESULTS.glob("profile-*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         made[path.stem] = lambda w=whole: profile_table(w)
-    path = RESULTS / "quality.json"
-    if path.is_file():
-        made["quality"] = lambda: quality_table(json.loads(path.read_text(encoding="utf-8")))
+    for name, table in {"quality": quality_table, "draws": draws_table}.items():
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            made[name] = lambda w=whole, t=table: t(w)
     return made | gpu_tables.tables(RESULTS)
 
 

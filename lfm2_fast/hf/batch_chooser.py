@@ -87,7 +87,7 @@ class BatchChooser:
             scores = whole[here]
         if asked.sampling.do_sample:
             scores = scores if self.complete else warp(scores, state)
-            tokens = draw(scores, state.uniforms())
+            tokens = draw(scores, state)
         else:
             tokens = best_tokens(scores)
             if self.processors:

@@ -65,10 +65,8 @@ SCHEMAS = (
     # logits [B, V], top_k [B] int64, the others [B] float64, out [B, V] float32
     "warp_native(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
     "Tensor(a!) out) -> ()",
-    # seeds, rows and positions [B] int64, out [B] float64
-    "philox_native(Tensor seeds, Tensor rows, Tensor positions, Tensor(a!) out) -> ()",
-    # scores [B, V] float32, uniform [B] float64, out [B] int64, -1 where softmax is undefined
-    "draw_native(Tensor scores, Tensor uniform, Tensor(a!) out) -> ()",
+    # scores [B, V] float32, the others [B] int64, out -1 where softmax is undefined
+    "draw_native(Tensor scores, Tensor seeds, Tensor rows, Tensor positions, Tensor(a!) out) -> ()",
     # chosen, tokens, slots, positions and written [B] int64, eos [B, E] int64, lengths [B] int32,
     # finished [B] bool
     "advance_native(Tensor chosen, Tensor eos, int? dummy_slot, Tensor(a!) tokens, "

@@ -37,7 +37,6 @@ _finish_products = torch.ops.lfm2_fast.finish_products_native.default
 _best_tokens = torch.ops.lfm2_fast.best_tokens_native.default
 _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
-_philox = torch.ops.lfm2_fast.philox_native.default
 _draw = torch.ops.lfm2_fast.draw_native.default
 _advance = torch.ops.lfm2_fast.advance_native.default
 
@@ -251,9 +250,7 @@ class NativeOps(PendingResidualOps):
             warped = logits.new_empty(shape, dtype=torch.float32)
             _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
             drawn = torch.empty_like(tokens)
-            uniform = torch.empty_like(tokens, dtype=torch.float64)
-            _philox(state.seeds, state.rows, state.positions, uniform)
-            _draw(warped, uniform, drawn)
+            _draw(warped, state.seeds, state.rows, state.positions, drawn)
             tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
         state.record(tokens)
         return tokens

@@ -156,7 +156,6 @@ class TritonOps(PendingResidualOps):
             cuts=cuts,
             pdl=self.pdl,
         )
-        state.count_step()
         return tokens
 
     def rope(

@@ -97,8 +97,10 @@ def arguments() -> dict[str, dict[str, Any]]:
             "logits": x, "temperature": floats, "top_k": ints, "top_p": floats, "min_p": floats,
             "out": torch.zeros(3, 8),
         },
-        "philox": {"seeds": ints, "rows": ints, "positions": ints, "out": floats.clone()},
-        "draw": {"scores": x, "uniform": floats, "out": torch.zeros(3, dtype=torch.int64)},
+        "draw": {
+            "scores": x, "seeds": ints, "rows": ints, "positions": ints,
+            "out": torch.zeros(3, dtype=torch.int64),
+        },
         "advance": {
             "chosen": ints, "eos": torch.tensor([[2, 5]] * 3), "dummy_slot": 3,
             "tokens": ints.clone(), "slots": ints.clone(), "positions": ints.clone(),

@@ -62,19 +62,22 @@ PARAMS = {
 def test_filters_and_draws_are_sampling_pys(params: dict, vocab: int, same_bits) -> None:
     """Token for token, for float32 scores without ties."""
     torch.manual_seed(1)
-    by = SamplingState([SamplingParams(do_sample=True, **params)] * 40)
+    by = SamplingState([SamplingParams(do_sample=True, **params)] * 40, seed=-5)
     logits = 4 * torch.randn(40, vocab)
     seen = torch.rand(40, vocab) < 0.3
-    uniform = torch.rand(40, dtype=torch.float64)
     for penalty in (1.3, 0.7):
         each, out = torch.full((40,), penalty, dtype=torch.float64), torch.empty(40, vocab)
         BODIES.penalize_native(logits, seen, each, out)
         assert same_bits(out, sampling.penalize(logits, seen, each))
     expected, ours = sampling.warp(logits, by), warped(logits, by)
     assert same_bits(ours, expected)
-    tokens = torch.full((40,), -1)
-    BODIES.draw_native(ours, uniform, tokens)
-    assert tokens.tolist() == sampling.draw(expected, uniform).tolist()
+    assert drawn(ours, by).tolist() == sampling.draw(expected, by).tolist()
+
+
+def drawn(scores: torch.Tensor, by: SamplingState) -> torch.Tensor:
+    tokens = torch.full((len(scores),), 99999)
+    BODIES.draw_native(scores, by.seeds, by.rows, by.positions, tokens)
+    return tokens
 
 
 def warped(scores: torch.Tensor, by: SamplingState) -> torch.Tensor:
@@ -110,10 +113,51 @@ def test_a_token_of_no_mass_is_never_drawn(data: st.DataObject) -> None:
     scores = torch.full((1, vocab), -math.inf)
     for place in data.draw(st.sets(st.integers(0, vocab - 1), min_size=1, max_size=5)):
         scores[0, place] = data.draw(st.floats(-90, 90, width=32))
-    edge = data.draw(st.sampled_from([0.5 / 2**32, 0.5, 1 - 0.5 / 2**32]))
-    uniform, token = torch.tensor([edge], dtype=torch.float64), torch.tensor([-1])
-    BODIES.draw_native(scores, uniform, token)
-    assert scores.double().softmax(-1)[0, token] > 0
+    by = SamplingState([SamplingParams()], seed=data.draw(st.integers(0, 2**64 - 1)))
+    assert scores[0, drawn(scores, by)] > -math.inf
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("vocab", [3, 129, 1000])
+def test_draws_are_sampling_pys(spread: float, vocab: int) -> None:
+    """Also where whole blocks are passed over: those that are too unlikely, or of too little noise.
+
+    Seeds, rows and positions have more bits than the counter.
+    """
+    torch.manual_seed(2)
+    by = SamplingState([SamplingParams()] * 1000)
+    by.seeds, rows, positions = torch.randint(-(2**62), 2**62, (3, 1000)).unbind()
+    by.rows, by.positions = rows.abs() % 2**40, positions.abs() % 2**33
+    scores = spread * torch.randn(1000, vocab)
+    assert drawn(scores, by).tolist() == sampling.draw(scores, by).tolist()
+
+
+def test_the_least_word_wins_among_equals() -> None:
+    """Equal scores leave the choice to the words alone, whose order noise keeps."""
+    by = SamplingState([SamplingParams()] * 200, seed=2**63 + 9)
+    words = sampling.philox(by.seeds, by.rows, by.positions, 777)
+    assert drawn(torch.full((200, 777), -3.25), by).tolist() == words.argmin(-1).tolist()
+
+
+def test_rare_tokens_are_drawn_as_often_as_likely() -> None:
+    """A thousand of one in a million each, beside a likely one; and as the reference does."""
+    rare, rows = 1000, 20_000
+    scores = torch.full((rare + 1,), math.log(1e-6))
+    scores[0] = math.log1p(-rare * 1e-6)
+    by = SamplingState([SamplingParams()] * rows, seed=3)
+    found = 0
+    for _ in range(15):
+        tokens = drawn(scores.expand(rows, -1), by)
+        found += int((tokens != 0).sum())
+        by.positions += 1
+    # 300 are expected; the binomial is this far off once in 10^5 runs.
+    assert abs(found - 300) < 4.4 * math.sqrt(300)
+    by.positions -= 1
+    some = (tokens != 0).nonzero()[:, 0]
+    by = SamplingState(
+        [SamplingParams()] * len(some), seed=3, rows=some, positions=by.positions[some]
+    )
+    assert sampling.draw(scores.expand(len(some), -1), by).tolist() == tokens[some].tolist()
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
@@ -126,17 +170,8 @@ def test_a_row_without_a_finite_best_has_no_token(bad: float) -> None:
         BODIES.best_tokens_native(scores, tokens)
         assert tokens.tolist() == (scores.argmax(-1).tolist() if masked else [-1, -1])
         assert warped(scores, by).shape == scores.shape
-        BODIES.draw_native(scores, torch.tensor([0.1, 0.9], dtype=torch.float64), tokens)
+        tokens = drawn(scores, by)
         if masked:
             assert 3 not in tokens.tolist() and 0 <= tokens.min() and tokens.max() < 500
         else:
             assert tokens.tolist() == [-1, -1]
-
-
-def test_numbers_are_sampling_pys() -> None:
-    torch.manual_seed(0)
-    seeds, rows, positions = torch.randint(-(2**62), 2**62, (3, 200)).unbind()
-    rows, positions = rows.abs() % 2**40, positions.abs() % 2**33
-    out = torch.full((200,), NAN, dtype=torch.float64)
-    BODIES.philox_native(seeds, rows, positions, out)
-    assert torch.equal(out, sampling.philox(seeds, rows, positions))

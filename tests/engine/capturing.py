@@ -16,9 +16,7 @@ class Capturing(Ops):
     captures = True
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-        # Numbers made ahead are the host's, and no part of what is captured.
-        state._ahead = state._ahead[:, :0]
-        # Nor are the parameters, of which the tensors alone follow the caller's.
+        # The parameters are the host's and no part of what is captured: the tensors alone follow.
         kept = zip(state.params, state.top_k.tolist(), strict=True)
         state.params = [replace(params, top_k=top_k) for params, top_k in kept]
         return super().sample(logits, state)

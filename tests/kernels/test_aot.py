@@ -61,8 +61,8 @@ def test_no_length_compiles_anew(compiled) -> None:
 TILES = {"norm_linear": 1, "linear_add": 1, "norm_swiglu": 2, "norm_conv": 3, "head_argmax": 1}
 LITTLE = {"flash_decode", "rope"}
 CHAIN = {
-    *TILES, *LITTLE, "embed", "last_argmax", "sample_scores", "sample_cut", "sample_masses",
-    "sample_draw", "advance",
+    *TILES, *LITTLE, "embed", "last_argmax", "sample_scores", "sample_cut", "sample_draw",
+    "sample_last", "advance",
 }  # fmt: skip
 FEW_TOKENS = {*TILES, "embed", "last_argmax"}
 # What these read that no step writes.

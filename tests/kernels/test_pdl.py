@@ -182,7 +182,7 @@ CHOICES = {
     "greedy": (SamplingParams(), END),
     "drawn": (
         SamplingParams(do_sample=True, top_k=5, repetition_penalty=1.1),
-        ["norm_linear", "sample_scores", "sample_cut", "sample_masses", "sample_draw"],
+        ["norm_linear", "sample_scores", "sample_cut", "sample_draw", "sample_last"],
     ),
 }
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm2_fast.ops import sampling
 from lfm2_fast.ops.sampling import (
-    BLOCK,
     NO_TOKEN,
     SamplingParams,
     SamplingState,
     best_tokens,
     draw,
+    gumbel,
     penalize,
     philox,
     sample_ref,
@@ -98,8 +100,8 @@ def test_the_drawn_distribution_is_hugging_faces(params: dict) -> None:
     ids = torch.randint(vocab, (1, 6), generator=generator)
     expected = theirs(params, ids, logits).double().softmax(-1)[0]
     scores = ours(params, ids, logits).expand(draws, -1)
-    uniform = philox(torch.tensor(77), torch.arange(draws), torch.tensor(5))
-    counts = draw(scores, uniform).bincount(minlength=vocab).double()
+    state = SamplingState([SamplingParams()] * draws, seed=77)
+    counts = draw(scores, state).bincount(minlength=vocab).double()
     assert not counts[expected == 0].any()
     enough = expected * draws >= 5
     pooled = [*counts[enough], counts[~enough].sum()]
@@ -112,57 +114,90 @@ def test_the_drawn_distribution_is_hugging_faces(params: dict) -> None:
 
 
 def test_philox_equals_the_published_numbers() -> None:
-    """The known-answer vectors of Random123 for philox4x32-10, first word."""
-    zero = torch.tensor(0)
-    assert word(philox(zero, zero, zero)) == 0x6627E8D5
+    """The known-answer vectors of Random123 for philox4x32-10."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(zero, zero, zero, 4)[0].tolist() == known
 
-    # key 0xffffffff twice cannot be met with counter words 2 and 3 at zero, so an independent
+    # A key of ones cannot be met with the counter's last word at zero, so an independent
     # computation in plain integers stands for the other vectors.
     generator = torch.Generator().manual_seed(3)
-    for _ in range(50):
-        seed, row, position = torch.randint(2**62, (3,), generator=generator).tolist()
-        got = philox(*map(torch.tensor, (seed, row, position)))
-        assert word(got) == plain_philox(seed, row, position)
-        assert word(philox(*map(torch.tensor, (seed - 2**63, row, 0)))) == plain_philox(
-            seed + 2**63, row, 0
-        )
+    keys = torch.randint(-(2**62), 2**62, (3, 50), generator=generator)
+    for count in (1, 11):
+        words = philox(*keys, count)
+        expected = [plain_philox(*key, count) for key in keys.T.tolist()]
+        assert words.tolist() == expected
 
 
-def word(uniform: torch.Tensor) -> int:
-    return round(float(uniform) * 2**32 - 0.5)
-
-
-def plain_philox(seed: int, row: int, position: int) -> int:
+def plain_philox(seed: int, row: int, position: int, count: int) -> list[int]:
     mask = 2**32 - 1
-    counter, key = [position & mask, row & mask, 0, 0], [seed & mask, seed >> 32 & mask]
-    for _ in range(10):
-        low, high = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [
-            high >> 32 ^ counter[1] ^ key[0],
-            high & mask,
-            low >> 32 ^ counter[3] ^ key[1],
-            low & mask,
-        ]
-        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
-    return counter[0]
+    words = []
+    for group in range(count):
+        counter, key = [position & mask, row & mask, group, 0], [seed & mask, seed >> 32 & mask]
+        for _ in range(10):
+            low, high = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+            counter = [
+                high >> 32 ^ counter[1] ^ key[0],
+                high & mask,
+                low >> 32 ^ counter[3] ^ key[1],
+                low & mask,
+            ]
+            key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+        words += counter
+    return words[:count]
 
 
-def test_draws_are_a_function_of_row_and_position() -> None:
-    """Also where numbers are made ahead, and where rows leave in the middle of a block."""
-    positions, rows = torch.tensor([4, 900, 4]), torch.tensor([0, 1, 7])
+@pytest.fixture
+def given_words(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Rows of words that stand for Philox's, to be filled by the test."""
+    words: list[list[int]] = []
+    monkeypatch.setattr(sampling, "philox", lambda *_: torch.tensor(words))
+    return words
+
+
+def test_noise_is_exact_at_both_ends(given_words: list[list[int]]) -> None:
+    """What decides is the largest noise, of the least words; computed with fifty digits."""
+    words = [0, 1, 2, 1000, 2**24, 2**31 - 1, 2**31, 2**32 - 1000, 2**32 - 2, 2**32 - 1]
+    given_words.append(words)
+    zero = torch.zeros(1, dtype=torch.int64)
+    with localcontext() as context:
+        context.prec = 50
+        parts = [(Decimal(word) + Decimal("0.5")) / 2**32 for word in words]
+        expected = [float(-(-(1 - part).ln()).ln()) for part in parts]
+    assert gumbel(zero, zero, zero, len(words))[0].tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_noise_is_a_function_of_row_position_and_token() -> None:
+    """Whatever the batch, also where rows leave; and no two places have the same."""
     params = [SamplingParams(do_sample=True)] * 3
-    state = SamplingState(params, seed=11, rows=rows, positions=positions)
-    places, token = [0, 1, 2], torch.zeros(3, dtype=torch.int64)
-    found = []
-    for step in range(BLOCK + 9):
+    rows, positions = torch.tensor([0, 1, 7]), torch.tensor([4, 900, 4])
+    state = SamplingState(params, seed=[11, 11, 12], rows=rows, positions=positions)
+    places, found = [0, 1, 2], []
+    for step in range(9):
         if step == 5:
-            places, token = [2, 1], token[:2]
+            places = [2, 1]
             state = state.pick(places)
-        expected = philox(torch.tensor(11), rows[places], positions[places] + step)
-        assert torch.equal(state.uniforms(), expected)
-        found += state.uniforms().tolist()
-        state.record(token)
-    assert len(set(found)) == len(found) and 0 < min(found) and max(found) < 1
+        noise = gumbel(state.seeds, state.rows, state.positions, 10)
+        for place, got in zip(places, noise, strict=True):
+            alone = torch.tensor([[11, 11, 12][place]]), rows[[place]], positions[[place]] + step
+            assert torch.equal(got, gumbel(*alone, 13)[0, :10])
+            found += got.tolist()
+        state.record(torch.zeros(len(places), dtype=torch.int64))
+    assert len(set(found)) == len(found)
+
+
+def test_a_small_error_flips_few_draws() -> None:
+    """Of logits that are a little off, a draw by the inverse distribution function flips more."""
+    generator = torch.Generator().manual_seed(7)
+    logits = 2 * torch.randn(4000, 300, generator=generator)
+    near = logits + 0.01 * torch.randn(4000, 300, generator=generator)
+    state = SamplingState([SamplingParams()] * 4000, seed=1)
+    flips = (draw(logits, state) != draw(near, state)).double().mean()
+    uniform = torch.rand(4000, 1, dtype=torch.float64, generator=generator)
+    inverse = [
+        torch.searchsorted(x.double().softmax(-1).cumsum(-1), uniform) for x in (logits, near)
+    ]
+    assert 0 < flips < 0.01 < (inverse[0] != inverse[1]).double().mean()
 
 
 GREEDY = {
@@ -231,10 +266,13 @@ def test_every_row_has_its_own_parameters() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_token_of_no_mass_is_never_drawn(data: st.DataObject) -> None:
+    """Even if its noise is the largest there is, and all other noise the least."""
     vocab = data.draw(st.integers(1, 12))
     scores = torch.tensor([data.draw(st.lists(
         st.one_of(st.just(-math.inf), st.floats(-90, 90)), min_size=vocab, max_size=vocab,
     ).filter(lambda row: any(map(math.isfinite, row))))])  # fmt: skip
-    edge = data.draw(st.sampled_from([0.5 / 2**32, 0.5, 1 - 0.5 / 2**32]))
-    token = draw(scores, torch.tensor([edge], dtype=torch.float64))
-    assert scores.double().softmax(-1)[0, token] > 0
+    words = torch.where(scores == -math.inf, 0, 2**32 - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "philox", lambda *_: words)
+        token = draw(scores, SamplingState([SamplingParams()]))
+    assert scores[0, token] > -math.inf
