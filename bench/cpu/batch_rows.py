@@ -42,10 +42,12 @@ GOALS = {"lfm2_fast": ((0.75, 0.9), (1.6, 1.85)), "lfm2_fast int8": ((0.95, 1.0)
 class Side:
     """One weight format: the model, a cache of 64 slots, and the seconds of every case by turn."""
 
-    def __init__(self, label: str, folder: Path, prefill: int, **options: Any) -> None:
-        self.label, self.length = label, prefill
+    def __init__(
+        self, label: str, folder: Path, prefill: int, rows: Sequence[int] = ROWS, **options: Any
+    ) -> None:
+        self.label, self.length, self.rows = label, prefill, tuple(rows)
         self.network = lfm2_fast.load(folder, device="cpu", **options).network
-        self.cache = new_cache(self.network, max(ROWS), max(prefill, 256))
+        self.cache = new_cache(self.network, max(rows), max(prefill, 256))
         self.runner = ModelRunner(self.network, self.cache)
         self.times: dict[str, list[float]] = {}
 
@@ -78,7 +80,7 @@ class Side:
         """Return tokens a second and multiply-adds a second of every case."""
         body, head = multiply_adds(self.network)
         found = []
-        for case in (*ROWS, 0):
+        for case in (*self.rows, 0):
             name, tokens = name_of(case, self.length), case or self.length
             products = tokens * body + (case or 1) * head
             for unit, amount in (("tokens/s", tokens), ("multiply-adds/s", products)):
@@ -104,8 +106,13 @@ def multiply_adds(network: torch.nn.Module) -> tuple[int, int]:
     return sum(sizes.values()), head
 
 
-def ratios(figures: Sequence[Figure], prefill: int) -> dict[str, dict[str, Any]]:
-    """Return by label what 64 rows reach of the prefill's rate, and each number of rows of 1's."""
+def ratios(
+    figures: Sequence[Figure], prefill: int, numbers: Sequence[int] = ROWS
+) -> dict[str, dict[str, Any]]:
+    """Return by label the ratio of each number of rows to the prefill and to one row.
+
+    The first is of multiply-adds a second, the second of tokens a second.
+    """
     known = {(each.engine, each.name, each.unit): each.samples for each in figures}
     found: dict[str, dict[str, Any]] = {}
     for label in dict.fromkeys(each.engine for each in figures):
@@ -115,9 +122,11 @@ def ratios(figures: Sequence[Figure], prefill: int) -> dict[str, dict[str, Any]]
             return ratio(mine, other, paired=True)
 
         found[label] = {
-            f"{rows} rows over prefill": over(rows, 0, "multiply-adds/s") for rows in ROWS
+            f"{rows} rows over prefill": over(rows, 0, "multiply-adds/s") for rows in numbers
         }
-        found[label] |= {f"{rows} rows over 1": over(rows, 1, "tokens/s") for rows in ROWS[1:]}
+        if 1 in numbers:
+            for rows in numbers:
+                found[label][f"{rows} rows over 1"] = over(rows, 1, "tokens/s")
     return found
 
 
@@ -134,6 +143,8 @@ def report(figures: Sequence[Figure], found: dict[str, dict[str, Any]]) -> str:
     verdicts = []
     for label, pairs in GOALS.items():
         for what, (must, aim) in zip(("64 rows over prefill", "2 rows over 1"), pairs, strict=True):
+            if what not in found[label]:
+                continue
             value = found[label][what]
             verdicts.append(judged(f"{label}: {what}", must, aim, value, more_is_better=True))
     return f"{markdown(head, rows)}\n\n{goal_table(verdicts)}"
@@ -145,16 +156,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4, help="steps per turn")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers with commas")
     parser.add_argument("--prefill", type=int, default=PREFILL, help="tokens of the prompt")
     parser.add_argument("--out", type=Path, help="default: bench/results/batch-rows-SIZE.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     folder = checkpoint(given.size).resolve()
+    rows = [int(each) for each in given.rows.split(",")]
+    common: dict[str, Any] = {"rows": rows, "dtype": torch.bfloat16}
     sides = [
-        Side("lfm2_fast", folder, given.prefill, dtype=torch.bfloat16),
-        Side("lfm2_fast int8", folder, given.prefill, dtype=torch.bfloat16, quantization="int8"),
+        Side("lfm2_fast", folder, given.prefill, **common),
+        Side("lfm2_fast int8", folder, given.prefill, quantization="int8", **common),
     ]
-    cases = [(side, case) for side in sides for case in (*ROWS, 0)]
+    cases = [(side, case) for side in sides for case in (*rows, 0)]
     for side, case in cases:  # records the graphs, loads the libraries
         side.turn(case, 3)
     for side in sides:
@@ -164,7 +178,7 @@ def main() -> None:
         for side, case in cases if turn % 2 else cases[::-1]:
             side.turn(case, given.steps)
     figures = [figure for side in sides for figure in side.figures()]
-    told = ratios(figures, given.prefill)
+    told = ratios(figures, given.prefill, rows)
     protocol = {name: value for name, value in vars(given).items() if name != "out"}
     protocol["order"] = "all cases in turns, back and forth; one turn each before does not count"
     found = results.header(f"LFM2-{given.size}'s shape on a CPU, by rows of a step", protocol)
