@@ -16,7 +16,7 @@
 
 namespace lfm2 {
 
-// What one step multiplies of one token: 64 numbers of 8 bits, 32 of 16, or 16 floats.
+// Where tokens are packed. A step multiplies 64 numbers of 8 bits, 32 of 16, or 16 floats of one.
 struct alignas(64) Line {
   char bytes[64];
 };
@@ -28,6 +28,7 @@ struct WideStep {
   // Tokens at once: their sums, two registers each, leave four of AVX2's.
   static constexpr int kTogether = 6;
   static constexpr int rows_at_once(int) { return 1; }
+  using Packed = Line;
   using Folded = Lanes;
   using Total = float;
   struct Row {
@@ -41,12 +42,28 @@ struct WideStep {
   static LFM2_INLINE void take(const T* from, Row& into) {
     load(from, into.first, into.second);
   }
-  static LFM2_INLINE void add(const Row& row, const Line& token, Sum& sum) {
+  static LFM2_INLINE void add(const Row& row, const Packed& token, Sum& sum) {
     const auto* numbers = reinterpret_cast<const LooseLanes*>(&token);
     sum.first += row.first * numbers[0];
     sum.second += row.second * numbers[1];
   }
   static LFM2_INLINE void fold(const Sum& sum, Lanes& lanes) { lanes = sum.first + sum.second; }
+};
+
+// The same sums of bfloat16 tokens that are widened where they are multiplied: of one or two tokens
+// that costs less than to load twice the bytes.
+struct NarrowStep : WideStep {
+  static constexpr int kTogether = 2;
+  struct Packed {
+    bf16 numbers[kPair];
+  };
+
+  static LFM2_INLINE void add(const Row& row, const Packed& token, Sum& sum) {
+    Row wide;
+    take(token.numbers, wide);
+    sum.first += row.first * wide.first;
+    sum.second += row.second * wide.second;
+  }
 };
 
 // Tokens at once where a sum is one register.
@@ -93,7 +110,7 @@ struct Block {
   }
 
   template <int I = 0>
-  LFM2_INLINE void add(const Line* tokens) {
+  LFM2_INLINE void add(const typename Step::Packed* tokens) {
     if constexpr (I < M * R) {
       Step::add(rows[I % R], tokens[I / R], sums[I]);
       add<I + 1>(tokens);
@@ -112,8 +129,8 @@ struct Block {
 // folded[m * kLanes + r] = lanes whose sum is x[m] . rows[r], for M tokens and R rows of `size`
 // numbers. Asks for R rows from `ahead` on.
 template <class Step, int M, int R, class W>
-LFM2_INLINE void dots_of_block(const Line* x, Rows<const W> rows, int64_t size, const W* ahead,
-                               typename Step::Folded* folded) {
+LFM2_INLINE void dots_of_block(const typename Step::Packed* x, Rows<const W> rows, int64_t size,
+                               const W* ahead, typename Step::Folded* folded) {
   constexpr int64_t kStep = Step::kNumbers;
   const int64_t whole = size / kStep * kStep;
   Block<Step, M, R, W> block;
@@ -146,9 +163,9 @@ LFM2_INLINE void dots_of_block(const Line* x, Rows<const W> rows, int64_t size, 
 // sums[m * stride + n - first] = x[m] . weight[n], for M tokens and rows `first` to before `last`,
 // and 0 up to the next multiple of eight rows.
 template <class Step, int M, class W>
-LFM2_INLINE void dots_of_group(const Line* x, Rows<const W> weight, int64_t size, int64_t first,
-                               int64_t last, bool fetch, typename Step::Total* sums,
-                               int64_t stride) {
+LFM2_INLINE void dots_of_group(const typename Step::Packed* x, Rows<const W> weight, int64_t size,
+                               int64_t first, int64_t last, bool fetch,
+                               typename Step::Total* sums, int64_t stride) {
   constexpr int R = Step::rows_at_once(M);
   constexpr int64_t kAhead =
       (R == 1 ? kBytesAheadOfOne : kBytesAhead) / static_cast<int64_t>(sizeof(W));
@@ -185,7 +202,7 @@ LFM2_INLINE void dots_with(const Line* x, int64_t tokens, Rows<const W> weight, 
   int64_t m = 0;
   for (int64_t g = 0; m < tokens; ++g) {
     const int64_t count = in_group(g, tokens, Step::kTogether);
-    const Line* here = x + m * steps;
+    const auto* here = reinterpret_cast<const typename Step::Packed*>(x) + m * steps;
     auto* to = sums + m * stride;
     const bool fetch = m == 0;
     switch (count) {

@@ -17,6 +17,7 @@ struct PairStep {
   static constexpr int64_t kNumbers = 32;
   static constexpr int kTogether = lfm2::kTogether;
   static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 1 : 2; }
+  using Packed = Line;
   using Folded = Lanes;
   using Total = float;
   struct Row {

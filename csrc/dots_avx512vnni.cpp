@@ -19,6 +19,7 @@ struct QuadStep {
   static constexpr int64_t kNumbers = 64;
   static constexpr int kTogether = lfm2::kTogether;
   static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 1 : 2; }
+  using Packed = Line;
   using Folded = Places;
   using Total = int32_t;
   struct Row {

@@ -16,10 +16,10 @@ constexpr int64_t kChunk = 64;
 constexpr int64_t kTokens = 64;
 
 // sums[m * kChunk + n - first] = x[m] . weight[n], for n from `first` to before `last`.
-template <class T>
+template <class Step, class T>
 LFM2_CLONES void wide_dots(const Line* x, int64_t tokens, Rows<const T> weight, int64_t size,
                            int64_t first, int64_t last, float* sums) {
-  dots_with<WideStep>(x, tokens, weight, size, first, last, sums, kChunk);
+  dots_with<Step>(x, tokens, weight, size, first, last, sums, kChunk);
 }
 
 // sums[m] = the sum of the numbers of token m
@@ -53,25 +53,33 @@ class Dense {
  public:
   Dense(Rows<const T> x, int64_t tokens, Rows<const T> weight, int64_t size)
       : tokens_(tokens), weight_(weight), size_(size) {
+    lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
     if constexpr (std::is_same_v<T, bf16>) {
+      constexpr int64_t kPairs = sizeof(Line) / sizeof(bf16);
       if (LFM2_HAS_AVX512BF16) {
-        lines_.resize(tokens * steps_of(size, sizeof(Line) / sizeof(T)));
-        pack(x, tokens, size, lines_.data());
+        pack<kPairs>(x, tokens, size, kTogether, lines_.data());
+        return;
+      }
+      if (tokens <= NarrowStep::kTogether) {
+        pack<kPair>(x, tokens, size, NarrowStep::kTogether, lines_.data());
         return;
       }
     }
-    lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
     pack_wide(x, tokens, size, lines_.data());
   }
 
   // sums[m * kChunk + n - first] = x[m] . weight[n]
   void dots(int64_t first, int64_t last, float* sums) const {
+    const Line* x = lines_.data();
     if constexpr (std::is_same_v<T, bf16>) {
       if (LFM2_HAS_AVX512BF16) {
-        return dots_avx512bf16(lines_.data(), tokens_, weight_, size_, first, last, sums, kChunk);
+        return dots_avx512bf16(x, tokens_, weight_, size_, first, last, sums, kChunk);
+      }
+      if (tokens_ <= NarrowStep::kTogether) {
+        return wide_dots<NarrowStep>(x, tokens_, weight_, size_, first, last, sums);
       }
     }
-    wide_dots(lines_.data(), tokens_, weight_, size_, first, last, sums);
+    wide_dots<WideStep>(x, tokens_, weight_, size_, first, last, sums);
   }
 
  private:
@@ -93,7 +101,7 @@ class Int8 {
         size_(size) {
     if (LFM2_HAS_AVX2) {
       lines_.resize(tokens * steps_of(size, sizeof(Line)));
-      pack(x, tokens, size, lines_.data());
+      pack<sizeof(Line)>(x, tokens, size, kTogether, lines_.data());
     } else {
       lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
       pack_wide(x, tokens, size, lines_.data());
@@ -108,7 +116,7 @@ class Int8 {
   void dots(int64_t first, int64_t last, float* sums) const {
     const Line* x = lines_.data();
     if (!LFM2_HAS_AVX2) {
-      wide_dots(x, tokens_, weight_, size_, first, last, sums);
+      wide_dots<WideStep>(x, tokens_, weight_, size_, first, last, sums);
       return scale(sums, token_scales_, row_scales_, tokens_, first, last, sums);
     }
     int32_t products[kTokens * kChunk];

@@ -7,20 +7,20 @@
 
 namespace lfm2 {
 
-// lines[m * steps + k * M + i] = step k of token m + i, for a group of M tokens from m on; as they
-// are, filled up with zeros.
-template <class T>
-void pack(Rows<const T> x, int64_t tokens, int64_t size, Line* lines) {
-  constexpr int64_t kNumbers = sizeof(Line) / sizeof(T);
+// packed[m * steps + k * M + i] = step k of token m + i, for a group of M tokens from m on; as they
+// are, filled up with zeros. A step has kNumbers.
+template <int64_t kNumbers, class T>
+void pack(Rows<const T> x, int64_t tokens, int64_t size, int64_t most, Line* packed) {
   const int64_t steps = steps_of(size, kNumbers);
-  for (int64_t g = 0, m = 0; m < tokens; m += in_group(g++, tokens, kTogether)) {
-    const int64_t count = in_group(g, tokens, kTogether);
+  T* to = reinterpret_cast<T*>(packed);
+  for (int64_t g = 0, m = 0; m < tokens; m += in_group(g++, tokens, most)) {
+    const int64_t count = in_group(g, tokens, most);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t k = 0; k < steps; ++k) {
-        Line line = {};
+        T step[kNumbers] = {};
         const int64_t left = std::min(kNumbers, size - k * kNumbers);
-        std::memcpy(&line, x[m + i] + k * kNumbers, left * sizeof(T));
-        lines[m * steps + k * count + i] = line;
+        std::memcpy(step, x[m + i] + k * kNumbers, left * sizeof(T));
+        std::memcpy(to + (m * steps + k * count + i) * kNumbers, step, sizeof step);
       }
     }
   }
