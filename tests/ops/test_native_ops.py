@@ -99,7 +99,7 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
     [("AVX512", True, 16), ("AVX2", False, sys.maxsize), ("DEFAULT", False, 16)],
 )
 def test_int8_stays_where_pytorch_overflows(monkeypatch, capability, exact, most) -> None:
-    """PyTorch's product of many tokens is the faster one if right, the widened one never with AVX2."""
+    """Many tokens go to PyTorch's product where it is right, or where AVX2 lacks too."""
     monkeypatch.setattr(native_ops, "int8_products_are_exact", lambda: exact)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     few_tokens = native_ops.few_tokens.__wrapped__
