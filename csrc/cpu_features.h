@@ -1,5 +1,5 @@
 // Which compilers can make code for newer x86-64 machines than the one that they build for, and
-// which instructions with files of their own, *_avx512*.cpp, the machine at hand has.
+// which instructions with files of their own, *_avx*.cpp, the machine at hand has.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -12,7 +12,9 @@
   (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4"))
 #define LFM2_HAS_AVX512VNNI \
   (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4"))
+#define LFM2_HAS_AVX2 __builtin_cpu_supports("x86-64-v3")
 #else
 #define LFM2_HAS_AVX512BF16 false
 #define LFM2_HAS_AVX512VNNI false
+#define LFM2_HAS_AVX2 false
 #endif

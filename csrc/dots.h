@@ -1,10 +1,14 @@
 // Dot products of a few tokens with every row of a matrix, whose numbers are each read once.
 //
 // At one token these are as fast as memory is, if the matrix is read row after row and what comes
-// soon is asked for: processors fetch ahead too, but not far enough where memory is fast. Several
-// rows at once save loads of many tokens. The order in which a product's terms are summed follows
-// from its length alone, so a token's results do not depend on which others run beside it.
+// soon is asked for: processors fetch ahead too, but not far enough where memory is fast. Tokens are
+// made ready before (`pack.h`): a group of them lies together, step after step, in the form that is
+// multiplied. Lanes of eight rows are summed at once. The order in which a product's terms are
+// summed follows from its length alone, so a token's results do not depend on which others run
+// beside it.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu_features.h"
 #include "dtypes.h"
@@ -12,140 +16,226 @@
 
 namespace lfm2 {
 
+// Where tokens are packed. A step multiplies 64 numbers of 8 bits, 32 of 16, or 16 floats of one.
+struct alignas(64) Line {
+  char bytes[64];
+};
+
 // How numbers are multiplied, kNumbers at once: here in float, whatever they are. Of 8-bit integers
 // a lane's sum is exact up to 16,640 terms: it is less than 2^24 then.
 struct WideStep {
   static constexpr int64_t kNumbers = kPair;
+  // Tokens at once: their sums, two registers each, leave four of AVX2's.
+  static constexpr int kTogether = 6;
+  static constexpr int rows_at_once(int) { return 1; }
+  using Packed = Line;
   using Folded = Lanes;
   using Total = float;
   struct Row {
     Lanes first, second;
   };
-  using Token = Row;
   struct Sum {
-    Lanes first = {}, second = {};
+    Lanes first, second;
   };
 
   template <class T>
   static LFM2_INLINE void take(const T* from, Row& into) {
     load(from, into.first, into.second);
   }
-  static LFM2_INLINE void add(const Row& row, const Token& token, Sum& sum) {
-    sum.first += row.first * token.first;
-    sum.second += row.second * token.second;
+  static LFM2_INLINE void add(const Row& row, const Packed& token, Sum& sum) {
+    const auto* numbers = reinterpret_cast<const LooseLanes*>(&token);
+    sum.first += row.first * numbers[0];
+    sum.second += row.second * numbers[1];
   }
   static LFM2_INLINE void fold(const Sum& sum, Lanes& lanes) { lanes = sum.first + sum.second; }
-  template <class X, class W>
-  static LFM2_INLINE float product(X token, W row) {
-    return widen(token) * widen(row);
+};
+
+// The same sums of bfloat16 tokens that are widened where they are multiplied: of one or two tokens
+// that costs less than to load twice the bytes.
+struct NarrowStep : WideStep {
+  static constexpr int kTogether = 2;
+  struct Packed {
+    bf16 numbers[kPair];
+  };
+
+  static LFM2_INLINE void add(const Row& row, const Packed& token, Sum& sum) {
+    Row wide;
+    take(token.numbers, wide);
+    sum.first += row.first * wide.first;
+    sum.second += row.second * wide.second;
   }
 };
+
+// Tokens at once where a sum is one register.
+constexpr int kTogether = 8;
 
 // What is asked for lies so many bytes ahead, of a row at a time and of several: the best of 1, 2, 4,
 // 16 and 64 KB for one on a Zen 5, whose own fetching was too late where its memory was fast.
 constexpr int64_t kBytesAheadOfOne = 2048;
 constexpr int64_t kBytesAhead = 16384;
 
-// Adds to the sums of M tokens and R rows what one step's numbers from `k` on give.
-template <class Step, int M, int R, class X, class W>
-LFM2_INLINE void add_step(Rows<const X> x, Rows<const W> rows, int64_t k, const W* ahead,
-                          typename Step::Sum* sums) {
-  typename Step::Row weights[R];
-  for (int r = 0; r < R; ++r) {
-    if (ahead != nullptr) __builtin_prefetch(ahead + k * R + r * Step::kNumbers, 0, 2);
-    Step::take(rows[r] + k, weights[r]);
-  }
-  for (int m = 0; m < M; ++m) {
-    typename Step::Token token;
-    Step::take(x[m] + k, token);
-    for (int r = 0; r < R; ++r) Step::add(weights[r], token, sums[m * R + r]);
-  }
+LFM2_INLINE int64_t steps_of(int64_t size, int64_t numbers) {
+  return (size + numbers - 1) / numbers;
 }
 
-// sums[m * stride + r] = x[m] . rows[r], for M tokens and R rows of `size` numbers. Asks for R rows
-// from `ahead` on.
-template <class Step, int M, int R, class X, class W>
-LFM2_INLINE void dots_of_block(Rows<const X> x, Rows<const W> rows, int64_t size, const W* ahead,
-                               typename Step::Total* sums, int64_t stride) {
+// The tokens of group `g`, where `tokens` are split into as few groups of at most `most` as can be.
+LFM2_INLINE int64_t in_group(int64_t g, int64_t tokens, int64_t most) {
+  const int64_t groups = (tokens + most - 1) / most;
+  return tokens / groups + (g < tokens % groups);
+}
+
+// A step of M tokens and R rows. By recursion and not in loops: compilers keep arrays in registers
+// only where no index was ever a variable.
+template <class Step, int M, int R, class W>
+struct Block {
+  typename Step::Row rows[R];
+  typename Step::Sum sums[M * R];
+
+  template <int I = 0>
+  LFM2_INLINE void clear() {
+    if constexpr (I < M * R) {
+      sums[I] = typename Step::Sum{};
+      clear<I + 1>();
+    }
+  }
+
+  // Asks for R steps from `ahead` on.
+  template <int I = 0>
+  LFM2_INLINE void take(Rows<const W> from, int64_t k, const W* ahead) {
+    if constexpr (I < R) {
+      if (ahead != nullptr) __builtin_prefetch(ahead + k * R + I * Step::kNumbers, 0, 2);
+      Step::take(from[I] + k, rows[I]);
+      take<I + 1>(from, k, ahead);
+    }
+  }
+
+  template <int I = 0>
+  LFM2_INLINE void add(const typename Step::Packed* tokens) {
+    if constexpr (I < M * R) {
+      Step::add(rows[I % R], tokens[I / R], sums[I]);
+      add<I + 1>(tokens);
+    }
+  }
+
+  template <int I = 0>
+  LFM2_INLINE void fold(typename Step::Folded* folded) const {
+    if constexpr (I < M * R) {
+      Step::fold(sums[I], folded[I / R * kLanes + I % R]);
+      fold<I + 1>(folded);
+    }
+  }
+};
+
+// folded[m * kLanes + r] = lanes whose sum is x[m] . rows[r], for M tokens and R rows of `size`
+// numbers. Asks for R rows from `ahead` on.
+template <class Step, int M, int R, class W>
+LFM2_INLINE void dots_of_block(const typename Step::Packed* x, Rows<const W> rows, int64_t size,
+                               const W* ahead, typename Step::Folded* folded) {
   constexpr int64_t kStep = Step::kNumbers;
   const int64_t whole = size / kStep * kStep;
-  typename Step::Sum found[M * R];
-  // A loop of one sum is so short that going round it shows.
-  constexpr int64_t kUnrolled = M * R == 1 ? 2 : 1;
+  Block<Step, M, R, W> block;
+  block.clear();
   int64_t k = 0;
-  for (; k + kUnrolled * kStep <= whole; k += kUnrolled * kStep) {
-    for (int64_t i = 0; i < kUnrolled; ++i) {
-      add_step<Step, M, R>(x, rows, k + i * kStep, ahead, found);
+  // A loop of one sum is so short that going round it shows.
+  if constexpr (M * R == 1) {
+    for (; k + 2 * kStep <= whole; k += 2 * kStep, x += 2) {
+      block.take(rows, k, ahead);
+      block.add(x);
+      block.take(rows, k + kStep, ahead);
+      block.add(x + 1);
     }
   }
-  for (; k < whole; k += kStep) add_step<Step, M, R>(x, rows, k, ahead, found);
-  for (int first = 0; first < M * R; first += kLanes) {
-    typename Step::Folded folded[kLanes] = {};
-    typename Step::Total totals[kLanes];
-    const int count = M * R - first < kLanes ? M * R - first : kLanes;
-    for (int i = 0; i < count; ++i) Step::fold(found[first + i], folded[i]);
-    sum_lanes(folded, totals);
-    for (int i = 0; i < count; ++i) {
-      const int m = (first + i) / R;
-      const int r = (first + i) % R;
-      typename Step::Total total = totals[i];
-      for (int64_t k = whole; k < size; ++k) total += Step::product(x[m][k], rows[r][k]);
-      sums[m * stride + r] = total;
-    }
+  for (; k < whole; k += kStep, x += M) {
+    block.take(rows, k, ahead);
+    block.add(x);
   }
+  if (whole < size) {
+    W rest[R * kStep] = {};
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(rest + r * kStep, rows[r] + whole, (size - whole) * sizeof(W));
+    }
+    block.take({rest, kStep}, 0, nullptr);
+    block.add(x);
+  }
+  block.fold(folded);
 }
 
-// The same of M tokens with every row of `weight` from `first` to before `last`.
-template <class Step, int M, class X, class W>
-LFM2_INLINE void dots_of_tokens(Rows<const X> x, Rows<const W> weight, int64_t size, int64_t first,
-                                int64_t last, bool fetch, typename Step::Total* sums,
-                                int64_t stride) {
-  constexpr int kRowsAtOnce = M <= 2 ? 1 : M == 8 ? 2 : 4;  // as many sums as registers
+// sums[m * stride + n - first] = x[m] . weight[n], for M tokens and rows `first` to before `last`,
+// and 0 up to the next multiple of eight rows.
+template <class Step, int M, class W>
+LFM2_INLINE void dots_of_group(const typename Step::Packed* x, Rows<const W> weight, int64_t size,
+                               int64_t first, int64_t last, bool fetch,
+                               typename Step::Total* sums, int64_t stride) {
+  constexpr int R = Step::rows_at_once(M);
   constexpr int64_t kAhead =
-      (kRowsAtOnce == 1 ? kBytesAheadOfOne : kBytesAhead) / static_cast<int64_t>(sizeof(W));
-  int64_t n = first;
-  for (; n + kRowsAtOnce <= last; n += kRowsAtOnce) {
-    const W* ahead = fetch ? weight[n] + kAhead : nullptr;
-    dots_of_block<Step, M, kRowsAtOnce>(x, Rows<const W>{weight[n], weight.stride}, size, ahead,
-                                        sums + n - first, stride);
-  }
-  for (; n < last; ++n) {
-    dots_of_block<Step, M, 1, X, W>(x, {weight[n], weight.stride}, size, nullptr, sums + n - first,
-                                    stride);
+      (R == 1 ? kBytesAheadOfOne : kBytesAhead) / static_cast<int64_t>(sizeof(W));
+  typename Step::Folded folded[M * kLanes];
+  for (int64_t n = first; n < last; n += kLanes) {
+    const int64_t count = std::min(kLanes, last - n);
+    int64_t r = 0;
+    for (; r + R <= count; r += R) {
+      const W* ahead = fetch ? weight[n + r] + kAhead : nullptr;
+      dots_of_block<Step, M, R, W>(x, {weight[n + r], weight.stride}, size, ahead, folded + r);
+    }
+    for (; r < count; ++r) {
+      const W* none = nullptr;
+      dots_of_block<Step, M, 1, W>(x, {weight[n + r], weight.stride}, size, none, folded + r);
+    }
+    for (; r < kLanes; ++r) {
+      for (int m = 0; m < M; ++m) folded[m * kLanes + r] = typename Step::Folded{};
+    }
+    for (int m = 0; m < M; ++m) {
+      typename Step::Folded all;
+      sum_lanes(folded + m * kLanes, all);
+      std::memcpy(sums + m * stride + n - first, &all, sizeof all);
+    }
   }
 }
 
-// sums[m * stride + n - first] = x[m] . weight[n], eight, four, two and one tokens at a time: the
-// rows come from memory once, and then from the cache.
-template <class Step, class X, class W>
-LFM2_INLINE void dots_with(Rows<const X> x, int64_t tokens, Rows<const W> weight, int64_t size,
+// The same of all tokens, packed, a group at a time: the rows come from memory
+// once, and then from the cache.
+template <class Step, class W>
+LFM2_INLINE void dots_with(const Line* x, int64_t tokens, Rows<const W> weight, int64_t size,
                            int64_t first, int64_t last, typename Step::Total* sums,
                            int64_t stride) {
-  for (int64_t m = 0; m < tokens;) {
-    const Rows<const X> here{x[m], x.stride};
+  const int64_t steps = steps_of(size, Step::kNumbers);
+  int64_t m = 0;
+  for (int64_t g = 0; m < tokens; ++g) {
+    const int64_t count = in_group(g, tokens, Step::kTogether);
+    const auto* here = reinterpret_cast<const typename Step::Packed*>(x) + m * steps;
     auto* to = sums + m * stride;
     const bool fetch = m == 0;
-    if (tokens - m >= 8) {
-      dots_of_tokens<Step, 8>(here, weight, size, first, last, fetch, to, stride);
-      m += 8;
-    } else if (tokens - m >= 4) {
-      dots_of_tokens<Step, 4>(here, weight, size, first, last, fetch, to, stride);
-      m += 4;
-    } else if (tokens - m >= 2) {
-      dots_of_tokens<Step, 2>(here, weight, size, first, last, fetch, to, stride);
-      m += 2;
-    } else {
-      dots_of_tokens<Step, 1>(here, weight, size, first, last, fetch, to, stride);
-      m += 1;
+    switch (count) {
+#define LFM2_GROUP(M)                                                                         \
+  case M:                                                                                     \
+    if constexpr (M <= Step::kTogether) {                                                     \
+      dots_of_group<Step, M>(here, weight, size, first, last, fetch, to, stride);             \
+    }                                                                                         \
+    break;
+      LFM2_GROUP(1)
+      LFM2_GROUP(2)
+      LFM2_GROUP(3)
+      LFM2_GROUP(4)
+      LFM2_GROUP(5)
+      LFM2_GROUP(6)
+      LFM2_GROUP(7)
+      LFM2_GROUP(8)
+#undef LFM2_GROUP
     }
+    m += count;
   }
 }
 
-// The files dots_*.cpp, each for machines that have what it is named after.
-void dots_avx512bf16(Rows<const bf16> x, int64_t tokens, Rows<const bf16> weight, int64_t size,
+// The files dots_*.cpp, each for machines that have what it is named after. Of 8-bit integers
+// `token_sums` are the sums of each token's numbers.
+void dots_avx512bf16(const Line* x, int64_t tokens, Rows<const bf16> weight, int64_t size,
                      int64_t first, int64_t last, float* sums, int64_t stride);
 
-void dots_avx512vnni(Rows<const int8_t> x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
-                     int64_t first, int64_t last, int32_t* sums, int64_t stride);
+void dots_avx512vnni(const Line* x, const int32_t* token_sums, int64_t tokens,
+                     Rows<const int8_t> weight, int64_t size, int64_t first, int64_t last,
+                     int32_t* sums, int64_t stride);
+
+void dots_avx2(const Line* x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
+               int64_t first, int64_t last, int32_t* sums, int64_t stride);
 
 }  // namespace lfm2

@@ -15,33 +15,35 @@ namespace {
 
 struct PairStep {
   static constexpr int64_t kNumbers = 32;
+  static constexpr int kTogether = lfm2::kTogether;
+  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 1 : 2; }
+  using Packed = Line;
   using Folded = Lanes;
   using Total = float;
   struct Row {
     __m512bh pairs;
   };
-  using Token = Row;
   struct Sum {
-    __m512 lanes = {};
+    __m512 lanes;
   };
 
   static LFM2_INLINE void take(const bf16* from, Row& into) {
     into.pairs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
   }
-  static LFM2_INLINE void add(const Row& row, const Token& token, Sum& sum) {
-    sum.lanes = _mm512_dpbf16_ps(sum.lanes, row.pairs, token.pairs);
+  static LFM2_INLINE void add(const Row& row, const Line& token, Sum& sum) {
+    const auto pairs = reinterpret_cast<__m512bh>(_mm512_load_si512(&token));
+    sum.lanes = _mm512_dpbf16_ps(sum.lanes, row.pairs, pairs);
   }
   static LFM2_INLINE void fold(const Sum& sum, Lanes& lanes) {
     const __m512 all = sum.lanes;
     lanes = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
             __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
   }
-  static LFM2_INLINE float product(bf16 token, bf16 row) { return widen(token) * widen(row); }
 };
 
 }  // namespace
 
-void dots_avx512bf16(Rows<const bf16> x, int64_t tokens, Rows<const bf16> weight, int64_t size,
+void dots_avx512bf16(const Line* x, int64_t tokens, Rows<const bf16> weight, int64_t size,
                      int64_t first, int64_t last, float* sums, int64_t stride) {
   dots_with<PairStep>(x, tokens, weight, size, first, last, sums, stride);
 }

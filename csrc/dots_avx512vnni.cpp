@@ -17,54 +17,40 @@ typedef int32_t Wide __attribute__((vector_size(64)));
 
 struct QuadStep {
   static constexpr int64_t kNumbers = 64;
+  static constexpr int kTogether = lfm2::kTogether;
+  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 1 : 2; }
+  using Packed = Line;
   using Folded = Places;
   using Total = int32_t;
   struct Row {
     __m512i unsigned_bytes;
   };
-  struct Token {
-    __m512i bytes;
-  };
   struct Sum {
-    __m512i lanes = {};
+    __m512i lanes;
   };
 
   static LFM2_INLINE void take(const int8_t* from, Row& into) {
     into.unsigned_bytes = _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
   }
-  static LFM2_INLINE void take(const int8_t* from, Token& into) {
-    into.bytes = _mm512_loadu_si512(from);
-  }
-  static LFM2_INLINE void add(const Row& row, const Token& token, Sum& sum) {
-    sum.lanes = _mm512_dpbusd_epi32(sum.lanes, row.unsigned_bytes, token.bytes);
+  static LFM2_INLINE void add(const Row& row, const Line& token, Sum& sum) {
+    sum.lanes = _mm512_dpbusd_epi32(sum.lanes, row.unsigned_bytes, _mm512_load_si512(&token));
+    asm("" : "+v"(sum.lanes));  // stays where it is: GCC 12 copies all sums to and fro otherwise
   }
   static LFM2_INLINE void fold(const Sum& sum, Places& lanes) {
     const Wide all = reinterpret_cast<Wide>(sum.lanes);
     lanes = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
             __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
   }
-  static LFM2_INLINE int32_t product(int8_t token, int8_t row) { return token * (row + 128); }
 };
-
-// Made anew for every few rows, so it has to be quick: by the same instruction.
-LFM2_INLINE int32_t sum_of(const int8_t* numbers, int64_t size) {
-  const int64_t whole = size / QuadStep::kNumbers * QuadStep::kNumbers;
-  __m512i lanes = {};
-  for (int64_t k = 0; k < whole; k += QuadStep::kNumbers) {
-    lanes = _mm512_dpbusd_epi32(lanes, _mm512_set1_epi8(1), _mm512_loadu_si512(numbers + k));
-  }
-  int32_t sum = _mm512_reduce_add_epi32(lanes);
-  for (int64_t k = whole; k < size; ++k) sum += numbers[k];
-  return sum;
-}
 
 }  // namespace
 
-void dots_avx512vnni(Rows<const int8_t> x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
-                     int64_t first, int64_t last, int32_t* sums, int64_t stride) {
+void dots_avx512vnni(const Line* x, const int32_t* token_sums, int64_t tokens,
+                     Rows<const int8_t> weight, int64_t size, int64_t first, int64_t last,
+                     int32_t* sums, int64_t stride) {
   dots_with<QuadStep>(x, tokens, weight, size, first, last, sums, stride);
   for (int64_t m = 0; m < tokens; ++m) {
-    const int32_t sum = 128 * sum_of(x[m], size);
+    const int32_t sum = 128 * token_sums[m];
     for (int64_t n = 0; n < last - first; ++n) sums[m * stride + n] -= sum;
   }
 }

@@ -66,9 +66,11 @@ LFM2_INLINE void score(const float* q, Rows<const T> keys, int64_t first, int64_
       }
     }
   }
-  float all[kLanes];
+  Lanes all;
   sum_lanes(sums, all);
-  for (int g = 0; g < Heads; ++g) std::copy_n(all + g * kKeys, kKeys, scores + g * kBlock + first);
+  for (int g = 0; g < Heads; ++g) {
+    for (int j = 0; j < kKeys; ++j) scores[g * kBlock + first + j] = all[g * kKeys + j];
+  }
 }
 
 // sums[g] += weights[g, j] * values[j], for `Heads` heads and `Values` values from `first` on.

@@ -84,7 +84,7 @@ void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
       std::vector<float> by_token(count);
       quantize(source.take(m, count, made), size, Rows<int8_t>{numbers.data(), size},
                by_token.data(), 0, count);
-      then(Int8{{numbers.data(), size}, by_token.data(), matrix, by_row, size});
+      then(Int8({numbers.data(), size}, by_token.data(), count, matrix, by_row, size));
     });
   } else {
     expect(weight, "weight", kType<T>, {rows, size});
@@ -92,7 +92,7 @@ void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
     share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
       fetch(matrix[first]);
       std::vector<T> made;
-      then(Dense<T>{source.take(m, count, made), matrix, size});
+      then(Dense<T>(source.take(m, count, made), count, matrix, size));
     });
   }
 }
@@ -116,7 +116,7 @@ void linear(const Source<T>& source, const Tensor& weight, const MaybeTensor& sc
   multiply(source, tokens, weight, scales, rows, rows,
            [&](const auto& factors, int64_t m, int64_t count, int64_t first, int64_t last) {
              float sums[kTokens * kChunk];
-             factors.dots(count, first, last, sums);
+             factors.dots(first, last, sums);
              const T* base = residual.data == nullptr ? nullptr : residual[m];
              finish_linear(sums, count, added, Rows<const T>{base, residual.stride}, first, last,
                            Rows<T>{to[m], to.stride});
@@ -155,8 +155,8 @@ void norm_swiglu_native(const Tensor& x, const Tensor& norm, double eps, const T
              [&](const auto& factors, int64_t m, int64_t count, int64_t first, int64_t last) {
                float gates[kTokens * kChunk];
                float ups[kTokens * kChunk];
-               factors.dots(count, first, last, gates);
-               factors.dots(count, width + first, width + last, ups);
+               factors.dots(first, last, gates);
+               factors.dots(width + first, width + last, ups);
                finish_swiglu(gates, ups, count, first, last, Rows<T>{to[m], to.stride});
              });
   });

@@ -2,22 +2,36 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "dots.h"
 #include "dtypes.h"
 #include "exp.h"
+#include "pack.h"
 
 namespace lfm2 {
 
 // Rows of a matrix that are multiplied before their results are finished, and tokens at once.
 constexpr int64_t kChunk = 64;
-constexpr int64_t kTokens = 32;
+constexpr int64_t kTokens = 64;
 
 // sums[m * kChunk + n - first] = x[m] . weight[n], for n from `first` to before `last`.
-template <class T>
-LFM2_CLONES void wide_dots(Rows<const T> x, int64_t tokens, Rows<const T> weight, int64_t size,
+template <class Step, class T>
+LFM2_CLONES void wide_dots(const Line* x, int64_t tokens, Rows<const T> weight, int64_t size,
                            int64_t first, int64_t last, float* sums) {
-  dots_with<WideStep>(x, tokens, weight, size, first, last, sums, kChunk);
+  dots_with<Step>(x, tokens, weight, size, first, last, sums, kChunk);
+}
+
+// sums[m] = the sum of the numbers of token m
+LFM2_CLONES inline void sum_numbers(Rows<const int8_t> x, int64_t tokens, int64_t size,
+                                    int32_t* sums) {
+  for (int64_t m = 0; m < tokens; ++m) {
+    const int8_t* from = x[m];
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < size; ++k) sum += from[k];
+    sums[m] = sum;
+  }
 }
 
 // sums[m * kChunk + i] = products * token_scales[m] * row_scales[first + i]
@@ -35,40 +49,94 @@ LFM2_CLONES void scale(const P* products, const float* token_scales, const float
 
 // Tokens and the matrix that multiplies them, both in floats of one type.
 template <class T>
-struct Dense {
-  Rows<const T> x;
-  Rows<const T> weight;
-  int64_t size;
-
-  // sums[m * kChunk + n - first] = x[m] . weight[n]
-  void dots(int64_t tokens, int64_t first, int64_t last, float* sums) const {
+class Dense {
+ public:
+  Dense(Rows<const T> x, int64_t tokens, Rows<const T> weight, int64_t size)
+      : tokens_(tokens), weight_(weight), size_(size) {
+    lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
     if constexpr (std::is_same_v<T, bf16>) {
+      constexpr int64_t kPairs = sizeof(Line) / sizeof(bf16);
       if (LFM2_HAS_AVX512BF16) {
-        return dots_avx512bf16(x, tokens, weight, size, first, last, sums, kChunk);
+        pack<kPairs>(x, tokens, size, kTogether, lines_.data());
+        return;
+      }
+      if (tokens <= NarrowStep::kTogether) {
+        pack<kPair>(x, tokens, size, NarrowStep::kTogether, lines_.data());
+        return;
       }
     }
-    wide_dots(x, tokens, weight, size, first, last, sums);
+    pack_wide(x, tokens, size, lines_.data());
   }
+
+  // sums[m * kChunk + n - first] = x[m] . weight[n]
+  void dots(int64_t first, int64_t last, float* sums) const {
+    const Line* x = lines_.data();
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (LFM2_HAS_AVX512BF16) {
+        return dots_avx512bf16(x, tokens_, weight_, size_, first, last, sums, kChunk);
+      }
+      if (tokens_ <= NarrowStep::kTogether) {
+        return wide_dots<NarrowStep>(x, tokens_, weight_, size_, first, last, sums);
+      }
+    }
+    wide_dots<WideStep>(x, tokens_, weight_, size_, first, last, sums);
+  }
+
+ private:
+  int64_t tokens_;
+  Rows<const T> weight_;
+  int64_t size_;
+  std::vector<Line> lines_;
 };
 
 // The same in 8-bit integers, with a scale for each token and each row.
-struct Int8 {
-  Rows<const int8_t> x;
-  const float* token_scales;
-  Rows<const int8_t> weight;
-  const float* row_scales;
-  int64_t size;
-
-  void dots(int64_t tokens, int64_t first, int64_t last, float* sums) const {
-    if (LFM2_HAS_AVX512VNNI) {
-      int32_t products[kTokens * kChunk];
-      dots_avx512vnni(x, tokens, weight, size, first, last, products, kChunk);
-      scale(products, token_scales, row_scales, tokens, first, last, sums);
+class Int8 {
+ public:
+  Int8(Rows<const int8_t> x, const float* token_scales, int64_t tokens, Rows<const int8_t> weight,
+       const float* row_scales, int64_t size)
+      : token_scales_(token_scales),
+        tokens_(tokens),
+        weight_(weight),
+        row_scales_(row_scales),
+        size_(size) {
+    if (LFM2_HAS_AVX2) {
+      lines_.resize(tokens * steps_of(size, sizeof(Line)));
+      pack<sizeof(Line)>(x, tokens, size, kTogether, lines_.data());
     } else {
-      wide_dots(x, tokens, weight, size, first, last, sums);
-      scale(sums, token_scales, row_scales, tokens, first, last, sums);
+      lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
+      pack_wide(x, tokens, size, lines_.data());
+    }
+    if (LFM2_HAS_AVX512VNNI) {
+      token_sums_.resize(tokens);
+      sum_numbers(x, tokens, size, token_sums_.data());
     }
   }
+
+  // sums[m * kChunk + n - first] = x[m] . weight[n], scaled
+  void dots(int64_t first, int64_t last, float* sums) const {
+    const Line* x = lines_.data();
+    if (!LFM2_HAS_AVX2) {
+      wide_dots<WideStep>(x, tokens_, weight_, size_, first, last, sums);
+      return scale(sums, token_scales_, row_scales_, tokens_, first, last, sums);
+    }
+    int32_t products[kTokens * kChunk];
+    if (LFM2_HAS_AVX512VNNI) {
+      dots_avx512vnni(x, token_sums_.data(), tokens_, weight_, size_, first, last, products,
+                      kChunk);
+    } else {
+      dots_avx2(x, tokens_, weight_, size_, first, last, products, kChunk);
+    }
+    scale(products, token_scales_, row_scales_, tokens_, first, last, sums);
+  }
+
+ private:
+  const float* token_scales_;
+  int64_t tokens_;
+  Rows<const int8_t> weight_;
+  const float* row_scales_;
+  int64_t size_;
+  std::vector<Line> lines_;
+  std::vector<int32_t> token_sums_;
 };
 
 // out[m][n] = sums + bias; rounded, then added to `residual` where there is one.

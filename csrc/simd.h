@@ -76,9 +76,9 @@ LFM2_INLINE constexpr int64_t place(int64_t i) {
   return sizeof(T) == sizeof(float) ? i : i < kLanes ? 2 * i : 2 * (i - kLanes) + 1;
 }
 
-// sums[i] = the sum of the lanes of vectors[i], which are Lanes or Places
-template <class V, class S>
-LFM2_INLINE void sum_lanes(const V (&v)[kLanes], S (&sums)[kLanes]) {
+// sums[i] = the sum of the lanes of v[i], eight vectors, which are Lanes or Places
+template <class V>
+LFM2_INLINE void sum_lanes(const V* v, V& sums) {
   V pairs[4];
   V quads[2];
   for (int i = 0; i < 4; ++i) {
@@ -91,9 +91,8 @@ LFM2_INLINE void sum_lanes(const V (&v)[kLanes], S (&sums)[kLanes]) {
     quads[i] = LFM2_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
                LFM2_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
   }
-  const V all = LFM2_SHUFFLE(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-                LFM2_SHUFFLE(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
-  for (int i = 0; i < kLanes; ++i) sums[i] = all[i];
+  sums = LFM2_SHUFFLE(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         LFM2_SHUFFLE(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 }  // namespace lfm2

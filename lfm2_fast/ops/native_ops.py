@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.base import AttentionLike, Ops, Rope, TapsLike, epsilon
 from lfm2_fast.ops.residual import PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
-from lfm2_fast.weights.formats import DENSE, INT8, Projection
+from lfm2_fast.weights.formats import DENSE, INT8, Format, Projection
 
 # Looked up once: a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
@@ -41,11 +42,6 @@ _draw = torch.ops.lfm2_fast.draw_native.default
 _advance = torch.ops.lfm2_fast.advance_native.default
 
 
-# Most tokens that the extension multiplies by a matrix itself, of each format that it knows: at the
-# memory's speed where they are few. For more, PyTorch's products are faster.
-FEW_TOKENS = {DENSE: 32, INT8: 16}
-
-
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether PyTorch has products of ``dtype``; without, float32's are several times faster."""
     if dtype != torch.bfloat16:
@@ -68,6 +64,22 @@ def int8_products_are_exact() -> bool:
     return bool((torch._int_mm(a, a) == 64 * 127 * 127).all()) and bool(
         (torch._int_mm(a, b) == -64 * 127 * 127).all()
     )
+
+
+@functools.cache
+def few_tokens(format: Format, dtype: torch.dtype) -> int:
+    """Most tokens that the extension multiplies by a matrix itself; 0 if it lacks the format.
+
+    PyTorch's products of float32 and of exact 8-bit integers are faster for more. 16-bit floats are
+    packed anew by each of its calls, which 64 tokens do not make up for. Without VNNI its 8-bit
+    products overflow, and the extension's are faster than those of the widened matrix.
+    """
+    if format is DENSE:
+        return 32 if dtype == torch.float32 else 64
+    if format is INT8:
+        wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return sys.maxsize if wide and not int8_products_are_exact() else 16
+    return 0
 
 
 class NativeStepOps(Ops):
@@ -95,11 +107,11 @@ class NativeOps(PendingResidualOps):
     """
 
     name = "native"
-    cpu_graph_rows = min(FEW_TOKENS.values())
+    cpu_graph_rows = 16
     device_only = True
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
-        if len(x) > FEW_TOKENS.get(linear.format, 0):
+        if len(x) > few_tokens(linear.format, norm.weight.dtype):
             return super().norm_linear(x, norm, linear)
         x = settled(x)
         out = x.new_empty(len(x), len(linear.weight))
@@ -108,7 +120,7 @@ class NativeOps(PendingResidualOps):
         return out
 
     def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
-        if len(y) > FEW_TOKENS.get(linear.format, 0):
+        if len(y) > few_tokens(linear.format, y.dtype):
             return super().linear_add(y, linear, residual)
         residual = settled(residual)
         out = residual.new_empty(residual.shape)
@@ -116,7 +128,7 @@ class NativeOps(PendingResidualOps):
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
-        if len(x) > FEW_TOKENS.get(gate_up.format, 0):
+        if len(x) > few_tokens(gate_up.format, norm.weight.dtype):
             return super().norm_swiglu(x, norm, gate_up)
         x = settled(x)
         out = x.new_empty(len(x), len(gate_up.weight) // 2)
@@ -165,7 +177,7 @@ class NativeOps(PendingResidualOps):
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
-        if embedding.format not in FEW_TOKENS:
+        if not few_tokens(embedding.format, dtype):
             return super().embed(tokens, embedding, dtype)
         weight = embedding.weight
         out = weight.new_empty(len(tokens), weight.shape[1], dtype=dtype)

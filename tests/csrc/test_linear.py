@@ -13,7 +13,8 @@ from lfm2_fast.weights.formats import DENSE, INT8, Projection
 EPS = 1e-5
 NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
-TOKENS = [1, 2, 3, 5, 8, 15, 33]
+# Groups of every size, and more than one pass over the matrix takes.
+TOKENS = [1, 2, 3, 4, 5, 7, 8, 15, 33, 70]
 # Whole steps of every instruction set, what is left of them, single numbers, rows left over.
 SHAPES = [(1, 1), (3, 5), (64, 64), (66, 100), (130, 1024), (7, 4608)]
 
@@ -54,6 +55,8 @@ def linear(x: torch.Tensor, matrix: Projection, bias: bool = True) -> torch.Tens
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_linear_add(tokens, shape, int8, dtype, framed, intact, within_budget) -> None:
     """In place of the residual or apart, from sliced tensors."""
+    if tokens > 64 and dtype == torch.float32 and not int8:
+        pytest.skip("float32 has PyTorch's products for more than 32")
     rows, size = shape
     x, matrix = factors(tokens, rows, size, dtype, int8)
     residual = torch.randn(tokens, rows).to(dtype)
@@ -91,8 +94,8 @@ def test_norms_come_before(tokens, shape, int8, dtype, framed, within_budget) ->
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_a_token_does_not_depend_on_its_company(int8, dtype, same_bits) -> None:
-    x, matrix = factors(32, 200, 1030, dtype, int8)
-    base = torch.zeros(32, 200, dtype=dtype)
+    x, matrix = factors(64, 200, 1030, dtype, int8)
+    base = torch.zeros(64, 200, dtype=dtype)
 
     def run(rows: slice) -> torch.Tensor:
         out = torch.full_like(base[rows], NAN)
@@ -101,7 +104,7 @@ def test_a_token_does_not_depend_on_its_company(int8, dtype, same_bits) -> None:
         return out
 
     together = run(slice(None))
-    for rows in (slice(0, 1), slice(3, 7), slice(7, 22), slice(31, 32)):
+    for rows in (slice(0, 1), slice(3, 7), slice(7, 22), slice(20, 52), slice(63, 64)):
         assert same_bits(run(rows), together[rows])
 
 
@@ -139,7 +142,7 @@ def test_products_do_not_overflow() -> None:
     """The largest numbers in every place, as many as the widest published matrix has."""
     size = 10752
     weight = torch.full((5, size), -127, dtype=torch.int8)
-    weight[1] = 127
+    weight[1], weight[2] = 127, -128
     x, scale = torch.ones(2, size), torch.full((5,), 1 / 127)
     x[1] = -1
     out = torch.zeros(2, 5, dtype=torch.float32)
@@ -147,6 +150,7 @@ def test_products_do_not_overflow() -> None:
     expected = torch.full((2, 5), float(size))
     expected[0], expected[1, 1] = -size, -size
     expected[0, 1] = size
+    expected[:, 2] *= 128 / 127
     assert torch.allclose(out, expected, rtol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.ops import native_library, reference
+from lfm2_fast.ops import native_library, native_ops, reference
 from lfm2_fast.ops.select import BackendError, choose
+from lfm2_fast.weights.formats import DENSE, INT8, Format
 from tests.batches import logits_of
 
 CPU = torch.device("cpu")
@@ -90,6 +92,21 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(reference, "attention_ref", refuse)
     monkeypatch.setattr(reference, "linear_ref", refuse)
     logits_of(model, [one, one])
+
+
+@pytest.mark.parametrize(
+    ("capability", "exact", "most"),
+    [("AVX512", True, 16), ("AVX2", False, sys.maxsize), ("DEFAULT", False, 16)],
+)
+def test_int8_stays_where_pytorch_overflows(monkeypatch, capability, exact, most) -> None:
+    """Many tokens go to PyTorch's product where it is right, or where AVX2 lacks too."""
+    monkeypatch.setattr(native_ops, "int8_products_are_exact", lambda: exact)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    few_tokens = native_ops.few_tokens.__wrapped__
+    assert few_tokens(INT8, torch.bfloat16) == most
+    assert few_tokens(DENSE, torch.float32) == 32
+    assert few_tokens(DENSE, torch.bfloat16) == 64
+    assert few_tokens(Format(), torch.bfloat16) == 0
 
 
 def test_threads_do_not_meet(random_checkpoint) -> None:
