@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -357,7 +358,7 @@ class Cache:
         if match.partial is not None:
             # Owned while it is read, so that it is not the page that is taken.
             self.pool.share([match.partial])
-            if self.pool.available:
+            with suppress(CacheError):
                 pages += self._take(1)
                 self.pool.memory.copy(match.partial, pages[-1], match.rows)
                 held += match.rows

@@ -125,7 +125,8 @@ class PagePool:
         try:
             self._free.extend(reversed(self.memory.grow(short)))
         except torch.OutOfMemoryError as error:
-            self.memory.limit, self._refused = self.memory.count, error
+            # Without the frames that it came through, which hold tensors.
+            self.memory.limit, self._refused = self.memory.count, error.with_traceback(None)
             if count > self.available:
                 raise CacheError(
                     f"the device has no memory for {count} more pages of the cache, which has "

@@ -21,7 +21,6 @@ from lfm2_fast.cli.environment import hardware, versions
 from lfm2_fast.cli.machine_load import Neighbours, doubts, memory, memory_speed, spread
 from lfm2_fast.cli.session import summary
 from lfm2_fast.cli.terminal import Terminal
-from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
@@ -67,10 +66,8 @@ class Sequences:
 
     def _write(self, count: int) -> list[float]:
         """Write ``count`` tokens to each sequence; the times at which each had one more."""
-        cache, network = self.cache, self.model.network
-        assert cache is not None
-        buffers = self.model.workspace.buffers(network, cache)
-        engine = Engine(network, cache=cache, buffers=buffers)
+        assert self.cache is not None
+        engine = self.model.workspace.engine(self.model.network, self.cache)
         slots = {
             engine.add(Request(text, max_tokens=count, stream=True), [slot]): slot
             for slot, text in enumerate(self.texts)

@@ -101,6 +101,9 @@ class Chooser(Protocol):
         NO_TOKEN stands for none. ``state`` is that of the rows; ``state.record`` is called.
         """
 
+    def ends(self, row: Row) -> bool:
+        """Return True if the row's newest token is its last. Asked after every token of a row."""
+
 
 @dataclass
 class Launch:

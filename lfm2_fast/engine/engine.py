@@ -76,6 +76,8 @@ class Engine:
         limit = model.config.context_length
         self.max_length = min(max_length or limit, limit)
         if cache is not None:
+            if memory is not None or pages is not None:
+                raise ValueError("memory and pages are those of cache; leave them out")
             self.max_length, max_rows = cache.max_length, cache.slots
         self.max_rows, self.max_waiting = max_rows, max_waiting
         if memory is not None:
@@ -91,19 +93,22 @@ class Engine:
         self._prefix_cache = prefix_cache and not model.config.rope_follows_length
         self._prefix_cache &= cache is None
         self._pages, self._chunk, self._chooser = pages, chunk, chooser
+        self._memory, self._is_callers = memory, cache is not None
         self.scheduler = self._new_scheduler()
         self.statistics = Statistics()
         self._next_id = self._arrivals = 0
         self._events: list[Event] = []
         self._begin(cache, buffers)
-        if memory is not None:
-            self._take_memory(memory)
 
+    # Not in a caller's inference mode: what is made here must be writable outside of it.
+    @torch.inference_mode(False)
     def _begin(self, cache: Cache | None = None, buffers: StepBuffers | None = None) -> None:
         """Run on ``cache``, or on a new one."""
         if cache is None:
             cache = new_cache(self.model, self.max_rows, self.max_length, pages=self._pages)
         self.cache = cache
+        if self._memory is not None:
+            self._take_memory(self._memory)
         self.slots = Slots(cache, shares=self._prefix_cache)
         runner = ModelRunner(self.model, cache, buffers)
         self.prefill = Prefill(runner, self.slots, self.scheduler, self.statistics)
@@ -141,11 +146,14 @@ class Engine:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the pages hold at most."""
+        """Tokens that the pages hold at most. Raises RuntimeError when asleep."""
+        self._check_awake()
         return self.cache.pool.memory.limit * PAGE_SIZE
 
     def __str__(self) -> str:
         """Return a line that says how many rows run and how many tokens fit."""
+        if not self._awake:
+            return f"{self.max_rows} rows; asleep"
         size = self.tokens // PAGE_SIZE * self.cache.pool.memory.page_bytes / 2**20
         return (
             f"{self.max_rows} rows of at most {self.max_length:,} tokens; room for "
@@ -215,9 +223,14 @@ class Engine:
         self.statistics.steps += 1
         self._expire()
         self._release()
-        self.prefill.admit(others=bool(self.decode.rows or self.slots.leaving))
-        self._run_prompts()
-        self._run_rows()
+        decoding, waiting = bool(self.decode.rows), len(self.scheduler.waiting)
+        self.prefill.admit(others=bool(decoding or self.slots.leaving))
+        began = self._run_prompts(stuck=waiting == len(self.scheduler.waiting))
+        if began and not decoding and not self.decode.lag:
+            # No row waits for a launch, so the first tokens are handed out before it.
+            self._read(0)
+        else:
+            self._run_rows()
         self._release()
         events, self._events = self._events, []
         self._count()
@@ -233,7 +246,11 @@ class Engine:
         self._release()
 
     def reset(self, error: Exception | None = None) -> None:
-        """Forget all requests, whose last events carry ``error``, and what the cache holds."""
+        """Forget all requests, whose last events carry ``error``, and what the cache holds.
+
+        Raises RuntimeError on a caller's cache: what that holds is not the engine's.
+        """
+        self._check_owner()
         for row in self.rows:
             row.error = error
             self._event(row, None, "error" if error else "cancelled")
@@ -244,6 +261,10 @@ class Engine:
         """Give the memory of cache and graphs back. Raises RuntimeError while requests run."""
         if self.busy:
             raise RuntimeError("sleep() needs an engine without requests; step until none is left")
+        self._check_owner()
+        self._put_away()
+
+    def _put_away(self) -> None:
         if not self._awake:
             return
         self._awake = False
@@ -253,18 +274,21 @@ class Engine:
 
     def wake(self) -> None:
         """Take memory again after ``sleep``; nothing is cached."""
+        self._check_owner()
         if not self._awake:
             self._begin()
 
     def close(self) -> None:
         """End all requests, without events, and give the memory back. A second call does nothing.
 
-        ``wake`` makes the engine usable again.
+        ``wake`` makes an engine usable again that has a cache of its own.
         """
-        if self._awake:
-            self.reset()
+        if self._awake and self._is_callers:
+            self.abandon()
         self._events.clear()
-        self.sleep()
+        self._held.clear()
+        self.scheduler = self._new_scheduler()
+        self._put_away()
 
     def clear_prefix_cache(self) -> None:
         """Forget the pages of texts that have ended; the next prompts are run whole."""
@@ -283,6 +307,10 @@ class Engine:
     def _check_awake(self) -> None:
         if not self._awake:
             raise RuntimeError("the engine is asleep or closed; call wake() before you use it")
+
+    def _check_owner(self) -> None:
+        if self._is_callers:
+            raise RuntimeError("an engine on a caller's cache cannot forget it; use abandon()")
 
     def _new_scheduler(self) -> Scheduler:
         cpu = self.model.device.type == "cpu"
@@ -304,7 +332,7 @@ class Engine:
         """Have an ended row's slot given back as soon as nothing under way writes to it."""
         row.ended = True
         self.scheduler.leave(row)
-        self.prefill.told(row)
+        self.prefill.forget(row)
         if row.slot >= 0:
             self.slots.leaving.append(row)
 
@@ -315,33 +343,37 @@ class Engine:
                 self.slots.leaving.remove(row)
                 self.slots.give_back(row)
 
-    def _run_prompts(self) -> None:
+    def _run_prompts(self, *, stuck: bool) -> bool:
         """Run a chunk of the prompts; rows whose prompts have run get their first tokens.
 
-        With a chooser, which sees all rows of a step, they begin when all prompts have run.
+        Return True if rows got them. With a chooser, which sees all rows of a step, they begin when
+        all prompts have run. ``stuck`` says that no row that waits could be admitted.
         """
         try:
             self._held += self.prefill.run(decoding=bool(self.decode.rows))
         except CacheError:
             if not self._preempt():
                 raise
-            return
+            return False
         self._held = [each for each in self._held if each[0] in self.scheduler.prefilling]
-        waits = self.scheduler.waiting or len(self._held) < len(self.scheduler.prefilling)
-        if not self._held or (self.decode.chooser is not None and waits):
-            return
+        if not self._held:
+            return False
+        waits = len(self._held) < len(self.scheduler.prefilling)
+        if self.decode.chooser is not None and (waits or (self.scheduler.waiting and not stuck)):
+            return False
         begun, self._held = sorted(self._held, key=lambda each: each[0].arrival), []
         rows = [row for row, _ in begun]
-        for row in rows:
-            self.scheduler.leave(row)
         logits = torch.stack([own for _, own in begun])
         self.decode.admit(rows, logits, sampling_state(self.model, rows))
+        for row in rows:
+            self.scheduler.leave(row)
+        return True
 
     def _run_rows(self) -> None:
         """Launch a step of the rows that decode, and read what launches before it made."""
         launched = 0
         if self.decode.rows:
-            if self.decode.on_logits:
+            if self.decode.on_logits or not self.decode.lag:
                 self._read(0)
             while True:
                 try:
@@ -350,7 +382,8 @@ class Engine:
                 except CacheError:
                     if not self._preempt():
                         raise
-        self._read(self.decode.lag if launched else 0)
+        ahead = launched and not self.decode.on_logits
+        self._read(self.decode.lag if ahead else 0)
 
     def _read(self, keep: int) -> None:
         """Turn the tokens of all launches but the last ``keep`` into events."""
@@ -386,14 +419,18 @@ class Engine:
 
     def _finish_reason(self, row: Row, token: int) -> str | None:
         """Return why a row ends with its newest token, None if it goes on."""
-        stop = row.request.stop
-        if token in row.ends or (stop is not None and stop(row.written)):
+        stop, chooser = row.request.stop, self.decode.chooser
+        stopped = stop is not None and stop(row.written)
+        if chooser is not None:
+            stopped |= chooser.ends(row)
+        if stopped or token in row.ends:
             return "stop"
         return "length" if len(row.written) == row.limit else None
 
     def _no_token(self, row: Row, number: int) -> LogitsError:
         chooser = self.decode.chooser
-        changed = row.request.changes_logits or (chooser is not None and chooser.changes_logits)
+        changed = row.request.changes_every_step or number <= row.request.min_tokens
+        changed |= chooser is not None and chooser.changes_logits
         return no_token(row, number, self.model.dtype, processed=changed)
 
     def _fail(self, row: Row, error: Exception) -> None:
@@ -422,6 +459,9 @@ class Engine:
     def _preempt(self) -> bool:
         """Take the pages of the youngest row; False if there is none but the oldest.
 
+        No row that has a slot of a caller's cache is preempted, which keeps its pages, and none
+        that goes together with others by a chooser.
+
         Where reading what is under way ends rows and frees their pages, no row is preempted. The
         row's full pages stay in the index while no row needs them. It waits again, and goes on
         later as if nothing had been.
@@ -431,7 +471,9 @@ class Engine:
         self._release()
         if self.cache.pool.available > before:
             return True
-        rows = [row for row in self.rows if row.slot >= 0]
+        if self.decode.chooser is not None:
+            return False
+        rows = [row for row in self.rows if row.slot >= 0 and row.pinned is None]
         rows.sort(key=lambda row: (row.request.priority, row.arrival))
         if len(rows) < 2:
             return False
@@ -441,7 +483,8 @@ class Engine:
         self.slots.give_back(row)
         row.launched = len(row.written)
         # They are told anew, from the prompt's first chunk on.
-        self.prefill.told(row)
+        self.prefill.forget(row)
+        self._held = [each for each in self._held if each[0] is not row]
         self.scheduler.wait(row)
         self.statistics.preemptions += 1
         return True

@@ -62,8 +62,10 @@ class Graphs:
             self._warm.add(key)
             return
         if graph is None:
-            graph = self._graphs[key] = self.capture(self, body)
+            graph = self.capture(self, body)
         graph.replay()
+        # Kept once it has run: a CPU's graph is recorded then, and may be interrupted.
+        self._graphs[key] = graph
 
 
 def capture_cpu(graphs: Graphs, body: Callable[[], None]) -> Replayable:

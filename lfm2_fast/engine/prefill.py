@@ -16,6 +16,9 @@ from lfm2_fast.engine.scheduler import Scheduler, pages_wanted
 from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
 
+# Waiting rows that are looked at in a step. Most wait for a row before them, and each costs time.
+LOOK_AHEAD = 64
+
 
 class Prefill:
     """Admits waiting rows of ``scheduler`` to ``slots``, and runs their prompts in chunks."""
@@ -36,21 +39,25 @@ class Prefill:
         give pages back; without them one row is admitted in any case.
         """
         scheduler = self.scheduler
-        for row in list(scheduler.waiting):
+        for row in scheduler.waiting[:LOOK_AHEAD]:
             if not self.slots.free:
                 return
+            if row.pinned is not None and row.pinned not in self.slots.free:
+                continue
             match = self._match(row)
             if match is None:
                 continue
             if (others or scheduler.prefilling) and not self._fits(row, match):
                 return
-            scheduler.leave(row)
             self.slots.take(row, match)
+            scheduler.leave(row)
             scheduler.prefilling.append(row)
             self._count(row)
 
     def _match(self, row: Row) -> Match | None:
         """Return what is known of a row's text, None while another row makes more of it."""
+        if row.request.prompt_logprobs is not None:
+            return Match()
         if any(other.id == row.id for other in self.scheduler.prefilling):
             return None
         match = self.slots.match(row)
@@ -63,7 +70,12 @@ class Prefill:
         return match
 
     def _fits(self, row: Row, match: Match) -> bool:
-        """Return True if the pages of a row are there, beside those of admitted prompts."""
+        """Return True if the pages of a row are there, beside those of admitted prompts.
+
+        A caller's cache has pages for all its slots at full length.
+        """
+        if row.pinned is not None:
+            return True
         pool = self.cache.pool
         needed = pages_wanted(row) - sum(map(pool.is_owned, match.pages))
         for other in self.scheduler.prefilling:
@@ -84,7 +96,7 @@ class Prefill:
         """Run a chunk; the rows whose texts have run, each with its logits ``[V]``.
 
         The other continuations of their requests come with them. ``decoding`` says that rows
-        decode, whom the chunk holds up. Raises CacheError, with nothing run, for lack of pages.
+        decode, and wait for the chunk. Raises CacheError, with nothing run, for lack of pages.
         """
         for timed in self._timer.finished():
             self.scheduler.measured(*timed)
@@ -97,7 +109,7 @@ class Prefill:
         texts = []
         for (row, count), again in zip(chunk, replays, strict=True):
             ran = self._ran(row)
-            texts.append(again + row.text[ran : ran + count])
+            texts.append([*again, *row.text[ran : ran + count]])
         counts = [len(again) for again in replays]
         with self._timer.time(rows, sum(map(len, texts))):
             if any(row.request.prompt_logprobs is not None for row in rows):
@@ -116,6 +128,10 @@ class Prefill:
         """Return the log-probabilities of a row's prompt, once."""
         found = self._prompt_logprobs.pop(row, None)
         return None if found is None else tuple(found)
+
+    def forget(self, row: Row) -> None:
+        """Forget the log-probabilities of a row's prompt."""
+        self._prompt_logprobs.pop(row, None)
 
     def _ran(self, row: Row) -> int:
         return self.cache.lengths[row.slot]

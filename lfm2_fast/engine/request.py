@@ -170,9 +170,10 @@ class Row:
         return self.start + len(self.written)
 
     @property
-    def text(self) -> list[int]:
+    def text(self) -> Sequence[int]:
         """The prompt and the new tokens."""
-        return [*self.request.prompt, *self.written]
+        prompt = self.request.prompt
+        return [*prompt, *self.written] if self.written else prompt
 
 
 @dataclass(frozen=True)

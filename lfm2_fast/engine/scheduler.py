@@ -74,7 +74,9 @@ class Scheduler:
         """Note what a chunk of ``tokens`` took."""
         self._cost = seconds / tokens
         for row in rows:
-            self._costs[row] = self._cost
+            # A row that has left is not held by its cost.
+            if row in self.prefilling:
+                self._costs[row] = self._cost
 
     def _bounded(self, decoding: bool) -> bool:
         return decoding and self.chunk is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.cache.prefix_index import Match, PrefixIndex, common_prefix
 from lfm2_fast.engine.request import Row
 
@@ -23,14 +24,15 @@ class Slots:
 
     def match(self, row: Row) -> Match:
         """Return what the index has of a row's text, but for its last token."""
-        if self.index is None or row.request.prompt_logprobs is not None:
+        if self.index is None:
             return Match()
         return self.index.match(row.text[:-1], row.request.salt, row.digests)
 
     def take(self, row: Row, match: Match) -> None:
         """Give a row a slot that holds what ``match`` found of its text.
 
-        A caller's slot goes back to what it shares with the text.
+        A caller's slot goes back to what it shares with the text, to nothing where the whole
+        prompt's log-probabilities are asked for.
         """
         if row.pinned is None:
             row.slot = self.free.pop()
@@ -39,17 +41,26 @@ class Slots:
             return
         row.slot = row.pinned
         self.free.remove(row.slot)
-        shared = common_prefix(row.text[:-1], self.cache.history[row.slot])
+        shared = 0
+        if row.request.prompt_logprobs is None:
+            shared = common_prefix(row.text[:-1], self.cache.history[row.slot])
         self.cache.go_back(row.slot, shared)
 
     def fork(self, row: Row, sibling: Row) -> bool:
         """Give ``sibling`` a slot with all that the row's holds; False where none can be had."""
-        # A page for what is not full, and one that is written next.
-        if not self.free or self.cache.pool.available < 2:
+        slot = sibling.pinned
+        if slot is None:
+            # A page for what is not full, and one that is written next.
+            if not self.free or self.cache.pool.available < 2:
+                return False
+            slot = self.free[-1]
+        elif slot not in self.free:
             return False
-        slot = self.free[-1] if sibling.pinned is None else sibling.pinned
+        try:
+            self.cache.copy(row.slot, slot)
+        except CacheError:
+            return False
         self.free.remove(slot)
-        self.cache.copy(row.slot, slot)
         sibling.slot = slot
         return True
 

@@ -26,6 +26,8 @@ class StepBuffers:
     steps chose, the newest last, and NO_TOKEN where a row had none to choose.
     """
 
+    # Not in a caller's inference mode: steps outside of it write to these tensors.
+    @torch.inference_mode(False)
     def __init__(self, model: Lfm2, cache: Cache, capture: Any = None) -> None:
         device, size = model.device, bucket(cache.slots, cache)
         self.size, self.vocab = size, model.config.vocab_size

@@ -20,8 +20,8 @@ class BatchChooser:
     ``text [B, T]`` begins as the prompts, padded, and gets each new token; a row that has stopped
     has padding. With ``complete`` the processors do all that the arguments ask for; without it they
     come between penalties and filters. Processors see the whole batch, where a row that has stopped
-    has zeros. ``scores`` and ``logits`` keep those of every step, ``[B, V]`` float32, if they were
-    asked for.
+    has zeros. ``criteria`` are asked after each step. ``scores`` and ``logits`` keep those of every
+    step, ``[B, V]`` float32, if they were asked for.
     """
 
     def __init__(
@@ -31,13 +31,15 @@ class BatchChooser:
         prompts: torch.Tensor,
         budget: int,
         processors: Sequence[Any],
+        criteria: Sequence[Any],
         *,
         complete: bool = False,
     ) -> None:
         self.ops, self.asked, self.processors = ops, asked, processors
-        self.complete = complete
+        self.criteria, self.complete = criteria, complete
         self.rows, self.width = prompts.shape
-        self.count = 0
+        self.count = self._judged = 0
+        self._verdict: list[bool] = []
         self._text = prompts.new_full((self.rows, self.width + budget), asked.pad_token_id)
         self._text[:, : self.width] = prompts
         ends = list(asked.eos_token_id)
@@ -59,18 +61,29 @@ class BatchChooser:
         self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState
     ) -> torch.Tensor:
         """Return the next token ``[N]`` of each row by ``logits [N, V]``."""
-        here = on_device(
-            [row.request.first_row + row.index for row in rows], torch.int64, logits.device
-        )
+        here = on_device([_place(row) for row in rows], torch.int64, logits.device)
         asked = self.asked
         kept = asked.output_scores or asked.output_logits
         if self.processors or kept or self.count < asked.min_new_tokens:
             tokens = self._choose(logits.float(), here, state)
         else:
             tokens = self.ops.sample(logits, state)
-        self._text[here, self.width + self.count] = tokens
+        # A row without a token is over; processors of the others look up what stands there.
+        pad = self.asked.pad_token_id
+        self._text[here, self.width + self.count] = tokens.where(tokens >= 0, pad)
         self.count += 1
         return tokens
+
+    def ends(self, row: Row) -> bool:
+        """Return True if the caller's criteria end the row; they are asked once a step."""
+        if self.criteria and self._judged < self.count:
+            scores = tuple(self.scores) if self.asked.output_scores else None
+            stop = torch.zeros(self.rows, dtype=torch.bool)
+            for criterion in self.criteria:
+                verdict = torch.as_tensor(criterion(self.text, scores))
+                stop |= verdict.to(stop.device).expand(self.rows)
+            self._verdict, self._judged = stop.tolist(), self.count
+        return bool(self.criteria) and self._verdict[_place(row)]
 
     def _choose(
         self, logits: torch.Tensor, here: torch.Tensor, state: SamplingState
@@ -104,6 +117,11 @@ class BatchChooser:
         whole = values.new_zeros(self.rows, values.shape[1])
         whole[here] = values
         return whole
+
+
+def _place(row: Row) -> int:
+    """Return the row's place in the batch."""
+    return row.request.first_row + row.index
 
 
 def _forced(tokens: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

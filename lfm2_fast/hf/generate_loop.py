@@ -63,27 +63,28 @@ def run_generate_loop(
         cache = workspace.take(model.network, at_a_time, model.max_length)
     else:
         check_cache(model, cache, rows)
-    buffers = workspace.buffers(model.network, cache)
     call = _Call(model, asked, ids, mask, cache, seed, before)
     chooser = None
-    if outside:
-        texts = call.texts(model.device)
-        if complete:
-            masks = mask.repeat_interleave(asked.num_return_sequences, 0).to(model.device)
-            processors = logits_processors(
-                model, asked, texts, masks, call.budget, processors, of_the_call
-            )
-        chooser = BatchChooser(model.ops, asked, texts, call.budget, processors, complete=complete)
     try:
+        if outside:
+            texts = call.texts(model.device)
+            if complete:
+                masks = mask.repeat_interleave(asked.num_return_sequences, 0).to(model.device)
+                processors = logits_processors(
+                    model, asked, texts, masks, call.budget, processors, of_the_call
+                )
+            chooser = BatchChooser(
+                model.ops, asked, texts, call.budget, processors, criteria, complete=complete
+            )
         if streamer is not None:
             streamer.put(call.texts("cpu"))
-        engine = Engine(model.network, cache=cache, buffers=buffers, chunk=CHUNK, chooser=chooser)
-        output = call.run(engine, streamer, chooser, criteria)
+        engine = workspace.engine(model.network, cache, chunk=CHUNK, chooser=chooser)
+        output = call.run(engine, streamer, chooser)
     except (torch.OutOfMemoryError, CacheError) as error:
-        if not isinstance(error, torch.OutOfMemoryError):
-            if not isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise
-        held = cache.nbytes + buffers.nbytes
+        full = torch.OutOfMemoryError
+        if not isinstance(error, full) and not isinstance(error.__cause__, full):
+            raise
+        held = cache.nbytes + workspace.nbytes(cache)
         raise torch.OutOfMemoryError(
             f"{at_a_time} rows of up to {call.longest + call.budget} tokens do not fit into "
             f"the device's memory (the cache and its buffers have {held / 2**20:.0f} MiB so far); "
@@ -146,9 +147,7 @@ class _Call:
         """Return the padded prompt of every row ``[B, T]``."""
         return self.ids.repeat_interleave(self.copies, 0).to(device)
 
-    def run(
-        self, engine: Engine, streamer: Any, chooser: BatchChooser | None, criteria: list[Any]
-    ) -> dict[str, Any]:
+    def run(self, engine: Engine, streamer: Any, chooser: BatchChooser | None) -> dict[str, Any]:
         """Run every request to its end; the fields of Hugging Face's output."""
         together = engine.max_rows == self.rows
         firsts: dict[int, int] = {}
@@ -156,13 +155,11 @@ class _Call:
             first = number * self.copies
             slots = range(first, first + self.copies) if together else None
             firsts[engine.add(request, slots)] = first
-        ids = {first: id for id, first in firsts.items()}
         written: list[list[int]] = [[] for _ in range(self.rows)]
         columns = _Columns(streamer, self.rows, self.asked.pad_token_id)
         progress = None if together else _progress(self.rows)
         try:
             while engine.busy:
-                count = 0 if chooser is None else chooser.count
                 for event in engine.step():
                     if event.error is not None:
                         raise event.error
@@ -174,9 +171,6 @@ class _Call:
                         if progress is not None:
                             progress.update()
                 columns.put(written)
-                if chooser is not None and criteria and chooser.count > count:
-                    for row in self._stopped(chooser, criteria):
-                        engine.cancel(ids[row - row % self.copies], row % self.copies)
         finally:
             if progress is not None:
                 progress.close()
@@ -199,15 +193,6 @@ class _Call:
                 n=self.copies,
                 stream=stream,
             )
-
-    def _stopped(self, chooser: BatchChooser, criteria: list[Any]) -> list[int]:
-        """Return the rows that the caller's criteria end after the newest token."""
-        scores = tuple(chooser.scores) if self.asked.output_scores else None
-        stop = torch.zeros(self.rows, dtype=torch.bool)
-        for criterion in criteria:
-            verdict = torch.as_tensor(criterion(chooser.text, scores))
-            stop |= verdict.to(stop.device).expand(self.rows)
-        return stop.nonzero()[:, 0].tolist()
 
     def _output(self, written: list[list[int]], chooser: BatchChooser | None) -> dict[str, Any]:
         longest = max(map(len, written), default=0)

@@ -6,6 +6,8 @@ from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.engine.decode import Chooser
+from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.step_buffers import StepBuffers
 from lfm2_fast.models.lfm2 import Lfm2
@@ -14,9 +16,9 @@ from lfm2_fast.models.lfm2 import Lfm2
 class Workspace:
     """Step buffers of each cache while the cache lives, and a cache that no call uses.
 
-    Capturing a step takes longer than running it. So the graphs of a caller's cache stay from call
-    to call, and a call without a cache takes the one that the call before gave back. A copy is
-    empty: graphs point at the tensors of the model that they were captured on.
+    Capturing a step takes longer than running it, so graphs stay from call to call. Those of a
+    caller's cache stay with that. A call without a cache takes the one that was given back last. A
+    copy is empty: graphs point at the tensors of the model that they were captured on.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,23 @@ class Workspace:
         if found is None or found.made_for is not model.ops:
             found = self._buffers[cache] = StepBuffers(model, cache)
         return found
+
+    def engine(
+        self,
+        model: Lfm2,
+        cache: Cache,
+        *,
+        chunk: int | None = None,
+        chooser: Chooser | None = None,
+    ) -> Engine:
+        """Return an engine on a cache, with the cache's step buffers."""
+        buffers = self.buffers(model, cache)
+        return Engine(model, cache=cache, buffers=buffers, chunk=chunk, chooser=chooser)
+
+    def nbytes(self, cache: Cache) -> int:
+        """Return the bytes of a cache's step buffers, as far as there are any."""
+        found = self._buffers.get(cache)
+        return 0 if found is None else found.nbytes
 
     def take(self, model: Lfm2, slots: int, max_length: int) -> Cache:
         """Return an empty cache: the one that was given back if it fits, else a new one."""

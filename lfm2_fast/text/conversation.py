@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,22 +10,21 @@ from typing import Any
 import torch
 
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.generate import seed_of, stop_criterion
-from lfm2_fast.hf.generation_args import resolve_args
+from lfm2_fast.hf.generation_args import PROCESSED, resolve_args
 from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.text.segments import PASSAGES, Segment, Splitter
 from lfm2_fast.text.token_stream import Timing, TokenStream
 
-# Last tokens of a text that are searched for a stop string: more than any of them has.
-STOP_TOKENS = 256
+# Arguments of ``generate`` for several rows, or for what is told beside the text.
+OF_A_BATCH = {"num_return_sequences", "return_dict_in_generate", "max_time"}
 
 
 @dataclass
 class Answer:
-    """What was written after a prompt; ``end`` says why it ended, if not of its own accord."""
+    """Text written after a prompt; ``end`` says why it ended, if not of its own accord."""
 
     text: str
     timing: Timing
@@ -64,10 +64,9 @@ def stream_answer(
         raise ValueError(f"{len(ids)} tokens fill the context of {model.max_length}")
     budget = min(max_new_tokens or room, room)
     request = _request(model, tokenizer, ids, budget, arguments)
-    held = model.new_cache(1) if cache is None else cache
-    buffers = model.workspace.buffers(model.network, held)
-    engine = Engine(model.network, cache=held, buffers=buffers)
     stream, end, kept = TokenStream(tokenizer, sink), "", 0
+    held = model.workspace.take(model.network, 1, model.max_length) if cache is None else cache
+    engine = model.workspace.engine(model.network, held)
     id = engine.add(request, [0])
     try:
         while engine.busy:
@@ -85,6 +84,8 @@ def stream_answer(
                     end = "the context is full" if budget == room else f"cut at {budget} tokens"
     finally:
         engine.abandon()
+    if cache is None:
+        model.workspace.give_back(model.network, held)
     stream.end()
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
 
@@ -104,12 +105,18 @@ def _request(
     given = dict(arguments)
     seed = seed_of(given.pop("seed", None), given.pop("generator", None))
     asked = resolve_args(given, given.pop("generation_config", None), defaults, vocab_size)
+    rows = asked.num_return_sequences > 1 or asked.return_dict_in_generate
+    if rows or asked.processed or asked.max_time < math.inf:
+        refused = ", ".join(sorted(given.keys() & {*PROCESSED, *OF_A_BATCH}))
+        named = refused or "what generation_config.json asks for"
+        raise ValueError(f"{named} is not supported for one streamed text: call generate()")
     stop = None
     if asked.stop_strings:
         criterion = stop_criterion(asked, tokenizer)
 
         def stop(written: Sequence[int]) -> bool:
-            return bool(criterion(torch.tensor([[*ids, *written][-STOP_TOKENS:]]), None))
+            end = [*ids, *written][-criterion.maximum_token_len :]
+            return bool(criterion(torch.tensor([end]), None))
 
     return Request(
         ids,

@@ -153,3 +153,53 @@ def test_a_model_in_an_argument_takes_no_page(models) -> None:
     with pytest.raises(ValueError, match="^assistant_model=<Lfm2ForCausalLM> is not supp") as told:
         models[1].generate([[1]], assistant_model=models[0])
     assert len(str(told.value).splitlines()) == 1
+
+
+def test_criteria_are_asked_after_the_first_token_too(models, tokenizer) -> None:
+    """And their last token is told, with its scores."""
+    ids = ids_of(tokenizer, FIRST)
+    lengths: dict[str, list[int]] = {}
+    for name, model in zip(("theirs", "ours"), models, strict=True):
+        seen = lengths.setdefault(name, [])
+
+        def stop(text: torch.Tensor, scores: Any, seen: list[int] = seen, **_: Any) -> torch.Tensor:
+            seen.append(text.shape[1])
+            return torch.ones(len(text), dtype=torch.bool)
+
+        made = model.generate(ids, max_new_tokens=8, stopping_criteria=[stop], do_sample=False)
+        assert made.shape[1] == ids.shape[1] + 1
+    assert lengths["ours"] == lengths["theirs"] == [ids.shape[1] + 1]
+    ours = models[1]
+    first = tokenizer.decode(ours.generate(ids, max_new_tokens=1)[0, -1])
+    made = ours.generate(ids, max_new_tokens=8, stop_strings=[first], tokenizer=tokenizer)
+    assert made.shape[1] == ids.shape[1] + 1
+
+
+def test_processors_of_the_other_rows_look_up_no_missing_token(ours) -> None:
+    def breaks(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert int(ids.min()) >= 0
+        scores[0] = torch.nan
+        return scores
+
+    with pytest.raises(lfm2_fast.LogitsError, match="^row 0 has no token"):
+        ours.generate([[1, 40], [1, 50]], max_new_tokens=5, logits_processor=[breaks])
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_cache_that_is_nearly_full_and_a_processor(ours, copies: int) -> None:
+    cache = ours.new_cache(2, 256)
+    ids = torch.arange(200)[None] % 90 + 5
+    ids = ids if copies == 2 else ids.repeat(2, 1)
+    call = {"past_key_values": cache, "output_scores": True, "return_dict_in_generate": True}
+    drawn = {"do_sample": copies == 2, "num_return_sequences": copies, "seed": 1}
+    for _ in range(2):
+        made = ours.generate(ids, max_new_tokens=56, eos_token_id=None, **call, **drawn)
+        assert made.sequences.shape == (2, 256) and len(made.scores) == 56
+
+
+def test_a_streamed_text_takes_no_argument_in_vain(ours, tokenizer) -> None:
+    from lfm2_fast.text.conversation import stream_answer
+
+    for wrong in ({"num_return_sequences": 3, "do_sample": True}, {"no_repeat_ngram_size": 2}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is not supported for one"):
+            stream_answer(ours, tokenizer, [1, 2], print, max_new_tokens=2, arguments=wrong)
