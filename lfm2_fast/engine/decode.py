@@ -262,9 +262,11 @@ class DecodeLoop:
         self, chooser: Chooser, going: list[tuple[Row, int]], logits: torch.Tensor
     ) -> torch.Tensor:
         """Return the chooser's tokens, of all places in ``logits [B, V]``."""
-        places = [place for _, place in going]
+        places, rows = [place for _, place in going], [row for row, _ in going]
+        if places == list(range(len(logits))):
+            return chooser(rows, logits, self.buffers.view(len(logits)))
         state, at = self.buffers.state.pick(places), on_device(places, torch.int64, logits.device)
-        own = chooser([row for row, _ in going], logits[at], state)
+        own = chooser(rows, logits[at], state)
         self.buffers.set_sampling(places, state)
         chosen = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         chosen[at] = own

@@ -548,7 +548,7 @@ def test_rows_stay_busy(plain, monkeypatch) -> None:
 def test_what_follows_all_rows_needs_them_at_a_time(plain) -> None:
     for wrong in (
         {"logits_processor": [lambda ids, scores: scores]},
-        {"streamer": object()},
+        {"streamer": Puts()},
         {"past_key_values": plain.new_cache(5)},
     ):
         with pytest.raises(ValueError, match="need all rows at a time"):
