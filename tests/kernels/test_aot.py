@@ -82,8 +82,9 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     ``ptx`` and ``sass``, which is None where there is no disassembler.
 
     ``few`` leaves out biases, choices of tokens that need fewer kernels, the larger vocabulary and
-    the second size but in int8; and of what loads no weights early it disassembles nothing, and compiles
-    nothing a second time for launches that are not dependent.
+    the second size but in int8. Of kernels that load no weights early it disassembles nothing, and
+    it compiles none of them again for launches that are not dependent. ``early`` and ``plain`` name
+    the kernels that were disassembled, and that were compiled again.
     """
     code = """
 import contextlib, functools, io, json, shutil, sys
