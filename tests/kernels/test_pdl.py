@@ -223,7 +223,7 @@ def check_chain(model: Any, choice: str, monkeypatch: pytest.MonkeyPatch) -> Non
         torch.manual_seed(0)
         fill(cache, torch.Tensor.normal_)
         buffers = StepBuffers(
-            model.network, cache, 2, lambda graphs, body: SimpleNamespace(replay=body)
+            model.network, cache, lambda graphs, body: SimpleNamespace(replay=body)
         )
         if not captured:
             buffers.graphs = None
