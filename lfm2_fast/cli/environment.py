@@ -18,7 +18,7 @@ from lfm2_fast.config import Config, read_json
 from lfm2_fast.hf.loading import find_device
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops
-from lfm2_fast.ops.native_ops import NativeOps, int8_products_are_exact, multiplies
+from lfm2_fast.ops.native_ops import NativeOps, multiplies, multiplies_int8
 from lfm2_fast.ops.select import BACKENDS, choose, why_not
 from lfm2_fast.text.presets import sampling
 from lfm2_fast.weights import hub
@@ -182,7 +182,7 @@ def _cpu() -> dict[str, Any]:
     return {
         **facts,
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
-        "products": " ".join(products + ["int8"] * int8_products_are_exact()),
+        "products": " ".join(products + ["int8"] * multiplies_int8()),
         "threads": torch.get_num_threads(),
     }
 

@@ -55,11 +55,15 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def int8_products_are_exact() -> bool:
-    """Whether PyTorch's product of 8-bit integers is right on this CPU.
+def multiplies_int8() -> bool:
+    """Return True if PyTorch's product of 8-bit integers is right and fast on this CPU.
 
-    Where the CPU has no VNNI, pairs of products are added up in 16 bits, and overflow silently.
+    On x86-64 without VNNI it is one or the other. Some versions add pairs of products in 16 bits,
+    which overflow silently. Others are exact, and ten times as slow as float32.
     """
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
+            return False
     a, b = (torch.full((64, 64), n, dtype=torch.int8, device="cpu") for n in (127, -127))
     return bool((torch._int_mm(a, a) == 64 * 127 * 127).all()) and bool(
         (torch._int_mm(a, b) == -64 * 127 * 127).all()
@@ -70,15 +74,15 @@ def int8_products_are_exact() -> bool:
 def few_tokens(format: Format, dtype: torch.dtype) -> int:
     """Most tokens that the extension multiplies by a matrix itself; 0 if it lacks the format.
 
-    PyTorch's products of float32 and of exact 8-bit integers are faster for more. 16-bit floats are
-    packed anew by each of its calls, which 64 tokens do not make up for. Without VNNI its 8-bit
-    products overflow, and the extension's are faster than those of the widened matrix.
+    PyTorch's products of float32, and of 8-bit integers with VNNI, are faster for more. 16-bit
+    floats are packed anew by each of its calls, which 64 tokens do not make up for. Without VNNI
+    the extension's 8-bit products are faster than PyTorch's, and than the widened matrix.
     """
     if format is DENSE:
         return 32 if dtype == torch.float32 else 64
     if format is INT8:
         wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        return sys.maxsize if wide and not int8_products_are_exact() else 16
+        return sys.maxsize if wide and not multiplies_int8() else 16
     return 0
 
 
@@ -144,7 +148,7 @@ class NativeOps(PendingResidualOps):
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """A projection of many tokens, by PyTorch's products."""
-        if linear.format is INT8 and int8_products_are_exact():
+        if linear.format is INT8 and multiplies_int8():
             numbers = x.new_empty(x.shape, dtype=torch.int8)
             scales = x.new_empty(len(x), dtype=torch.float32)
             _quantize(x, numbers, scales)

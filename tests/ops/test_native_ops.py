@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import threading
 from typing import Any
@@ -95,18 +96,27 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "exact", "most"),
+    ("capability", "right", "most"),
     [("AVX512", True, 16), ("AVX2", False, sys.maxsize), ("DEFAULT", False, 16)],
 )
-def test_int8_stays_where_pytorch_overflows(monkeypatch, capability, exact, most) -> None:
-    """Many tokens go to PyTorch's product where it is right, or where AVX2 lacks too."""
-    monkeypatch.setattr(native_ops, "int8_products_are_exact", lambda: exact)
+def test_int8_stays_where_pytorch_is_slow(monkeypatch, capability, right, most) -> None:
+    """Many tokens go to PyTorch's product where it is right and fast, or where AVX2 lacks too."""
+    monkeypatch.setattr(native_ops, "multiplies_int8", lambda: right)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     few_tokens = native_ops.few_tokens.__wrapped__
     assert few_tokens(INT8, torch.bfloat16) == most
     assert few_tokens(DENSE, torch.float32) == 32
     assert few_tokens(DENSE, torch.bfloat16) == 64
     assert few_tokens(Format(), torch.bfloat16) == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="VNNI is of x86-64")
+def test_int8_without_vnni_is_the_extensions(monkeypatch) -> None:
+    """PyTorch's exact product takes ten times as long as float32's there."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
+    assert not native_ops.multiplies_int8.__wrapped__()
 
 
 def test_threads_do_not_meet(random_checkpoint) -> None:
