@@ -249,10 +249,13 @@ def quick_interpreter() -> Iterator[None]:
         launch(self, *args, **kwargs)
 
     def replace_once(fn: Any) -> Any:
-        names = tuple(n for n, v in fn.__globals__.items() if v is tl or v is tl.core)
-        if names not in replaced:
-            replaced[names] = replace(fn)
-        return replaced[names]
+        language = (interpreter.tl, interpreter.tl.core)
+        # Not by the function's own names: in Triton's files ``tl`` is another part.
+        seen = [v for v in fn.__globals__.values() if any(v is each for each in language)]
+        parts = tuple(part.__name__ for part in seen)
+        if parts not in replaced:
+            replaced[parts] = replace(fn)
+        return replaced[parts]
 
     @functools.cache
     def builtins_of(language: Any) -> list[tuple[str, Any]]:

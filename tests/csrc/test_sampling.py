@@ -139,6 +139,21 @@ def test_the_least_word_wins_among_equals() -> None:
     assert drawn(torch.full((200, 777), -3.25), by).tolist() == words.argmin(-1).tolist()
 
 
+def test_noise_is_sampling_pys() -> None:
+    """To 6e-6: a row's score says by how much the noise of one token is behind that of another.
+
+    That is twice what noise is off, and what its sum with a score is rounded. The rows have words
+    of all sizes, the least below one in 10^5.
+    """
+    rows = 200_000
+    by = SamplingState([SamplingParams()] * rows, seed=8)
+    noise = sampling.gumbel(by.seeds, by.rows, by.positions, 2)
+    scores = torch.zeros(rows, 2)
+    for place, off in enumerate((6e-6, -6e-6)):
+        scores[:, 0] = noise[:, 1] - noise[:, 0] + off
+        assert (drawn(scores, by) == place).all()
+
+
 def test_rare_tokens_are_drawn_as_often_as_likely() -> None:
     """A thousand of one in a million each, beside a likely one; and as the reference does."""
     rare, rows = 1000, 20_000

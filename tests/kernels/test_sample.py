@@ -26,6 +26,7 @@ FILTERS = {
     "top_p_0": {"top_p": 0.0},
     "top_p": {"top_p": 0.9},
     "min_p_1": {"min_p": 1.0},
+    "top_p_and_min_p_1": {"top_p": 0.75, "min_p": 1.0},
     "all": {"temperature": 0.8, "top_k": 300, "top_p": 0.9, "min_p": 0.02},
     "lfm2": {"temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05},
     "lfm2.5": {"temperature": 0.1, "top_k": 50, "top_p": 0.1, "repetition_penalty": 1.05},
