@@ -163,9 +163,14 @@ def programs(monkeypatch) -> Callable[[int], None]:
 
 
 def test_any_batch(kernel_device, kernel_dtype, programs, framed, compare) -> None:
+    """Three sequences at least: PyTorch's error on a single one, which is the budget, is luck.
+
+    A sequence alone has the bits that it has in a batch, as the test of the bits says.
+    """
+
     @settings(max_examples=12, deadline=None)
     @given(
-        starts=st.lists(st.integers(0, 300), min_size=1, max_size=3),
+        starts=st.lists(st.integers(0, 300), min_size=3, max_size=4),
         kv_heads=st.integers(1, 2),
         group=st.sampled_from([1, 2, 3, 4, 8]),
         head_dim=st.sampled_from([8, 32, 48, 64, 80, 128]),
