@@ -120,7 +120,7 @@ class Service:
         return time.perf_counter() - begin
 
     def how(self) -> str:
-        """How the engine has come to run a step."""
+        """Return the way in which the engine has come to run a step."""
         return self.engine.how
 
     def start(self, batch: int, context: int, room: int) -> float:

@@ -43,7 +43,7 @@ def mass_of(score, best):
 
 @triton.jit
 def is_defined(best):
-    """Whether softmax is, by the best place: no NaN, no infinity, not nothing but -infinity."""
+    """Return True if softmax is, by the best place: no NaN, infinity or nothing but -infinity."""
     return (best > NOTHING) & (best < INFINITY)
 
 
@@ -191,7 +191,7 @@ def _kth_best(places, least, best, k):
 
 @triton.jit
 def _how_many(few_ptr, count, low, high, BLOCK_N: tl.constexpr):
-    """How many of ``count`` places are from ``low`` to below ``high``."""
+    """Return how many of ``count`` places are from ``low`` to below ``high``."""
     total = count * 0
     for first in range(0, count, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)

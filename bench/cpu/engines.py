@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Engine(Protocol):
-    """What is measured. Its constructor imports it, and raises ImportError where it is missing."""
+    """A program that is measured. Its constructor raises ImportError where that is missing."""
 
     def load(self, folder: Path, threads: int) -> None:
         """Read the checkpoint, ready to run."""

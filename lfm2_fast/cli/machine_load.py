@@ -1,4 +1,4 @@
-"""What a benchmark must know beside its times: spread, the memory's speed, who else was there."""
+"""Facts that a benchmark tells beside its times: spread, the memory's speed, who else was there."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def memory(device: torch.device | None = None, pid: int | None = None) -> dict[s
 
 
 class Neighbours:
-    """What the processors did between its making and ``seen``, besides the processes in ``own``.
+    """Work of the processors between its making and ``seen``, besides the processes in ``own``.
 
     Programs that these started and that have ended are their own too. Reads Linux's /proc;
     elsewhere it sees nothing.

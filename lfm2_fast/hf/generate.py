@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -84,89 +85,59 @@ def generate(
     RuntimeError that names row, token and position, where the best logit of a row is NaN or
     infinite. A cache then holds what was run.
     """
-    try:
-        return _generate(
-            model,
-            inputs,
-            generation_config,
-            list(logits_processor or ()),
-            stopping_criteria,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            generator=generator,
-            seed=seed,
-            max_batch_size=max_batch_size,
-            kwargs=kwargs,
-        )
-    finally:
-        # Whatever fails, and before the first step too: a thread may wait for the text.
+    with ExitStack() as ending:
         if streamer is not None:
-            streamer.end()
+            # Whatever fails, and before the first step too: a thread may wait for the text.
+            ending.callback(streamer.end)
+        processors = list(logits_processor or ())
+        check_generates(model)
+        ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
+        given = {name: kwargs.pop(name, None) for name in OF_THE_CALL}
+        of_the_call = {name: value for name, value in given.items() if value is not None}
+        asked = resolve_args(
+            kwargs, generation_config, model.generation_defaults(), model.network.config.vocab_size
+        )
+        if ids is None:
+            if asked.bos_token_id is None:
+                raise ValueError("generate() needs input_ids: the checkpoint names no bos_token_id")
+            ids = torch.tensor([[asked.bos_token_id]])
+        ids = check_ids(model, ids)
+        before: list[list[int]] = [[] for _ in ids]
+        if mask is None:
+            mask = _inferred_mask(ids, asked)
+        else:
+            whole, mask = mask, unpadded(ids, mask.to(ids.device), holes=True)
+            if past_key_values is not None:
+                check_cache(model, past_key_values, len(ids) * asked.num_return_sequences)
+                copies = asked.num_return_sequences
+                before = text_before(past_key_values, ids.shape[1], whole, copies)
+        empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
+        if empty:
+            raise ValueError(
+                f"input_ids row {empty[0]} has no tokens; every row needs one at least"
+            )
+        if not (asked.processed or of_the_call):
+            asked, processors = _replace_by_processors(asked, processors)
+        output = run_generate_loop(
+            model,
+            asked,
+            ids,
+            mask,
+            past_key_values,
+            seed_of(seed, generator),
+            processors=processors,
+            criteria=_criteria(asked, stopping_criteria, tokenizer),
+            streamer=streamer,
+            most_rows=max_batch_size,
+            before=before,
+            of_the_call=of_the_call,
+        )
+        output["sequences"] = output["sequences"].to(where or model.device)
+        if not asked.return_dict_in_generate:
+            return output["sequences"]
+        from transformers.generation import GenerateDecoderOnlyOutput
 
-
-def _generate(
-    model: Lfm2PreTrainedModel,
-    inputs: Any,
-    generation_config: Any,
-    processors: list[Any],
-    stopping_criteria: Any,
-    *,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    streamer: Any,
-    tokenizer: Any,
-    generator: torch.Generator | None,
-    seed: int | None,
-    max_batch_size: int | None,
-    kwargs: dict[str, Any],
-) -> Any:
-    check_generates(model)
-    ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
-    of_the_call = {name: kwargs.pop(name, None) for name in OF_THE_CALL}
-    asked = resolve_args(
-        kwargs, generation_config, model.generation_defaults(), model.network.config.vocab_size
-    )
-    if ids is None:
-        if asked.bos_token_id is None:
-            raise ValueError("generate() needs input_ids: the checkpoint names no bos_token_id")
-        ids = torch.tensor([[asked.bos_token_id]])
-    ids = check_ids(model, ids)
-    before: list[list[int]] = [[] for _ in ids]
-    if mask is None:
-        mask = _inferred_mask(ids, asked)
-    else:
-        whole, mask = mask, unpadded(ids, mask.to(ids.device), holes=True)
-        if past_key_values is not None:
-            check_cache(model, past_key_values, len(ids) * asked.num_return_sequences)
-            copies = asked.num_return_sequences
-            before = text_before(past_key_values, ids.shape[1], whole, copies)
-    empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
-    if empty:
-        raise ValueError(f"input_ids row {empty[0]} has no tokens; every row needs one at least")
-    if not asked.processed and not any(each is not None for each in of_the_call.values()):
-        asked, processors = _replace_by_processors(asked, processors)
-    output = run_generate_loop(
-        model,
-        asked,
-        ids,
-        mask,
-        past_key_values,
-        seed_of(seed, generator),
-        processors=processors,
-        criteria=_criteria(asked, stopping_criteria, tokenizer),
-        streamer=streamer,
-        most_rows=max_batch_size,
-        before=before,
-        of_the_call={n: each for n, each in of_the_call.items() if each is not None},
-    )
-    output["sequences"] = output["sequences"].to(where or model.device)
-    if not asked.return_dict_in_generate:
-        return output["sequences"]
-    from transformers.generation import GenerateDecoderOnlyOutput
-
-    return GenerateDecoderOnlyOutput(**output)
+        return GenerateDecoderOnlyOutput(**output)
 
 
 def _prompts(

@@ -144,7 +144,7 @@ class GenerationArgs:
     return_dict_in_generate: bool
 
     def new_tokens(self, width: int, limit: int) -> int:
-        """How many tokens may be written after prompts of ``width`` columns, padding included.
+        """Return how many tokens may follow prompts of ``width`` columns, padding included.
 
         Raises ValueError, naming the argument, when that is none.
         """
@@ -258,7 +258,7 @@ def resolve_args(
 
 def warn(message: str) -> None:
     """Warn at the caller of ``model.generate``: the stack level skips our own frames."""
-    warnings.warn(message, stacklevel=10)
+    warnings.warn(message, stacklevel=9)
 
 
 def _as_mapping(generation_config: Any) -> Mapping[str, Any]:

@@ -86,7 +86,7 @@ _library = torch.library.Library("lfm2_fast", "FRAGMENT")
 
 
 def _nothing(*args: object) -> None:
-    """What each operation does to tensors without data: it returns nothing and makes nothing."""
+    """Do nothing, as each operation does to tensors without data."""
 
 
 for _schema in SCHEMAS:
@@ -152,7 +152,7 @@ def why_slow(device: torch.device) -> str | None:
 
 
 def prefills(dtype: torch.dtype) -> bool:
-    """Whether ``flash_prefill_native`` takes ``dtype`` here; what it does not is PyTorch's."""
+    """Return True if ``flash_prefill_native`` takes ``dtype`` here; PyTorch takes the others."""
     if _why_not is not None or dtype != torch.bfloat16:
         return False
     return bool(torch.ops.lfm2_fast.has_flash_prefill_native())

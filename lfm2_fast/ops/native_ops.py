@@ -43,7 +43,7 @@ _advance = torch.ops.lfm2_fast.advance_native.default
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has products of ``dtype``; without, float32's are several times faster."""
+    """Return True if PyTorch has products of ``dtype``; without, float32 is much faster."""
     if dtype != torch.bfloat16:
         return dtype == torch.float32
     # PyTorch goes by what oneDNN may use, which is fast on x86-64 with instructions for it alone.

@@ -245,7 +245,7 @@ def _open(path: Path) -> Any:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What reads a safetensors file; raises CheckpointError where that cannot be read."""
+    """Guard the reading of a safetensors file; raises CheckpointError where that cannot be read."""
     try:
         yield
     except (SafetensorError, OSError) as error:

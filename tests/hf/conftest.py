@@ -21,9 +21,23 @@ def registered() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def both(tiny: Path, pair: Callable[..., Any]) -> tuple[Any, Any]:
+def models(tiny: Path, pair: Callable[..., Any]) -> tuple[Any, Any]:
     """The small checkpoint in transformers' class and in ours, in float32."""
     return pair(tiny)
+
+
+@pytest.fixture(scope="module")
+def ours(models: tuple[Any, Any]) -> Any:
+    """Our model of the two."""
+    return models[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Any:
+    """The small checkpoint's tokenizer, which pads on the left."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny, padding_side="left")
 
 
 @pytest.fixture

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache, TextIteratorStreamer
+from transformers import DynamicCache, TextIteratorStreamer
 
 import lfm2_fast
 
 FIRST = "The with statement is used to wrap the execution of a block. To create a"
 MORE = " new table with the"
-
-
-@pytest.fixture(scope="module")
-def models(tiny: Path, pair: Callable) -> tuple[Any, lfm2_fast.Lfm2ForCausalLM]:
-    return pair(tiny)
-
-
-@pytest.fixture(scope="module")
-def ours(models) -> lfm2_fast.Lfm2ForCausalLM:
-    return models[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny, padding_side="left")
 
 
 def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:

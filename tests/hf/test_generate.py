@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,6 @@ PROMPTS = [
     "If the optional parameter is not given, the default value is used, and",
     "A",
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny, padding_side="left")
-
-
-@pytest.fixture(scope="module")
-def models(tiny: Path, pair: Callable) -> tuple[Any, lfm2_fast.Lfm2ForCausalLM]:
-    return pair(tiny)
-
-
-@pytest.fixture(scope="module")
-def ours(models) -> lfm2_fast.Lfm2ForCausalLM:
-    return models[1]
 
 
 @pytest.fixture(scope="module")

@@ -105,13 +105,13 @@ FORWARDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forward(both: tuple[Any, Any], name: str) -> None:
+def test_forward(models: tuple[Any, Any], name: str) -> None:
     from transformers.utils import output_capturing
 
     if "=" in name and not hasattr(output_capturing, "selected_hidden_states"):
         pytest.skip("transformers is older than indices of hidden states")
     answers = []
-    for model in both:
+    for model in models:
         given = {"input_ids": IDS, **FORWARDS[name]}
         if given.pop("inputs_embeds", None):
             given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
@@ -131,17 +131,17 @@ def test_forward(both: tuple[Any, Any], name: str) -> None:
     assert same(ours.hidden_states or (), theirs.hidden_states or ())
 
 
-def test_forward_on_a_cache(both: tuple[Any, Any]) -> None:
+def test_forward_on_a_cache(models: tuple[Any, Any]) -> None:
     answers = []
-    for model in both:
+    for model in models:
         cache = model(IDS[:, :4]).past_key_values
         answers.append(model(IDS[:, 4:], past_key_values=cache).logits)
     assert same(*answers[::-1])
 
 
-def test_forward_of_packed_rows(both: tuple[Any, Any]) -> None:
+def test_forward_of_packed_rows(models: tuple[Any, Any]) -> None:
     """Theirs takes ``cu_seq_lens_q`` with flash attention alone: here they are the parts alone."""
-    theirs, ours = both
+    theirs, ours = models
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
     expected = torch.cat([theirs(IDS[:1, :2]).logits, theirs(IDS[:1, 2:]).logits], 1)
     assert same(ours(IDS[:1], cu_seq_lens_q=bounds).logits, expected)
@@ -161,10 +161,10 @@ def test_forward_of_the_config(tiny: Path, pair: Callable) -> None:
     assert "last_hidden_state" in ours(IDS, return_dict=True)
 
 
-def test_forward_has_a_trial_for_each_row(both: tuple[Any, Any]) -> None:
+def test_forward_has_a_trial_for_each_row(models: tuple[Any, Any]) -> None:
     tried = {name.partition("=")[0] for name in FORWARDS}
     assert names(FORWARD, "same") == tried | {"past_key_values", "cu_seq_lens_q"}
-    _, ours = both
+    _, ours = models
     plain = ours(IDS[:1]).logits
     lengths = torch.tensor([0, 6], dtype=torch.int32)
     for name in names(FORWARD, "accepted"):
@@ -192,8 +192,8 @@ def saved(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_save(both: tuple[Any, Any], tmp_path: Path) -> None:
-    state = {k: 2 * v for k, v in both[0].state_dict().items() if k != "lm_head.weight"}
+def test_save(models: tuple[Any, Any], tmp_path: Path) -> None:
+    state = {k: 2 * v for k, v in models[0].state_dict().items() if k != "lm_head.weight"}
     trials: dict[str, dict[str, Any]] = {
         "save_directory": {},
         "is_main_process": {"is_main_process": True},
@@ -205,7 +205,7 @@ def test_save(both: tuple[Any, Any], tmp_path: Path) -> None:
     assert names(SAVE, "same") == trials.keys()
     for name, given in trials.items():
         found = []
-        for i, model in enumerate(both):
+        for i, model in enumerate(models):
             folder = tmp_path / f"{name}{i}"
             model.save_pretrained(folder, **given)
             found.append(saved(folder))
@@ -213,8 +213,8 @@ def test_save(both: tuple[Any, Any], tmp_path: Path) -> None:
         assert ours[""] == theirs[""], name
         assert ours.keys() == theirs.keys() and len(ours) > 50
         assert all(torch.equal(ours[key], theirs[key]) for key in ours if key)
-    both[1].save_pretrained(tmp_path / "none", is_main_process=False)
+    models[1].save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
     for name in names(SAVE, "accepted"):
-        both[1].save_pretrained(tmp_path / "accepted", **{name: "something"})
+        models[1].save_pretrained(tmp_path / "accepted", **{name: "something"})
     assert len(saved(tmp_path / "accepted")) == len(ours)

@@ -92,19 +92,19 @@ def resized(model: Any) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("name", ANSWERS)
-def test_methods(both: tuple[Any, Any], name: str) -> None:
+def test_methods(models: tuple[Any, Any], name: str) -> None:
     if name not in OF_THE_BASE:
-        assert same(ANSWERS[name](both[1]), ANSWERS[name](both[0]))
+        assert same(ANSWERS[name](models[1]), ANSWERS[name](models[0]))
     if name not in OF_THE_HEAD:
-        assert same(ANSWERS[name](both[1].model), ANSWERS[name](both[0].model))
-    for model in (*both, *(model.model for model in both)):
+        assert same(ANSWERS[name](models[1].model), ANSWERS[name](models[0].model))
+    for model in (*models, *(model.model for model in models)):
         there = name not in (OF_THE_BASE if hasattr(model, "lm_head") else OF_THE_HEAD)
         assert not there or hasattr(model, name)
 
 
-def test_methods_have_a_trial_each(both: tuple[Any, Any]) -> None:
+def test_methods_have_a_trial_each(models: tuple[Any, Any]) -> None:
     assert names(METHODS, "same") == ANSWERS.keys()
-    theirs, ours = both
+    theirs, ours = models
     plain = ours(IDS).logits
     accepted = {
         "set_attn_implementation": lambda: ours.set_attn_implementation("eager"),

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import lfm2_fast
-
 PROMPTS = ["The first argument", "Return a list of", "A", "If the optional parameter is"]
 
 
 @pytest.fixture(scope="module")
-def models(tiny: Path, pair: Callable) -> tuple[Any, lfm2_fast.Lfm2ForCausalLM]:
-    return pair(tiny)
-
-
-@pytest.fixture(scope="module")
-def batch(tiny: Path) -> dict[str, torch.Tensor]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny, padding_side="left")
+def batch(tokenizer) -> dict[str, torch.Tensor]:
     return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
 
 
