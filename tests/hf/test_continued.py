@@ -97,7 +97,7 @@ def test_context_that_is_dropped_is_told(ours, tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_beams": 2}, {"max_new_tokens": 10**6}, {"nonsense": 1}, {"seed": -1}],
+    [{"penalty_alpha": 0.6}, {"max_new_tokens": 10**6}, {"nonsense": 1}, {"num_beams": 2}],
     ids=str,
 )
 def test_a_refused_call_ends_its_streamer(ours, tokenizer, wrong: dict[str, Any]) -> None:
