@@ -116,7 +116,7 @@ def test_memory_does_not_grow_with_the_prompts(ours, rows, monkeypatch) -> None:
 
     def prompts() -> Iterator[list[int]]:
         nonlocal read
-        for number in range(300):
+        for number in range(120):
             read += 1
             yield [1, *[(number * 7 + i) % 900 + 20 for i in range(70)]]
 
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_the_prompts(ours, rows, monkeypatch) -> None:
         assert each.index == given
         ahead.append(read - given)
         pages.append(engines[0].cache.pool.memory.count)
-    assert read == len(ahead) == 300
+    assert read == len(ahead) == 120
     assert max(ahead) <= module.AHEAD * 4 + 1
     assert max(pages) <= 12
     assert not engines[0].rows
