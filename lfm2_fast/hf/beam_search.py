@@ -48,7 +48,7 @@ def run_beam_search(
         beams.generator = torch.Generator(texts.device).manual_seed(seed % 2**63)
 
     class Search(GenerationMixin):
-        """The model as transformers' beam search calls it."""
+        """Model as transformers' beam search calls it."""
 
         config = model.config
 

@@ -105,12 +105,13 @@ def generate(
         asked = asked.beside_embeddings(prompts.width - prompts.ids.shape[1])
         if not (asked.processed or of_the_call or beams):
             asked, processors = _replace_by_processors(asked, processors)
+        by_torch = beams and len(prompts) > 0 and seed is None and generator is None
         output = run_generate_loop(
             model,
             asked,
             prompts,
             past_key_values,
-            None if beams and seed is None is generator else seed_of(seed, generator),
+            None if by_torch else seed_of(seed, generator),
             processors=processors,
             criteria=_criteria(asked, stopping_criteria, tokenizer),
             streamer=streamer,

@@ -49,7 +49,7 @@ def run_generate_loop(
     rows = len(prompts) * asked.copies
     if most_rows is not None and most_rows < 1:
         raise ValueError(f"max_batch_size must be at least 1, got {most_rows}")
-    shown, beams = asked.output_scores or asked.output_logits, asked.num_beams > 1
+    shown, beams = asked.output_scores or asked.output_logits, asked.num_beams > 1 and rows > 0
     hidden = asked.output_hidden_states and asked.return_dict_in_generate
     by_steps = beams or hidden or prompts.embeds is not None
     complete = bool(asked.processed or of_the_call or by_steps)
@@ -61,6 +61,12 @@ def run_generate_loop(
             "num_beams, inputs_embeds, hidden states, scores, stop_strings, max_time, "
             "stopping_criteria and logits processors, those of arguments too, need all rows at a "
             "time; leave max_batch_size out or pass fewer prompts"
+        )
+    negative = of_the_call.get("negative_prompt_ids")
+    if negative is not None and len(negative) != rows:
+        raise ValueError(
+            f"negative_prompt_ids has {len(negative)} rows, but {rows} are written: repeat each "
+            "for num_beams or num_return_sequences"
         )
     own, workspace = cache is None, model.workspace
     if cache is None:

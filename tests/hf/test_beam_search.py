@@ -13,6 +13,7 @@ import lfm2_fast
 from lfm2_fast.cache.page_memory import PageMemory
 from lfm2_fast.engine.model_runner import ModelRunner
 from tests.hf.page import same
+from tests.hf.test_processors import NAMES, arguments
 
 PROMPTS = ["The first argument", "If the optional parameter is not given, the default is", "A"]
 WANTED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -74,6 +75,30 @@ def test_beams_equal_hugging_faces(models, batch, ends, case: str) -> None:
     assert same(parts[1], parts[0])
     torch.manual_seed(4)
     assert torch.equal(models[1].generate(**batch, **kwargs), ours.sequences)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_processor_does_with_beams_what_hugging_faces_does(models, batch, name: str) -> None:
+    """A text, and the beams that it came by."""
+    plain = models[1].generate(**batch, max_new_tokens=8, eos_token_id=None)
+    new = plain[:, batch["input_ids"].shape[1] :].tolist()
+    kwargs = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, **WANTED}
+    kwargs |= arguments([*new, new[0]], batch)[name]
+    if "max_length" in kwargs:
+        del kwargs["max_new_tokens"]
+    for part in {"negative_prompt_ids", "negative_prompt_attention_mask"} & kwargs.keys():
+        kwargs[part] = kwargs[part].repeat_interleave(2, 0)
+    theirs, ours = (model.generate(**batch, **kwargs) for model in models)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.beam_indices, theirs.beam_indices)
+    assert same(ours.sequences_scores, theirs.sequences_scores)
+
+
+def test_negative_prompts_are_of_all_rows(ours, batch) -> None:
+    kwargs = {"guidance_scale": 2.0, "negative_prompt_ids": batch["input_ids"]}
+    for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        with pytest.raises(ValueError, match="negative_prompt_ids has 3 rows, but 6 are written"):
+            ours.generate(**batch, **kwargs, **more, max_new_tokens=2)
 
 
 def test_criteria_and_stop_strings_end_beams(models, tokenizer, batch) -> None:
@@ -163,6 +188,17 @@ def test_beams_on_every_backend_and_across_pages(tiny: Path, pair: Callable) -> 
     expected = theirs.generate(ids, **kwargs, eos_token_id=None)
     for model in (plain, lfm2_fast.load(tiny, device="cpu", dtype="float32")):
         assert torch.equal(model.generate(ids, **kwargs, eos_token_id=None), expected)
+
+
+def test_hooks_on_layers_are_called_in_each_step(ours, batch) -> None:
+    kwargs = {"num_beams": 2, "max_new_tokens": 5, "eos_token_id": None}
+    expected, seen = ours.generate(**batch, **kwargs), []
+    hook = ours.model.layers[2].register_forward_hook(lambda mod, args, out: seen.append(len(out)))
+    try:
+        assert torch.equal(ours.generate(**batch, **kwargs), expected)
+    finally:
+        hook.remove()
+    assert seen == [int(batch["attention_mask"].sum()), *[6] * 4]
 
 
 @pytest.mark.parametrize(

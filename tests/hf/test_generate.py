@@ -580,7 +580,10 @@ def test_sampling_arguments_of_greedy_decoding_warn(ours, batch) -> None:
 
 
 def test_an_empty_batch(ours) -> None:
-    assert ours.generate(torch.empty(0, 3, dtype=torch.long), max_new_tokens=2).shape == (0, 3)
+    ids = torch.empty(0, 3, dtype=torch.long)
+    for kwargs in ({}, {"num_beams": 2}, {"output_hidden_states": True}):
+        assert ours.generate(ids, max_new_tokens=2, **kwargs).shape == (0, 3)
+    assert ours.generate(inputs_embeds=torch.empty(0, 3, 192), max_new_tokens=2).shape == (0, 0)
 
 
 FILE = [
