@@ -57,16 +57,16 @@ def generate(
     ``token_healing`` with ``tokenizer``. ``inputs_embeds [B, T, H]`` stand for the ids of a prompt;
     the answer then begins with ``inputs``, or has the new tokens alone.
 
-    Arguments that are logits processors in transformers (``PROCESSED`` in generation_args.py), and
+    Arguments that are logits processors in transformers (``PROCESSED`` of generation_names.py), and
     ``prefix_allowed_tokens_fn``, ``negative_prompt_ids`` and ``max_time``, run by its own classes.
 
     ``logits_processor`` is Hugging Face's callables over the whole batch ``(input_ids, scores)``,
     where rows that have stopped have zeros; ``stopping_criteria`` likewise, with the scores of all
     steps, or None unless ``output_scores`` is asked for. ``streamer`` gets the prompt, then every
-    token, on the CPU. ``past_key_values`` is a cache of this model with one
-    slot per returned row. ``inputs`` hold the whole text, of which the longest prefix that the
-    cache can restore is not run again; or only what is new, with an ``attention_mask`` of more
-    columns, which counts what the cache holds. It then holds all but the last token.
+    token, on the CPU. ``past_key_values`` is a cache of this model with one slot per returned row,
+    or per beam. ``inputs`` hold the whole text, of which the longest prefix that the cache can
+    restore is not run again; or only what is new, with an ``attention_mask`` of more columns, which
+    counts what the cache holds. It then holds all but the last token.
     ``max_batch_size`` bounds how many rows are written at a time: as one stops, the next prompt
     takes its place; the answer is in order, as ever, and progress is shown on a terminal. Callables
     and streamers, which follow all rows, need all of them at a time.
