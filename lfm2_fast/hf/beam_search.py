@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lfm2_fast.cache.batch import on_device
 from lfm2_fast.engine.decode import no_token
 from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.hf.generation_args import GenerationArgs
@@ -28,12 +29,15 @@ def run_beam_search(
     processors: Sequence[Any],
     criteria: Sequence[Any],
     seed: int | None,
+    *,
+    skips: bool,
 ) -> dict[str, Any]:
     """Continue prompts by beam search; the fields of Hugging Face's output.
 
     ``steps`` run the rows, of which ``texts [B * num_beams, T]`` are the padded ids. Draws are
-    decided by ``seed``, or by torch's own generator without one. Raises LogitsError where a row has
-    no logits, or the beams of a prompt no finite score.
+    decided by ``seed``, or by torch's own generator without one. With ``skips`` the beams of a
+    prompt whose answers are certain are not run: nobody is shown what they would write. Raises
+    LogitsError where a row has no logits, or the beams of a prompt no finite score.
     """
     from transformers import (
         EosTokenCriteria,
@@ -65,6 +69,15 @@ def run_beam_search(
             self, outputs: Any, model_kwargs: dict[str, Any], **_: Any
         ) -> dict[str, Any]:
             return model_kwargs
+
+        def _beam_search_has_unfinished_sequences(
+            self, improvable: torch.Tensor, finished: torch.Tensor, *others: Any
+        ) -> Any:
+            if skips:
+                full = finished.all(-1) & (asked.early_stopping is True)
+                certain = (~improvable[:, 0] | full).tolist()
+                beams.running = [row for row in steps.rows if not certain[row // asked.num_beams]]
+            return super()._beam_search_has_unfinished_sequences(improvable, finished, *others)
 
         def _get_top_k_continuations(
             self, accumulated_log_probs: torch.Tensor, *, do_sample: bool, **others: Any
@@ -114,6 +127,7 @@ class Beams:
     def __init__(self, asked: GenerationArgs, steps: Steps) -> None:
         self.asked, self.steps, self.count = asked, steps, asked.num_beams
         self.generator: torch.Generator | None = None
+        self.running: Sequence[int] = steps.rows
         self.number = 0
 
     def begin(self) -> Output:
@@ -121,8 +135,14 @@ class Beams:
         return self._checked(self.steps.begin())
 
     def step(self, tokens: Sequence[int]) -> Output:
-        """Run one more token of every row."""
-        return self._checked(self.steps.step(tokens, self.steps.rows))
+        """Run one more token of every row that runs; the others have logits of zeros."""
+        running, steps = self.running, self.steps
+        logits = steps.step([tokens[row] for row in running], running)
+        if len(running) < len(steps.rows):
+            whole = logits.new_zeros(len(steps.rows), logits.shape[1])
+            whole[on_device(running, torch.int64, logits.device)] = logits
+            logits = whole
+        return self._checked(logits)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let each row go on from the row that ``beam_idx [N]`` names."""
@@ -132,7 +152,8 @@ class Beams:
         """Return ``scores [N, V]``. Raises LogitsError where a prompt has no score to go on by."""
         best = scores.amax(-1).view(-1, self.count).amax(-1)
         stuck = (best.isnan() | (best == -torch.inf)).nonzero()[:, 0].tolist()
-        self._raise_for([prompt * self.count for prompt in stuck], processed=True)
+        firsts = [prompt * self.count for prompt in stuck]
+        self._raise_for([row for row in firsts if row in self.running], processed=True)
         return scores
 
     def _checked(self, logits: torch.Tensor) -> Output:

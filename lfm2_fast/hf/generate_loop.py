@@ -74,6 +74,7 @@ def run_generate_loop(
     else:
         check_cache(model, cache, rows)
     call = _Call(model, asked, prompts, cache, seed)
+    watched = bool(shown or hidden or processors or criteria or of_the_call or not own)
     chooser = None
     try:
         if outside:
@@ -94,7 +95,15 @@ def run_generate_loop(
             steps = Steps(model, runner, prompts, asked.copies, hidden=hidden)
         if beams:
             output = run_beam_search(
-                model, asked, steps, texts, call.budget, processors, criteria, seed
+                model,
+                asked,
+                steps,
+                texts,
+                call.budget,
+                processors,
+                criteria,
+                seed,
+                skips=not watched,
             )
         elif by_steps:
             assert chooser is not None and seed is not None

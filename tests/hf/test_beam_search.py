@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,66 @@ def test_a_callers_cache_is_gone_on_from(ours, tokenizer, monkeypatch) -> None:
     assert torch.equal(rest, whole[:, 4:])
     with pytest.raises(ValueError, match="holds 1 sequences, but 3 rows"):
         ours.generate(ids, past_key_values=ours.new_cache(1), **kwargs)
+
+
+def test_prompts_whose_answers_are_certain_cost_nothing(models, batch, ends, monkeypatch) -> None:
+    """Unless somebody looks at their steps; the answers are the same."""
+    theirs, ours = models
+    counts: list[int] = []
+    step = ModelRunner.step
+
+    def counted(self: ModelRunner, tokens: Any, slots: Any) -> torch.Tensor:
+        counts.append(len(slots))
+        return step(self, tokens, slots)
+
+    monkeypatch.setattr(ModelRunner, "step", counted)
+    kwargs = {"num_beams": 3, "max_new_tokens": 16, "eos_token_id": ends, "early_stopping": True}
+    made = ours.generate(**batch, **kwargs)
+    assert torch.equal(made, theirs.generate(**batch, **kwargs, do_sample=False))
+    assert counts[0] == 9 and counts[-1] in (3, 6) and counts == sorted(counts, reverse=True)
+    for watched in (
+        {"stopping_criteria": [lambda ids, scores, **_: ids[:, -1] < 0]},
+        {"logits_processor": [lambda ids, scores: scores]},
+        {"past_key_values": ours.new_cache(9)},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ):
+        counts.clear()
+        again = ours.generate(**batch, **kwargs, **watched)
+        assert torch.equal(again if torch.is_tensor(again) else again.sequences, made)
+        assert set(counts) == {9}
+
+
+@pytest.mark.nightly
+def test_any_arguments_give_what_hugging_face_gives(models, tiny: Path, tokenizer) -> None:
+    """Random prompts of the held-out text, and random arguments of beams and processors."""
+    words, chance = (tiny / "heldout.txt").read_text(encoding="utf-8").split(), random.Random(3)
+    for number in range(200):
+        starts = [chance.randrange(3000) for _ in range(chance.randint(1, 3))]
+        texts = [" ".join(words[s : s + chance.choice([1, 2, 5, 12, 70])]) for s in starts]
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        kwargs: dict[str, Any] = {
+            "max_new_tokens": chance.choice([3, 9, 17]),
+            "num_beams": chance.choice([2, 3, 5]),
+            "num_return_sequences": chance.choice([1, 2]),
+            "early_stopping": chance.choice([False, True, "never"]),
+            "length_penalty": chance.choice([1.0, 0.0, 2.0, -1.0]),
+            "eos_token_id": chance.sample([7, 13, 278, 273, 300, 29, 27, 15], chance.randint(1, 3)),
+            "do_sample": chance.random() < 0.25,
+        }
+        for name, value in {
+            "repetition_penalty": 1.2,
+            "no_repeat_ngram_size": 2,
+            "min_new_tokens": 3,
+            "renormalize_logits": True,
+            "exponential_decay_length_penalty": (2, 1.3),
+        }.items():
+            if chance.random() < 0.25:
+                kwargs[name] = value
+        found = []
+        for model in models:
+            torch.manual_seed(number)
+            found.append(model.generate(**batch, **kwargs))
+        assert torch.equal(*found[::-1]), (texts, kwargs)
 
 
 def test_beams_share_the_pages_of_their_prompt(ours, monkeypatch) -> None:
