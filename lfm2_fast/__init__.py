@@ -34,6 +34,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "from_transformers",
+    "generate_batch",
     "load",
     "register",
     "unregister",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lfm2_fast.engine.request import Request
     from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
     from lfm2_fast.hf.configuration import Lfm2Config
+    from lfm2_fast.hf.generate_batch import generate_batch
     from lfm2_fast.hf.interop import from_transformers, register, unregister
     from lfm2_fast.hf.load import load
     from lfm2_fast.models.hooks import HookError
@@ -72,6 +74,7 @@ else:
             "Request": "engine.request",
             "SamplingParams": "ops.sampling",
             "from_transformers": "hf.interop",
+            "generate_batch": "hf.generate_batch",
             "load": "hf.load",
             "register": "hf.interop",
             "unregister": "hf.interop",
