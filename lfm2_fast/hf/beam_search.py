@@ -137,11 +137,13 @@ class Beams:
     def step(self, tokens: Sequence[int]) -> Output:
         """Run one more token of every row that runs; the others have logits of zeros."""
         running, steps = self.running, self.steps
-        logits = steps.step([tokens[row] for row in running], running)
-        if len(running) < len(steps.rows):
-            whole = logits.new_zeros(len(steps.rows), logits.shape[1])
-            whole[on_device(running, torch.int64, logits.device)] = logits
-            logits = whole
+        if len(running) == len(steps.rows):
+            return self._checked(steps.step(tokens, running))
+        shape = (len(steps.rows), steps.network.config.vocab_size)
+        logits = torch.zeros(shape, dtype=steps.network.dtype, device=steps.device)
+        if running:
+            at = on_device(running, torch.int64, steps.device)
+            logits[at] = steps.step([tokens[row] for row in running], running)
         return self._checked(logits)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
