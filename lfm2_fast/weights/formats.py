@@ -180,13 +180,18 @@ class Groups(Format):
         """
         if not self.from_dense:
             raise ValueError(f"nothing is quantized to {self.name!r}: use 'int4' or 'int8'")
-        wide = weight.float().unflatten(1, (-1, self.group))
-        most = wide.gather(2, wide.abs().argmax(2, keepdim=True))
+        wide = weight.to(torch.float32, copy=True).unflatten(1, (-1, self.group))
+        low, high = wide.amin(2), wide.amax(2)
+        most = torch.where(high > -low, high, low)
+        tie = high == -low
+        if bool(tie.any()):  # the first of equal magnitudes; argmax of all would take ten times
+            equal = wide[tie]
+            most[tie] = equal.gather(1, equal.abs().argmax(1, keepdim=True))[:, 0]
         scale = most / -8
         factor = torch.where(scale == 0, 0, 1 / scale)
-        numbers = (wide * factor + 8.5).nan_to_num_().clamp_(0, 15).to(torch.uint8)
+        numbers = wide.mul_(factor[..., None]).add_(8.5).clamp_(0, 15).to(torch.uint8)
         bound = torch.finfo(torch.float16).max
-        return pack4(numbers.flatten(1)), scale[..., 0].clamp_(-bound, bound).half()
+        return pack4(numbers.flatten(1)), scale.clamp_(-bound, bound).half()
 
     def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         numbers, words = parts
