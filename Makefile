@@ -88,7 +88,7 @@ clean: ## Remove all that the other targets made
 # torch comes first: the extension is built against it, where there is a compiler.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/pip
 	$(BIN)/pip install -c constraints.txt ninja setuptools torch
-	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test,dev,server]'
 	@touch $@
 
 # The extra "eval", without building the package once more: two minutes, 600 MB.

@@ -36,6 +36,7 @@ __all__ = [
     "from_transformers",
     "load",
     "register",
+    "serve",
     "unregister",
 ]
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lfm2_fast.models.hooks import HookError
     from lfm2_fast.ops.sampling import SamplingParams
     from lfm2_fast.ops.select import BackendError
+    from lfm2_fast.server.run import serve
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
@@ -74,6 +76,7 @@ else:
             "from_transformers": "hf.interop",
             "load": "hf.load",
             "register": "hf.interop",
+            "serve": "server.run",
             "unregister": "hf.interop",
         }
         if name not in homes:
