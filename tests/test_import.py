@@ -70,8 +70,9 @@ def test_what_is_imported_is_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))
-    optional = {"matplotlib"}  # of the extra "plot"; who asks for a picture is told
-    optional |= {"fastapi", "llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+    # Of the extras "plot" and "server": an error says which to install.
+    optional = {"matplotlib", "fastapi", "llguidance", "prometheus_client", "pydantic"}
+    optional |= {"starlette", "uvicorn"}
     imported = set()
     for file in (*(ROOT / "lfm2_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -39,7 +39,7 @@ async def start_chat(service: Service, body: ChatBody) -> Answers:
         )
     if set(body.modalities or ()) - {"text"}:
         raise refused("modalities may have text alone", "modalities")
-    constraint = await constraint_of(service, body, tools)
+    constraint = await constraint_of(service, body, tools, thinks=True)
     text = await service.chat_prompt(
         body.messages,
         tools=tools.shown,
@@ -71,7 +71,7 @@ async def start_chat(service: Service, body: ChatBody) -> Answers:
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        make_hook=constraint,
+        constraint=constraint,
         seconds=service.options.seconds,
         field="messages",
     )

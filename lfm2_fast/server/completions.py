@@ -44,7 +44,7 @@ async def completion(service: Service, data: bytes) -> CompletionReply:
         n=body.n or 1,
         logprobs=body.logprobs,
         prompt_logprobs=told,
-        make_hook=constraint,
+        constraint=constraint,
         seconds=service.options.seconds,
     )
     dropped = () if body.skip_special_tokens is False else service.special

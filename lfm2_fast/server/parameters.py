@@ -80,8 +80,8 @@ def biases_of(body: Sampled, vocab_size: int) -> dict[int, float] | None:
     return found
 
 
-def only(allowed: Sequence[int], inner: Hook | None, vocab_size: int) -> Hook:
-    """Return a hook that leaves the allowed tokens alone, after ``inner``.
+def only(allowed: Sequence[int], vocab_size: int) -> Hook:
+    """Return a hook that leaves the allowed tokens alone.
 
     Raises ApiError for ids out of the vocabulary, and for none at all.
     """
@@ -96,7 +96,6 @@ def only(allowed: Sequence[int], inner: Hook | None, vocab_size: int) -> Hook:
     kept = torch.tensor(sorted(set(allowed)))
 
     def hook(text: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        logits = logits if inner is None else inner(text, logits)
         at = kept.to(logits.device)
         return torch.full_like(logits, float("-inf")).index_copy_(0, at, logits[at])
 
@@ -115,8 +114,8 @@ class Asked:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    # Makes the hook of a prompt, None where nothing constrains the answer.
-    make_hook: Callable[[Sequence[int]], Hook | None] = lambda prompt: None
+    # Returns the grammar of the reply to a prompt, None where nothing constrains it.
+    constraint: Callable[[Sequence[int]], Any] = lambda prompt: None
     seconds: float | None = None
     # Name of the field that has the prompt.
     field: str = "prompt"
@@ -140,9 +139,9 @@ class Asked:
                 param="stop_token_ids",
                 code="invalid_value",
             )
-        hook = self.make_hook(prompt)
+        hook = None
         if body.allowed_token_ids is not None:
-            hook = only(body.allowed_token_ids, hook, vocab_size)
+            hook = only(body.allowed_token_ids, vocab_size)
         most = max(self.max_tokens or self.max_length - len(prompt), 1)
         if (body.min_tokens or 0) > most:
             raise ApiError(
@@ -163,6 +162,7 @@ class Asked:
             logit_bias=biases_of(body, vocab_size),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
+            constraint=self.constraint(prompt),
             hook=hook,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,

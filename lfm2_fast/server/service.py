@@ -17,6 +17,7 @@ from lfm2_fast.server.metrics import Metrics
 from lfm2_fast.server.output import Choice, Parser
 from lfm2_fast.server.parameters import Asked, Defaults, seed_of, stops_of, too_long
 from lfm2_fast.server.token_texts import TokenTexts
+from lfm2_fast.text.grammar import GrammarCompiler
 from lfm2_fast.text.markers import template_of
 from lfm2_fast.text.messages import normalize_messages
 
@@ -81,6 +82,9 @@ class Service:
         self.max_length = engine.max_length
         self.rows = engine.max_rows
         self.metrics = Metrics(self.engine, self.name)
+        self.compiler = GrammarCompiler(
+            tokenizer, vocab_size=self.vocab_size, eos=defaults.eos or (tokenizer.eos_token_id,)
+        )
         self.began = int(time.time())
         self.special = {id for id, t in tokenizer.added_tokens_decoder.items() if t.special}
         # Seconds of a request, of the latest ones.
@@ -98,6 +102,7 @@ class Service:
     def close(self) -> None:
         """End all requests and the engine."""
         self.engine.close()
+        self.compiler.close()
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for a model that is not served."""

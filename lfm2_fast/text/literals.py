@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import unicodedata
 from typing import Any
 
 # Values inside one another at most: more is refused before Python's own stack is full.
 MAX_DEPTH = 64
+# Digits of a whole number at most; one of more is read as a float.
+MAX_DIGITS = 4000
 
 WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 _SPACE = re.compile(r"\s*")
@@ -82,7 +84,7 @@ class LiteralReader:
             return self._strings(at, within)
         number = _NUMBER.match(self.text, at)
         if number:
-            return _number(number[0], at), number.end()
+            return _number(number[0]), number.end()
         word = _WORD.match(self.text, at)
         if word and word[0] in WORDS:
             return WORDS[word[0]], word.end()
@@ -199,20 +201,15 @@ def _brace(found: str, at: int) -> str:
     return found[0]
 
 
-def _number(text: str, at: int) -> int | float:
+def _number(text: str) -> int | float:
+    """Return a number; beyond the range of a float it is the largest, as JSON has no infinity."""
     digits = text.replace("_", "").lower()
-    bare = digits.lstrip("+-")
-    try:
-        if bare[:2] in ("0x", "0o", "0b"):
-            return int(digits, 0)
-        if bare.isdecimal():
-            return int(digits)
-        value = float(digits)
-    except ValueError as error:
-        raise LiteralError("a number cannot be read", at) from error
-    if not math.isfinite(value):
-        raise LiteralError("a number is too large", at)
-    return value
+    if digits.lstrip("+-")[:2] in ("0x", "0o", "0b"):
+        return int(digits, 0)
+    if len(digits) <= MAX_DIGITS and digits.lstrip("+-").isdecimal():
+        return int(digits)
+    largest = sys.float_info.max
+    return min(max(float(digits), -largest), largest)
 
 
 def _key(key: Any, at: int) -> str:
