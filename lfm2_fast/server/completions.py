@@ -69,7 +69,7 @@ async def _prompts(
     if isinstance(given, str):
         given = [given]
     elif isinstance(given[0], int):
-        given = [given]  # type: ignore[list-item]
+        given = [given]
     special = body.add_special_tokens is not False
     texts: list[str | None] = []
     prompts: list[list[int]] = []
@@ -79,7 +79,7 @@ async def _prompts(
             prompts.append(await service.tokens_of(each, special=special))
         else:
             texts.append(None)
-            prompts.append(list(each))  # type: ignore[call-overload]
+            prompts.append(list(each))
     return texts, prompts
 
 

@@ -21,7 +21,7 @@ class Metrics:
 
         self.registry = CollectorRegistry()
         self._engine, self._model = engine, model
-        label = {"labelnames": ["model_name"], "registry": self.registry}
+        label: dict[str, Any] = {"labelnames": ["model_name"], "registry": self.registry}
 
         def histogram(name: str, meaning: str, buckets: Any) -> Any:
             made = Histogram(f"vllm:{name}", meaning, buckets=buckets, **label)
@@ -52,7 +52,7 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort"):
             self._success.labels(model, reason)
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
 
     def ended(self, reason: str) -> None:
         """Count a choice that has ended."""

@@ -250,6 +250,8 @@ class ResponsesReply(Reply):
 
     def _open(self, kind: str) -> Iterable[dict[str, Any]]:
         self._kind = kind
+        part: dict[str, Any]
+        item: dict[str, Any]
         if kind == "text":
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             item = {"type": "message", "role": "assistant", "id": _id("msg")}

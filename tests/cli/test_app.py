@@ -410,7 +410,7 @@ def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
     block, expected = f"{block}{gone}", f"{expected}{gone}a\nb\n"
     assert record["console"](block, os.environ["PATH"]) == expected
     assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
-    commands = ("generate", "chat", "info", "eval", "bench", "demo")
+    commands = ("generate", "chat", "info", "eval", "bench", "serve", "batch", "demo")
     options = "\n".join(run(name, "--help").out for name in commands)
     for page in (ROOT / "docs" / "usage").glob("*.md"):
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))
