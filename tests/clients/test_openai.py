@@ -49,10 +49,12 @@ def test_a_chat_whole_and_streamed(client: Any) -> None:
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
     assert chunks[-1].usage.completion_tokens == 20
-    with client.chat.completions.stream(**fields) as managed:
+    hello = [{"role": "user", "content": "Hello!"}]
+    with client.chat.completions.stream(model="tiny", messages=hello) as managed:
         for _ in managed:
             pass
-        assert managed.get_final_completion().choices[0].message.content == text
+        said = managed.get_final_completion().choices[0].message.content
+    assert said == "Hello! Ask me about Python or PostgreSQL."
 
 
 def test_parsed_answers(client: Any) -> None:
@@ -90,10 +92,12 @@ def test_completions(client: Any) -> None:
 
 
 def test_responses_whole_and_streamed(client: Any) -> None:
-    fields: dict[str, Any] = {"model": "tiny", "input": "What is an index?"}
-    whole = client.responses.create(**fields, max_output_tokens=20)
-    assert whole.output_text and whole.status == "incomplete"
-    with client.responses.stream(**fields, max_output_tokens=20) as stream:
+    fields: dict[str, Any] = {"model": "tiny", "input": "Hello!"}
+    cut = client.responses.create(**fields, max_output_tokens=3)
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    whole = client.responses.create(**fields)
+    assert whole.status == "completed"
+    with client.responses.stream(**fields) as stream:
         said = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
         assert stream.get_final_response().output_text == said == whole.output_text
     tool = {"type": "function", **TOOL["function"]}
