@@ -20,7 +20,8 @@ from lfm2_fast.server.errors import ApiError
 from lfm2_fast.server.http import ClientGone, answer, body_of, error_response, while_connected
 from lfm2_fast.server.middleware import Gate
 from lfm2_fast.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from lfm2_fast.server.responses import ResponsesBody, response
+from lfm2_fast.server.responses import response
+from lfm2_fast.server.responses_body import ResponsesBody
 from lfm2_fast.server.service import Service
 from lfm2_fast.server.state import health, models, properties, slots
 from lfm2_fast.server.tokens import apply_template, detokenize, tokenize
