@@ -39,7 +39,7 @@ async def start_chat(service: Service, body: ChatBody) -> Answers:
         )
     if set(body.modalities or ()) - {"text"}:
         raise refused("modalities may have text alone", "modalities")
-    constraint = await constraint_of(service, body, tools, thinks=True)
+    constraint = await constraint_of(service, body, tools, thinks=service.thinks)
     text = await service.chat_prompt(
         body.messages,
         tools=tools.shown,

@@ -191,10 +191,11 @@ class Asked:
 
 def too_long(length: str, max_tokens: int | None, max_length: int, field: str) -> ApiError:
     """Return the error of a prompt that leaves no room for what it asks for."""
-    wanted = f" and {max_tokens} new ones are" if max_tokens else " leave no room for one more:"
+    # Clients look for these words, and for the code.
+    wanted = f" and {max_tokens} new ones" if max_tokens else " and one new one"
     return refused(
-        f"the context of this server has at most {max_length} tokens, and {length} of the prompt"
-        f"{wanted} too many; shorten the prompt or lower max_tokens",
+        f"this model's maximum context length is {max_length} tokens, and {length} of the prompt"
+        f"{wanted} do not fit; shorten the prompt or lower max_tokens",
         field,
         "context_length_exceeded",
     )

@@ -18,7 +18,7 @@ from lfm2_fast.server.output import Choice, Parser
 from lfm2_fast.server.parameters import Asked, Defaults, seed_of, stops_of, too_long
 from lfm2_fast.server.token_texts import TokenTexts
 from lfm2_fast.text.grammar import GrammarCompiler
-from lfm2_fast.text.markers import template_of
+from lfm2_fast.text.markers import THINKING_PAIRS, template_of
 from lfm2_fast.text.messages import normalize_messages
 
 T = TypeVar("T")
@@ -78,6 +78,8 @@ class Service:
         self.tokenizer, self.defaults, self.options = tokenizer, defaults, options
         self.texts = TokenTexts(tokenizer)
         self.template = template_of(tokenizer)
+        # A model that was not trained to think would take its marker for a way around a grammar.
+        self.thinks = any(text in self.template for pair in THINKING_PAIRS for text in pair)
         self.vocab_size = engine.model.config.vocab_size
         self.max_length = engine.max_length
         self.rows = engine.max_rows

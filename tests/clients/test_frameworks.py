@@ -51,7 +51,8 @@ def test_langchain(url: str) -> None:
     assert Trip(**call["args"])
 
 
-def test_litellm(url: str) -> None:
+def test_litellm(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would be fetched
     litellm = pytest.importorskip("litellm", reason=WHY)
     fields: dict[str, Any] = {
         "model": "openai/tiny",
