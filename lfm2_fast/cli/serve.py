@@ -74,7 +74,8 @@ def serve(
     address may call.
     """
     for name, advice in REFUSED.items():
-        if context.params[name] not in (None, False, 1):
+        value = context.params[name]
+        if value is True or value not in (None, False, 1):
             raise ValueError(f"--{name.replace('_', '-')} is not supported: {advice}")
     from lfm2_fast.cli.session import summary
     from lfm2_fast.cli.terminal import Terminal
