@@ -28,11 +28,34 @@ from bench.cpu.engines import prompt
 from bench.cpu.llama_build import program
 from bench.cpu.serving import ROWS, drain, llama_server
 from bench.report import results
-from bench.shapes import SIZES, checkpoint
+from bench.shapes import SIZES, TINY, checkpoint
 from lfm2_fast.cli.machine_load import Neighbours, quantile
 
 HOST = "127.0.0.1"
 SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000}
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A folder of the same checkpoint with a tokenizer, which random weights lack.
+
+    It is the small checkpoint's, and every id beyond it has a text of its own, as a stream's event
+    needs one.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    from transformers import AutoTokenizer
+
+    made = folder.with_name(f"{folder.name}-with-tokenizer")
+    if not (made / "tokenizer.json").is_file():
+        made.mkdir(exist_ok=True)
+        for file in folder.iterdir():
+            (made / file.name).unlink(missing_ok=True)
+            (made / file.name).symlink_to(file)
+        size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
+        tokenizer.add_tokens([f"<{place}>" for place in range(len(tokenizer), size)])
+        tokenizer.save_pretrained(made)
+    return made
 
 
 async def stream(port: int, ids: list[int], new: int, more: dict[str, Any]) -> list[float]:
@@ -155,14 +178,14 @@ def main() -> None:
     out = given.out or results.RESULTS / f"{name}.json"
     if given.cost:
         others = Neighbours([])
-        found |= cost(folder, given, options)
+        found |= cost(with_tokenizer(folder), given, options)
         found["others"] = others.seen()
         print(json.dumps(found, indent=1, default=str))
         results.write(out, found)
         return
     with ExitStack() as stack:
         call = [f"--{key}={value}" for key, value in options.items()]
-        process, port = ours(folder, call)
+        process, port = ours(with_tokenizer(folder), call)
         stack.callback(process.terminate)
         length = max(given.prompt + given.new, given.turn + 256)
         peer = stack.enter_context(
