@@ -189,6 +189,7 @@ def test_an_error_after_the_first_byte_is_an_event(client, monkeypatch) -> None:
     assert client.complete().status == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_holds_nobody_else(client) -> None:
     """Its row ends all the same, and it gets all of its text in the end."""
     slow = client.send("/v1/completions", {**LONG, "stream": True, "logprobs": 20})
