@@ -37,6 +37,7 @@ __all__ = [
     "generate_batch",
     "load",
     "register",
+    "serve",
     "unregister",
 ]
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from lfm2_fast.models.hooks import HookError
     from lfm2_fast.ops.sampling import SamplingParams
     from lfm2_fast.ops.select import BackendError
+    from lfm2_fast.server.run import serve
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
@@ -77,6 +79,7 @@ else:
             "generate_batch": "hf.generate_batch",
             "load": "hf.load",
             "register": "hf.interop",
+            "serve": "server.run",
             "unregister": "hf.interop",
         }
         if name not in homes:
