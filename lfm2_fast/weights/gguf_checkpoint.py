@@ -70,13 +70,13 @@ def raw_config(file: GGUFFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} lacks token_embd.weight, the embedding")
-    if len(set(heads) - {0}) != 1:
+    if any(type(count) is not int for count in heads) or len(set(heads) - {0}) != 1:
         raise CheckpointError(
             f"{file.path}: {ARCHITECTURE}.attention.head_count_kv is {str(heads)[:200]}; one "
             "number of heads for all attention layers, and 0 for convolutions, is supported"
         )
     eos = [found.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    ends = list(dict.fromkeys(each for each in eos if each is not None))
+    ends = list(dict.fromkeys(each for each in eos if type(each) is int))
     biased = any(name.endswith(".shortconv.in_proj.bias") for name in file.tensors)
     return {
         "model_type": "lfm2",
@@ -157,7 +157,7 @@ class _Source:
         """Fill the parts ``places`` of the ``target`` format; types that it holds are moved."""
         for here, raw in self._bytes():
             if self.type in TYPES and target in (TYPES[self.type][0], WIDE):
-                made = parts_of(self.type, raw)
+                made: tuple[torch.Tensor, ...] = parts_of(self.type, raw)
                 if target is WIDE:
                     made = to_wide(TYPES[self.type][0], made)
             else:
