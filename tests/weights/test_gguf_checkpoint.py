@@ -100,6 +100,13 @@ def test_every_number_is_the_files(tiny: Path, tmp_path: Path, type: str) -> Non
     assert model.get_memory_footprint() < path.stat().st_size * (1.6 if quantized else 2.1)
 
 
+def test_a_quantized_file_generates(q4_0: Path) -> None:
+    model = lfm2_fast.load(q4_0, device="cpu")
+    ids = torch.tensor([[1, 425, 381, 834]])
+    # Enough steps that one is recorded, and replayed, where the native bodies run.
+    assert model.generate(ids, max_new_tokens=6, eos_token_id=[]).shape == (1, 10)
+
+
 def test_config_is_the_checkpoints(tiny: Path, q4_0: Path) -> None:
     wanted = Config.from_file(tiny / "config.json").to_dict()
     found = lfm2_fast.load(q4_0, device="cpu").network.config.to_dict()
