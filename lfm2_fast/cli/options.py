@@ -19,7 +19,7 @@ def text(value: T) -> T:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, or a folder.")
+    str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, folder or .gguf.")
 ]
 System = Annotated[str | None, typer.Option(callback=text, help="System prompt.")]
 Preset = Annotated[
