@@ -19,7 +19,7 @@ import torch
 
 from lfm2_fast.cache.batch import DecodeInputs, on_device
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.engine.logits import adjusted, log_probs
+from lfm2_fast.engine.logits import adjusted, log_probs, prepare
 from lfm2_fast.engine.request import LogProbs, Row
 from lfm2_fast.engine.step_buffers import MAX_STEPS, StepBuffers, bucket
 from lfm2_fast.models.lfm2 import Lfm2
@@ -215,6 +215,8 @@ class DecodeLoop:
         self.cache.make_room({row.slot: row.start + row.launched + steps - 1 for row, _ in going})
         for row, _ in going:
             self.cache.expect_length(row.slot, row.start + row.launched + steps - 1)
+        if on_logits:
+            prepare(row for row, _ in going)
         count, logits = self._rows_of_step(len(self.places)), None
         self.buffers.run_steps(
             self.model,

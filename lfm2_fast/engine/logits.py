@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -15,10 +16,12 @@ from lfm2_fast.engine.request import Hook, LogProbs, Row
 def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Tensor:
     """Return ``logits [B, V]`` in float32 as the requests of the rows want them.
 
-    ``rows`` have their places in the batch. Penalties come first, then the bias, the end tokens
-    that come too soon, and the hook. Where a hook raises, or gives another shape, the row's
-    ``error`` is set and its logits are NaN, so that it has no token to choose.
+    ``rows`` have their places in the batch. Penalties come first, then the bias, the constraint,
+    the end tokens that come too soon, and the hook. Where a constraint or a hook raises, or a hook
+    gives another shape, the row's ``error`` is set and its logits are NaN, so that it has no token
+    to choose.
     """
+    prepare(row for row, _ in rows)
     changed = [(row, place) for row, place in rows if row.request.changes_logits]
     if not changed:
         return logits
@@ -33,15 +36,32 @@ def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Ten
         if request.logit_bias:
             bias = on_device(list(request.logit_bias.values()), own.dtype, own.device)
             own[_at(list(request.logit_bias), own)] += bias
-        if len(row.written) < request.min_tokens and request.eos:
-            own.index_fill_(0, _at(list(request.eos), own), -math.inf)
-        if request.hook is not None:
-            try:
+        try:
+            if row.constraint is not None:
+                row.constraint.apply(row.written, own)
+            if len(row.written) < request.min_tokens and request.eos:
+                _without_end(row, own)
+            if request.hook is not None:
                 own.copy_(_hooked(request.hook, row, own))
-            except Exception as error:
-                row.error = error
-                own.fill_(math.nan)
+        except Exception as error:
+            row.error = error
+            own.fill_(math.nan)
     return logits
+
+
+def prepare(rows: Iterable[Row]) -> None:
+    """Have the constraints of rows work out what may follow; their errors wait for their turn."""
+    for row in rows:
+        if row.constraint is not None:
+            with contextlib.suppress(Exception):
+                row.constraint.prepare(row.written)
+
+
+def _without_end(row: Row, own: torch.Tensor) -> None:
+    """Forbid end tokens that come too soon, unless a constraint leaves nothing else."""
+    without = own.index_fill(0, _at(list(row.request.eos), own), -math.inf)
+    if row.constraint is None or bool((without > -math.inf).any()):
+        own.copy_(without)
 
 
 def _hooked(hook: Hook, row: Row, own: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -12,6 +13,16 @@ from lfm2_fast.ops.sampling import SamplingParams
 
 # Changes a row's logits ``[V]`` float32, given its text: prompt and new tokens.
 Hook = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+
+
+class Constraint(Protocol):
+    """Says which tokens one continuation may have next."""
+
+    def prepare(self, written: Sequence[int]) -> None:
+        """Begin to work out what may follow the new tokens ``written``; the model may run now."""
+
+    def apply(self, written: Sequence[int], logits: torch.Tensor) -> None:
+        """Set ``logits [V]`` float32 to -inf for what may not follow ``written``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +37,19 @@ class Request:
     one seed draw apart.
 
     ``logit_bias`` is added to the logits of single tokens. ``presence_penalty`` is subtracted from
-    those of new tokens that came before, ``frequency_penalty`` as often as each came. ``hook`` then
-    changes the logits freely. ``logprobs`` asks for the log-probabilities of each new token and of
-    as many of the likeliest, by the logits as the model gave them; ``prompt_logprobs`` for those of
-    the prompt's tokens.
+    those of new tokens that came before, ``frequency_penalty`` as often as each came. What a
+    ``constraint`` forbids is left out; it is called for each continuation, and makes that one's.
+    ``hook`` then changes the logits freely. ``logprobs`` asks for the log-probabilities of each new
+    token and of as many of the likeliest, by the logits as the model gave them; ``prompt_logprobs``
+    for those of the prompt's tokens.
 
     Requests of lower ``priority`` run first, equal ones in their order. ``deadline`` is a moment of
     ``time.monotonic``. Only requests of equal ``salt`` share pages. ``stream`` says that each token
     is wanted when it is there: its steps are then launched one by one. ``adapter`` names a LoRA
     adapter of the engine, which has none yet.
 
-    An exception out of ``stop`` or ``hook`` ends its continuation alone, whose last event has it.
+    An exception out of ``stop``, ``constraint`` or ``hook`` ends its continuation alone, whose last
+    event has it.
     """
 
     prompt: Sequence[int]
@@ -51,6 +64,7 @@ class Request:
     logit_bias: Mapping[int, float] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    constraint: Callable[[], Constraint] | None = None
     hook: Hook | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -111,7 +125,7 @@ class Request:
     def changes_every_step(self) -> bool:
         """Return True if no token is chosen from the model's logits by ``sampling`` alone."""
         penalties = self.presence_penalty or self.frequency_penalty
-        return bool(self.logit_bias or penalties or self.hook)
+        return bool(self.logit_bias or penalties or self.hook or self.constraint)
 
     @property
     def changes_logits(self) -> bool:
@@ -127,7 +141,8 @@ class Row:
     has read; ``launched`` counts those whose steps were launched. ``pinned`` is the only slot that
     it may have, in a cache that a caller holds. ``finish_reason`` is "stop", "length", "cancelled",
     "deadline" or "error" at the end. ``admitted`` is True once the row has had a slot. ``digests``
-    are those of its text's first pages, as the prefix index hashes them.
+    are those of its text's first pages, as the prefix index hashes them. ``prompt_logprobs`` are
+    those of the prompt's tokens so far, until an event has them.
     """
 
     id: int
@@ -147,10 +162,14 @@ class Row:
     arrived: float = 0.0
     last_token: float = 0.0
     digests: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[LogProbs | None] | None = None
     ends: frozenset[int] = field(init=False)
+    constraint: Constraint | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.ends = frozenset(self.request.eos)
+        make = self.request.constraint
+        self.constraint = None if make is None else make()
 
     @property
     def needs_logits(self) -> bool:

@@ -35,6 +35,43 @@ class Timing:
         return words
 
 
+class TokenDecoder:
+    """Turns token ids into text as soon as characters are whole; special tokens are text too.
+
+    Nothing is raised: an id that the tokenizer does not know has no text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._begin()
+
+    def _begin(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._ids: list[int] = []
+        self._told = 0
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def put(self, token: int) -> str:
+        """Take one more token, and return the text that it completes."""
+        self._ids.append(token)
+        try:
+            text = self._stream.step(self._backend, token) or ""
+        except Exception:
+            # The library gives up where a decoder changes what it said before.
+            return ""
+        self._told += len(text)
+        return text
+
+    def end(self) -> str:
+        """Return what remained of a character that is not whole; what follows begins anew."""
+        if not self._ids:
+            return ""
+        text = self._backend.decode(self._ids, skip_special_tokens=False)[self._told :]
+        self._begin()
+        return text
+
+
 class TokenStream:
     """Hands the text of tokens to ``write`` as soon as characters are whole.
 
