@@ -1,4 +1,4 @@
-"""Requests and answers of ``generate_batch``: a prompt and its settings -> a request; its answers."""
+"""Requests of ``generate_batch``: a prompt and its settings -> a request; its answers."""
 
 from __future__ import annotations
 
