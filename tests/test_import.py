@@ -152,6 +152,10 @@ def test_the_architecture_page_draws_these_rooms() -> None:
     assert (
         f"cli -> {drawn}" == " -> ".join(ROOMS).replace("cache weights", "cache, weights") + ".py"
     )
+
+
+def test_the_table_of_files_lists_each_file_of_the_package() -> None:
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     listed, room = set(), ""
     table = page.partition("| folder | file | holds |\n")[2].partition("\n\n")[0]
     for line in table.splitlines()[1:]:

@@ -9,7 +9,7 @@ T = TypeVar("T", str | None, list[str] | None)
 
 
 def text(value: T) -> T:
-    """What was given, unless bytes of it are not UTF-8: Python makes lone surrogates of them."""
+    """Return the text. Bytes that are not UTF-8, lone surrogates in Python, are refused."""
     for each in value if isinstance(value, list) else [value or ""]:
         try:
             each.encode()
