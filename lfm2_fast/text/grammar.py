@@ -17,7 +17,7 @@ from lfm2_fast.text.tool_grammar import checked_schema, options, tools_grammar
 # Bytes of a grammar's text at most.
 MAX_BYTES = 1 << 18
 # Work of a step, some 20 ms, and the states of a grammar's automaton, of 2 kB each.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,

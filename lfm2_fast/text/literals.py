@@ -92,7 +92,8 @@ class LiteralReader:
 
     def _items(self, at: int, closer: str, depth: int) -> tuple[Any, int]:
         """Read what a bracket holds; a value in parentheses without a comma is that value."""
-        items, comma = [], False
+        items: list[Any] = []
+        comma = False
         while True:
             at = skip_space(self.text, at)
             if self.text.startswith(closer, at):

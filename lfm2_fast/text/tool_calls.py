@@ -86,7 +86,7 @@ def from_json(value: Any, at: int = 0) -> Call:
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         raise LiteralError("an object has no name of a tool", at)
-    given = next((value[key] for key in ARGUMENTS if key in value), {})
+    given: Any = next((value[key] for key in ARGUMENTS if key in value), {})
     if isinstance(given, str):
         given, after = LiteralReader(given).value(0) if given.strip() else ({}, 0)
     if given is None:
