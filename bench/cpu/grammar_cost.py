@@ -72,7 +72,8 @@ def trained_tokenizer(vocab_size: int) -> Any:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        made.train([str(source) for source in sources], trainer)
+        texts = (source.read_text(encoding="utf-8", errors="replace") for source in sources)
+        made.train_from_iterator(texts, trainer)
         MADE.mkdir(parents=True, exist_ok=True)
         made.save(str(file))
     return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=END)
