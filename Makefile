@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HARNESS := $(VENV)/.harness
+CLIENTS := $(VENV)-clients/.ready
 PEERS := $(or $(LFM2_FAST_PEERS_DIR),build/peers)/.ready
 # On every core, whose workers take a thread each (tests/conftest.py) and tests from one another.
 # Python keeps what it has compiled even if the shell forbids that: tests start it a hundred times.
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test check nightly lint peers bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
+.PHONY: help demo test test-clients check nightly lint peers bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
 .PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
@@ -35,6 +36,9 @@ check: lint ## In three minutes: the same without the slow, the interpreter, the
 
 nightly: lint $(HARNESS) ## The same with the long proofs; outcomes go to bench/results/nightly.json
 	PYTHONPATH=. $(PYTEST) -p bench.report.nightly --nightly-record bench/results/nightly.json
+
+test-clients: $(READY) $(CLIENTS) ## Serve the small checkpoint to clients that others wrote, in their own venv
+	LFM2_FAST_PYTHON=$(abspath $(BIN))/python $(VENV)-clients/bin/pytest -p no:cacheprovider --confcutdir=tests/clients tests/clients
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check
@@ -81,19 +85,25 @@ wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## Remove all that the other targets made
-	rm -rf $(VENV) build dist lfm2_fast.egg-info lfm2_fast/*.so
+	rm -rf $(VENV) $(VENV)-clients build dist lfm2_fast.egg-info lfm2_fast/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: the extension is built against it, where there is a compiler.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/pip
 	$(BIN)/pip install -c constraints.txt ninja setuptools torch
-	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test,dev,server]'
 	@touch $@
 
 # The extra "eval", without building the package once more: two minutes, 600 MB.
 $(HARNESS): $(READY)
 	$(BIN)/pip install -c constraints.txt 'lm_eval[hf]'
+	@touch $@
+
+# A server has none of its clients' packages, and some of them pin others than the package does.
+$(CLIENTS): tests/clients/requirements.txt | $(BIN)/pip
+	$(PYTHON) -m venv --clear $(VENV)-clients
+	$(VENV)-clients/bin/pip install -r tests/clients/requirements.txt
 	@touch $@
 
 $(PEERS): constraints.txt | $(READY)

@@ -21,6 +21,8 @@ KINDS: tuple[tuple[str, str | None], ...] = (
     ("bfloat16", None),
     ("bfloat16", "int8"),
     ("float32", "int8"),
+    ("bfloat16", "int4"),
+    ("float32", "int4"),
 )
 
 

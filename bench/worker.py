@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm2_fast": ("cpu.engines", "Ours", {}),
     "lfm2_fast int8": ("cpu.engines", "Ours", {"quantization": "int8"}),
+    "lfm2_fast int4": ("cpu.engines", "Ours", {"quantization": "int4"}),
     "transformers": ("cpu.engines", "HuggingFace", {}),
     "transformers compiled": ("cpu.engines", "HuggingFaceCompiled", {}),
 }

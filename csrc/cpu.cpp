@@ -13,6 +13,7 @@
 #include "embed.h"
 #include "flash_decode.h"
 #include "gated_conv.h"
+#include "group_matrix.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "rope.h"
@@ -77,16 +78,22 @@ void embed_native(const Tensor& tokens, const Tensor& weight, const std::optiona
     const int64_t count = out.size(0);
     const int64_t width = out.size(1);
     const int64_t rows = weight.size(0);
+    const bool grouped = scales && scales->dim() == 2;
     expect_packed(tokens, "tokens", ScalarType::Long, {count});
-    expect(weight, "weight", scales ? ScalarType::Char : kType<T>, {rows, width});
-    if (scales) expect_packed(*scales, "scales", ScalarType::Float, {rows});
+    if (!grouped) {
+      expect(weight, "weight", scales ? ScalarType::Char : kType<T>, {rows, width});
+      if (scales) expect_packed(*scales, "scales", ScalarType::Float, {rows});
+    }
     expect(out, "out", kType<T>, {count, width});
     const int64_t* at = read<int64_t>(tokens);
     for (int64_t t = 0; t < count; ++t) {
       STD_TORCH_CHECK(at[t] >= 0 && at[t] < rows, "token ", at[t], " is none of ", rows);
     }
     const auto to = rows_of<T>(out);
-    if (scales) {
+    if (grouped) {
+      const GroupMatrix matrix = group_matrix_of(weight, *scales, rows, width);
+      for (int64_t t = 0; t < count; ++t) widen_row(matrix, at[t], to[t]);
+    } else if (scales) {
       const auto from = rows_of<const int8_t>(weight);
       const float* by = read<float>(*scales);
       parallel_for(0, count, grain(width), [=](int64_t first, int64_t last) {

@@ -12,9 +12,12 @@
   (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4"))
 #define LFM2_HAS_AVX512VNNI \
   (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("x86-64-v4"))
+#define LFM2_HAS_AVXVNNI \
+  (__builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("x86-64-v3"))
 #define LFM2_HAS_AVX2 __builtin_cpu_supports("x86-64-v3")
 #else
 #define LFM2_HAS_AVX512BF16 false
 #define LFM2_HAS_AVX512VNNI false
+#define LFM2_HAS_AVXVNNI false
 #define LFM2_HAS_AVX2 false
 #endif

@@ -28,6 +28,9 @@
 #define LFM2_INLINE inline __attribute__((always_inline))
 #endif
 
+// The same of a lambda, whose calls are not seen to be in a clone.
+#define LFM2_FLAT __attribute__((always_inline))
+
 namespace lfm2 {
 
 struct bf16 {

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "group_matrix.h"
+#include "group_tokens.h"
 #include "int8.h"
 #include "linear.h"
 #include "rms_norm.h"
@@ -72,7 +74,18 @@ void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
       });
     }
   };
-  if (scales) {
+  if (scales && scales->dim() == 2) {
+    const GroupMatrix matrix = group_matrix_of(weight, *scales, rows, size);
+    const LastTile last_tile(matrix);
+    share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
+      fetch(matrix.tile(first / kLanes).numbers);
+      std::vector<T> made;
+      GroupScratch scratch(count, size);
+      round_groups(source.take(m, count, made), count, size, scratch);
+      const GroupTokens x = scratch.tokens(count, size);
+      then(Grouped(x, matrix, last_tile));
+    });
+  } else if (scales) {
     expect(weight, "weight", ScalarType::Char, {rows, size});
     expect_packed(*scales, "scales", ScalarType::Float, {rows});
     const auto matrix = rows_of<const int8_t>(weight);

@@ -7,6 +7,8 @@
 #include "dots.h"
 #include "dtypes.h"
 #include "exp.h"
+#include "group_matrix.h"
+#include "groups.h"
 #include "pack.h"
 
 namespace lfm2 {
@@ -137,6 +139,43 @@ class Int8 {
   int64_t size_;
   std::vector<Line> lines_;
   std::vector<int32_t> token_sums_;
+};
+
+// The body of groups.h that this machine runs fastest.
+inline GroupDots group_dots() {
+  if (LFM2_HAS_AVX512VNNI) return &groups_avx512vnni;
+  if (LFM2_HAS_AVXVNNI) return &groups_avxvnni;
+  return LFM2_HAS_AVX2 ? &groups_avx2 : &groups_plain;
+}
+
+// The same of a matrix in groups, and of tokens rounded in groups.
+class Grouped {
+ public:
+  Grouped(const GroupTokens& x, const GroupMatrix& matrix, const LastTile& last)
+      : x_(x), matrix_(matrix), last_(last), dots_(group_dots()) {}
+
+  // sums[m * kChunk + n - first] = x[m] . weight[n]
+  void dots(int64_t first, int64_t last, float* sums) const {
+    Lanes of_tile[kTokens];
+    for (int64_t t = first / kLanes; t * kLanes < last; ++t) {
+      const int64_t row = t * kLanes;
+      const bool whole = row + kLanes <= matrix_.rows;
+      dots_(matrix_.kind, x_, whole ? matrix_.tile(t) : last_.tile(), kBytesAhead, of_tile);
+      const int64_t from = std::max(first, row);
+      const int64_t count = std::min(last, row + kLanes) - from;
+      for (int64_t m = 0; m < x_.count; ++m) {
+        std::memcpy(sums + m * kChunk + from - first,
+                    reinterpret_cast<const float*>(of_tile + m) + from - row,
+                    count * sizeof(float));
+      }
+    }
+  }
+
+ private:
+  const GroupTokens& x_;
+  const GroupMatrix& matrix_;
+  const LastTile& last_;
+  GroupDots dots_;
 };
 
 // out[m][n] = sums + bias; rounded, then added to `residual` where there is one.

@@ -34,8 +34,10 @@ __all__ = [
     "Request",
     "SamplingParams",
     "from_transformers",
+    "generate_batch",
     "load",
     "register",
+    "serve",
     "unregister",
 ]
 
@@ -48,11 +50,13 @@ if TYPE_CHECKING:
     from lfm2_fast.engine.request import Request
     from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
     from lfm2_fast.hf.configuration import Lfm2Config
+    from lfm2_fast.hf.generate_batch import generate_batch
     from lfm2_fast.hf.interop import from_transformers, register, unregister
     from lfm2_fast.hf.load import load
     from lfm2_fast.models.hooks import HookError
     from lfm2_fast.ops.sampling import SamplingParams
     from lfm2_fast.ops.select import BackendError
+    from lfm2_fast.server.run import serve
 else:
     # The names come on first use: `lfm2-fast --help` imports this package, and torch takes seconds.
     def __getattr__(name: str) -> Any:
@@ -72,8 +76,10 @@ else:
             "Request": "engine.request",
             "SamplingParams": "ops.sampling",
             "from_transformers": "hf.interop",
+            "generate_batch": "hf.generate_batch",
             "load": "hf.load",
             "register": "hf.interop",
+            "serve": "server.run",
             "unregister": "hf.interop",
         }
         if name not in homes:

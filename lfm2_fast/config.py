@@ -49,7 +49,7 @@ class Config:
     ``intermediate_size`` is the size that the feed-forward matrices really have: the rounding
     that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
     "conv" or "full_attention". ``quantization`` names the weight format of the matrices; None is
-    dense.
+    dense. Of "mixed" ones ``formats`` has name and format of every matrix that is not dense.
 
     ``rope_scaling`` is empty for plain RoPE. Else it has the name and value of everything that
     `ROPE_TYPES` lists for the type, defaults filled in, the ``rope_type`` first.
@@ -75,6 +75,7 @@ class Config:
     dtype: str | None = None
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     quantization: str | None = None
+    formats: tuple[tuple[str, str], ...] = ()
 
     model_type = "lfm2"
     is_encoder_decoder = False
@@ -89,6 +90,12 @@ class Config:
         """RoPE's base and scaling, as a config.json of transformers 5 has them."""
         scaling = {n: list(v) if isinstance(v, tuple) else v for n, v in self.rope_scaling}
         return {"rope_type": "default", "rope_theta": self.rope_theta, **scaling}
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """The weight format as a config.json has it."""
+        formats = {"formats": dict(self.formats)} if self.formats else {}
+        return {"quant_method": OWN_METHOD, "format": self.quantization, **formats}
 
     @property
     def context_length(self) -> int:
@@ -154,6 +161,7 @@ class Config:
             dtype=_dtype(read),
             **_rope(read, head_dim),
             quantization=_quantization(read),
+            formats=_formats(read),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,8 +169,7 @@ class Config:
         eos = self.eos_token_id
         quantized = {}
         if self.quantization is not None:
-            own = {"quant_method": OWN_METHOD, "format": self.quantization}
-            quantized = {"quantization_config": own}
+            quantized = {"quantization_config": self.quantization_config}
         # The older spelling, which goes first where both are read.
         scaled = {"rope_scaling": self.rope_parameters} if self.rope_scaling else {}
         return {
@@ -400,13 +407,21 @@ def _quantization(read: _Reader) -> str | None:
     if not found:
         return None
     format = found.get("format")
-    if found != {"quant_method": OWN_METHOD, "format": format} or not isinstance(format, str):
+    own = {name: value for name, value in found.items() if name != "formats"}
+    if own != {"quant_method": OWN_METHOD, "format": format} or not isinstance(format, str):
         method = found.get("quant_method", "unknown method")
         raise read.error(
             f"the checkpoint is quantized ({method}), which lfm2_fast does not read; load the "
             "unquantized checkpoint, with quantization='int8' if memory is short"
         )
     return format
+
+
+def _formats(read: _Reader) -> tuple[tuple[str, str], ...]:
+    found = read.value("quantization_config", default={}).get("formats", {})
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+        raise read.error(f"quantization_config's formats must be names by matrix, not {found!r}")
+    return tuple(found.items())
 
 
 def _eos_token_id(read: _Reader) -> int | tuple[int, ...] | None:

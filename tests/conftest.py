@@ -67,6 +67,7 @@ SMALL = {
 MARKS = {
     "bench/": "bench",
     "csrc/test_extension.py": "build",
+    "csrc/test_groups_bodies.py": "build",
     "engine/test_on_a_gpu.py": "interpreter",
     "kernels/": "interpreter",
     "kernels/test_aot.py": "build",

@@ -71,7 +71,8 @@ def test_what_is_imported_is_declared() -> None:
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))
     # Of the extras "plot" and "server": an error says which to install.
-    optional = {"matplotlib", "llguidance"}
+    optional = {"matplotlib", "fastapi", "llguidance", "prometheus_client", "pydantic"}
+    optional |= {"starlette", "uvicorn"}
     imported = set()
     for file in (*(ROOT / "lfm2_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -125,7 +126,9 @@ def arrows() -> set[tuple[str, str]]:
             elif other in every:
                 found.add((name, other))
             else:
-                assert name.startswith("cli."), f"{name} imports {other!r}, which is no file"
+                assert name.startswith(("cli.", "server.")), (
+                    f"{name} imports {other!r}, which is no file"
+                )
     return found
 
 

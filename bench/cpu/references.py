@@ -12,7 +12,7 @@ from bench.worker import REFERENCES, Remote
 
 # Cost of 8 and 4 bits, by the last word of an engine's name; others see ``gate.rounding``.
 # Random weights suffer more than trained ones; logits of another model are off by 1.4.
-ALLOWED = {"Q4_0": 0.9, "Q8_0": 0.2, "int8": 0.2}
+ALLOWED = {"Q4_0": 0.9, "int4": 0.9, "Q8_0": 0.2, "int8": 0.2}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from bench.report.markdown import markdown, number
 from bench.report.results import Figure
 from bench.report.stats import ratio
 
-OURS, INT8 = "lfm2_fast", "lfm2_fast int8"
+OURS, INT8, INT4 = "lfm2_fast", "lfm2_fast int8", "lfm2_fast int4"
 THEIRS = "transformers"
 
 
@@ -39,6 +39,10 @@ GOALS = (
     Goal("decode int8 against our bf16", "decode", INT8, OURS, 1.5, 1.9),
     Goal("prefill 512 int8 against llama.cpp Q8_0", "prefill 512", INT8, "llama.cpp Q8_0", 2.5, 4),
     Goal("memory after load, int8 against bf16", "memory after load", INT8, OURS, 0.6, 0.52),
+    Goal("decode int4 against llama.cpp Q4_0", "decode", INT4, "llama.cpp Q4_0", 1.1, 1.25),
+    Goal("prefill 512 int4 against llama.cpp Q4_0", "prefill 512", INT4, "llama.cpp Q4_0", 2, 2.5),
+    Goal("decode after 8k int4 against Q4_0", "decode after 8k", INT4, "llama.cpp Q4_0", 1.3, 1.8),
+    Goal("memory after load, int4 against bf16", "memory after load", INT4, OURS, 0.36, 0.33),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -370,19 +370,54 @@ class Cache:
 
     def copy(self, source: int, target: int) -> None:
         """Make slot ``target`` hold what slot ``source`` holds, sharing its full pages."""
-        held = self.lengths[source]
-        self.truncate(target, 0)
-        full = self._pages[source][: held // PAGE_SIZE]
-        rest = self._take(1) if held % PAGE_SIZE else []
-        self.pool.share(full)
-        for page in rest:
-            self.pool.memory.copy(self._pages[source][len(full)], page, held % PAGE_SIZE)
+        self.reorder({target: source})
+
+    def reorder(self, sources: Mapping[int, int]) -> None:
+        """Make each slot hold what another one holds, ``{slot: source}``, all at the same time.
+
+        Full pages are shared. An unfinished page is copied, but for one slot that takes it over
+        where its source gives it up. Raises CacheError where the pages do not suffice; the slots
+        that were to change are empty then.
+        """
+        moved = {slot: source for slot, source in sources.items() if slot != source}
+        pages: dict[int, list[int]] = {}
+        copies: list[tuple[int, int, int]] = []
+        given: set[int] = set()
+        for slot, source in moved.items():
+            full, rest = divmod(self.lengths[source], PAGE_SIZE)
+            taken_over = bool(rest) and source in moved and source not in given
+            if taken_over:
+                given.add(source)
+            elif rest:
+                copies.append((slot, self._pages[source][full], rest))
+            pages[slot] = self._pages[source][: full + taken_over]
+            self.pool.share(pages[slot])
+        held = {
+            slot: (self.lengths[source], self._first_kept(source), list(self.history[source]))
+            for slot, source in moved.items()
+        }
+        for slot in moved:
+            self.truncate(slot, 0)
+        try:
+            made = self._take(len(copies))
+        except CacheError:
+            for own in pages.values():
+                self.pool.release(own)
+            raise
+        for (slot, page, rest), copy in zip(copies, made, strict=True):
+            self.pool.memory.copy(page, copy, rest)
+            pages[slot].append(copy)
+        device = self._table.device
+        to, out_of = (
+            on_device(list(each), torch.int64, device) for each in (moved, moved.values())
+        )
         for layer in self.layers:
             if isinstance(layer, ConvWindow):
-                layer.rows[target] = layer.rows[source]
-        self._hold(target, [*full, *rest], held)
-        self._oldest[target], self._expected[target] = self._first_kept(source), 0
-        self.history[target] = list(self.history[source])
+                layer.rows[to] = layer.rows[out_of]
+        for slot, (length, first_kept, history) in held.items():
+            self._hold(slot, pages[slot], length)
+            self._oldest[slot], self._expected[slot] = first_kept, 0
+            self.history[slot] = history
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A copy of everything held, as named tensors that ``load_state_dict`` takes back."""

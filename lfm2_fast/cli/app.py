@@ -1,4 +1,4 @@
-"""The command line: ``lfm2-fast generate | chat | info | eval | bench | demo``.
+"""The command line: ``lfm2-fast generate | chat | info | eval | bench | serve | batch | demo``.
 
 Commands import torch as they run, not before, so that ``--help`` comes at once.
 """
@@ -10,15 +10,17 @@ from typing import Annotated
 import typer
 
 import lfm2_fast
+from lfm2_fast.cli.batch import batch
 from lfm2_fast.cli.bench import bench
 from lfm2_fast.cli.chat import chat
 from lfm2_fast.cli.demo import demo
 from lfm2_fast.cli.eval import eval
 from lfm2_fast.cli.generate import generate
 from lfm2_fast.cli.info import info
+from lfm2_fast.cli.serve import serve
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (generate, chat, info, eval, bench, demo):
+for command in (generate, chat, info, eval, bench, serve, batch, demo):
     app.command()(command)
 
 

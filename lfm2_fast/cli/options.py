@@ -39,7 +39,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
 Backend = Annotated[str, typer.Option(help="Which bodies run; lfm2-fast info lists them.")]
 Quantization = Annotated[
-    str | None, typer.Option(help="int8: matrices in 8-bit integers, half of bfloat16's memory.")
+    str | None,
+    typer.Option(help="int8 or int4: integer matrices, half or a third of bfloat16's memory."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]

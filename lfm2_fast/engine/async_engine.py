@@ -5,26 +5,80 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Event, Request
 
-# A coroutine's loop, and its queue of events, or of an error that ends it.
-Consumer = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[Event | BaseException]"]
+T = TypeVar("T")
+# Events, an error that ends them, or None, which only wakes whoever waits.
+Events = asyncio.Queue["Event | BaseException | None"]
+# A coroutine's loop, and its queue.
+Consumer = tuple[asyncio.AbstractEventLoop, Events]
 
 
 class EngineStopped(RuntimeError):
     """The engine takes no more requests: it was closed, or could not be made anew after a fault."""
 
 
+class Stream:
+    """Events of requests that the engine has taken, with their ``ids``.
+
+    ``close`` it in the end, which cancels what has not ended. One coroutine uses it.
+    """
+
+    def __init__(self, engine: AsyncEngine, ids: Sequence[int], left: int, events: Events) -> None:
+        self.ids = tuple(ids)
+        self._engine, self._left, self._events = engine, left, events
+
+    @property
+    def ended(self) -> bool:
+        """True if every continuation has ended."""
+        return not self._left
+
+    async def next(self) -> list[Event]:
+        """Wait, and return all events that are there; none after ``wake`` and after the end.
+
+        Raises what a step raised, and EngineStopped.
+        """
+        if self.ended:
+            return []
+        found: list[Event] = []
+        event = await self._events.get()
+        while True:
+            if isinstance(event, BaseException):
+                self._left = 0
+                raise event
+            if event is not None:
+                self._left -= event.finish_reason is not None
+                found.append(event)
+            if self._events.empty():
+                return found
+            event = self._events.get_nowait()
+
+    def wake(self) -> None:
+        """Have ``next`` return without waiting. Called in the stream's loop."""
+        self._events.put_nowait(None)
+
+    def cancel(self, id: int, index: int) -> None:
+        """End one continuation; its last event says so."""
+        self._engine.cancel(id, index)
+
+    def close(self) -> None:
+        """Cancel what has not ended. A second call does nothing."""
+        if self._left:
+            self._left = 0
+            self._engine.forget(self.ids)
+
+
 class AsyncEngine:
     """Drives ``engine`` in a thread; nothing else may use it meanwhile.
 
-    ``generate`` is an asynchronous iterator over a request's events. A consumer that goes away
-    cancels its request. An exception out of a step reaches every consumer, and the engine begins
-    anew for the next request. Used as ``async with``, it is closed at the end.
+    ``generate`` is an asynchronous iterator over a request's events, ``start`` gives those of
+    several requests. A consumer that goes away cancels its requests. An exception out of a step
+    reaches every consumer, and the engine begins anew for the next request. Used as ``async with``,
+    it is closed at the end.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -32,7 +86,7 @@ class AsyncEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._consumers: dict[int, Consumer] = {}
         # Requests that the thread has not added yet.
-        self._adding: dict[asyncio.Future[int], Consumer] = {}
+        self._adding: dict[asyncio.Future[list[int]], Consumer] = {}
         self._wake = threading.Condition()
         self._closed = False
         self._fault: BaseException | None = None
@@ -50,32 +104,77 @@ class AsyncEngine:
 
         Raises what ``Engine.add`` raises, what a step raised meanwhile, and EngineStopped.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
-        added: asyncio.Future[int] = loop.create_future()
-        consumer: Consumer = (loop, events)
-        self._tell(lambda: self._add(request, consumer, added), adding=(added, consumer))
-        left = request.n
-        id: int | None = None
+        stream = await self.start([request])
         try:
-            id = await asyncio.shield(added)
-            while left:
-                event = await events.get()
-                if isinstance(event, BaseException):
-                    left = 0
-                    raise event
-                left -= event.finish_reason is not None
-                yield event
+            while not stream.ended:
+                for event in await stream.next():
+                    yield event
         finally:
-            if left and id is not None:
-                self._forget(id)
-            elif left:
-                # Cancelled before the engine said the id: it is forgotten as soon as it is known.
-                added.add_done_callback(self._forget_added)
+            stream.close()
 
-    def _forget_added(self, added: asyncio.Future[int]) -> None:
+    async def start(self, requests: Sequence[Request]) -> Stream:
+        """Return the events of all requests, once the engine has taken each of them.
+
+        Raises what ``Engine.add`` raises for any of them, with none taken, and EngineStopped.
+        """
+        loop = asyncio.get_running_loop()
+        events: Events = asyncio.Queue()
+        added: asyncio.Future[list[int]] = loop.create_future()
+        consumer: Consumer = (loop, events)
+        self._tell(lambda: self._add(requests, consumer, added), adding=(added, consumer))
+        try:
+            ids = await asyncio.shield(added)
+        except asyncio.CancelledError:
+            # The ids are forgotten as soon as they are known.
+            added.add_done_callback(self._forget_added)
+            raise
+        return Stream(self, ids, sum(request.n for request in requests), events)
+
+    async def between_steps(self, function: Callable[[Engine], T]) -> T:
+        """Return what a quick function of the engine gives, called while no step runs.
+
+        Raises what the function raises, and EngineStopped.
+        """
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[list[Any]] = loop.create_future()
+        consumer: Consumer = (loop, asyncio.Queue())
+
+        def call() -> None:
+            with self._wake:
+                self._adding.pop(made, None)
+            try:
+                result = [function(self.engine)]
+            except Exception as error:
+                self._call(loop, _settle, made, None, error)
+            else:
+                self._call(loop, _settle, made, result, None)
+
+        self._tell(call, adding=(made, consumer))
+        return (await made)[0]
+
+    def _forget_added(self, added: asyncio.Future[list[int]]) -> None:
         if not added.cancelled() and added.exception() is None:
-            self._forget(added.result())
+            self.forget(added.result())
+
+    def cancel(self, id: int, index: int | None = None) -> None:
+        """End a request, or one of its continuations, whose last events say so."""
+        try:
+            self._tell(lambda: self.engine.cancel(id, index))
+        except EngineStopped:
+            return
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """End requests whose consumer has gone: it gets no more events."""
+
+        def cancel() -> None:
+            for id in ids:
+                self._consumers.pop(id, None)
+                self.engine.cancel(id)
+
+        try:
+            self._tell(cancel)
+        except EngineStopped:
+            return
 
     def close(self) -> None:
         """End all requests and the thread, and give the engine's memory back.
@@ -91,7 +190,7 @@ class AsyncEngine:
     def _tell(
         self,
         command: Callable[[], None],
-        adding: tuple[asyncio.Future[int], Consumer] | None = None,
+        adding: tuple[asyncio.Future[list[Any]], Consumer] | None = None,
     ) -> None:
         """Have the thread do something before its next step. Raises EngineStopped when closed."""
         with self._wake:
@@ -104,28 +203,22 @@ class AsyncEngine:
             self._commands.append(command)
             self._wake.notify()
 
-    def _add(self, request: Request, consumer: Consumer, added: asyncio.Future[int]) -> None:
+    def _add(
+        self, requests: Sequence[Request], consumer: Consumer, added: asyncio.Future[list[int]]
+    ) -> None:
         with self._wake:
             self._adding.pop(added, None)
+        ids: list[int] = []
         try:
-            id = self.engine.add(request)
+            for request in requests:
+                ids.append(self.engine.add(request))
         except Exception as error:
-            self._call(consumer, _settle, added, None, error)
+            for id in ids:
+                self.engine.cancel(id)
+            self._call(consumer[0], _settle, added, None, error)
             return
-        self._consumers[id] = consumer
-        self._call(consumer, _settle, added, id, None)
-
-    def _forget(self, id: int) -> None:
-        """Cancel a request whose consumer has gone."""
-
-        def cancel() -> None:
-            self._consumers.pop(id, None)
-            self.engine.cancel(id)
-
-        try:
-            self._tell(cancel)
-        except EngineStopped:
-            return
+        self._consumers.update(dict.fromkeys(ids, consumer))
+        self._call(consumer[0], _settle, added, ids, None)
 
     def _drive(self) -> None:
         """Step while there is work, and sleep while there is none."""
@@ -167,40 +260,56 @@ class AsyncEngine:
             self._adding.clear()
             self._commands.clear()
         for added, consumer in adding:
-            self._call(consumer, _settle, added, None, error)
+            self._call(consumer[0], _settle, added, None, error)
         self._end_all(error)
 
     def _hand_out(self, events: list[Event]) -> None:
+        """Give each consumer its events, and wake a loop once for all of its consumers."""
+        given: dict[asyncio.AbstractEventLoop, list[tuple[Events, Event]]] = {}
         for event in events:
             consumer = self._consumers.get(event.id)
             if consumer is not None:
-                self._call(consumer, consumer[1].put_nowait, event)
-        for id in {event.id for event in events} - {row.id for row in self.engine.rows}:
+                given.setdefault(consumer[0], []).append((consumer[1], event))
+        for loop, pairs in given.items():
+            self._call(loop, _put, pairs)
+        ended = {event.id for event in events if event.finish_reason is not None}
+        for id in ended - {row.id for row in self.engine.rows} if ended else ():
             self._consumers.pop(id, None)
 
     def _end_all(self, error: BaseException) -> None:
-        for consumer in self._consumers.values():
-            self._call(consumer, consumer[1].put_nowait, error)
+        """Give every consumer the error once, however many requests it has."""
+        consumers = {id(events): (loop, events) for loop, events in self._consumers.values()}
+        for loop, events in consumers.values():
+            self._call(loop, events.put_nowait, error)
         self._consumers.clear()
 
-    def _call(self, consumer: Consumer, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a function in the consumer's loop, if that still runs."""
+    def _call(
+        self, loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *arguments: Any
+    ) -> None:
+        """Call a function in a loop, if that still runs."""
         try:
-            consumer[0].call_soon_threadsafe(function, *arguments)
+            loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
-            # Its loop is closed: no coroutine waits any more.
+            # It is closed: no coroutine waits any more.
             return
+
+
+def _put(pairs: list[tuple[Events, Event]]) -> None:
+    for events, event in pairs:
+        events.put_nowait(event)
 
 
 def _why(fault: BaseException) -> str:
     return f"the engine does not begin anew: {fault}"
 
 
-def _settle(added: asyncio.Future[int], id: int | None, error: Exception | None) -> None:
+def _settle(
+    added: asyncio.Future[list[Any]], found: list[Any] | None, error: Exception | None
+) -> None:
     if added.done():
         return
     if error is not None:
         added.set_exception(error)
     else:
-        assert id is not None
-        added.set_result(id)
+        assert found is not None
+        added.set_result(found)

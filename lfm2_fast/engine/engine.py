@@ -12,11 +12,12 @@ from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_memory import PAGE_SIZE, pages_of
 from lfm2_fast.cache.page_pool import CacheError
-from lfm2_fast.engine.decode import Chooser, DecodeLoop, LogitsError, no_token, sampling_state
-from lfm2_fast.engine.memory import bytes_of
+from lfm2_fast.engine.decode import Chooser, DecodeLoop, sampling_state
+from lfm2_fast.engine.events import Events
+from lfm2_fast.engine.memory import pages_in
 from lfm2_fast.engine.model_runner import ModelRunner, new_cache
 from lfm2_fast.engine.prefill import Prefill
-from lfm2_fast.engine.request import Event, LogProbs, Request, Row
+from lfm2_fast.engine.request import Event, Request, Row
 from lfm2_fast.engine.scheduler import LEAST, MOST, Scheduler
 from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
@@ -83,7 +84,7 @@ class Engine:
         if memory is not None:
             if pages is not None:
                 raise ValueError("give memory or pages, not both")
-            pages = self._pages_of(memory)
+            pages = pages_in(memory, model.config, model.device, model.dtype, max_rows)
         if pages is not None:
             pages = min(pages, max_rows * pages_of(self.max_length))
             if pages < 1:
@@ -97,7 +98,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.statistics = Statistics()
         self._next_id = self._arrivals = 0
-        self._events: list[Event] = []
+        self.events = Events(self.statistics, model.dtype, chooser)
         self._begin(cache, buffers)
 
     # Not in a caller's inference mode: what is made here must be writable outside of it.
@@ -116,23 +117,6 @@ class Engine:
         # Rows whose prompts have run, which begin together.
         self._held: list[tuple[Row, torch.Tensor]] = []
         self._awake = True
-
-    def _pages_of(self, memory: int | str) -> int:
-        """Return the pages that fit into ``memory`` beside the conv windows."""
-        config, dtype = self.model.config, self.model.dtype
-        taken = bytes_of(memory, self.model.device)
-        kinds = config.layer_types
-        page = config.cache_bytes(dtype.itemsize, PAGE_SIZE)
-        window = kinds.count("conv") * (config.conv_L_cache + 2) * config.hidden_size
-        windows = (self.max_rows + 1) * window * dtype.itemsize
-        pages = (taken - windows) // max(page, 1)
-        if pages < 1:
-            raise ValueError(
-                f"memory={memory!r} is {taken / 2**20:.0f} MiB, but {windows / 2**20:.0f} MiB of "
-                f"conv windows and a page of {page / 2**20:.2f} MiB are the least that an engine "
-                "of these max_rows needs; give more memory, or lower max_rows"
-            )
-        return int(pages)
 
     def _take_memory(self, memory: int | str) -> None:
         """Take the memory of all pages now, so that no request finds it gone."""
@@ -164,9 +148,9 @@ class Engine:
     def busy(self) -> bool:
         """True while a request has not ended, or an event was not handed out."""
         if not self._awake:
-            return bool(self._events)
+            return bool(self.events)
         rows = self.decode.rows or self.scheduler.waiting or self.scheduler.prefilling
-        return bool(rows or self._events or self.slots.leaving or self.decode.unread)
+        return bool(rows or self.events or self.slots.leaving or self.decode.unread)
 
     def add(self, request: Request, slots: Sequence[int] | None = None) -> int:
         """Take a request and return its id.
@@ -232,15 +216,14 @@ class Engine:
         else:
             self._run_rows()
         self._release()
-        events, self._events = self._events, []
         self._count()
-        return events
+        return self.events.take()
 
     def abandon(self) -> None:
         """Forget all requests, and count what their steps have run; slots keep what they hold."""
         rows = self.rows
         self.decode.settle()
-        self._events.clear()
+        self.events.take()
         for row in rows:
             self._leave(row)
         self._release()
@@ -252,8 +235,10 @@ class Engine:
         """
         self._check_owner()
         for row in self.rows:
-            row.error = error
-            self._event(row, None, "error" if error else "cancelled")
+            if error is None:
+                self.events.end(row, "cancelled")
+            else:
+                self.events.fail(row, error)
         self.scheduler = self._new_scheduler()
         self._begin()
 
@@ -285,7 +270,7 @@ class Engine:
         """
         if self._awake and self._is_callers:
             self.abandon()
-        self._events.clear()
+        self.events.take()
         self._held.clear()
         self.scheduler = self._new_scheduler()
         self._put_away()
@@ -325,14 +310,13 @@ class Engine:
 
     def _end(self, row: Row, reason: str) -> None:
         """End a row before its time."""
-        self._event(row, None, reason)
+        self.events.end(row, reason)
         self._leave(row)
 
     def _leave(self, row: Row) -> None:
         """Have an ended row's slot given back as soon as nothing under way writes to it."""
         row.ended = True
         self.scheduler.leave(row)
-        self.prefill.forget(row)
         if row.slot >= 0:
             self.slots.leaving.append(row)
 
@@ -350,7 +334,7 @@ class Engine:
         all prompts have run. ``stuck`` says that no row that waits could be admitted.
         """
         try:
-            self._held += self.prefill.run(decoding=bool(self.decode.rows))
+            self._held += self.prefill.run(decoding=len(self.decode.rows))
         except CacheError:
             if not self._preempt():
                 raise
@@ -392,69 +376,11 @@ class Engine:
             for row, token in zip(rows, tokens, strict=True):
                 if row.finish_reason is not None:
                     continue
-                self._token(row, token, told.get(row), now)
-
-    def _token(self, row: Row, token: int, logprobs: LogProbs | None, now: float) -> None:
-        """Note a new token of a row, and its end if it is the last."""
-        count = len(row.written)
-        if token < 0:
-            row.written.pop()
-            self._fail(row, row.error or self._no_token(row, count))
-            return
-        times = self.statistics.between_tokens if count > 1 else self.statistics.first_token
-        times.append(now - (row.last_token if count > 1 else row.arrived))
-        row.last_token = now
-        self.statistics.new_tokens += 1
-        try:
-            reason = self._finish_reason(row, token)
-        except Exception as error:
-            self._event(row, token, None, logprobs)
-            self._fail(row, error)
-            return
-        self._event(row, token, reason, logprobs)
-        if reason is not None:
-            self._leave(row)
-        elif self.cache.lengths[row.slot] % PAGE_SIZE == 0:
-            self.slots.enter(row)
-
-    def _finish_reason(self, row: Row, token: int) -> str | None:
-        """Return why a row ends with its newest token, None if it goes on."""
-        stop, chooser = row.request.stop, self.decode.chooser
-        stopped = stop is not None and stop(row.written)
-        if chooser is not None:
-            stopped |= chooser.ends(row)
-        if stopped or token in row.ends:
-            return "stop"
-        return "length" if len(row.written) == row.limit else None
-
-    def _no_token(self, row: Row, number: int) -> LogitsError:
-        chooser = self.decode.chooser
-        changed = row.request.changes_every_step or number <= row.request.min_tokens
-        changed |= chooser is not None and chooser.changes_logits
-        return no_token(row, number, self.model.dtype, processed=changed)
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        """End a row by an error of its own."""
-        row.error = error
-        self._event(row, None, "error")
-        self._leave(row)
-
-    def _event(
-        self, row: Row, token: int | None, reason: str | None, logprobs: LogProbs | None = None
-    ) -> None:
-        row.finish_reason = reason
-        self._events.append(
-            Event(
-                id=row.id,
-                index=row.index,
-                token=token,
-                finish_reason=reason,
-                logprobs=logprobs,
-                prompt_logprobs=self.prefill.told(row),
-                cached_tokens=row.cached_tokens,
-                error=row.error,
-            )
-        )
+                self.events.token(row, token, told.get(row), now)
+                if row.finish_reason is not None:
+                    self._leave(row)
+                elif self.cache.lengths[row.slot] % PAGE_SIZE == 0:
+                    self.slots.enter(row)
 
     def _preempt(self) -> bool:
         """Take the pages of the youngest row; False if there is none but the oldest.
@@ -483,7 +409,7 @@ class Engine:
         self.slots.give_back(row)
         row.launched = len(row.written)
         # They are told anew, from the prompt's first chunk on.
-        self.prefill.forget(row)
+        row.prompt_logprobs = None
         self._held = [each for each in self._held if each[0] is not row]
         self.scheduler.wait(row)
         self.statistics.preemptions += 1

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from lfm2_fast.cache.page_memory import PAGE_SIZE
+from lfm2_fast.config import Config
+
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes of a device's memory that are not in use.
@@ -44,3 +47,24 @@ def bytes_of(memory: int | str, device: torch.device) -> int:
     raise ValueError(
         f"memory must be bytes, or like '8GB' or '80%' of what is free, got {memory!r}"
     )
+
+
+def pages_in(
+    memory: int | str, config: Config, device: torch.device, dtype: torch.dtype, max_rows: int
+) -> int:
+    """Return the pages that fit into ``memory`` beside the conv windows of ``max_rows``.
+
+    ``memory`` is as in ``bytes_of``. Raises ValueError where it is too small for one page.
+    """
+    taken = bytes_of(memory, device)
+    page = config.cache_bytes(dtype.itemsize, PAGE_SIZE)
+    window = config.layer_types.count("conv") * (config.conv_L_cache + 2) * config.hidden_size
+    windows = (max_rows + 1) * window * dtype.itemsize
+    pages = (taken - windows) // max(page, 1)
+    if pages < 1:
+        raise ValueError(
+            f"memory={memory!r} is {taken / 2**20:.0f} MiB, but {windows / 2**20:.0f} MiB of "
+            f"conv windows and a page of {page / 2**20:.2f} MiB are the least that an engine "
+            "of these max_rows needs; give more memory, or lower max_rows"
+        )
+    return int(pages)

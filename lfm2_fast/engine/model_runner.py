@@ -48,11 +48,16 @@ def run_batch(
 ) -> torch.Tensor:
     """Run packed ``tokens [T]`` int64 and count them in the cache; return logits ``[R, V]``.
 
-    ``rows [R]`` are packed indices, None means all T. Token ids are not checked. Raises CacheError
-    when the cache cannot take the tokens; it is unchanged then.
+    ``rows [R]`` are packed indices, None means all T; for none the head does not run. Token ids
+    are not checked. Raises CacheError when the cache cannot take the tokens; it is unchanged then.
     """
     cache.reserve(batch)
-    logits = model(tokens, batch, cache, rows)
+    if rows is not None and not len(rows):
+        model.run_blocks(tokens, batch, cache)
+        shape = (0, model.config.vocab_size)
+        logits = torch.empty(shape, dtype=model.dtype, device=model.device)
+    else:
+        logits = model(tokens, batch, cache, rows)
     cache.commit_batch(batch)
     return logits
 
@@ -99,10 +104,10 @@ class ModelRunner:
                 [0 if done[row] else len(replays[row]) for row in rows],
                 [ends[row] for row in rows],
             )
-            for row, row_logits in zip(rows, last, strict=True):
+            for row in rows:
                 done[row] += counts[row]
-                if done[row] == len(texts[row]):
-                    logits[row] = row_logits
+            ended = [row for row in rows if done[row] == len(texts[row])]
+            logits |= zip(ended, last, strict=True)
         return torch.stack([logits[row] for row in range(len(texts))])
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
@@ -130,10 +135,12 @@ class ModelRunner:
         *,
         every: bool = False,
     ) -> torch.Tensor:
-        """Run chunks of texts that end at ``ends``; the logits of each one's last token.
+        """Run chunks of texts that end at ``ends``; return logits ``[E, V]`` of the ended texts.
 
-        The first ``replays[i]`` tokens of a chunk run again. ``every`` asks for the logits of every
-        token. Raises CacheError, with nothing changed, where the cache has not enough pages.
+        They are those of each text's last token, in the order of the chunks. A chunk that does not
+        reach its text's end has none. The first ``replays[i]`` tokens of a chunk run again.
+        ``every`` asks for the logits of every token instead. Raises CacheError, with nothing
+        changed, where the cache has not enough pages.
         """
         model, cache = self.model, self.cache
         counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
@@ -149,7 +156,10 @@ class ModelRunner:
             packed = on_device(
                 [token for chunk in chunks for token in chunk], torch.int64, model.device
             )
+            ended = [i for i, (at, end) in enumerate(zip(own, ends, strict=True)) if at == end]
             rows = None if every or batch.max_query == 1 else batch.last_rows
+            if not every and len(ended) < len(chunks):
+                rows = batch.last_rows[on_device(ended, torch.int64, model.device)]
             logits = run_batch(model, packed, batch, cache, rows)
         else:
             cache.reserve(batch)
@@ -157,6 +167,6 @@ class ModelRunner:
             write_from = start + replays[0]
             prompt.prefill(model, cache, self.buffers, chunks[0], slots[0], start, write_from)
             cache.commit_batch(batch)
-            logits = prompt.logits.clone()
+            logits = prompt.logits.clone() if own == list(ends) else prompt.logits[:0]
         cache.record_tokens(batch, chunks)
         return logits

@@ -11,7 +11,7 @@ from lfm2_fast.cache.prefix_index import Match
 from lfm2_fast.engine.chunk_timer import ChunkTimer
 from lfm2_fast.engine.logits import log_probs
 from lfm2_fast.engine.model_runner import ModelRunner
-from lfm2_fast.engine.request import LogProbs, Row
+from lfm2_fast.engine.request import Row
 from lfm2_fast.engine.scheduler import Scheduler, pages_wanted
 from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
@@ -29,7 +29,6 @@ class Prefill:
         self.runner, self.cache = runner, runner.cache
         self.slots, self.scheduler, self.statistics = slots, scheduler, statistics
         self._timer = ChunkTimer(runner.model.device)
-        self._prompt_logprobs: dict[Row, list[LogProbs | None]] = {}
 
     def admit(self, *, others: bool) -> None:
         """Give slots to waiting rows, in their order, while their pages are there.
@@ -92,11 +91,11 @@ class Prefill:
             self.statistics.prefix_hits += row.cached_tokens
             self.statistics.prompt_tokens += row.start
 
-    def run(self, *, decoding: bool) -> list[tuple[Row, torch.Tensor]]:
+    def run(self, *, decoding: int) -> list[tuple[Row, torch.Tensor]]:
         """Run a chunk; the rows whose texts have run, each with its logits ``[V]``.
 
-        The other continuations of their requests come with them. ``decoding`` says that rows
-        decode, and wait for the chunk. Raises CacheError, with nothing run, for lack of pages.
+        The other continuations of their requests come with them. ``decoding`` counts the rows
+        that decode, and wait for the chunk. Raises CacheError, with nothing run, for lack of pages.
         """
         for timed in self._timer.finished():
             self.scheduler.measured(*timed)
@@ -118,20 +117,12 @@ class Prefill:
                 slots, ends = [row.slot for row in rows], [row.length for row in rows]
                 logits = self.runner.run_chunks(texts, slots, counts, ends)
         ended = []
-        for place, row in enumerate(rows):
+        for row in rows:
             self.slots.enter(row)
             if self._ran(row) == row.length:
-                ended += [(each, logits[place]) for each in (row, *self._forked(row))]
+                own, logits = logits[0], logits[1:]
+                ended += [(each, own) for each in (row, *self._forked(row))]
         return ended
-
-    def told(self, row: Row) -> tuple[LogProbs | None, ...] | None:
-        """Return the log-probabilities of a row's prompt, once."""
-        found = self._prompt_logprobs.pop(row, None)
-        return None if found is None else tuple(found)
-
-    def forget(self, row: Row) -> None:
-        """Forget the log-probabilities of a row's prompt."""
-        self._prompt_logprobs.pop(row, None)
 
     def _ran(self, row: Row) -> int:
         return self.cache.lengths[row.slot]
@@ -139,21 +130,24 @@ class Prefill:
     def _with_prompt_logprobs(
         self, rows: Sequence[Row], texts: Sequence[Sequence[int]], replays: Sequence[int]
     ) -> torch.Tensor:
-        """Run chunks one by one, and note the log-probabilities that their requests ask for."""
+        """Run chunks one by one, and note the log-probabilities that their requests ask for.
+
+        Returns the logits ``[E, V]`` of the texts that have run.
+        """
         last = []
         for row, text, again in zip(rows, texts, replays, strict=True):
             count, slots, ends = row.request.prompt_logprobs, [row.slot], [row.length]
             if count is None or row.written:
-                last.append(self.runner.run_chunks([text], slots, [again], ends)[0])
+                last.append(self.runner.run_chunks([text], slots, [again], ends))
                 continue
             first = self._ran(row)
             logits = self.runner.run_chunks([text], slots, [again], ends, every=True)
             following = row.request.prompt[first + 1 : first + len(text) + 1]
-            found = self._prompt_logprobs.setdefault(row, [None])
+            row.prompt_logprobs = row.prompt_logprobs or [None]
             told = logits[: len(following)]
-            found.extend(log_probs(told, following, [count] * len(following)))
-            last.append(logits[-1])
-        return torch.stack(last)
+            row.prompt_logprobs += log_probs(told, following, [count] * len(following))
+            last.append(logits[-1:] if self._ran(row) == row.length else logits[:0])
+        return torch.cat(last)
 
     def _forked(self, row: Row) -> list[Row]:
         """Give copies of a row's slot to the waiting continuations of its request."""

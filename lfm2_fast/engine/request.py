@@ -141,7 +141,8 @@ class Row:
     has read; ``launched`` counts those whose steps were launched. ``pinned`` is the only slot that
     it may have, in a cache that a caller holds. ``finish_reason`` is "stop", "length", "cancelled",
     "deadline" or "error" at the end. ``admitted`` is True once the row has had a slot. ``digests``
-    are those of its text's first pages, as the prefix index hashes them.
+    are those of its text's first pages, as the prefix index hashes them. ``prompt_logprobs`` are
+    those of the prompt's tokens so far, until an event has them.
     """
 
     id: int
@@ -161,6 +162,7 @@ class Row:
     arrived: float = 0.0
     last_token: float = 0.0
     digests: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[LogProbs | None] | None = None
     ends: frozenset[int] = field(init=False)
     constraint: Constraint | None = field(init=False)
 

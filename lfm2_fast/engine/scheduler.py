@@ -10,6 +10,8 @@ from lfm2_fast.engine.request import Row
 
 # Most tokens of a chunk, and the least that is worth a pass over the weights.
 MOST, LEAST = 2048, 32
+# Most times that a chunk takes its seconds, where more prompts wait than rows decode.
+MOST_PATIENCE = 4
 # New tokens whose pages must be there when a request is admitted.
 RESERVED = 256
 
@@ -18,8 +20,10 @@ class Scheduler:
     """The rows that wait, in order, and those whose prompts run.
 
     Rows wait by priority, then by arrival. A preempted row keeps its arrival, so it is the first of
-    its priority again. ``seconds`` bounds a chunk while other rows decode; ``first`` is its tokens
-    as long as no chunk was timed. ``chunk`` fixes the tokens of every chunk.
+    its priority again. ``seconds`` bounds a chunk while other rows decode. The bound grows with the
+    prompts that wait for each of those rows, up to ``MOST_PATIENCE`` times: a pass over more tokens
+    takes less for each, and full steps less for each row. ``first`` is the tokens of a chunk as
+    long as none was timed. ``chunk`` fixes the tokens of every chunk.
     """
 
     def __init__(self, seconds: float, chunk: int | None = None, *, first: int = 2 * LEAST) -> None:
@@ -44,24 +48,29 @@ class Scheduler:
                 rows.remove(row)
         self._costs.pop(row, None)
 
-    def next_chunk(self, ran: Callable[[Row], int], decoding: bool) -> list[tuple[Row, int]]:
+    def next_chunk(self, ran: Callable[[Row], int], decoding: int) -> list[tuple[Row, int]]:
         """Return the rows whose prompts run next, and how many tokens of each.
 
+        ``ran`` tells the tokens of a row that have run; ``decoding`` counts the rows that decode.
         Prompts that fit into a chunk are packed. They take turns with longer ones, so neither waits
         for all of the other. While no row decodes a chunk is as long as it may be.
         """
         rests = [(row, row.length - ran(row)) for row in self.prefilling if row.length > ran(row)]
         if not rests:
             return []
+        prompts = len(rests) + len(self.waiting)
+        patience = min(max(prompts / max(decoding, 1), 1.0), MOST_PATIENCE)
         if self.chunk is not None:
             room = self.chunk
         else:
-            room = self._room(rests[0][0]) if decoding else MOST
+            room = self._room(rests[0][0], patience) if decoding else MOST
         short = [(row, rest) for row, rest in rests if rest <= room]
         long = [(row, rest) for row, rest in rests if rest > room]
         if long and (not short or not self._long_was_last):
             self._long_was_last = True
-            return [(long[0][0], self._room(long[0][0]) if self._bounded(decoding) else room)]
+            row = long[0][0]
+            bounded = decoding and self.chunk is None
+            return [(row, self._room(row, patience) if bounded else room)]
         self._long_was_last = False
         chosen = []
         for row, rest in short:
@@ -71,21 +80,24 @@ class Scheduler:
         return chosen
 
     def measured(self, rows: Iterable[Row], tokens: int, seconds: float) -> None:
-        """Note what a chunk of ``tokens`` took."""
+        """Note what a chunk of ``tokens`` took.
+
+        A shorter one than ``LEAST`` says nothing: reading the weights is most of its time.
+        """
+        if tokens < LEAST:
+            return
         self._cost = seconds / tokens
         for row in rows:
             # A row that has left is not held by its cost.
             if row in self.prefilling:
                 self._costs[row] = self._cost
 
-    def _bounded(self, decoding: bool) -> bool:
-        return decoding and self.chunk is None
-
-    def _room(self, row: Row) -> int:
+    def _room(self, row: Row, patience: float) -> int:
+        """Return the tokens that a row's prompt runs in the seconds of a chunk."""
         cost = self._costs.get(row, self._cost)
         if cost is None:
             return self.first
-        room = int(self.seconds / max(cost, 1e-9))
+        room = int(self.seconds * patience / max(cost, 1e-9))
         room = room // PAGE_SIZE * PAGE_SIZE if room >= PAGE_SIZE else room
         return min(max(room, LEAST), MOST)
 

@@ -184,18 +184,16 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
         self,
         sequences: torch.Tensor,
         scores: tuple[torch.Tensor, ...],
-        beam_indices: None = None,
+        beam_indices: torch.Tensor | None = None,
         normalize_logits: bool = False,
     ) -> torch.Tensor:
         """Return the ``scores`` of the tokens that ``generate`` wrote, ``[B, steps]``.
 
-        ``sequences`` and ``scores`` (or ``logits``) are of its answer. ``normalize_logits`` makes
-        log-probabilities of them. Raises ValueError for ``beam_indices``: there are no beams.
+        ``sequences``, ``scores`` (or ``logits``) and, with beams, ``beam_indices`` are of its
+        answer. ``normalize_logits`` makes log-probabilities of them.
         """
-        if beam_indices is not None:
-            raise ValueError("beam_indices is not supported by lfm2_fast: leave it out")
-        each = torch.stack(scores, 1)
-        if normalize_logits:
-            each = each.log_softmax(-1)
-        written = sequences[:, -len(scores) :].to(each.device)
-        return each.gather(-1, written[..., None])[..., 0]
+        from transformers import GenerationMixin
+
+        return GenerationMixin.compute_transition_scores(
+            self, sequences, scores, beam_indices, normalize_logits
+        )

@@ -68,7 +68,7 @@ class _Run:
             self.like = check_ids(model, input_ids)
         else:
             assert inputs_embeds is not None
-            self.like = _check_embeds(model, inputs_embeds)
+            self.like = check_embeds(model, inputs_embeds)
         self.packed: Packed = pack(
             model, self.like, attention_mask, position_ids, past_key_values, cu_seq_lens_q
         )
@@ -303,7 +303,8 @@ def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
     return input_ids.to(model.device, torch.int64)
 
 
-def _check_embeds(model: Lfm2PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
+def check_embeds(model: Lfm2PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
+    """``embeds`` in the model's dtype and device. Raises ValueError unless ``[B, T, H]``."""
     hidden = model.network.config.hidden_size
     if embeds.dim() != 3 or embeds.shape[2] != hidden or not embeds.is_floating_point():
         raise ValueError(

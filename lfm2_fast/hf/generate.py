@@ -6,7 +6,6 @@ Rows run at their own lengths and leave when they stop; padding exists only in w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -15,18 +14,12 @@ import torch
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.forward import check_ids
 from lfm2_fast.hf.generate_loop import run_generate_loop
-from lfm2_fast.hf.generation_args import (
-    OF_THE_CALL,
-    GenerationArgs,
-    resolve_args,
-    warn,
-    whole_number,
-)
+from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, warn, whole_number
+from lfm2_fast.hf.generation_names import OF_THE_CALL
 from lfm2_fast.hf.hooks import check_generates
-from lfm2_fast.hf.packing import check_cache, text_before, unpadded
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+from lfm2_fast.hf.prompts import gather_prompts, read_ids
 
 
 # Not in a caller's inference mode either: what a cache keeps must be writable outside of it.
@@ -59,31 +52,35 @@ def generate(
     ``max_length``, ``min_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
     ``min_p``, ``repetition_penalty``, ``eos_token_id`` (one or several), ``pad_token_id``,
     ``bos_token_id``, ``num_return_sequences``, ``stop_strings`` (with ``tokenizer``),
-    ``return_dict_in_generate`` with ``output_scores`` and ``output_logits``.
+    ``return_dict_in_generate`` with ``output_scores`` and ``output_logits``, and beam search:
+    ``num_beams`` with ``length_penalty`` and ``early_stopping``; ``output_hidden_states``, and
+    ``token_healing`` with ``tokenizer``. ``inputs_embeds [B, T, H]`` stand for the ids of a prompt;
+    the answer then begins with ``inputs``, or has the new tokens alone.
 
-    Arguments that are logits processors in transformers (``PROCESSED`` in generation_args.py), and
+    Arguments that are logits processors in transformers (``PROCESSED`` of generation_names.py), and
     ``prefix_allowed_tokens_fn``, ``negative_prompt_ids`` and ``max_time``, run by its own classes.
 
     ``logits_processor`` is Hugging Face's callables over the whole batch ``(input_ids, scores)``,
     where rows that have stopped have zeros; ``stopping_criteria`` likewise, with the scores of all
     steps, or None unless ``output_scores`` is asked for. ``streamer`` gets the prompt, then every
-    token, on the CPU. ``past_key_values`` is a cache of this model with one
-    slot per returned row. ``inputs`` hold the whole text, of which the longest prefix that the
-    cache can restore is not run again; or only what is new, with an ``attention_mask`` of more
-    columns, which counts what the cache holds. It then holds all but the last token.
+    token, on the CPU. ``past_key_values`` is a cache of this model with one slot per returned row,
+    or per beam. ``inputs`` hold the whole text, of which the longest prefix that the cache can
+    restore is not run again; or only what is new, with an ``attention_mask`` of more columns, which
+    counts what the cache holds. It then holds all but the last token.
     ``max_batch_size`` bounds how many rows are written at a time: as one stops, the next prompt
     takes its place; the answer is in order, as ever, and progress is shown on a terminal. Callables
     and streamers, which follow all rows, need all of them at a time.
     ``seed``, else a number drawn from ``generator``, else from torch's own generator, decides
-    every draw.
+    every draw. With beams and neither of the two, torch's own generator draws as in Hugging Face's
+    call: after ``torch.manual_seed`` the texts are its.
 
     Returns ids ``[B * num_return_sequences, T + new]`` on the prompts' device, the prompt first and
     rows that stopped early filled up with ``pad_token_id``; or, with ``return_dict_in_generate``,
-    transformers' GenerateDecoderOnlyOutput. Raises ValueError or TypeError, naming the argument,
-    for what is out of range, unknown or not supported; HookError for a hook that would never be
-    called; torch.OutOfMemoryError, saying what to lower, for what does not fit; and LogitsError, a
-    RuntimeError that names row, token and position, where the best logit of a row is NaN or
-    infinite. A cache then holds what was run.
+    transformers' GenerateDecoderOnlyOutput or, with beams, GenerateBeamDecoderOnlyOutput. Raises
+    ValueError or TypeError, naming the argument, for what is out of range, unknown or not
+    supported; HookError for a hook that would never be called; torch.OutOfMemoryError, saying what
+    to lower, for what does not fit; and LogitsError, a RuntimeError that names row, token and
+    position, where the best logit of a row is NaN or infinite. A cache then holds what was run.
     """
     with ExitStack() as ending:
         if streamer is not None:
@@ -91,128 +88,42 @@ def generate(
             ending.callback(streamer.end)
         processors = list(logits_processor or ())
         check_generates(model)
-        ids, mask, where = _prompts(model, inputs, attention_mask, kwargs)
+        ids, mask, where = read_ids(model, inputs, attention_mask, kwargs)
+        embeds = kwargs.pop("inputs_embeds", None)
         given = {name: kwargs.pop(name, None) for name in OF_THE_CALL}
         of_the_call = {name: value for name, value in given.items() if value is not None}
         asked = resolve_args(
             kwargs, generation_config, model.generation_defaults(), model.network.config.vocab_size
         )
-        if ids is None:
-            if asked.bos_token_id is None:
-                raise ValueError("generate() needs input_ids: the checkpoint names no bos_token_id")
-            ids = torch.tensor([[asked.bos_token_id]])
-        ids = check_ids(model, ids)
-        before: list[list[int]] = [[] for _ in ids]
-        if mask is None:
-            mask = _inferred_mask(ids, asked)
-        else:
-            whole, mask = mask, unpadded(ids, mask.to(ids.device), holes=True)
-            if past_key_values is not None:
-                check_cache(model, past_key_values, len(ids) * asked.num_return_sequences)
-                copies = asked.num_return_sequences
-                before = text_before(past_key_values, ids.shape[1], whole, copies)
-        empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
-        if empty:
+        beams = asked.num_beams > 1
+        if beams and streamer is not None:
             raise ValueError(
-                f"input_ids row {empty[0]} has no tokens; every row needs one at least"
+                f"streamer cannot follow num_beams={asked.num_beams}: the texts change until the "
+                "end; leave one of them out"
             )
-        if not (asked.processed or of_the_call):
+        prompts = gather_prompts(model, asked, ids, mask, where, embeds, past_key_values, tokenizer)
+        asked = asked.beside_embeddings(prompts.width - prompts.ids.shape[1])
+        if not (asked.processed or of_the_call or beams):
             asked, processors = _replace_by_processors(asked, processors)
+        by_torch = beams and len(prompts) > 0 and seed is None and generator is None
         output = run_generate_loop(
             model,
             asked,
-            ids,
-            mask,
+            prompts,
             past_key_values,
-            seed_of(seed, generator),
+            None if by_torch else seed_of(seed, generator),
             processors=processors,
             criteria=_criteria(asked, stopping_criteria, tokenizer),
             streamer=streamer,
             most_rows=max_batch_size,
-            before=before,
             of_the_call=of_the_call,
         )
-        output["sequences"] = output["sequences"].to(where or model.device)
+        output["sequences"] = output["sequences"].to(prompts.device or model.device)
         if not asked.return_dict_in_generate:
             return output["sequences"]
-        from transformers.generation import GenerateDecoderOnlyOutput
+        from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(**output)
-
-
-def _prompts(
-    model: Lfm2PreTrainedModel, inputs: Any, attention_mask: Any, kwargs: dict[str, Any]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device | None]:
-    """Ids ``[B, T]``, mask and the caller's device, from whatever form the prompts came in."""
-    if "input_ids" in kwargs:
-        if inputs is not None:
-            raise ValueError("give the prompts as inputs or as input_ids, not both")
-        inputs = kwargs.pop("input_ids")
-    if isinstance(inputs, Mapping) or hasattr(inputs, "input_ids"):
-        if attention_mask is None:
-            attention_mask = inputs.get("attention_mask")
-        inputs = inputs["input_ids"]
-    if inputs is None:
-        return None, None, None
-    mask = attention_mask
-    if isinstance(mask, Sequence):
-        rows = mask if mask and isinstance(mask[0], Sequence) else [mask]
-        mask = _left_padded(rows, 0)[0]
-    if isinstance(inputs, torch.Tensor):
-        ids = inputs
-    elif isinstance(inputs, str) or not isinstance(inputs, Sequence):
-        raise _no_ids(inputs, "")
-    elif inputs and isinstance(inputs[0], str | Mapping | torch.Tensor):
-        raise _no_ids(inputs[0], "a list of ")
-    elif inputs and isinstance(inputs[0], Sequence):
-        ids, left = _left_padded(inputs, model.config.pad_token_id or 0)
-        mask = left if mask is None else mask
-    else:
-        ids = torch.tensor([list(inputs)], dtype=torch.int64)
-    if ids.dim() == 1:
-        ids = ids[None]
-    if mask is not None and mask.dim() == 1:
-        mask = mask[None]
-    return ids, mask, inputs.device if isinstance(inputs, torch.Tensor) else None
-
-
-def _no_ids(found: Any, many: str) -> ValueError:
-    """Return the error for prompts that are no token ids: text, messages, several tensors."""
-    remedy = "use the checkpoint's tokenizer to make them from text"
-    if isinstance(found, Mapping):
-        remedy = "use the tokenizer's apply_chat_template to make them from messages"
-    elif isinstance(found, torch.Tensor):
-        remedy = "stack tensors of one length, or pass their tolist()"
-    kind = type(found).__name__
-    return ValueError(
-        f"input_ids must be token ids (a tensor, or lists), got {many}{kind}; {remedy}"
-    )
-
-
-def _left_padded(
-    rows: Sequence[Sequence[int]], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, -len(row) :] = torch.tensor(list(row), dtype=torch.int64)
-            mask[i, -len(row) :] = 1
-    return ids, mask
-
-
-def _inferred_mask(ids: torch.Tensor, asked: GenerationArgs) -> torch.Tensor:
-    """Hugging Face's guess: the pad token, if there is one, is padding unless it ends texts."""
-    if not asked.pad_is_named or asked.pad_token_id in asked.eos_token_id:
-        return unpadded(ids, None)
-    try:
-        return unpadded(ids, ids != asked.pad_token_id)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; it was taken for a mask that pad_token_id={asked.pad_token_id} is padding "
-            "wherever it stands: pass attention_mask"
-        ) from None
+        return (GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput)(**output)
 
 
 def _replace_by_processors(

@@ -16,70 +16,103 @@ import torch
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.engine import Engine
-from lfm2_fast.engine.model_runner import CHUNK
-from lfm2_fast.engine.request import Request
+from lfm2_fast.engine.model_runner import CHUNK, ModelRunner
+from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.hf.batch_chooser import BatchChooser
+from lfm2_fast.hf.beam_search import run_beam_search
 from lfm2_fast.hf.generation_args import GenerationArgs, warn
 from lfm2_fast.hf.packing import check_cache
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.hf.processors import logits_processors
+from lfm2_fast.hf.prompts import Prompts
+from lfm2_fast.hf.steps import Steps, sample_steps
 
 
 def run_generate_loop(
     model: Lfm2PreTrainedModel,
     asked: GenerationArgs,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
+    prompts: Prompts,
     cache: Cache | None,
-    seed: int,
+    seed: int | None,
     *,
     processors: list[Any],
     criteria: list[Any],
     streamer: Any,
     most_rows: int | None,
-    before: list[list[int]],
     of_the_call: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Continue the prompts, ``ids`` and ``mask [B, T]``; the fields of Hugging Face's output.
+    """Continue the prompts; the fields of Hugging Face's output.
 
-    ``before`` has the tokens of each row that stand before its ids and are in ``cache`` already.
-    ``of_the_call`` has what transformers' processors take beside the arguments.
+    ``of_the_call`` has what transformers' processors take beside the arguments. ``seed`` may be
+    None with beams: torch's own generator draws then.
     """
-    rows = len(ids) * asked.num_return_sequences
+    rows = len(prompts) * asked.copies
     if most_rows is not None and most_rows < 1:
         raise ValueError(f"max_batch_size must be at least 1, got {most_rows}")
-    shown = asked.output_scores or asked.output_logits
-    complete = bool(asked.processed or of_the_call)
+    shown, beams = asked.output_scores or asked.output_logits, asked.num_beams > 1 and rows > 0
+    hidden = asked.output_hidden_states and asked.return_dict_in_generate
+    by_steps = beams or hidden or prompts.embeds is not None
+    complete = bool(asked.processed or of_the_call or by_steps)
     outside = bool(processors or criteria or shown or complete)
     at_a_time = rows if most_rows is None else min(rows, most_rows)
     if at_a_time < rows and (outside or streamer is not None or cache is not None):
         raise ValueError(
             f"max_batch_size={most_rows} is less than {rows} rows, but streamer, past_key_values, "
-            "scores, stop_strings, max_time, stopping_criteria and logits processors, those of "
-            "arguments too, need all rows at a time; leave max_batch_size out or pass fewer prompts"
+            "num_beams, inputs_embeds, hidden states, scores, stop_strings, max_time, "
+            "stopping_criteria and logits processors, those of arguments too, need all rows at a "
+            "time; leave max_batch_size out or pass fewer prompts"
+        )
+    negative = of_the_call.get("negative_prompt_ids")
+    if negative is not None and len(negative) != rows:
+        raise ValueError(
+            f"negative_prompt_ids has {len(negative)} rows, but {rows} are written: repeat each "
+            "for num_beams or num_return_sequences"
         )
     own, workspace = cache is None, model.workspace
     if cache is None:
         cache = workspace.take(model.network, at_a_time, model.max_length)
     else:
         check_cache(model, cache, rows)
-    call = _Call(model, asked, ids, mask, cache, seed, before)
+    call = _Call(model, asked, prompts, cache, seed)
+    watched = bool(shown or hidden or processors or criteria or of_the_call or not own)
     chooser = None
     try:
         if outside:
             texts = call.texts(model.device)
             if complete:
-                masks = mask.repeat_interleave(asked.num_return_sequences, 0).to(model.device)
+                masks = prompts.mask.repeat_interleave(asked.copies, 0)
                 processors = logits_processors(
                     model, asked, texts, masks, call.budget, processors, of_the_call
                 )
-            chooser = BatchChooser(
-                model.ops, asked, texts, call.budget, processors, criteria, complete=complete
-            )
+            if not beams:
+                chooser = BatchChooser(
+                    model.ops, asked, texts, call.budget, processors, criteria, complete=complete
+                )
         if streamer is not None:
             streamer.put(call.texts("cpu"))
-        engine = workspace.engine(model.network, cache, chunk=CHUNK, chooser=chooser)
-        output = call.run(engine, streamer, chooser)
+        if by_steps:
+            runner = ModelRunner(model.network, cache, workspace.buffers(model.network, cache))
+            steps = Steps(model, runner, prompts, asked.copies, hidden=hidden)
+        if beams:
+            output = run_beam_search(
+                model,
+                asked,
+                steps,
+                texts,
+                call.budget,
+                processors,
+                criteria,
+                seed,
+                skips=not watched,
+            )
+        elif by_steps:
+            assert chooser is not None and seed is not None
+            made = sample_steps(steps, asked, call.budget, seed, chooser)
+            output = call.run_steps(made, streamer, chooser)
+            output["hidden_states"] = None if not hidden else tuple(steps.hidden_states or ())
+        else:
+            engine = workspace.engine(model.network, cache, chunk=CHUNK, chooser=chooser)
+            output = call.run(engine, streamer, chooser)
     except (torch.OutOfMemoryError, CacheError) as error:
         full = torch.OutOfMemoryError
         if not isinstance(error, full) and not isinstance(error.__cause__, full):
@@ -88,8 +121,8 @@ def run_generate_loop(
         raise torch.OutOfMemoryError(
             f"{at_a_time} rows of up to {call.longest + call.budget} tokens do not fit into "
             f"the device's memory (the cache and its buffers have {held / 2**20:.0f} MiB so far); "
-            "lower max_batch_size, max_new_tokens, num_return_sequences or the length of the "
-            f"prompts, or load a smaller dtype or quantization ({error})"
+            "lower max_batch_size, max_new_tokens, num_return_sequences, num_beams or the length "
+            f"of the prompts, or load a smaller dtype or quantization ({error})"
         ) from error
     if own and not asked.return_dict_in_generate:
         workspace.give_back(model.network, cache)
@@ -103,20 +136,17 @@ class _Call:
         self,
         model: Lfm2PreTrainedModel,
         asked: GenerationArgs,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
+        prompts: Prompts,
         cache: Cache,
-        seed: int,
-        before: list[list[int]],
+        seed: int | None,
     ) -> None:
-        self.asked, self.cache, self.seed, self.ids = asked, cache, seed, ids
-        self.copies = asked.num_return_sequences
-        self.rows, self.width = len(ids) * self.copies, ids.shape[1]
-        own = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        self.prompts = [held + new for held, new in zip(before, own, strict=True)]
+        self.asked, self.cache, self.seed, self.ids = asked, cache, seed, prompts.ids
+        self.copies = asked.copies
+        self.rows, self.width = len(prompts) * self.copies, prompts.ids.shape[1]
+        self.prompts = prompts.tokens()
         if any(cache.lengths):
             self._warn_of_lost_context()
-        self.budget = asked.new_tokens(self.width, model.max_length)
+        self.budget = asked.new_tokens(prompts.width, model.max_length)
         self.longest = max(map(len, self.prompts), default=0)
         needed = self.longest + self.budget
         if needed > model.max_length:
@@ -157,7 +187,7 @@ class _Call:
             firsts[engine.add(request, slots)] = first
         written: list[list[int]] = [[] for _ in range(self.rows)]
         columns = _Columns(streamer, self.rows, self.asked.pad_token_id)
-        progress = None if together else _progress(self.rows)
+        progress = None if together else progress_bar(self.rows)
         try:
             while engine.busy:
                 for event in engine.step():
@@ -177,9 +207,22 @@ class _Call:
             engine.abandon()
         return self._output(written, chooser)
 
+    def run_steps(
+        self, steps: Iterator[list[Row]], streamer: Any, chooser: BatchChooser
+    ) -> dict[str, Any]:
+        """Run steps to the end of every row; the fields of Hugging Face's output."""
+        columns = _Columns(streamer, self.rows, self.asked.pad_token_id)
+        written: list[list[int]] = [[] for _ in range(self.rows)]
+        for rows in steps:
+            columns.ended.update(row.index for row in rows if row.ended)
+            written = [row.written for row in rows]
+            columns.put(written)
+        return self._output(written, chooser)
+
     def _requests(self, stream: bool, chooser: BatchChooser | None) -> Iterator[Request]:
         """Make a request of each prompt."""
         asked = self.asked
+        assert self.seed is not None
         for number, prompt in enumerate(self.prompts):
             yield Request(
                 prompt,
@@ -232,8 +275,8 @@ class _Columns:
             self.streamer.put(torch.tensor(column))
 
 
-def _progress(rows: int) -> Any:
-    """A bar on a terminal, if tqdm is there, which comes with transformers."""
+def progress_bar(rows: int | None) -> Any:
+    """Return a bar on a terminal, if tqdm is there, which comes with transformers."""
     with suppress(ImportError):
         from tqdm.auto import tqdm
 

@@ -12,114 +12,20 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lfm2_fast.hf.generation_names import (
+    BEAMS_ONLY,
+    DEFAULTS,
+    FILTERS,
+    KNOWN,
+    PROCESSED,
+    REFUSED,
+    SAMPLING_ONLY,
+    WITHOUT_EFFECT,
+)
 from lfm2_fast.ops.sampling import SamplingParams
-
-# Hugging Face's defaults, where they are not None.
-DEFAULTS: dict[str, Any] = {
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "num_return_sequences": 1,
-    "output_scores": False,
-    "output_logits": False,
-    "return_dict_in_generate": False,
-}
-SUPPORTED = {
-    *DEFAULTS,
-    "min_p",
-    "max_length",
-    "max_new_tokens",
-    "min_new_tokens",
-    "stop_strings",
-    "eos_token_id",
-    "pad_token_id",
-    "bos_token_id",
-    "max_time",
-}
-# What a call alone may have: functions and tensors, for transformers' logits processors.
-OF_THE_CALL = ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask")
-# What transformers' logits processors do, each with the values that ask for nothing.
-PROCESSED: dict[str, tuple[Any, ...]] = {
-    "min_length": (0,),
-    "typical_p": (1.0,),
-    "top_h": (),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "renormalize_logits": (False,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "remove_invalid_values": (False,),
-    "exponential_decay_length_penalty": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": (),
-    "guidance_scale": (1, 1.0),
-    "watermarking_config": (),
-}
-# What else Hugging Face's call takes, each with the values that ask for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "early_stopping": (False,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (),
-    "dola_layers": (),
-    "use_cache": (True,),
-    "use_mtp": (False,),
-    "cache_implementation": (),
-    "cache_config": (),
-    "max_cache_len": (),
-    "length_penalty": (1.0,),
-    "diversity_penalty": (0.0,),
-    "force_words_ids": (),
-    "constraints": (),
-    "token_healing": (False,),
-    "low_memory": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "decoder_start_token_id": (),
-    "prompt_lookup_num_tokens": (),
-    "prefill_chunk_size": (),
-    "compile_config": (),
-    "disable_compile": (False, True),
-    "assistant_model": (),
-    "assistant_tokenizer": (),
-    "synced_gpus": (False,),
-    "use_model_defaults": (),
-    "custom_generate": (),
-    "inputs_embeds": (),
-    "position_ids": (),
-    "token_type_ids": (),
-    "labels": (),
-    "trust_remote_code": (False,),
-}
-SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
-KNOWN = {*SUPPORTED, *PROCESSED, *UNSUPPORTED}
-# Of UNSUPPORTED, what changes no token that is written here: how memory is used, or a setting of
-# beams where there are none.
-WITHOUT_EFFECT = {
-    "use_cache",
-    "early_stopping",
-    "length_penalty",
-    "diversity_penalty",
-    "cache_implementation",
-    "cache_config",
-    "max_cache_len",
-    "low_memory",
-    "prefill_chunk_size",
-    "compile_config",
-    "disable_compile",
-}
-# Of PROCESSED, filters of drawn tokens: greedy decoding does not ask for them.
-FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +40,9 @@ class GenerationArgs:
     max_length_is_given: bool  # by the call or its generation_config
     min_new_tokens: int
     num_return_sequences: int
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | str
     stop_strings: tuple[str, ...]
     eos_token_id: tuple[int, ...]
     pad_token_id: int  # what fills up rows, named or not
@@ -141,7 +50,24 @@ class GenerationArgs:
     bos_token_id: int | None
     output_scores: bool
     output_logits: bool
+    output_hidden_states: bool
+    token_healing: bool
     return_dict_in_generate: bool
+
+    @property
+    def copies(self) -> int:
+        """Rows that a prompt has at a time."""
+        return max(self.num_beams, self.num_return_sequences)
+
+    def beside_embeddings(self, count: int) -> GenerationArgs:
+        """Return the arguments of a prompt of which ``count`` columns are embeddings alone.
+
+        ``min_length`` counts them, and transformers' processor does not see them.
+        """
+        least = self.processed.get("min_length")
+        if not count or least is None:
+            return self
+        return replace(self, processed={**self.processed, "min_length": max(least - count, 0)})
 
     def new_tokens(self, width: int, limit: int) -> int:
         """Return how many tokens may follow prompts of ``width`` columns, padding included.
@@ -182,26 +108,26 @@ def resolve_args(
         **call,
     }
     asked = {**_known(_as_mapping(generation_config)), **call}
-    processed = {}
-    for name, neutral in (*UNSUPPORTED.items(), *PROCESSED.items()):
-        value = values.get(name)
-        if value is None or value in neutral:
-            continue
-        if name in WITHOUT_EFFECT or (name in FILTERS and not values.get("do_sample")):
-            if name in asked:
-                warn(f"{name}={value!r} has no effect here")
-            continue
-        if name in PROCESSED:
-            processed[name] = value
-            continue
-        if name in asked:
-            remedy = "leave it out"
-        else:
-            remedy = f"it stands in the checkpoint's generation_config.json: pass {name}=None"
-        raise ValueError(
-            f"{name}={_in_a_line(value)} is not supported by lfm2_fast; {remedy}, or use Hugging "
-            "Face's model for it"
-        )
+    processed = {
+        name: values[name]
+        for name, neutral in PROCESSED.items()
+        if _asks(values, name, neutral) and (values.get("do_sample") or name not in FILTERS)
+    }
+    for name, (neutral, remedy) in REFUSED.items():
+        if _asks(values, name, neutral):
+            stands = "it stands in the checkpoint's generation_config.json"
+            remedy = remedy if name in asked else f"{stands}: pass {name}=None, or {remedy}"
+            raise ValueError(
+                f"{name}={_in_a_line(values[name])} is not supported by lfm2_fast: {remedy}"
+            )
+    idle = {name: neutral for name, (neutral, _) in WITHOUT_EFFECT.items()}
+    if not values.get("do_sample"):
+        idle |= {name: PROCESSED[name] for name in FILTERS}
+    if values.get("num_beams") in (None, 1):
+        idle |= {name: (DEFAULTS[name],) for name in BEAMS_ONLY}
+    for name, neutral in idle.items():
+        if name in asked and _asks(values, name, neutral):
+            warn(f"{name}={values[name]!r} has no effect here")
     check = _Check(values)
     do_sample = check.flag("do_sample")
     sampling = SamplingParams(
@@ -231,10 +157,15 @@ def resolve_args(
             f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}"
         )
     count = check.count("num_return_sequences", least=1) or 1
-    if count > 1 and not sampling.do_sample:
+    beams = check.count("num_beams", least=1) or 1
+    if 1 < beams < count:
         raise ValueError(
-            f"num_return_sequences={count} needs do_sample=True: greedy decoding would write "
-            f"the same text {count} times"
+            f"num_return_sequences={count} is more than num_beams={beams}: raise num_beams"
+        )
+    if count > 1 and not sampling.do_sample and beams == 1:
+        raise ValueError(
+            f"num_return_sequences={count} needs do_sample=True or num_beams: greedy decoding "
+            f"would write the same text {count} times"
         )
     return GenerationArgs(
         sampling=sampling,
@@ -245,6 +176,9 @@ def resolve_args(
         max_length_is_given=asked.get("max_length") is not None,
         min_new_tokens=min_new_tokens,
         num_return_sequences=count,
+        num_beams=beams,
+        length_penalty=check.number("length_penalty", 1.0),
+        early_stopping=check.early_stopping(),
         stop_strings=check.strings("stop_strings"),
         eos_token_id=eos,
         pad_token_id=next(iter(pad), 0),
@@ -252,6 +186,8 @@ def resolve_args(
         bos_token_id=next(iter(check.tokens("bos_token_id", vocab_size)), None),
         output_scores=check.flag("output_scores"),
         output_logits=check.flag("output_logits"),
+        output_hidden_states=check.flag("output_hidden_states"),
+        token_healing=check.flag("token_healing"),
         return_dict_in_generate=check.flag("return_dict_in_generate"),
     )
 
@@ -276,7 +212,14 @@ def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """The generation parameters that are set; version notes and the like are no parameters."""
-    return {name: value for name, value in values.items() if value is not None and name in KNOWN}
+    names = KNOWN - {"transformers_version"}
+    return {name: value for name, value in values.items() if value is not None and name in names}
+
+
+def _asks(values: Mapping[str, Any], name: str, neutral: tuple[Any, ...]) -> bool:
+    """Return True if a parameter has a value that asks for something."""
+    value = values.get(name)
+    return value is not None and value not in neutral
 
 
 def _in_a_line(value: Any) -> str:
@@ -351,6 +294,12 @@ class _Check:
                     f"{name} must be token ids from 0 to {vocab_size - 1}, got {value!r}{hint}"
                 )
         return tuple(token for token in tokens if token is not None)
+
+    def early_stopping(self) -> bool | str:
+        value = self.values.get("early_stopping")
+        if value is not None and not isinstance(value, bool) and value != "never":
+            raise ValueError(f"early_stopping must be True, False or 'never', got {value!r}")
+        return value or False
 
     def strings(self, name: str) -> tuple[str, ...]:
         value = self.values.get(name)

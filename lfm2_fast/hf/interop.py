@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.loading import check_options
 from lfm2_fast.weights.checkpoint import BLOCK
-from lfm2_fast.weights.formats import DENSE, Format, find_format
-from lfm2_fast.weights.fusion import BASE, HEAD, fusion_table
+from lfm2_fast.weights.formats import DENSE, Format
+from lfm2_fast.weights.fusion import BASE, HEAD, formats_of, fusion_table, widen_for
 
 
 def from_transformers(
@@ -72,19 +73,22 @@ def from_transformers(
     ours.tie_word_embeddings = head.data_ptr() == embedding.data_ptr()
     ours.vocab_size = len(embedding)
     ours.dtype = str(embedding.dtype).removeprefix("torch.")
-    format = find_format(quantization)
+    dense = ours.to_internal()
+    formats = formats_of(replace(dense, quantization=quantization))
     weights: dict[str, torch.Tensor] = {}
-    for name, fused in fusion_table(ours.to_internal()).items():
+    for name, fused in fusion_table(dense).items():
         parts = [state[part.name] for part in fused.parts]
-        if fused.is_matrix and format is not DENSE:
+        format = formats[name] if fused.is_matrix else DENSE
+        if format is not DENSE:
             made = zip(format.suffixes, _quantized(parts, format), strict=True)
             weights.update({name + suffix: part for suffix, part in made})
         elif len(parts) == 1:
             weights[name] = parts[0].reshape(fused.shape)
         else:
             weights[name] = torch.cat(parts)
-    if quantization is not None:
-        ours.quantization_config = {"quant_method": "lfm2_fast", "format": quantization}
+    held = widen_for(embedding.device, replace(dense, quantization=quantization), weights)
+    if held.quantization is not None:
+        ours.quantization_config = held.quantization_config
     settings = getattr(model, "generation_config", None)
     return kind(
         ours,
@@ -109,6 +113,7 @@ def _quantized(parts: Sequence[torch.Tensor], format: Format) -> list[torch.Tens
         here = (slice(i, i + count) for i in range(0, len(part), count))
         format.fill(places, ((rows, part[rows]) for rows in here))
         first += len(part)
+    format.interleave(made)
     return made
 
 

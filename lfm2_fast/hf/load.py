@@ -46,13 +46,15 @@ def load(
     ``variant`` a word in the names of its weights. ``max_length`` bounds the context in tokens
     (default: the model's limit). ``backend`` chooses the bodies of the operations, see
     ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the matrices 8-bit integers while they
-    are loaded, about half of bfloat16's memory; None takes them as they are stored. ``config``
-    replaces the checkpoint's config.json, ``generation_config`` its generation parameters.
+    are loaded, about half of bfloat16's memory. "int4" makes them GGUF's Q4_0, embedding and head
+    int8, about a third; a GPU has no bodies for it yet and holds those matrices dense. None takes
+    them as they are stored. ``config`` replaces the checkpoint's config.json,
+    ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
-    ``torch_dtype``; ``quantization_config`` and ``load_in_8bit``, bitsandbytes' 8 bits becoming
-    "int8". ``others`` are the rest of its arguments: those without an effect here are accepted, the
-    others refused by name (``lfm2_fast.hf.load_args``).
+    ``torch_dtype``; ``quantization_config``, ``load_in_8bit`` and ``load_in_4bit``, bitsandbytes'
+    8 and 4 bits becoming "int8" and "int4". ``others`` are the rest of its arguments: those without
+    an effect here are accepted, the others refused by name (``lfm2_fast.hf.load_args``).
 
     Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
     is not there, ValueError or TypeError, naming the argument, for any other.

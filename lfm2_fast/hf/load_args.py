@@ -109,7 +109,8 @@ def quantization_of(
 ) -> str | None:
     """Return the format that Hugging Face's spellings of quantization ask for.
 
-    ``config`` is a quantization_config, an object or a mapping; bitsandbytes' 8 bits become "int8".
+    ``config`` is a quantization_config, an object or a mapping; bitsandbytes' 8 bits become "int8",
+    its 4 bits "int4".
     Raises ValueError for others, and where two arguments say different things.
     """
     values: dict[str, Any] = {}
@@ -117,18 +118,23 @@ def quantization_of(
         values = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
         method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
         own = values.get("format") if method == "lfm2_fast" else None
-        if own is None and method != "bitsandbytes" and not values.get("load_in_8bit"):
+        if (
+            own is None
+            and method != "bitsandbytes"
+            and not (values.get("load_in_8bit") or values.get("load_in_4bit"))
+        ):
             raise ValueError(
                 f"quantization_config of method {method!r} is not supported by lfm2_fast: use "
-                "quantization='int8'"
+                "quantization='int8' or 'int4'"
             )
         if own is not None:
             return _one(quantization, str(own))
     if load_in_4bit or values.get("load_in_4bit"):
-        raise ValueError(
-            "4 bits are not in this version of lfm2_fast: use quantization='int8', half of "
-            "bfloat16's memory"
+        logger.warning(
+            "4 bits are this package's own format int4, GGUF's Q4_0 beside an embedding and a head "
+            "in int8, not bitsandbytes'"
         )
+        return _one(quantization, "int4")
     if load_in_8bit or values.get("load_in_8bit"):
         logger.warning(
             "8 bits are this package's own format int8, a scale for each row, not bitsandbytes'"

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from lfm2_fast.config import OWN_METHOD, CheckpointError, Config, read_json
+from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
 from lfm2_fast.weights import checkpoint, hub
 from lfm2_fast.weights.formats import FORMATS
+from lfm2_fast.weights.fusion import widen_for
 
 Device = str | int | torch.device
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -55,9 +56,6 @@ def load_as(
         named = _dtype(inner.dtype)
     inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
     given.tie_word_embeddings = inner.tie_word_embeddings
-    quantization = inner.quantization or options["quantization"]
-    if quantization is not None:
-        given.quantization_config = {"quant_method": OWN_METHOD, "format": quantization}
     weights = checkpoint.load_weights(
         folder,
         inner,
@@ -66,10 +64,14 @@ def load_as(
         quantization=options["quantization"],
         variant=hub_options.get("variant"),
     )
+    inner = replace(inner, quantization=inner.quantization or options["quantization"])
+    inner = widen_for(where, inner, weights)
+    if inner.quantization is not None:
+        given.quantization_config = inner.quantization_config
     made = kind(
         given,
         weights,
-        internal=replace(inner, quantization=quantization),
+        internal=inner,
         backend=options["backend"],
         max_length=options["max_length"],
         generation_config=generation_config or _generation_config(folder, inner),
@@ -120,8 +122,9 @@ def check_options(
         dtype = torch_dtype
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    if quantization is not None and quantization not in FORMATS:
-        known = ", ".join(repr(each) for each in FORMATS if each)
+    makes = [name for name, format in FORMATS.items() if format.from_dense]
+    if quantization not in makes:
+        known = ", ".join(repr(each) for each in makes if each)
         raise ValueError(f"quantization={quantization!r} is not supported; use {known} or None")
     where, named = find_device(device), None if dtype == "auto" else _dtype(dtype)
     choose(backend, where, named or torch.float32)

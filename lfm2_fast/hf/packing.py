@@ -152,7 +152,8 @@ def check_cache(model: Lfm2PreTrainedModel, cache: Any, rows: int) -> None:
     """
     if not isinstance(cache, Cache):
         raise TypeError(
-            f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}"
+            f"past_key_values must be a cache of model.new_cache(), not {type(cache).__name__}: "
+            f"give model.new_cache({rows}), which is filled in its place, or leave it out"
         )
     if cache.slots != rows:
         raise ValueError(

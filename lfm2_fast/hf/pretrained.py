@@ -27,9 +27,9 @@ from lfm2_fast.weights.formats import Projection
 from lfm2_fast.weights.fusion import (
     EMBEDDING,
     HEAD,
-    fusion_table,
     num_parameters,
     random_weights,
+    unfused,
 )
 from lfm2_fast.weights.hub import HUB_OPTIONS
 
@@ -170,7 +170,7 @@ class Lfm2PreTrainedModel(nn.Module):
         """
         inner = self.network.config
         if inner.quantization is not None:
-            raise ValueError("resize_token_embeddings() needs dense weights: load without int8")
+            raise ValueError("resize_token_embeddings() needs dense weights: load it without")
         size = inner.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
@@ -352,8 +352,7 @@ class Lfm2PreTrainedModel(nn.Module):
             return
         state = self.network.state_dict()
         config = self.network.config
-        table = fusion_table(config)
-        named = {part.name: rows for n, f in table.items() for part, rows in f.split(state[n])}
+        named = unfused(config, state)
         if state_dict is not None:
             unknown = sorted(set(state_dict) - set(named) - {"lm_head.weight"})
             if unknown:

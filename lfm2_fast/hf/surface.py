@@ -29,8 +29,10 @@ _GROUPS = {
     _HUB: "push_to_hub register_for_auto_class",
     _LOOP: """
         adjust_generation_fn continuous_batching_context_manager
-        destroy_cached_continuous_batching_manager generate_batch get_compiled_call heal_tokens
+        destroy_cached_continuous_batching_manager get_compiled_call
         init_continuous_batching load_custom_generate prepare_inputs_for_generation""",
+    "call lfm2_fast.generate_batch(model, prompts)": "generate_batch",
+    "call generate(..., token_healing=True)": "heal_tokens",
     _INSIDE: """
         all_tied_weights_keys can_record_outputs dummy_inputs get_correct_attn_implementation
         get_correct_experts_implementation get_encoder get_expanded_tied_weights_keys

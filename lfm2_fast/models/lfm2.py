@@ -20,13 +20,8 @@ from lfm2_fast.models.rope import RopeFrequencies
 from lfm2_fast.ops.base import Ops, Rope
 from lfm2_fast.ops.residual import settled
 from lfm2_fast.ops.select import choose
-from lfm2_fast.weights.formats import Projection, find_format
-from lfm2_fast.weights.fusion import tie
-
-
-def projection(config: Config, rows: int, columns: int, *, bias: bool = False) -> Projection:
-    """Return an empty projection or embedding in the weight format that the config names."""
-    return Projection(rows, columns, bias=bias, format=find_format(config.quantization))
+from lfm2_fast.weights.formats import Projection
+from lfm2_fast.weights.fusion import formats_of, tie
 
 
 class ShortConvTaps(nn.Module):
@@ -47,9 +42,9 @@ class ShortConv(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.conv_bias
-        self.in_proj = projection(config, 3 * hidden, hidden, bias=bias)
+        self.in_proj = Projection(3 * hidden, hidden, bias=bias)
         self.conv = ShortConvTaps(config)
-        self.out_proj = projection(config, hidden, hidden, bias=bias)
+        self.out_proj = Projection(hidden, hidden, bias=bias)
 
 
 class Attention(nn.Module):
@@ -61,10 +56,10 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         hidden, width = config.hidden_size, config.head_dim
         rows = (self.num_heads + 2 * self.num_kv_heads) * width
-        self.qkv_proj = projection(config, rows, hidden)
+        self.qkv_proj = Projection(rows, hidden)
         self.q_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
         self.k_layernorm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.out_proj = projection(config, hidden, self.num_heads * width)
+        self.out_proj = Projection(hidden, self.num_heads * width)
 
 
 class FeedForward(nn.Module):
@@ -73,8 +68,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = projection(config, 2 * inner, hidden)
-        self.down_proj = projection(config, hidden, inner)
+        self.gate_up_proj = Projection(2 * inner, hidden)
+        self.down_proj = Projection(hidden, inner)
 
 
 class Block(nn.Module):
@@ -148,14 +143,18 @@ class Lfm2(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.embed_tokens = projection(config, config.vocab_size, config.hidden_size)
+            self.embed_tokens = Projection(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(
                 ConvBlock(config) if kind == "conv" else AttentionBlock(config)
                 for kind in config.layer_types
             )
             self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.lm_head = projection(config, config.vocab_size, config.hidden_size)
+            self.lm_head = Projection(config.vocab_size, config.hidden_size)
         self.part_names = frozenset(path.rpartition(".")[2] for path, _ in self.named_modules())
+        formats = formats_of(config)
+        for path, module in self.named_modules():
+            if isinstance(module, Projection):
+                module.store_as(formats[f"{path}.weight"])
         self.load_state_dict(tie(config, weights), strict=True, assign=True)
         self.tie_weights()
         self.requires_grad_(False).eval()

@@ -18,7 +18,8 @@ SCHEMAS = (
     # total = x + delta, which may be written over either; out is its norm
     "add_rms_norm_native(Tensor x, Tensor delta, Tensor weight, float eps, Tensor(a!) total, "
     "Tensor(b!) out) -> ()",
-    # tokens [T] int64, weight [V, K], which is int8 where there are scales [V] float32, out [T, K]
+    # tokens [T] int64, weight [V, K], which is int8 where there are scales [V] float32, out [T, K].
+    # Where scales have two axes, both are parts of a format in groups, here and below.
     "embed_native(Tensor tokens, Tensor weight, Tensor? scales, Tensor(a!) out) -> ()",
     # gate_up [T, 2F], out [T, F]
     "swiglu_native(Tensor gate_up, Tensor(a!) out) -> ()",

@@ -17,7 +17,7 @@ from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.base import AttentionLike, Ops, Rope, TapsLike, epsilon
 from lfm2_fast.ops.residual import PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
-from lfm2_fast.weights.formats import DENSE, INT8, Format, Projection
+from lfm2_fast.weights.formats import DENSE, INT8, Format, Groups, Projection
 
 # Looked up once: a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
@@ -80,9 +80,11 @@ def few_tokens(format: Format, dtype: torch.dtype) -> int:
     """
     if format is DENSE:
         return 32 if dtype == torch.float32 else 64
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if format is INT8:
-        wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
         return sys.maxsize if wide and not multiplies_int8() else 16
+    if isinstance(format, Groups):
+        return sys.maxsize if wide else 16
     return 0
 
 
@@ -183,8 +185,8 @@ class NativeOps(PendingResidualOps):
     ) -> torch.Tensor:
         if not few_tokens(embedding.format, dtype):
             return super().embed(tokens, embedding, dtype)
-        weight = embedding.weight
-        out = weight.new_empty(len(tokens), weight.shape[1], dtype=dtype)
+        weight, width = embedding.weight, embedding.shape[1]
+        out = weight.new_empty(len(tokens), width, dtype=dtype)
         _embed(tokens, weight, embedding.weight_scale, out)
         return out
 

@@ -54,6 +54,20 @@ def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide * factor).round().to(torch.int8), (most / 127)[:, 0]
 
 
+def grouped_linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``linear_ref`` where every 32 numbers of a token are rounded to int8, with a scale of theirs.
+
+    ``weight [N, K]`` is a dequantized matrix in groups. This is the meaning of the native bodies
+    of formats in groups and the oracle of their tests.
+    """
+    numbers, scales = quantize_ref(x.reshape(-1, 32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rounded = (numbers.to(wide) * scales.to(wide)[:, None]).view(x.shape)
+    return linear_ref(rounded, weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
 def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` of ``gate_up [T, 2F]``, gate first; result ``[T, F]``. (Shazeer, 2020)"""
     gate, up = gate_up.chunk(2, dim=-1)

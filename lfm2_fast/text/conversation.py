@@ -13,13 +13,20 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.generate import seed_of, stop_criterion
-from lfm2_fast.hf.generation_args import PROCESSED, resolve_args
+from lfm2_fast.hf.generation_args import resolve_args
+from lfm2_fast.hf.generation_names import PROCESSED
 from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.text.segments import PASSAGES, Segment, Splitter
 from lfm2_fast.text.token_stream import Timing, TokenStream
 
 # Arguments of ``generate`` for several rows, or for what is told beside the text.
-OF_A_BATCH = {"num_return_sequences", "return_dict_in_generate", "max_time"}
+OF_A_BATCH = {
+    "num_return_sequences",
+    "num_beams",
+    "return_dict_in_generate",
+    "max_time",
+    "token_healing",
+}
 
 
 @dataclass
@@ -105,7 +112,7 @@ def _request(
     given = dict(arguments)
     seed = seed_of(given.pop("seed", None), given.pop("generator", None))
     asked = resolve_args(given, given.pop("generation_config", None), defaults, vocab_size)
-    rows = asked.num_return_sequences > 1 or asked.return_dict_in_generate
+    rows = asked.copies > 1 or asked.return_dict_in_generate or asked.token_healing
     if rows or asked.processed or asked.max_time < math.inf:
         refused = ", ".join(sorted(given.keys() & {*PROCESSED, *OF_A_BATCH}))
         named = refused or "what generation_config.json asks for"

@@ -20,7 +20,15 @@ from safetensors.torch import save_file
 
 from lfm2_fast.config import FETCH_AGAIN, CheckpointError, Config, read_json
 from lfm2_fast.weights.formats import DENSE, Format, find_format
-from lfm2_fast.weights.fusion import EMBEDDING, HEAD, Fused, dtype_tensor, fusion_table
+from lfm2_fast.weights.fusion import (
+    EMBEDDING,
+    HEAD,
+    Fused,
+    dtype_tensor,
+    formats_of,
+    fusion_table,
+    interleave,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -77,11 +85,13 @@ def load_weights(
     _check_tensors(folder, config, table, found)
     if dtype is None:
         dtype = FLOATS[found[table[dtype_tensor(table)].parts[0].name].dtype]
-    target = find_format(quantization if config.quantization is None else None)
+    wanted = replace(config, quantization=config.quantization or quantization)
+    formats = formats_of(wanted)
     weights = {}
     with _progress(table.items()) as tensors:
         for name, fused in tensors:
-            converts = fused.is_matrix and fused.dtype is None and target is not DENSE
+            target = formats[name] if fused.is_matrix else DENSE
+            converts = fused.is_matrix and config.quantization is None and target is not DENSE
             parts = target.parts(fused.shape) if converts else {"": (fused.shape, fused.dtype)}
             made = {
                 name + suffix: _empty(shape, own or dtype, device)
@@ -96,6 +106,7 @@ def load_weights(
                     places[0].copy_(found[part.name].read().reshape(places[0].shape))
                 first += part.rows
             weights.update(made)
+    interleave(wanted, weights)
     return weights
 
 

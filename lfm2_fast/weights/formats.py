@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lfm2_fast.config import CheckpointError
+from lfm2_fast.weights.interleave import interleave, rows_of, take_rows
 
 # Name suffix of a tensor -> its shape, and its dtype or None for the model's.
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
@@ -22,12 +23,15 @@ Parts = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 class Format:
     """A dense matrix ``[N, K]`` in the model's dtype; subclasses store it in fewer bits.
 
-    ``name`` is the value of ``load(quantization=)`` and of a checkpoint's config. ``file`` is the
-    name of a saved checkpoint's weights.
+    ``name`` is what a checkpoint's config calls it. ``file`` is the name of a saved checkpoint's
+    weights. ``from_dense`` is true if ``quantize`` makes it, so that ``load(quantization=)`` may
+    name it. ``on_gpu`` is true if GPUs have bodies for it.
     """
 
     name: str | None = None
     file = "model.safetensors"
+    from_dense = True
+    on_gpu = True
 
     def __reduce__(self) -> Any:
         # A copy of a model, pickled or deep, must have these very objects.
@@ -44,6 +48,13 @@ class Format:
     def suffixes(self) -> tuple[str, ...]:
         """Name suffixes of the parts; the numbers' is empty."""
         return tuple(self.parts((0, 0)))
+
+    def of_matrix(self, columns: int, *, is_table: bool) -> Format:
+        """Return the format of one matrix ``[N, columns]`` of a model that is in this format.
+
+        ``is_table`` is true for the embedding and the head.
+        """
+        return self
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return rows ``weight [n, K]`` in this format, in the order of ``parts``."""
@@ -64,6 +75,23 @@ class Format:
     def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``[n, K]`` that the parts hold, in ``dtype``; dense ones as they are."""
         return parts[0]
+
+    def interleave(self, parts: Sequence[torch.Tensor]) -> None:
+        """Put a filled matrix, row after row, in the order that the bodies read, in place."""
+
+    def stored(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the parts of a matrix row after row, as files have them."""
+        return list(parts)
+
+    def rows(
+        self, parts: Sequence[torch.Tensor], places: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the rows ``[n, K]`` at ``places [n]`` of a matrix, in ``dtype``."""
+        return self.dequantize([part.index_select(0, places) for part in parts], dtype)
+
+    def matrix(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return a whole matrix ``[N, K]`` in ``dtype``; a dense one as it is."""
+        return self.dequantize(self.stored(parts), dtype)
 
 
 class Int8Rows(Format):
@@ -93,8 +121,158 @@ class Int8Rows(Format):
         return (numbers.to(wide) * scale.to(wide)[:, None]).to(dtype)
 
 
-DENSE, INT8 = Format(), Int8Rows()
-FORMATS = {each.name: each for each in (DENSE, INT8)}
+class Groups(Format):
+    """Integers ``q`` in groups along K: a group's values are ``scale * (q - offset) + minimum``.
+
+    ``bits`` is 4, two numbers a byte, or 8. ``scales`` is the dtype in which a group's scale and,
+    with ``minimums``, its minimum are held: float16 or float32 words, or bytes, which are times two
+    float16 words that 256 numbers share. GGUF's types are held exactly (``weights.gguf_blocks``).
+
+    A row of ``weight_scale`` has scale and minimum of its first group, then of the next. Of bytes
+    it has, for each 256 numbers, both float16 words, then all scales, then all minimums.
+    """
+
+    file = "model.int4.safetensors"
+    on_gpu = False
+
+    def __init__(
+        self,
+        name: str,
+        bits: int,
+        *,
+        group: int = 32,
+        scales: torch.dtype = torch.float16,
+        minimums: bool = False,
+        offset: int = 0,
+    ) -> None:
+        self.name = name
+        self.from_dense = name == "int4"
+        self.bits, self.group, self.scales = bits, group, scales
+        self.offset, self.words = offset, 1 + minimums
+        self.units = 4, max(2, scales.itemsize)
+        # Columns must be a multiple of this.
+        self.block = 256 if scales.itemsize == 1 else 32
+
+    def parts(self, shape: tuple[int, ...]) -> Parts:
+        rows, columns = shape
+        if columns % self.block:
+            raise CheckpointError(
+                f"a matrix of {columns} columns cannot be in format {self.name!r}, whose groups "
+                f"need a multiple of {self.block}"
+            )
+        scales = columns // self.group * self.words
+        if self.scales.itemsize == 1:
+            scales += columns // self.block * 2 * self.words
+        numbers = torch.uint8 if self.bits == 4 else torch.int8
+        return {
+            "": ((rows, columns * self.bits // 8), numbers),
+            "_scale": ((rows, scales), torch.uint8 if self.scales.itemsize == 1 else self.scales),
+        }
+
+    def of_matrix(self, columns: int, *, is_table: bool) -> Format:
+        """Return int8 for the embedding and the head, which would lose most, and for odd sizes."""
+        return INT8 if is_table or columns % self.block else self
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``weight [n, K]`` in 4 bits as GGUF's Q4_0: the largest magnitude becomes -8.
+
+        Raises ValueError for the other formats, which are only read.
+        """
+        if not self.from_dense:
+            raise ValueError(f"nothing is quantized to {self.name!r}: use 'int4' or 'int8'")
+        wide = weight.to(torch.float32, copy=True).unflatten(1, (-1, self.group))
+        low, high = wide.amin(2), wide.amax(2)
+        most = torch.where(high > -low, high, low)
+        tie = high == -low
+        if bool(tie.any()):  # the first of equal magnitudes; argmax of all would take ten times
+            equal = wide[tie]
+            most[tie] = equal.gather(1, equal.abs().argmax(1, keepdim=True))[:, 0]
+        scale = most / -8
+        factor = torch.where(scale == 0, 0, 1 / scale)
+        numbers = wide.mul_(factor[..., None]).add_(8.5).clamp_(0, 15).to(torch.uint8)
+        bound = torch.finfo(torch.float16).max
+        return pack4(numbers.flatten(1)), scale.clamp_(-bound, bound).half()
+
+    def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        numbers, words = parts
+        wide = torch.promote_types(dtype, torch.float32)
+        values = unpack4(numbers) if self.bits == 4 else numbers
+        made = (values.to(wide) - self.offset if self.offset else values.to(wide)).unflatten(
+            1, (-1, self.group)
+        )
+        scale, minimum = self.group_scales(words, wide)
+        made = made.mul_(scale[..., None])
+        if minimum is not None:
+            made = made.add_(minimum[..., None])
+        return made.flatten(1).to(dtype)
+
+    def group_scales(
+        self, words: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return scales and minimums ``[n, K / group]`` of rows of ``weight_scale``, in ``dtype``.
+
+        Without minimums the second is None.
+        """
+        if self.scales.itemsize > 1:
+            each = words.to(dtype).unflatten(1, (-1, self.words))
+            return each[..., 0], each[..., 1] if self.words == 2 else None
+        blocks = words.unflatten(1, (-1, (2 + self.block // self.group) * self.words))
+        factors, small = blocks[..., : 2 * self.words], blocks[..., 2 * self.words :]
+        factors = factors.contiguous().view(torch.float16).to(dtype)
+        small = small.contiguous().view(self.scales).to(dtype).unflatten(-1, (self.words, -1))
+        made = factors[..., None] * small
+        return made[..., 0, :].flatten(1), made[..., 1, :].flatten(1) if self.words == 2 else None
+
+    def interleave(self, parts: Sequence[torch.Tensor]) -> None:
+        for part, unit in zip(parts, self.units, strict=True):
+            interleave(part, unit)
+
+    def stored(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [rows_of(part, unit) for part, unit in zip(parts, self.units, strict=True)]
+
+    def rows(
+        self, parts: Sequence[torch.Tensor], places: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        taken = [take_rows(part, u, places) for part, u in zip(parts, self.units, strict=True)]
+        return self.dequantize(taken, dtype)
+
+
+class Mixed(Format):
+    """Matrices of a model in formats of their own, which its config lists by name."""
+
+    name = "mixed"
+    file = "model.mixed.safetensors"
+    from_dense = False
+
+
+def pack4(numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers 0 to 15 ``[n, K]`` as bytes ``[n, K / 2]``.
+
+    A group's first half is in the lower bits of its 16 bytes, its second in the upper.
+    """
+    halves = numbers.unflatten(1, (-1, 2, 16))
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+
+
+def unpack4(packed: torch.Tensor) -> torch.Tensor:
+    """Return the numbers ``[n, K]`` of bytes ``[n, K / 2]``; undoes ``pack4``."""
+    halves = packed.unflatten(1, (-1, 1, 16))
+    return torch.cat([halves & 15, halves >> 4], 2).flatten(1)
+
+
+DENSE, INT8, MIXED = Format(), Int8Rows(), Mixed()
+INT4 = Groups("int4", 4, offset=8)
+Q4_1 = Groups("q4_1", 4, minimums=True)
+Q4_K = Groups("q4_k", 4, scales=torch.uint8, minimums=True)
+Q8_0 = Groups("q8_0", 8)
+Q5_1 = Groups("q5_1", 8, minimums=True)
+Q5_K = Groups("q5_k", 8, scales=torch.uint8, minimums=True)
+Q6_K = Groups("q6_k", 8, group=16, scales=torch.int8)
+# Holds any of the others exactly.
+WIDE = Groups("wide", 8, group=16, scales=torch.float32, minimums=True)
+FORMATS = {
+    each.name: each for each in (DENSE, INT8, MIXED, INT4, Q4_1, Q4_K, Q8_0, Q5_1, Q5_K, Q6_K, WIDE)
+}
 
 
 def find_format(name: str | None, source: object = "config") -> Format:
@@ -125,15 +303,20 @@ class Projection(nn.Module):
         self, rows: int, columns: int, *, bias: bool = False, format: Format = DENSE
     ) -> None:
         super().__init__()
-        self.format = format
+        self.shape = rows, columns
         self.register_buffer("weight_scale", None)
-        for suffix, (shape, dtype) in format.parts((rows, columns)).items():
+        self.store_as(format)
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
+
+    def store_as(self, format: Format) -> None:
+        """Hold the matrix in ``format``, its tensors new and empty."""
+        self.format = format
+        for suffix, (shape, dtype) in format.parts(self.shape).items():
             part = torch.empty(shape, dtype=dtype)
             if suffix:
                 self.register_buffer(f"weight{suffix}", part)
             else:
                 self.weight = nn.Parameter(part, requires_grad=False)
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
 
     @property
     def parts(self) -> list[torch.Tensor]:
@@ -142,11 +325,11 @@ class Projection(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix ``[N, K]`` in ``dtype``; a dense one as it is."""
-        return self.format.dequantize(self.parts, dtype)
+        return self.format.matrix(self.parts, dtype)
 
     def rows(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``[T, K]`` at ``places [T]``, in ``dtype``; dense ones as they are."""
-        return self.format.dequantize([part.index_select(0, places) for part in self.parts], dtype)
+        return self.format.rows(self.parts, places, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows that ids ``x`` name, or the products of numbers ``x [..., K]``."""

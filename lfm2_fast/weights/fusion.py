@@ -6,6 +6,7 @@ the one place that knows tensor names. Sizes and parameter counts come from it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from lfm2_fast.config import Config
-from lfm2_fast.weights.formats import Format, find_format
+from lfm2_fast.weights.formats import DENSE, MIXED, Format, find_format
+
+logger = logging.getLogger(__name__)
 
 # Hugging Face's class with a head puts this before the names of the class that it wraps.
 BASE = "model."
@@ -43,7 +46,7 @@ class Fused:
     """One of our tensors: ``parts`` stacked along the first axis.
 
     ``shape`` is ours. ``dtype`` is what it is stored in, None for the model's dtype. ``is_matrix``
-    says that it holds the numbers of a projection or embedding, which a format may quantize.
+    says that it holds the numbers of a projection or embedding, which are in ``format``.
     ``is_norm`` marks the weight of an RMSNorm.
     """
 
@@ -52,6 +55,7 @@ class Fused:
     dtype: torch.dtype | None = None
     is_matrix: bool = False
     is_norm: bool = False
+    format: Format = DENSE
 
     def split(self, whole: torch.Tensor) -> Iterator[tuple[Part, torch.Tensor]]:
         """Yield each part with its rows of ``whole``, in Hugging Face's shape."""
@@ -62,7 +66,7 @@ class Fused:
 
 def fusion_table(config: Config) -> dict[str, Fused]:
     """Return every tensor of ours by its name, in the order of a checkpoint."""
-    format = find_format(config.quantization)
+    formats = dict(config.formats)
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
     table: dict[str, Fused] = {}
@@ -73,7 +77,7 @@ def fusion_table(config: Config) -> dict[str, Fused]:
 
     def matrix(name: str, columns: int, *stacked: tuple[str, int], base: str = BASE) -> None:
         parts = tuple(Part(base + theirs, (rows, columns)) for theirs, rows in stacked)
-        table.update(_stored(name, parts, format))
+        table.update(_stored(name, parts, _format_of(config, formats, name, columns)))
 
     matrix(EMBEDDING, hidden, (EMBEDDING, config.vocab_size))
     for i, kind in enumerate(config.layer_types):
@@ -120,7 +124,68 @@ def _stored(name: str, parts: tuple[Part, ...], format: Format) -> dict[str, Fus
     made = {}
     for suffix, (shape, dtype) in format.parts((rows, columns)).items():
         own = tuple(Part(part.name + suffix, format.parts(part.shape)[suffix][0]) for part in parts)
-        made[name + suffix] = Fused(own, shape, dtype, is_matrix=not suffix)
+        made[name + suffix] = Fused(own, shape, dtype, is_matrix=not suffix, format=format)
+    return made
+
+
+def _format_of(config: Config, formats: Mapping[str, str], name: str, columns: int) -> Format:
+    """Return the format of the matrix ``name [N, columns]`` in a model of ``config``."""
+    whole = find_format(config.quantization)
+    if whole is MIXED:
+        return find_format(formats.get(name))
+    return whole.of_matrix(columns, is_table=name in (EMBEDDING, HEAD))
+
+
+def formats_of(config: Config) -> dict[str, Format]:
+    """Return the format of every matrix, by our name; a tied head has the embedding's."""
+    table = fusion_table(config)
+    found = {name: fused.format for name, fused in table.items() if fused.is_matrix}
+    return {HEAD: found[EMBEDDING], **found}
+
+
+def interleave(config: Config, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put every matrix of ``weights`` in the order that the bodies read, in place."""
+    for name, format in formats_of(config).items():
+        if name in weights:
+            format.interleave([weights[name + suffix] for suffix in format.suffixes])
+
+
+def widen_for(device: torch.device, config: Config, weights: dict[str, torch.Tensor]) -> Config:
+    """Make matrices dense that ``device`` has no bodies for, in place; return the config of that.
+
+    A note says so. They are in the model's dtype, one at a time, so that memory peaks late.
+    """
+    formats = formats_of(config)
+    narrow = [name for name, format in formats.items() if not format.on_gpu and name in weights]
+    if device.type == "cpu" or not narrow:
+        return config
+    for name in narrow:
+        parts = [weights.pop(name + suffix) for suffix in formats[name].suffixes]
+        weights[name] = formats[name].matrix(parts, weights[NORM].dtype)
+    logger.warning(
+        "%s has no bodies for %s yet: %d matrices are held in %s there, with the same values",
+        device,
+        ", ".join(sorted({str(formats[name].name) for name in narrow})),
+        len(narrow),
+        weights[NORM].dtype,
+    )
+    kept = {name: format.name for name, format in formats.items() if format.on_gpu and format.name}
+    if not kept:
+        return replace(config, quantization=None, formats=())
+    return replace(config, quantization=MIXED.name, formats=tuple(kept.items()))
+
+
+def unfused(config: Config, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return our ``weights`` as a checkpoint has them: by its names, matrices row after row."""
+    made = {}
+    rows: dict[str, torch.Tensor] = {}
+    for name, fused in fusion_table(config).items():
+        if fused.is_matrix:
+            names = [name + suffix for suffix in fused.format.suffixes]
+            parts = fused.format.stored([weights[each] for each in names])
+            rows = dict(zip(names, parts, strict=True))
+        for part, own in fused.split(rows.get(name, weights[name])):
+            made[part.name] = own
     return made
 
 
@@ -128,7 +193,7 @@ def tie(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     """Return ``weights`` with the embedding's tensors as the head's too, where they are tied."""
     if not config.tie_word_embeddings:
         return weights
-    suffixes = find_format(config.quantization).suffixes
+    suffixes = formats_of(config)[EMBEDDING].suffixes
     heads = {HEAD + suffix: weights[EMBEDDING + suffix] for suffix in suffixes}
     return {**weights, **heads}
 
@@ -163,7 +228,7 @@ def dtype_tensor(table: Mapping[str, Fused]) -> str:
 
 def num_parameters(config: Config) -> int:
     """Return the number of parameters of the dense model, a tied head counted once."""
-    table = fusion_table(replace(config, quantization=None))
+    table = fusion_table(replace(config, quantization=None, formats=()))
     return sum(math.prod(fused.shape) for fused in table.values())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lfm2_fast import Cache, CacheError
+from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.engine.model_runner import run_batch
 from tests.batches import fill, with_nan
 
@@ -20,9 +21,9 @@ def model(random_checkpoint, pair):
 def run(model, cache: Cache, work: dict[int, torch.Tensor]) -> list[torch.Tensor]:
     counts = [len(tokens) for tokens in work.values()]
     batch = cache.next_batch(counts, list(work), "cpu")
-    return list(
-        run_batch(model.network, torch.cat(list(work.values())), batch, cache).split(counts)
-    )
+    logits = run_batch(model.network, torch.cat(list(work.values())), batch, cache)
+    cache.record_tokens(batch, (tokens.tolist() for tokens in work.values()))
+    return list(logits.split(counts))
 
 
 def ids(count: int, seed: int = 1) -> torch.Tensor:
@@ -103,6 +104,49 @@ def test_the_table_stays_the_same_object(model) -> None:
     cache.reset([0])
     again = {id(layer.table) for layer in cache.layers if hasattr(layer, "table")}
     assert len(tables) == 1 and tables == again
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
+def test_reordered_slots_hold_what_their_sources_held(model, length: int) -> None:
+    """Slots swap, fork and rest at the same time, whatever part of a page is full."""
+    cache, texts = model.new_cache(5), [ids(length + slot, seed=slot) for slot in range(4)]
+    run(model, cache, dict(enumerate(texts)))
+    sources = {0: 1, 1: 0, 2: 3, 3: 3, 4: 1}
+    for _ in range(2):
+        cache.reorder(sources)
+        texts = [*texts, texts[0]]
+        texts = [texts[sources[slot]] for slot in range(5)]
+        assert cache.lengths == [len(text) for text in texts]
+        assert cache.history == [text.tolist() for text in texts]
+        owned = [page for slot in range(5) for page in cache.pages(slot)]
+        assert cache.pool.used == len(set(owned))
+        unfinished = [cache.pages(slot)[-1] for slot in range(5) if len(texts[slot]) % PAGE_SIZE]
+        assert len(set(unfinished)) == len(unfinished)
+        token = ids(1, seed=9)
+        following = run(model, cache, {slot: token for slot in range(5)})
+        for text, logits in zip(texts, following, strict=True):
+            alone = model.new_cache(1)
+            run(model, alone, {0: text})
+            expected = run(model, alone, {0: token})[0]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        cache.rollback(1)
+    cache.reset()
+    assert cache.pool.used == 0
+
+
+def test_a_full_cache_can_be_reordered(model) -> None:
+    """No page more is needed than the slots have."""
+    cache = model.new_cache(3, max_length=60)
+    run(model, cache, {slot: ids(59, seed=slot) for slot in range(3)})
+    assert cache.pool.available == 0
+    cache.reorder({0: 2, 1: 2, 2: 2})
+    assert cache.history == [ids(59, seed=2).tolist()] * 3 and cache.pool.available == 0
+    run(model, cache, {slot: ids(1) for slot in range(3)})
+    small = Cache(model.network.config, 2, 60, device="cpu", dtype=torch.float32, pages=1)
+    run(model, small, {0: ids(9)})
+    with pytest.raises(CacheError, match="1 more pages do not fit"):
+        small.reorder({1: 0})
+    assert small.lengths == [9, 0] and small.pool.used == 1
 
 
 def test_full_cache_says_so_and_loses_nothing(model) -> None:

@@ -87,13 +87,15 @@ def test_help_is_quick_and_names_every_command() -> None:
     done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert time.perf_counter() - begun < 2  # 0.2 on an idle core
     assert done.returncode == 0 and not done.stderr
-    assert {"generate", "chat", "info", "bench", "demo"} <= set(done.stdout.split())
+    assert {"generate", "chat", "info", "bench", "serve", "batch", "demo"} <= set(
+        done.stdout.split()
+    )
 
 
 def test_help_and_version(run: Run) -> None:
     assert run() == run("--help")
     assert run("--version") == Result(0, f"lfm2-fast {lfm2_fast.__version__}\n", "")
-    for command in ("generate", "chat", "info", "bench", "demo"):
+    for command in ("generate", "chat", "info", "bench", "serve", "batch", "demo"):
         assert run(command, "--help").out.startswith(f"Usage: lfm2-fast {command}")
 
 
@@ -408,7 +410,7 @@ def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
     block, expected = f"{block}{gone}", f"{expected}{gone}a\nb\n"
     assert record["console"](block, os.environ["PATH"]) == expected
     assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
-    commands = ("generate", "chat", "info", "eval", "bench", "demo")
+    commands = ("generate", "chat", "info", "eval", "bench", "serve", "batch", "demo")
     options = "\n".join(run(name, "--help").out for name in commands)
     for page in (ROOT / "docs" / "usage").glob("*.md"):
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))

@@ -49,6 +49,22 @@ def test_eight_bits_lose_little(tiny: Path, text, tokens: int) -> None:
     assert wide.reference_loss == narrow.reference_loss
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1024, pytest.param(5120, marks=pytest.mark.nightly)])
+def test_four_bits_lose_little(tiny: Path, text, tokens: int) -> None:
+    """Within 2.5 percent of bfloat16's loss."""
+    exact = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    plain = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
+    int4 = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization="int4")
+    wide, narrow = (
+        evaluate(model, text[:tokens], window=256, reference=exact) for model in (plain, int4)
+    )
+    assert narrow.loss < 1.025 * wide.loss
+    # The loss of GGUF's rule with an exact head, and room for tokens rounded to 8 bits.
+    assert 0.01 < narrow.kl < 0.05
+    assert narrow.agreement > 0.85
+
+
 def test_a_reference_that_differs_shows(tiny: Path, text) -> None:
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     same = evaluate(model, text[:600], window=200, reference=model)

@@ -90,6 +90,62 @@ def test_who_goes_away_frees_all(native, after: int) -> None:
     run(work())
 
 
+def test_several_requests_have_one_stream(native) -> None:
+    requests = [Request(text(5 + 9 * i, i), max_tokens=4 + i) for i in range(4)]
+
+    async def work() -> dict[int, list[int | None]]:
+        found: dict[int, list[int | None]] = {}
+        async with AsyncEngine(Engine(native, max_rows=2)) as engine:
+            stream = await engine.start(requests)
+            while not stream.ended:
+                for event in await stream.next():
+                    found.setdefault(stream.ids.index(event.id), []).append(event.token)
+            assert await stream.next() == []
+        return found
+
+    assert run(work()) == {i: alone(native, request) for i, request in enumerate(requests)}
+
+
+def test_a_stream_wakes_ends_one_continuation_and_closes(native) -> None:
+    async def work() -> None:
+        inner = Engine(native, max_rows=2, prefix_cache=False)
+        async with AsyncEngine(inner) as engine:
+            stream = await engine.start([Request(text(300), n=2, max_tokens=1500)])
+            stream.wake()
+            assert await stream.next() == []
+            stream.cancel(stream.ids[0], 1)
+            reasons: list[str | None] = []
+            while "cancelled" not in reasons:
+                events = await stream.next()
+                reasons += [event.finish_reason for event in events if event.index == 1]
+            assert not stream.ended
+            assert any(event.index == 0 for event in await stream.next())
+            stream.close()
+            assert stream.ended
+            for _ in range(1000):
+                if await engine.between_steps(all_is_free):
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("a row outlived its stream")
+
+    run(work())
+
+
+def test_of_several_requests_all_are_taken_or_none(native) -> None:
+    async def work() -> None:
+        async with AsyncEngine(Engine(native, max_rows=1, prefix_cache=False)) as engine:
+            with pytest.raises(ValueError, match="prompt has no tokens"):
+                await engine.start([Request(text(5), max_tokens=500), Request([])])
+            await engine.between_steps(lambda inner: None)
+            assert await engine.between_steps(lambda inner: inner.rows) == []
+            with pytest.raises(ZeroDivisionError):
+                await engine.between_steps(lambda inner: 1 / 0)
+        with pytest.raises(EngineStopped):
+            await engine.between_steps(lambda inner: inner.rows)
+
+    run(work())
+
+
 def test_what_cannot_run_is_refused_to_its_own_consumer(native) -> None:
     async def work() -> None:
         async with AsyncEngine(Engine(native, max_rows=1, max_waiting=1)) as engine:

@@ -183,6 +183,22 @@ def hooked(model: Model) -> Any:
     return torch.cat(texts)
 
 
+def embedded(model: Model) -> Any:
+    """A prompt of embeddings, and the hidden states of its steps."""
+    embeds = model.get_input_embeddings()(torch.tensor(ONE).to(model.device))
+    asked = {"return_dict_in_generate": True, "output_hidden_states": True, "max_new_tokens": 3}
+    found = write(None, inputs_embeds=embeds, **asked)(model)
+    return torch.cat([layer for step in found.hidden_states for layer in step], 1)
+
+
+def batched(model: Model) -> Any:
+    """Prompts with settings of their own, two rows at a time, one of them with a processor."""
+    prompts = [*TWO, {"prompt": ONE[0], "suppress_tokens": list(range(2, 200))}]
+    common = {"max_new_tokens": 4, "eos_token_id": [], "do_sample": False}
+    answers = lfm2_fast.generate_batch(model, prompts, max_batch_size=2, **common)
+    return torch.tensor([answer.tokens for answer in answers])
+
+
 CALLS: dict[str, Callable[[Model], Any]] = {
     "greedy": write(TWO),
     "alone": write(ONE),
@@ -206,6 +222,9 @@ CALLS: dict[str, Callable[[Model], Any]] = {
     "continued": continued,
     "continued twice": lambda model: continued(model, 2),
     "hooked": hooked,
+    "beams": write(TWO, num_beams=2, num_return_sequences=2, max_new_tokens=4),
+    "embedded": embedded,
+    "batched": batched,
     "logits": lambda model: model(torch.tensor(ONE).to(model.device)).logits,
     "some logits": lambda model: model(torch.tensor(ONE), logits_to_keep=2).logits,
     "masked logits": lambda model: model(PADDED, attention_mask=PADDED != 0).logits[1],

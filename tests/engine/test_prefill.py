@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.engine.engine import Engine
-from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.engine.request import Event, Request, Row
 from lfm2_fast.engine.scheduler import MOST, Scheduler
 from tests.batches import text
 
@@ -88,12 +90,49 @@ def test_prompts_that_tell_take_their_pages_first(native: Any) -> None:
 
 def test_chunks_begin_as_they_are_told_to() -> None:
     """As long as none was timed; then the seconds say how long."""
-    from lfm2_fast.engine.request import Row
-
     scheduler = Scheduler(0.05, first=MOST)
     row = Row(0, Request(text(9000)), 0, limit=1, arrival=0)
     scheduler.prefilling.append(row)
-    assert scheduler.next_chunk(lambda row: 0, True) == [(row, MOST)]
+    assert scheduler.next_chunk(lambda row: 0, 1) == [(row, MOST)]
     scheduler.measured([row], 1000, 0.1)
-    assert scheduler.next_chunk(lambda row: 0, True) == [(row, 448)]
-    assert scheduler.next_chunk(lambda row: 0, False) == [(row, MOST)]
+    assert scheduler.next_chunk(lambda row: 0, 1) == [(row, 448)]
+    assert scheduler.next_chunk(lambda row: 0, 0) == [(row, MOST)]
+
+
+def test_no_head_runs_before_a_prompt_ends(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks of one prompt: the head sees the last one's last token alone."""
+    engine, rows = Engine(native, max_rows=1, chunk=64), []
+    forward = engine.model.forward
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        logits = forward(*args, **kwargs)
+        rows.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(engine.model, "forward", noted)
+    engine.add(Request(text(150), max_tokens=1))
+    assert len(events_of(engine)) == 1 and rows == [1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "decoding", "tokens"), [(1, 8, 64), (8, 8, 64), (16, 8, 128), (99, 2, 256)]
+)
+def test_chunks_grow_with_the_prompts_that_wait(prompts: int, decoding: int, tokens: int) -> None:
+    """At a millisecond a token, 0.064 seconds for each prompt that waits beside a decoding row."""
+    scheduler = Scheduler(0.064)
+    rows = [Row(i, Request(text(9000)), 0, limit=1, arrival=i) for i in range(prompts)]
+    scheduler.prefilling.append(rows[0])
+    for row in rows[1:]:
+        scheduler.wait(row)
+    scheduler.measured([rows[0]], 64, 0.064)
+    assert scheduler.next_chunk(lambda row: 0, decoding) == [(rows[0], tokens)]
+
+
+def test_a_short_chunk_says_nothing_of_the_rate() -> None:
+    """It reads the weights for one token, which a long chunk does once for all."""
+    scheduler = Scheduler(0.064)
+    row = Row(0, Request(text(9000)), 0, limit=1, arrival=0)
+    scheduler.prefilling.append(row)
+    scheduler.measured([row], 64, 0.064)
+    scheduler.measured([row], 1, 0.032)
+    assert scheduler.next_chunk(lambda row: 0, 1) == [(row, 64)]

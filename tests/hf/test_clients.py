@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lfm2_fast
+from bench import harness
 
 PROMPTS = ["The first argument", "Return a list of the"]
 
@@ -38,6 +39,27 @@ def test_transformers_pipeline(tiny: Path, pair: Callable, caplog: Any) -> None:
     assert answers[0][0][0][0]["generated_text"].startswith(PROMPTS[0])
     assert answers[0][1][0]["generated_text"][-1]["role"] == "assistant"
     assert "is not supported for text-generation" not in caplog.text
+
+
+def test_an_assistant_of_the_pipeline_is_refused_by_name(tiny: Path) -> None:
+    from transformers import pipeline
+
+    model = lfm2_fast.load(tiny, device="cpu")
+    made = pipeline("text-generation", model=model, tokenizer=str(tiny), assistant_model=str(tiny))
+    with pytest.raises(ValueError, match="assistant_model=.* it comes with speculation"):
+        made("The database server", max_new_tokens=2)
+
+
+def test_an_adapter_on_our_model_is_refused(tiny: Path) -> None:
+    """PEFT finds no modules of its names, or none that it knows; nothing is left half done."""
+    peft = pytest.importorskip("peft", reason="PEFT comes with the extra 'eval' alone")
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    expected = model.generate([[1, 40, 41]], max_new_tokens=4)
+    for names in (["q_proj", "v_proj"], ["out_proj"], ["lm_head"]):
+        lora = peft.LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match="not found in the base model|not supported"):
+            peft.get_peft_model(model, lora)
+        assert torch.equal(model.generate([[1, 40, 41]], max_new_tokens=4), expected)
 
 
 def test_the_pipeline_loads_ours(tiny: Path, registered: None) -> None:
@@ -136,3 +158,31 @@ def test_lm_evaluation_harness_loads_ours(
             assert mine == pytest.approx(other, rel=2e-5) and greedy == their_greedy
     assert len(ours["rolling"]) == 2
     assert ours["rolling"] == pytest.approx(theirs["rolling"], rel=2e-5)
+
+
+def test_the_harness_gave_the_numbers_of_transformers() -> None:
+    """As ``python -m bench.harness`` wrote them down."""
+    found = json.loads(harness.OUT.read_text(encoding="utf-8"))
+    assert found["protocol"]["rows"] == harness.ROWS
+    compare_numbers(found["numbers"])
+
+
+@pytest.mark.nightly
+def test_the_harness_gives_the_numbers_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "lm_eval", reason="the extra 'eval' is not installed: make nightly installs it"
+    )
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    compare_numbers(harness.both(tmp_path, rows=6))
+
+
+def compare_numbers(numbers: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Assert that both classes have the same tasks, and numbers as float32 is compared here."""
+    ours, theirs = numbers["lfm2_fast"], numbers["transformers"]
+    assert ours.keys() == theirs.keys() == {"likelihood", "rolling", "writing"}
+    for task, told in theirs.items():
+        assert ours[task].keys() == told.keys() and len(told) >= 2
+        assert ours[task] == pytest.approx(told, rel=2e-5)

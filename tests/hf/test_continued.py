@@ -80,8 +80,43 @@ def test_a_cache_that_does_not_fit_the_mask_is_refused(ours, tokenizer) -> None:
     ours(inputs_embeds=ours.get_input_embeddings()(first), past_key_values=cache)
     with pytest.raises(ValueError, match="does not know the ids of the .* inputs_embeds"):
         ours.generate(more, **{**call, "past_key_values": cache})
-    with pytest.raises(TypeError, match=r"new_cache\(\), not DynamicCache"):
-        ours.generate(more, **{**call, "past_key_values": DynamicCache()})
+
+
+def test_transformers_own_cache_is_refused_by_name(models, tokenizer) -> None:
+    """Empty, or filled by its class: it would be neither read nor filled."""
+    ids = ids_of(tokenizer, FIRST)
+    theirs, ours = models
+    filled = theirs(ids, use_cache=True).past_key_values
+    assert isinstance(filled, DynamicCache)
+    told = r"cache of model.new_cache\(\), not DynamicCache: give model.new_cache\(1\)"
+    for cache in (DynamicCache(), filled):
+        for call in (ours.generate, ours, ours.model):
+            with pytest.raises(TypeError, match=told):
+                call(ids, past_key_values=cache)
+        with pytest.raises(TypeError, match=told.replace("1", "3")):
+            ours.generate(ids, past_key_values=cache, num_beams=3)
+
+
+def test_several_threads_have_streamers_of_their_own(ours, tokenizer) -> None:
+    prompts = ["The first argument", "Return a list of", "A", FIRST]
+    alone = [
+        tokenizer.decode(ours.generate(ids_of(tokenizer, text), max_new_tokens=12)[0])
+        for text in prompts
+    ]
+    streamers = [TextIteratorStreamer(tokenizer, timeout=60) for _ in prompts]
+    threads = [
+        threading.Thread(
+            target=ours.generate,
+            args=(ids_of(tokenizer, text),),
+            kwargs={"max_new_tokens": 12, "streamer": streamer},
+        )
+        for text, streamer in zip(prompts, streamers, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    assert ["".join(streamer) for streamer in streamers] == alone
+    for thread in threads:
+        thread.join()
 
 
 def test_context_that_is_dropped_is_told(ours, tokenizer) -> None:
@@ -97,7 +132,7 @@ def test_context_that_is_dropped_is_told(ours, tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_beams": 2}, {"max_new_tokens": 10**6}, {"nonsense": 1}, {"seed": -1}],
+    [{"penalty_alpha": 0.6}, {"max_new_tokens": 10**6}, {"nonsense": 1}, {"num_beams": 2}],
     ids=str,
 )
 def test_a_refused_call_ends_its_streamer(ours, tokenizer, wrong: dict[str, Any]) -> None:

@@ -52,11 +52,24 @@ def test_eight_bits_are_int8(tiny: Path, given: dict[str, Any]) -> None:
     assert model.config.quantization == model.network.config.quantization == "int8"
 
 
+@pytest.mark.parametrize("given", EIGHT[:4], ids=range(4))
+def test_four_bits_are_int4(tiny: Path, given: dict[str, Any]) -> None:
+    def four(values: dict[str, Any]) -> dict[str, Any]:
+        return {name.replace("8bit", "4bit"): value for name, value in values.items()}
+
+    asked = four(given)
+    if isinstance(config := asked.get("quantization_config"), dict):
+        asked["quantization_config"] = four(config)
+    elif config is not None:
+        asked["quantization_config"] = SimpleNamespace(to_dict=lambda: {"load_in_4bit": True})
+    model = lfm2_fast.load(tiny, device="cpu", **asked)
+    assert model.config.quantization == model.network.config.quantization == "int4"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"load_in_4bit": True}, "4 bits are not in this version"),
-        ({"quantization_config": {"load_in_4bit": True}}, "4 bits|bitsandbytes|None"),
+        ({"load_in_4bit": True, "quantization": "int8"}, "asks for 'int4', differ"),
         ({"quantization_config": {"quant_method": "gptq"}}, "method 'gptq' is not supported"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "names parts of the model"),
         ({"device_map": "cpu", "device": "cpu"}, "give device or device_map"),

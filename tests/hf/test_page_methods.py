@@ -114,8 +114,6 @@ def test_methods_have_a_trial_each(models: tuple[Any, Any]) -> None:
     assert names(METHODS, "accepted") == accepted.keys()
     for call in accepted.values():
         assert call() is None and torch.equal(ours(IDS).logits, plain)
-    with pytest.raises(ValueError, match="beam_indices is not supported"):
-        ours.compute_transition_scores(IDS, (plain[:, 0],), IDS)
     for model, name in ((ours, "lm_head"), (ours.model, "embed_tokens")):
         with pytest.raises(AttributeError, match=f"{name} cannot be replaced: .*transformers"):
             setattr(model, name, torch.nn.Linear(2, 2))

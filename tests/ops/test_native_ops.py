@@ -13,7 +13,7 @@ import torch
 import lfm2_fast
 from lfm2_fast.ops import native_library, native_ops, reference
 from lfm2_fast.ops.select import BackendError, choose
-from lfm2_fast.weights.formats import DENSE, INT8, Format
+from lfm2_fast.weights.formats import DENSE, INT4, INT8, Format
 from tests.batches import logits_of
 
 CPU = torch.device("cpu")
@@ -105,6 +105,7 @@ def test_int8_stays_where_pytorch_is_slow(monkeypatch, capability, right, most) 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     few_tokens = native_ops.few_tokens.__wrapped__
     assert few_tokens(INT8, torch.bfloat16) == most
+    assert few_tokens(INT4, torch.bfloat16) == (16 if capability == "DEFAULT" else sys.maxsize)
     assert few_tokens(DENSE, torch.float32) == 32
     assert few_tokens(DENSE, torch.bfloat16) == 64
     assert few_tokens(Format(), torch.bfloat16) == 0

@@ -1,0 +1,138 @@
+"""``lfm2-fast serve``: a checkpoint as an OpenAI-compatible HTTP service."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lfm2_fast.cli import options as opt
+
+# Options of other servers that this one refuses, and the advice.
+REFUSED = {
+    "tensor_parallel_size": "run as many servers, one a device, behind a router",
+    "context_shift": "it drops the middle of a text unseen; ask for fewer tokens, or start anew",
+    "embeddings": "load the checkpoint with sentence-transformers instead",
+    "adapter": "merge the adapter into the weights, and serve those",
+}
+LOOPBACK = ("127.", "localhost", "::1")
+
+
+def serve(
+    context: typer.Context,
+    model: opt.Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="LFM2_FAST_API_KEY", help="Key that clients must send; repeatable."),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that clients ask for; repeatable.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", min=1, help="Bound of the context in tokens.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts that wait; then 503.")] = 1024,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds that a request may take.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 16 * 2**20,
+    drain: Annotated[
+        int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")
+    ] = 60,
+    preset: opt.Preset = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File of a chat template, in place of the checkpoint's.")
+    ] = None,
+    cors_origins: Annotated[
+        list[str] | None, typer.Option(help="Origin of web pages that may call; repeatable.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Show a page at /.")] = True,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    backend: opt.Backend = "auto",
+    quantization: opt.Quantization = None,
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
+    adapter: Annotated[str | None, typer.Option(hidden=True)] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
+    context_shift: Annotated[bool, typer.Option("--context-shift", hidden=True)] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", hidden=True)] = False,
+) -> None:
+    """Serve a checkpoint to OpenAI's clients, until Ctrl-C or SIGTERM.
+
+    Needs the extra "server": pip install 'lfm2-fast[server]'. Without --api-key all that reach the
+    address may call.
+    """
+    for name, advice in REFUSED.items():
+        value = context.params[name]
+        if value is True or value not in (None, False, 1):
+            raise ValueError(f"--{name.replace('_', '-')} is not supported: {advice}")
+    from lfm2_fast.cli.session import summary
+    from lfm2_fast.cli.terminal import Terminal
+    from lfm2_fast.hf.load import load
+    from lfm2_fast.hf.loading import check_options
+    from lfm2_fast.server.run import bound_socket, check_extra, create_app, run, url_of
+    from lfm2_fast.text.tokenizer import load_tokenizer
+    from lfm2_fast.weights.hub import hub_options
+
+    check_extra()
+    template = None if chat_template is None else opt.read_text(chat_template)
+    loading = opt.loading_options(context)
+    check_options(**loading)
+    terminal = Terminal()
+    # Whoever else has the port is told before the weights are loaded.
+    bound = bound_socket(host, port)
+    with bound:
+        terminal.note(f"loading {model}")
+        tokenizer = load_tokenizer(model, **hub_options(loading))
+        loaded = load(model, **loading)
+        terminal.note(summary(loaded))
+        app = create_app(
+            loaded,
+            tokenizer=tokenizer,
+            served_model_name=served_model_name,
+            api_key=api_key or (),
+            max_rows=max_rows,
+            max_model_len=max_model_len,
+            memory=memory,
+            max_queue=max_queue,
+            preset=preset,
+            chat_template=template,
+            cors_origins=cors_origins or (),
+            timeout=timeout,
+            max_body=max_body,
+            page=page,
+        )
+        service = app.state.service
+        terminal.note(f"sampling: {service.defaults.words}")
+        terminal.note(str(service.engine.engine))
+        if not (api_key or host.startswith(LOOPBACK)):
+            terminal.note("without --api-key everyone who reaches this address may call")
+        _log_requests()
+
+        def ready() -> None:
+            terminal.write(f"ready at {url_of(bound)}\n")
+
+        run(app, bound, drain, ready)
+        terminal.note("left")
+
+
+def _log_requests() -> None:
+    """Write the access log, and what the server's library warns of, to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name, level in (("lfm2_fast.server", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False

@@ -1,0 +1,124 @@
+"""Names of ``generate``'s arguments: supported, run by transformers' classes, idle or refused.
+
+``docs/usage/huggingface.md`` has the same in a table, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Hugging Face's defaults, where they are not None.
+DEFAULTS: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_hidden_states": False,
+    "token_healing": False,
+    "return_dict_in_generate": False,
+}
+SUPPORTED = {
+    *DEFAULTS,
+    "min_p",
+    "max_length",
+    "max_new_tokens",
+    "min_new_tokens",
+    "stop_strings",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "max_time",
+}
+# What a call alone may have: functions and tensors, for transformers' logits processors.
+OF_THE_CALL = ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask")
+# What transformers' logits processors do, each with the values that ask for nothing.
+PROCESSED: dict[str, tuple[Any, ...]] = {
+    "min_length": (0,),
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "renormalize_logits": (False,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "remove_invalid_values": (False,),
+    "exponential_decay_length_penalty": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": (),
+    "guidance_scale": (1, 1.0),
+    "watermarking_config": (),
+}
+SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+BEAMS_ONLY = ("length_penalty", "early_stopping")
+# Of PROCESSED, filters of drawn tokens: greedy decoding does not ask for them.
+FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
+
+_CACHE = "the cache is this package's own"
+_COMPILED = "the kernels are compiled already"
+_ASSISTED = "it is a setting of assisted generation, of which there is none"
+_GROUPS = "it is a setting of beam groups, of which there are none"
+# What changes no token that is written here, each with the values that ask for nothing, and why.
+WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_cache": ((True,), "the cache is always used, with the same tokens"),
+    "cache_implementation": ((), _CACHE),
+    "cache_config": ((), _CACHE),
+    "max_cache_len": ((), _CACHE),
+    "low_memory": ((False,), "beams share the pages of the cache"),
+    "diversity_penalty": ((0.0,), _GROUPS),
+    "prefill_chunk_size": ((), "prompts run in chunks already"),
+    "compile_config": ((), _COMPILED),
+    "disable_compile": ((False, True), _COMPILED),
+    "continuous_batching_config": ((), "requests are batched continuously already"),
+    "decoder_start_token_id": ((), "the model has no encoder"),
+    "trust_remote_code": ((False,), "nothing of a checkpoint is ever executed"),
+    "transformers_version": ((), "it is a note"),
+    "is_assistant": ((False,), _ASSISTED),
+    "num_assistant_tokens": ((20,), _ASSISTED),
+    "num_assistant_tokens_schedule": (("constant",), _ASSISTED),
+    "assistant_confidence_threshold": ((0.4,), _ASSISTED),
+    "assistant_lookbehind": ((10,), _ASSISTED),
+    "assistant_ensemble_weight": ((), _ASSISTED),
+    "target_lookbehind": ((10,), _ASSISTED),
+    "max_matching_ngram_size": ((), _ASSISTED),
+    "speculation_type": ((), _ASSISTED),
+}
+
+_SPECULATION = "it comes with speculation, and changes how fast tokens come: leave it out"
+_CONSTRAINED = "use prefix_allowed_tokens_fn or a logits_processor"
+# What is not supported, each with the values that ask for nothing, and what to use instead.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beam_groups": ((1,), "use num_beams, with do_sample=True for texts that differ"),
+    "constraints": ((), _CONSTRAINED),
+    "force_words_ids": ((), _CONSTRAINED),
+    "penalty_alpha": ((), "use repetition_penalty or no_repeat_ngram_size against repetition"),
+    "dola_layers": ((), "use repetition_penalty, or transformers' class"),
+    "use_mtp": ((False,), "the model has no heads for several tokens: leave it out"),
+    "output_attentions": (
+        (False,),
+        "attention is fused: use transformers' class with attn_implementation='eager'",
+    ),
+    "prompt_lookup_num_tokens": ((), _SPECULATION),
+    "assistant_model": ((), _SPECULATION),
+    "assistant_tokenizer": ((), _SPECULATION),
+    "assistant_early_exit": ((), _SPECULATION),
+    "custom_generate": ((), "call your own function with the model"),
+    "synced_gpus": ((False,), "the model lies on one device"),
+    "position_ids": ((), "leave it out: positions follow from attention_mask"),
+    "token_type_ids": ((), "leave it out: the model has no token types"),
+    "labels": ((), "call the model itself for a loss"),
+    "logits_to_keep": ((1,), "use output_logits, or call the model itself"),
+    "use_model_defaults": ((), "pass None for a default that is not wanted"),
+}
+KNOWN = {*SUPPORTED, *PROCESSED, *WITHOUT_EFFECT, *REFUSED}

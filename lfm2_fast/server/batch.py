@@ -1,0 +1,247 @@
+"""Batches: requests of a file in OpenAI's batch format, answered without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lfm2_fast.server.chat import chat_completion
+from lfm2_fast.server.completions import completion
+from lfm2_fast.server.errors import ApiError, of_engine
+from lfm2_fast.server.reply import Reply
+from lfm2_fast.server.responses import response
+from lfm2_fast.server.service import Service
+
+Begin = Callable[[Service, bytes], Awaitable[Reply]]
+CHAT = "/v1/chat/completions"
+ENDPOINTS: dict[str, Begin] = {
+    CHAT: chat_completion,
+    "/v1/completions": completion,
+    "/v1/responses": response,
+}
+
+
+@dataclass
+class Summary:
+    """Counts of a run: ``kept`` were answered before, ``failed`` are among the ``answered``."""
+
+    answered: int = 0
+    failed: int = 0
+    kept: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
+@dataclass
+class Done:
+    """Requests that an output file answers: their ids, and numbers of lines without one."""
+
+    ids: set[str] = field(default_factory=set)
+    lines: set[int] = field(default_factory=set)
+
+    def has(self, number: int, id: str | None) -> bool:
+        """Return True if the request of a line is answered."""
+        return number in self.lines or id in self.ids
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the input: its request, or what is wrong with it."""
+
+    number: int
+    id: str | None = None
+    begin: Begin | None = None
+    body: bytes = b""
+    wrong: ApiError | None = None
+
+
+class Output:
+    """Answers appended to a file, a line each; one process at a time may have it open.
+
+    A line that a crash cut off is removed. Raises ValueError where another process writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("ab+", buffering=0)
+        try:
+            _lock(self.file, path)
+            self.done = self._read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _read(self) -> Done:
+        done, whole = Done(), 0
+        self.file.seek(0)
+        with os.fdopen(os.dup(self.file.fileno()), "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                with suppress(ValueError, AttributeError, TypeError):
+                    told = json.loads(line)
+                    if (number := (told.get("error") or {}).get("line")) is not None:
+                        done.lines.add(number)
+                    else:
+                        done.ids.add(told["custom_id"])
+        self.file.truncate(whole)
+        return done
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line, whole or not at all."""
+        data = json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n"
+        while data:
+            data = data[self.file.write(data) :]
+
+    def close(self) -> None:
+        """Have the file on the disk, and close it."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(
+            f"another process writes to {path}; give each shard a file of its own"
+        ) from error
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """Return the shard i/n as (i, n), from 1/n to n/n. Raises ValueError."""
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+        raise ValueError(f"--shard must be I/N with I from 1 to N, like 1/4, got {text!r}")
+    return int(first), int(second)
+
+
+def lines_of(path: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[Line]:
+    """Yield the lines of an input file that belong to a shard; empty ones are left out."""
+    seen: set[str] = set()
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            line = _line(number, text)
+            if line.id is not None and line.id in seen:
+                error = ApiError(
+                    f"line {number}: custom_id {line.id[:100]!r} stands above already",
+                    param="custom_id",
+                    code="duplicate_custom_id",
+                )
+                line = Line(number, line.id, wrong=error)
+            elif line.id is not None:
+                seen.add(line.id)
+            if number % shard[1] == shard[0] % shard[1]:
+                yield line
+
+
+def _line(number: int, text: bytes) -> Line:
+    def wrong(message: str, param: str | None, code: str = "invalid_value") -> Line:
+        error = ApiError(f"line {number}: {message}", param=param, code=code)
+        return Line(number, wrong=error)
+
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return wrong(f"it is no JSON: {error}"[:300], None, "invalid_json")
+    if not isinstance(told, dict):
+        return wrong("it must be a JSON object", None, "invalid_json")
+    id, url, body = told.get("custom_id"), told.get("url", CHAT), told.get("body")
+    if not isinstance(id, str) or not id:
+        return wrong("custom_id must be a string that is not empty", "custom_id")
+    if told.get("method", "POST") != "POST":
+        return wrong("method must be POST", "method")
+    if not isinstance(url, str) or url not in ENDPOINTS:
+        return wrong(f"url must be one of {', '.join(ENDPOINTS)}", "url")
+    if not isinstance(body, dict):
+        return wrong("body must be a JSON object", "body")
+    return Line(number, id, ENDPOINTS[url], json.dumps(body).encode())
+
+
+async def run_batch(
+    service: Service,
+    lines: Iterator[Line],
+    output: Output,
+    *,
+    at_once: int,
+    told: Callable[[Summary], None] = lambda summary: None,
+) -> Summary:
+    """Answer the requests of lines that the output does not answer, ``at_once`` at a time.
+
+    Answers are appended as they come. ``told`` is called after each. What is wrong with a request
+    is its answer; where the engine itself ends, that is raised.
+    """
+    summary = Summary()
+
+    async def work() -> None:
+        # All workers take from one iterator.
+        for line in lines:
+            if output.done.has(line.number, line.id if line.wrong is None else None):
+                summary.kept += 1
+                continue
+            made = await _answer(service, line)
+            output.write(made)
+            _count(summary, made)
+            told(summary)
+
+    workers = [asyncio.ensure_future(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    return summary
+
+
+async def _answer(service: Service, line: Line) -> dict[str, Any]:
+    """Return the line that answers a request."""
+    made: dict[str, Any] = {
+        "id": f"batch_req_{secrets.token_hex(12)}",
+        "custom_id": line.id,
+        "response": None,
+        "error": None,
+    }
+    if line.wrong is not None:
+        made["error"] = {**line.wrong.body["error"], "line": line.number}
+        return made
+    assert line.begin is not None
+    status, body = 200, {}
+    try:
+        body = await (await line.begin(service, line.body)).complete()
+    except Exception as error:
+        failed = of_engine(error)
+        if failed.code == "engine_stopped":
+            raise
+        status, body = failed.status, failed.body
+    made["response"] = {
+        "status_code": status,
+        "request_id": f"req-{secrets.token_hex(8)}",
+        "body": body,
+    }
+    return made
+
+
+def _count(summary: Summary, made: dict[str, Any]) -> None:
+    summary.answered += 1
+    answer = made["response"]
+    if answer is None or answer["status_code"] != 200:
+        summary.failed += 1
+        return
+    usage = answer["body"]["usage"]
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens", 0))
+    summary.prompt_tokens += prompt
+    summary.new_tokens += usage["total_tokens"] - prompt

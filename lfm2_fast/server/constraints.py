@@ -1,0 +1,149 @@
+"""Structured output: the grammar that the fields of a body ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lfm2_fast.server.errors import ApiError, refused
+from lfm2_fast.server.protocol import Sampled
+from lfm2_fast.server.service import Service, in_thread
+from lfm2_fast.server.tools import Tools
+from lfm2_fast.text.grammar import Grammar, GrammarCompiler
+
+# Returns the grammar of the reply to a prompt, None where nothing constrains it.
+OfPrompt = Callable[[Sequence[int]], Grammar | None]
+# Characters of a schema that is compiled at once; a longer one is left to a thread.
+LONG = 1 << 20
+
+
+def _free(prompt: Sequence[int]) -> None:
+    return None
+
+
+async def constraint_of(
+    service: Service, body: Sampled, tools: Tools | None = None, *, thinks: bool = False
+) -> OfPrompt:
+    """Return what makes the grammar of a body's reply. Raises ApiError, which names the field.
+
+    Calls that must come are constrained by the tools alone; with those that may, the rest of the
+    reply is. With ``thinks`` the reply may begin with thinking, which is free.
+    """
+    asked = wanted(body)
+    choice = tools.choice if tools is not None else "none"
+    if asked is None and choice == "none":
+        return _free
+    if asked is not None and choice != "none":
+        raise refused(
+            f"{asked[0]} and tools exclude one another: a reply has one grammar; leave one out, or "
+            "set tool_choice to none",
+            asked[0],
+        )
+    compiler = service.compiler
+
+    def work() -> Grammar | None:
+        if asked is not None:
+            return compiled(compiler, *asked)
+        assert tools is not None
+        return compiler.tools(
+            tools.functions,
+            tools.name or tools.choice,
+            parallel=getattr(body, "parallel_tool_calls", None) is not False,
+        )
+
+    param = asked[0] if asked is not None else "tools"
+    try:
+        # Compiling takes milliseconds, and a large grammar seconds.
+        grammar = await in_thread(work, LONG)
+    except ImportError as error:
+        raise ApiError(
+            f"{param} needs a library that this server lacks ({error})", status=501, param=param
+        ) from None
+    except ValueError as error:
+        raise ApiError(str(error), param=param, code="invalid_grammar") from None
+    if grammar is None:
+        return _free
+    return lambda prompt: grammar.for_reply(prompt, may_think=thinks)
+
+
+def wanted(body: Sampled) -> tuple[str, str, Any, bool] | None:
+    """Return the field that asks for a grammar, its kind, its value, and if it is strict.
+
+    Raises ApiError for a field that asks for none of the known kinds, and for two at once.
+    """
+    found = [each for each in (*_formats(body), *_structured(body), *_guided(body)) if each]
+    if len(found) > 1:
+        raise ApiError(
+            f"{found[0][0]} and {found[1][0]} ask for a grammar each; give one",
+            param=found[1][0],
+            code="invalid_value",
+        )
+    return found[0] if found else None
+
+
+def _formats(body: Sampled) -> list[tuple[str, str, Any, bool]]:
+    given, field = body.response_format, "response_format"
+    if given is None or given.get("type") == "text":
+        return []
+    kind = given.get("type")
+    if kind == "json_object":
+        schema = given.get("schema")  # llama.cpp's and others' spelling
+        return [(field, "json" if schema is not None else "object", schema, True)]
+    if kind == "json_schema":
+        told = given.get("json_schema")
+        if not isinstance(told, Mapping) or not isinstance(told.get("schema"), Mapping | bool):
+            raise ApiError(
+                "response_format.json_schema must be an object with a schema",
+                param=field,
+                code="invalid_value",
+            )
+        return [(field, "json", told["schema"], told.get("strict") is not False)]
+    for name in ("regex", "grammar"):
+        if kind == name:
+            return [(field, name, given.get("pattern", given.get(name)), True)]
+    raise ApiError(
+        f"response_format.type must be text, json_object, json_schema, regex or grammar, got "
+        f"{str(kind)[:100]!r}",
+        param=field,
+        code="invalid_value",
+    )
+
+
+def _structured(body: Sampled) -> list[tuple[str, str, Any, bool]]:
+    given, field = body.structured_outputs, "structured_outputs"
+    kinds = {"json": "json", "json_schema": "json", "json_object": "object", "regex": "regex"}
+    kinds |= {"choice": "choice", "grammar": "grammar"}
+    options = ("disable_fallback", "disable_any_whitespace", "whitespace_pattern")
+    values = {name: value for name, value in (given or {}).items() if value not in (None, False)}
+    if unknown := sorted(
+        values.keys() - kinds.keys() - {*options, "disable_additional_properties"}
+    ):
+        raise refused(
+            f"structured_outputs.{unknown[0][:100]} is not supported; use one of "
+            f"{', '.join(kinds)}",
+            field,
+        )
+    return [(field, kinds[name], values[name], True) for name in values if name in kinds]
+
+
+def _guided(body: Sampled) -> list[tuple[str, str, Any, bool]]:
+    kinds = {"guided_json": "json", "json_schema": "json", "guided_json_object": "object"}
+    kinds |= {"guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+    kinds |= {"grammar": "grammar"}
+    values = [(name, kind, getattr(body, name), True) for name, kind in kinds.items()]
+    return [each for each in values if each[2] not in (None, False)]
+
+
+def compiled(compiler: GrammarCompiler, field: str, kind: str, value: Any, strict: bool) -> Grammar:
+    """Return a grammar of a kind. Raises ValueError for what cannot be one."""
+    if kind == "object":
+        return compiler.json_object()
+    if kind == "json":
+        return compiler.json_schema(value, strict=strict)
+    if kind == "choice":
+        if not isinstance(value, list):
+            raise ValueError(f"{field}: a choice must be a list of texts")
+        return compiler.choice(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{field}: a {kind} must be a string")
+    return compiler.regex(value) if kind == "regex" else compiler.ebnf(value)

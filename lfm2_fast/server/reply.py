@@ -1,0 +1,94 @@
+"""Reply: what an endpoint answers, whole or as a stream of JSON objects."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from lfm2_fast.server.answers import Answers
+from lfm2_fast.server.errors import ApiError
+from lfm2_fast.server.output import Part
+from lfm2_fast.server.protocol import StreamOptions
+
+
+class Reply(ABC):
+    """Answers in the form of one endpoint; ``close`` it in the end.
+
+    A stream is ``first``, then the ``news`` of parts, then ``last``. ``id`` and ``created`` name it
+    in all its objects. ``done_mark`` says that a stream ends with the line ``[DONE]``.
+    """
+
+    done_mark = True
+
+    def __init__(self, answers: Answers, prefix: str, model: str, stream: bool) -> None:
+        self.answers, self.model, self.stream = answers, model, stream
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+
+    @abstractmethod
+    def first(self) -> Iterable[dict[str, Any]]:
+        """Return what a stream begins with."""
+
+    @abstractmethod
+    def news(self, part: Part) -> Iterable[dict[str, Any]]:
+        """Return what a stream says of a part."""
+
+    @abstractmethod
+    def last(self) -> Iterable[dict[str, Any]]:
+        """Return what a stream ends with."""
+
+    @abstractmethod
+    def whole(self, parts: list[Part]) -> dict[str, Any]:
+        """Return the answer in one object, of all that was said."""
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """Return what a stream says where it fails."""
+        return error.body
+
+    async def complete(self) -> dict[str, Any]:
+        """Wait, and return the answer in one object. Raises ApiError."""
+        try:
+            return self.whole(await self.answers.all())
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End what has not ended."""
+        self.answers.close()
+
+
+class ChoicesReply(Reply):
+    """Reply of an endpoint that gives choices in chunks."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        prefix: str,
+        model: str,
+        stream: bool,
+        kind: str,
+        options: StreamOptions | None,
+    ) -> None:
+        super().__init__(answers, prefix, model, stream)
+        self._kind = kind
+        self._usage = bool(options and options.include_usage)
+        self._each = bool(options and options.continuous_usage_stats)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return the fields that every object begins with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a chunk of a stream."""
+        made = {**self.head(self._kind), "choices": choices}
+        if self._usage or self._each:
+            made["usage"] = self.answers.usage() if self._each else None
+        return made
+
+    def last(self) -> Iterable[dict[str, Any]]:
+        """Yield the usage, if it was asked for."""
+        if self._usage:
+            yield {**self.head(self._kind), "choices": [], "usage": self.answers.usage()}

@@ -1,0 +1,231 @@
+"""serve(): a model as an HTTP service, in this thread until a signal, or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
+from lfm2_fast.hf.load import load
+from lfm2_fast.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+# Share of the free memory that pages take, where nothing is said.
+CPU_MEMORY, GPU_MEMORY = "25%", "85%"
+HOST, PORT, ROWS, QUEUE, DRAIN = "127.0.0.1", 8000, 16, 1024, 60
+
+
+def check_extra() -> None:
+    """Raise ImportError, with the remedy, where the extra "server" is not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"the server needs the extra of that name ({error}): pip install 'lfm2-fast[server]'"
+        ) from error
+
+
+def create_app(
+    model: Lfm2ForCausalLM | str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    served_model_name: str | Sequence[str] | None = None,
+    api_key: str | Sequence[str] = (),
+    max_rows: int = ROWS,
+    max_model_len: int | None = None,
+    memory: int | str | None = None,
+    max_queue: int | None = QUEUE,
+    preset: str | None = None,
+    chat_template: str | None = None,
+    cors_origins: Sequence[str] = (),
+    timeout: float | None = None,
+    max_body: int = 16 * 2**20,
+    page: bool = True,
+    **loading: Any,
+) -> FastAPI:
+    """Return the service of a model as an application, to be run or mounted in another one.
+
+    ``model`` is a loaded one, or a name for ``load``, whose arguments are ``loading``.
+    ``tokenizer`` is the checkpoint's unless given. ``served_model_name`` are the names that clients
+    may ask for; the checkpoint's is the default. ``api_key`` are the keys of which clients must
+    send one; without any, all may call. ``max_rows``, ``max_model_len`` and ``memory`` are the
+    engine's ``max_rows``, ``max_length`` and ``memory``; while ``max_queue`` continuations wait,
+    requests are refused with 503. ``preset`` names sampling for requests that set none;
+    ``chat_template`` is the text of a template. Pages of ``cors_origins`` may call. A request that
+    takes more than ``timeout`` seconds, or a body of more than ``max_body`` bytes, is refused.
+
+    The application's ``state.service`` has a ``close``, which a server calls at its end; an
+    application that this one is mounted in must call it. Raises ImportError without the extra
+    "server", and what ``load`` and ``Engine`` raise.
+    """
+    check_extra()
+    from lfm2_fast.server.app import application
+    from lfm2_fast.server.parameters import Defaults
+    from lfm2_fast.server.service import Options, Service
+
+    if not isinstance(model, Lfm2ForCausalLM):
+        name = os.fspath(model)
+        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        model = load(name, **loading)
+    elif loading:
+        raise TypeError(f"{sorted(loading)[0]} is for models that are loaded here; this one is")
+    name = str(model.name_or_path or "lfm2")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if memory is None:
+        memory = CPU_MEMORY if model.device.type == "cpu" else GPU_MEMORY
+    config = model.network.config
+    defaults = Defaults.of(name, model.generation_defaults(), config.vocab_size, preset)
+    names = _several(served_model_name) or (_served_name(name),)
+    options = Options(
+        names,
+        api_keys=_several(api_key),
+        seconds=timeout,
+        max_body=max_body,
+        origins=tuple(cors_origins),
+        page=page,
+    )
+    engine = Engine(
+        model, max_rows=max_rows, max_length=max_model_len, memory=memory, max_waiting=max_queue
+    )
+    return application(Service(engine, tokenizer, defaults, options))
+
+
+def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _served_name(name: str) -> str:
+    """Return a folder's own name, and a hub id as it is."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address and does not listen yet. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise OSError(
+            f"cannot serve on {host} port {port}: {error.strerror or error}; choose another with "
+            "--host or --port"
+        ) from error
+    return made
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return the URL of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class RunningServer:
+    """A server in a thread of its own, at ``url``; ``close`` it, or use it as a context."""
+
+    def __init__(self, app: FastAPI, bound: socket.socket, drain: int = DRAIN) -> None:
+        self.app, self.url = app, url_of(bound)
+        self._server = _server(app, drain)
+        started = threading.Event()
+        self._server.ready = started.set
+        work = self._server.run
+        self._thread = threading.Thread(
+            target=work, kwargs={"sockets": [bound]}, name="lfm2_fast server", daemon=True
+        )
+        self._thread.start()
+        while not started.wait(0.1):
+            if not self._thread.is_alive():
+                raise RuntimeError("the server did not start; its log says why")
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let running requests end, then stop. A second call does nothing."""
+        self._server.should_exit = True
+        self._thread.join()
+
+
+def serve(
+    model: Lfm2ForCausalLM | str | os.PathLike[str],
+    *,
+    host: str = HOST,
+    port: int = PORT,
+    background: bool = False,
+    drain: int = DRAIN,
+    **options: Any,
+) -> RunningServer | None:
+    """Serve a model over HTTP until Ctrl-C or SIGTERM; then requests that run may end.
+
+    They have ``drain`` seconds for it. Port 0 is any that is free. With ``background`` the server
+    runs in a thread, and comes back as soon as it answers. ``options`` are those of ``create_app``.
+    Raises OSError where the address cannot be used, and what ``create_app`` raises.
+    """
+    check_extra()
+    bound = bound_socket(host, port)
+    try:
+        app = create_app(model, **options)
+        if background:
+            return RunningServer(app, bound, drain)
+        run(app, bound, drain, lambda: print(f"ready at {url_of(bound)}", flush=True))
+        return None
+    finally:
+        if not background:
+            bound.close()
+
+
+def run(app: FastAPI, bound: socket.socket, drain: int, ready: Callable[[], None]) -> None:
+    """Run an application in this thread until a signal, and call ``ready`` once it answers.
+
+    Raises KeyboardInterrupt after Ctrl-C; after SIGTERM it returns.
+    """
+    server = _server(app, drain)
+    server.ready = ready
+    # The library raises the signal once more at its end, which would kill the process.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        app.state.service.close()
+
+
+def _server(app: FastAPI, drain: int) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        ready: Callable[[], None]
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                self.ready()
+
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=drain,
+    )
+    return Server(config)

@@ -1,0 +1,257 @@
+"""Service: a model with its tokenizer behind an engine, and what all endpoints need of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lfm2_fast.engine.async_engine import AsyncEngine
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.server.answers import Answers
+from lfm2_fast.server.errors import ApiError, of_engine, of_value_error, refused
+from lfm2_fast.server.metrics import Metrics
+from lfm2_fast.server.output import Choice, Parser
+from lfm2_fast.server.parameters import Asked, Defaults, seed_of, stops_of, too_long
+from lfm2_fast.server.token_texts import TokenTexts
+from lfm2_fast.text.grammar import GrammarCompiler
+from lfm2_fast.text.markers import THINKING_PAIRS, template_of
+from lfm2_fast.text.messages import normalize_messages
+
+T = TypeVar("T")
+ROLES = ("system", "user", "assistant", "tool")
+# Texts of so many characters are worth a thread: others need not wait for them.
+LONG_TEXT = 8192
+# Characters of a token of ordinary text at the most, by which over-long prompts are told early.
+CHARACTERS = 8
+# Names that are arguments of the tokenizer's method, and no variables of a template.
+NO_VARIABLES = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a service is told beside its model.
+
+    ``names`` are those that clients may ask for, the first being the one that answers carry.
+    ``seconds`` bounds a request, ``max_body`` its bytes. Whoever has no key of ``api_keys`` is
+    refused, if there are any. ``origins`` are the web pages' origins that may call. ``page`` says
+    that the page to talk with the model is shown.
+    """
+
+    names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    seconds: float | None = None
+    max_body: int = 16 * 2**20
+    origins: tuple[str, ...] = ()
+    page: bool = True
+
+
+class Service:
+    """A model that answers requests: ``start`` gives the answers to prompts.
+
+    ``tokenizer`` is the checkpoint's. ``close`` it at the end.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Any, defaults: Defaults, options: Options
+    ) -> None:
+        self.engine = AsyncEngine(engine)
+        self.tokenizer, self.defaults, self.options = tokenizer, defaults, options
+        self.texts = TokenTexts(tokenizer)
+        self.template = template_of(tokenizer)
+        # A model that was not trained to think would take its marker for a way around a grammar.
+        self.thinks = any(text in self.template for pair in THINKING_PAIRS for text in pair)
+        self.vocab_size = engine.model.config.vocab_size
+        self.max_length = engine.max_length
+        self.rows = engine.max_rows
+        self.metrics = Metrics(self.engine, self.name)
+        self.compiler = GrammarCompiler(
+            tokenizer, vocab_size=self.vocab_size, eos=defaults.eos or (tokenizer.eos_token_id,)
+        )
+        self.began = int(time.time())
+        self.special = {id for id, t in tokenizer.added_tokens_decoder.items() if t.special}
+        # Seconds of a request, of the latest ones.
+        self._seconds = 1.0
+        backend = tokenizer.backend_tokenizer
+        # The library's own calls set both anew.
+        backend.no_truncation()
+        backend.no_padding()
+
+    @property
+    def name(self) -> str:
+        """Name of the model in answers."""
+        return self.options.names[0]
+
+    def close(self) -> None:
+        """End all requests and the engine."""
+        self.engine.close()
+        self.compiler.close()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError for a model that is not served."""
+        if name is not None and name not in self.options.names:
+            raise ApiError(
+                f"the model {name[:200]!r} does not exist here; this server has "
+                + ", ".join(map(repr, self.options.names)),
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    async def tokens_of(self, text: str, *, special: bool, room: bool = True) -> list[int]:
+        """Return a text's token ids, with the tokens that begin each text if ``special``.
+
+        Raises ApiError where the text is surely longer than the context, unless ``room`` is False.
+        """
+        encode = self.tokenizer.backend_tokenizer.encode
+
+        def work() -> list[int]:
+            most = self.max_length * CHARACTERS
+            if room and len(text) > most:
+                count = len(encode(text[:most], add_special_tokens=False))
+                # The end of the cut text may have merged with what follows.
+                if count > self.max_length + 16:
+                    raise too_long(f"more than {count - 16}", None, self.max_length, "prompt")
+            return list(encode(text, add_special_tokens=special).ids)
+
+        try:
+            return await in_thread(work, len(text))
+        except UnicodeEncodeError:
+            raise ApiError("the text has lone surrogates; send valid Unicode") from None
+
+    async def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return messages in the chat template. Raises ApiError for what it refuses."""
+        if not self.template:
+            raise refused(
+                "this model has no chat template; use /v1/completions, or start the server with "
+                "--chat-template",
+                "messages",
+                "no_chat_template",
+            )
+        if taken := sorted(NO_VARIABLES & set(variables or ())):
+            raise refused(f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
+        if continue_final_message and add_generation_prompt:
+            raise ApiError(
+                "continue_final_message and add_generation_prompt exclude one another; set one",
+                param="continue_final_message",
+                code="invalid_value",
+            )
+        size = sum(len(str(message.get("content", ""))) for message in messages)
+        try:
+            made = normalize_messages(messages, self.template)
+        except ValueError as error:
+            raise of_value_error(error, "messages") from None
+        for place, message in enumerate(made):
+            if message["role"] not in ROLES:
+                raise ApiError(
+                    f"messages[{place}].role must be one of {', '.join(ROLES)}, or developer, got "
+                    f"{message['role'][:40]!r}",
+                    param=f"messages[{place}].role",
+                    code="invalid_value",
+                )
+
+        def work() -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    made,
+                    tools=list(tools) or None,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **(variables or {}),
+                )
+            )
+
+        try:
+            return await in_thread(work, size)
+        except Exception as error:
+            # A template is a program: whatever the messages make it raise is said to the client.
+            raise ApiError(
+                f"the chat template refuses these messages: {type(error).__name__}: {error}"[:1000],
+                param="messages",
+                code="invalid_value",
+            ) from None
+
+    async def start(
+        self,
+        asked: Asked,
+        prompts: Sequence[Sequence[int]],
+        parser: Callable[[Sequence[int]], Parser],
+        *,
+        most: int | None = None,
+        one_call: bool = False,
+    ) -> Answers:
+        """Return the answers to prompts, once the engine has taken all of them.
+
+        Raises ApiError for what cannot be run, and where the queue is full.
+        """
+        seed, body = seed_of(asked.body), asked.body
+        try:
+            requests = [
+                asked.of_prompt(prompt, place * asked.n, seed)
+                for place, prompt in enumerate(prompts)
+            ]
+            stream = await self.engine.start(requests)
+        except (ValueError, RuntimeError) as error:
+            raise of_engine(error, self._retry_after()) from None
+        choices = {}
+        for place, request in enumerate(requests):
+            for index in range(asked.n):
+                choices[stream.ids[place], index] = Choice(
+                    place * asked.n + index,
+                    parser(request.prompt),
+                    stops=stops_of(body),
+                    ends=frozenset(asked.ends),
+                    keep_stop=bool(body.include_stop_str_in_output),
+                    one_call=one_call,
+                    most=most,
+                )
+        return Answers(self, stream, [request.prompt for request in requests], choices)
+
+    async def ask(self, function: Callable[[Engine], T]) -> T:
+        """Return what a quick function of the engine gives, between two steps. Raises ApiError."""
+        try:
+            return await self.engine.between_steps(function)
+        except RuntimeError as error:
+            raise of_engine(error) from None
+
+    def took(self, seconds: float) -> None:
+        """Note the seconds of a request that has ended."""
+        self._seconds += (seconds - self._seconds) / 8
+
+    def _retry_after(self) -> int:
+        """Return the seconds after which a row is likely to be free."""
+        waves = self.engine.engine.statistics.waiting / self.rows
+        return min(max(math.ceil(self._seconds * waves / 2), 1), 60)
+
+
+async def in_thread(work: Callable[[], T], size: int) -> T:
+    """Return what ``work`` gives, called in a thread if ``size`` characters take long."""
+    return await asyncio.to_thread(work) if size > LONG_TEXT else work()

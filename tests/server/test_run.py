@@ -1,0 +1,144 @@
+"""The command, signals, the page, and applications that people mount."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lfm2_fast
+from lfm2_fast.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: Any) -> subprocess.Popen[str]:
+    call = [sys.executable, "-m", "lfm2_fast", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(call, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_lets_running_requests_end(serving, tiny: Path, sign: int, code: int) -> None:
+    from tests.server.conftest import Client
+
+    with command("serve", tiny, "--port", 0, "--dtype", "float32", "--device", "cpu") as process:
+        assert process.stdout is not None
+        ready = re.fullmatch(r"ready at (http://127\.0\.0\.1:\d+)\n", process.stdout.readline())
+        assert ready is not None
+        client = Client.__new__(Client)
+        client.host = ready[1].removeprefix("http://")
+        fields = {"prompt": "To create", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        response = client.send("/v1/completions", fields)
+        assert response.readline().startswith(b"data: ")
+        process.send_signal(sign)
+        rest = response.read().decode()
+        out, err = process.communicate(timeout=60)
+    assert rest.endswith("data: [DONE]\n\n") and rest.count("data: {") > 100
+    assert process.returncode == code and out == "" and "Traceback" not in err
+    assert re.search(r'127\.0\.0\.1 "POST /v1/completions" 200 req-\w+ [\d.]+s', err), err
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(client, capsys) -> None:
+    port = client.host.split(":")[1]
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "nowhere/at-all", "--port", port])
+    assert ended.value.code == 2
+    assert f"cannot serve on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        (["--tensor-parallel-size", "2"], "one a device"),
+        (["--context-shift"], "drops the middle"),
+        (["--embeddings"], "sentence-transformers"),
+        (["--adapter", "x"], "merge the adapter"),
+    ],
+    ids=str,
+)
+def test_options_of_other_servers_are_refused_by_name(capsys, option: Any, advice: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "nowhere", *option])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{option[0]} is not supported" in err and advice in err
+
+
+def test_without_the_extra_the_remedy_is_told(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in (["serve", "x"], ["batch", "x", "y", "--output", "z"]):
+        with pytest.raises(SystemExit):
+            main(name)
+        assert "pip install 'lfm2-fast[server]'" in capsys.readouterr().err
+    with pytest.raises(ImportError, match="lfm2-fast.server."):
+        lfm2_fast.serve("x")
+
+
+def test_an_application_can_be_mounted(client, model) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    from lfm2_fast.server.run import RunningServer, bound_socket, create_app
+    from tests.server.conftest import Client
+
+    inner = create_app(model, max_rows=1, served_model_name=["one", "two"])
+    outer = fastapi.FastAPI()
+    outer.mount("/llm", inner)
+    outer.state.service = inner.state.service
+    with RunningServer(outer, bound_socket("127.0.0.1", 0)) as server:
+        mounted = Client(server)
+        assert [each["id"] for each in mounted("/llm/v1/models").body["data"]] == ["one", "two"]
+        fields = {"prompt": "a", "model": "two", "max_tokens": 2}
+        assert mounted("/llm/v1/completions", fields).body["model"] == "one"
+        assert mounted("/llm/").status == 200
+    inner.state.service.close()
+    assert not [t for t in threading.enumerate() if t is inner.state.service.engine._thread]
+
+
+def test_a_template_of_the_callers_own(serving, model) -> None:
+    tokenizer = lfm2_fast.text.tokenizer.load_tokenizer(str(model.name_or_path))
+    client = serving(
+        model, max_rows=1, tokenizer=tokenizer, chat_template="{{ messages[0].oops.x }}"
+    )
+    message = client.refused(client.chat(), "messages", "invalid_value")
+    assert "the chat template refuses these messages" in message
+
+
+def test_the_page_loads_nothing_from_elsewhere(client, serving, model) -> None:
+    answer = client("/")
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)|https?://|@import", answer.body)
+    assert serving(model, max_rows=1, page=False)("/").status == 404
+
+
+def test_the_document_describes_every_endpoint(client) -> None:
+    document = client("/openapi.json").body
+    held = document["components"]["schemas"]
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert "default" in operation["responses"] or path == "/metrics", (method, path)
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert names <= held.keys() and {"ChatBody", "StreamOptions", "Error"} <= names
+
+
+def test_batch_answers_a_file(tiny: Path, tmp_path: Path, capsys) -> None:
+    requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"prompt": "The csv module", "max_tokens": 3}
+    asks = [{"custom_id": str(i), "url": "/v1/completions", "body": body} for i in range(3)]
+    requests.write_text("\n".join(map(json.dumps, asks)))
+    call = ["batch", str(tiny), str(requests), "--output", str(output), "--device", "cpu"]
+    for answered, kept in ((3, 0), (0, 3)):
+        with pytest.raises(SystemExit) as ended:
+            main(call)
+        err = capsys.readouterr().err
+        assert not ended.value.code
+        assert f"{answered} answered" in err and f"{kept} were there before" in err
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(line["custom_id"] for line in lines) == ["0", "1", "2"]
