@@ -36,15 +36,17 @@ def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Ten
         if request.logit_bias:
             bias = on_device(list(request.logit_bias.values()), own.dtype, own.device)
             own[_at(list(request.logit_bias), own)] += bias
+    _constrain(logits, changed)
+    for row, place in changed:
+        request, own = row.request, logits[place]
         try:
-            if row.constraint is not None:
-                row.constraint.apply(row.written, own)
             if len(row.written) < request.min_tokens and request.eos:
                 _without_end(row, own)
-            if request.hook is not None:
+            if request.hook is not None and row.error is None:
                 own.copy_(_hooked(request.hook, row, own))
         except Exception as error:
             row.error = error
+        if row.error is not None:
             own.fill_(math.nan)
     return logits
 
@@ -55,6 +57,32 @@ def prepare(rows: Iterable[Row]) -> None:
         if row.constraint is not None:
             with contextlib.suppress(Exception):
                 row.constraint.prepare(row.written)
+
+
+def _constrain(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> None:
+    """Set ``logits [B, V]`` to -inf for what constraints forbid, in one operation for all rows."""
+    places, masks = [], []
+    for row, place in rows:
+        try:
+            mask = None if row.constraint is None else row.constraint.allowed(row.written)
+        except Exception as error:
+            row.error = error
+            continue
+        if mask is not None:
+            places.append(place)
+            masks.append(mask)
+    if not masks:
+        return
+    words = torch.stack(masks).to(logits.device, non_blocking=True)
+    powers = _at([1 << bit for bit in range(8)], logits).to(torch.uint8)
+    # Words are little-endian wherever torch runs: their bytes are in the order of the tokens.
+    bits = words.view(torch.uint8)[:, :, None] & powers
+    forbidden = bits.view(len(masks), -1)[:, : logits.shape[1]] == 0
+    if places == list(range(len(logits))):
+        logits.masked_fill_(forbidden, -math.inf)
+        return
+    at = _at(places, logits)
+    logits[at] = logits[at].masked_fill(forbidden, -math.inf)
 
 
 def _without_end(row: Row, own: torch.Tensor) -> None:
