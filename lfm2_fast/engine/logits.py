@@ -74,15 +74,17 @@ def _constrain(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> None:
     if not masks:
         return
     words = torch.stack(masks).to(logits.device, non_blocking=True)
-    powers = _at([1 << bit for bit in range(8)], logits).to(torch.uint8)
-    # Words are little-endian wherever torch runs: their bytes are in the order of the tokens.
-    bits = words.view(torch.uint8)[:, :, None] & powers
-    forbidden = bits.view(len(masks), -1)[:, : logits.shape[1]] == 0
+    # Words are little-endian wherever torch runs, so their bytes are in the order of the tokens. To
+    # look bytes up and add is several times faster than to unpack bits and to fill by them.
+    byte = torch.arange(256, device=logits.device)[:, None]
+    allows = (byte >> torch.arange(8, device=logits.device)) & 1
+    terms = torch.where(allows == 1, 0.0, -math.inf)
+    added = torch.nn.functional.embedding(words.view(torch.uint8).int(), terms)
+    added = added.view(len(masks), -1)[:, : logits.shape[1]]
     if places == list(range(len(logits))):
-        logits.masked_fill_(forbidden, -math.inf)
-        return
-    at = _at(places, logits)
-    logits[at] = logits[at].masked_fill(forbidden, -math.inf)
+        logits += added
+    else:
+        logits.index_add_(0, _at(places, logits), added)
 
 
 def _without_end(row: Row, own: torch.Tensor) -> None:

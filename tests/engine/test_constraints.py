@@ -11,7 +11,8 @@ import torch
 
 import lfm2_fast
 from lfm2_fast.engine.engine import Engine
-from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.engine.logits import adjusted
+from lfm2_fast.engine.request import Event, Request, Row
 from lfm2_fast.ops.sampling import SamplingParams
 
 VOCAB = 4096
@@ -86,6 +87,30 @@ def test_every_token_has_its_bit(model: Any) -> None:
     assert told[0] == told[3]
     (alone,) = events_of(Engine(model), [Request([5], sampling, max_tokens=3)])
     assert told[0] == [event.token for event in alone]
+
+
+@pytest.mark.parametrize("vocab_size", [40, 64, 307])
+def test_a_vocabulary_need_not_fill_its_last_word(vocab_size: int) -> None:
+    masks = torch.randint(-(2**31), 2**31, (3, (vocab_size + 31) // 32)).to(torch.int32)
+
+    class Given:
+        def prepare(self, written: Sequence[int]) -> None:
+            pass
+
+        def allowed(self, written: Sequence[int]) -> torch.Tensor:
+            return masks[written[0]]
+
+    logits = torch.randn(4, vocab_size)
+    rows = []
+    for place in range(3):
+        row = Row(1, Request([1], constraint=Given), place, 9, place)
+        row.written.append(place)
+        rows.append((row, place + 1))
+    made = adjusted(logits, rows)
+    bits = ((masks[:, :, None] >> torch.arange(32)) & 1).view(3, -1)[:, :vocab_size].bool()
+    expected = logits.clone()
+    expected[1:][~bits] = -torch.inf
+    assert torch.equal(made, expected)
 
 
 def test_it_goes_on_where_its_row_was_preempted(model: Any) -> None:
