@@ -31,7 +31,7 @@ demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
 test: lint ## Check style and types, then run every test but the long proofs
 	$(PYTEST) -m "not nightly"
 
-check: lint ## In three minutes: the same without the slow, the interpreter, the builds and bench/
+check: lint ## In few minutes: the same without the slow, the interpreter, the builds and bench/
 	$(PYTEST) -m "not (slow or interpreter or build or bench or nightly)" $(UNCOLLECTED)
 
 nightly: lint $(HARNESS) ## The same with the long proofs; outcomes go to bench/results/nightly.json

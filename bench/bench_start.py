@@ -1,4 +1,4 @@
-"""What comes before the first token: the command line's start, imports, loading, memory."""
+"""Time before the first token: the command line's start, imports, loading, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What computes something else is not timed: the checks that come before every figure."""
+"""Checks that come before every figure: nothing is timed that computes something else."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PROMPT, STEPS = list(range(2, 34)), 4
 
 
 def distance(found: np.ndarray, exact: np.ndarray) -> float:
-    """How far logits ``[steps, vocabulary]`` are from the reference's, relative to their size."""
+    """Distance of logits ``[steps, vocabulary]`` from the reference's, relative to their size."""
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def rounding(exact: np.ndarray, plain: np.ndarray) -> float:
-    """How far logits in bfloat16 may be off: twice what ``plain``, those of plain PyTorch, are."""
+    """Largest allowed error of bfloat16 logits: twice that of ``plain``, plain PyTorch's."""
     return 2 * distance(plain, exact)
 
 
@@ -46,7 +46,7 @@ def wrong_operation(out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor)
 
 
 def logits(model: Any, tokens: list[int] = PROMPT, steps: int = STEPS) -> np.ndarray:
-    """What ``wrong_logits`` judges, of a model of ours: see ``engines.Engine.logits``."""
+    """Logits of our model that ``wrong_logits`` judges: see ``engines.Engine.logits``."""
     cache = model.new_cache(1, len(tokens) + steps)
     rows = []
     for _ in range(steps):

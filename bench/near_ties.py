@@ -34,7 +34,7 @@ class Difference:
 
     @property
     def is_near_tie(self) -> bool:
-        """True if the logits' own error explains the difference."""
+        """Return True if the logits' own error explains the difference."""
         return self.gap <= self.error
 
 

@@ -1,4 +1,4 @@
-"""What fewer bits lose, on the small real checkpoint's held-out text.
+"""Loss by fewer bits, on the small real checkpoint's held-out text.
 
 python -m bench.quality
 """

@@ -153,7 +153,7 @@ def read_page(path: Path, where: str) -> Page:
 
 
 def topic(heading: str, title: str) -> tuple[str, str] | None:
-    """What one would ask to be told the paragraph below a heading, if anything."""
+    """Question that the paragraph below a heading answers, if any."""
     if heading == "Description":  # of a command, which is the page's title
         return ("call", title) if title.isupper() else ("topic", title)
     if match := re.match(r"(\w+(?:\.\w+)*) - ", heading):
@@ -163,7 +163,7 @@ def topic(heading: str, title: str) -> tuple[str, str] | None:
 
 
 def term(element: lxml.html.HtmlElement, text: str) -> tuple[str, str]:
-    """What kind of thing a ``dt`` defines ("" for a bare word), and the name to ask for it by."""
+    """Kind of thing that a ``dt`` defines ("" for a bare word), and its name."""
     identifier, kind = element.get("id") or "", element.getparent().get("class") or ""
     parts = element.xpath(".//*[contains(@class,'descclassname') or contains(@class,'descname')]")
     if not parts:

@@ -64,7 +64,7 @@ def dots(tile, x, bias_ptr, scale_ptr, rows, count, DTYPE: tl.constexpr):
 
 
 def options(x: torch.Tensor, tiling: Tiling, block_k: int, pdl: bool) -> dict[str, Any]:
-    """What every such launch on tokens ``x [T, K]`` is told besides its tensors and sizes."""
+    """Launch options shared by the few-token kernels, for tokens ``x [T, K]``."""
     return {
         "K": x.shape[1],
         "MOST": MOST_TOKENS,

@@ -79,7 +79,7 @@ def attend_to_keys(
 
 
 def score_scale(head_dim: int) -> float:
-    """What a dot product of q and k is multiplied by."""
+    """Factor of the dot products of q and k."""
     return math.log2(math.e) / math.sqrt(head_dim)
 
 

@@ -1,4 +1,4 @@
-"""How the products of a few tokens are shared out: rows a tile, programs, warps.
+"""Tilings of the products of a few tokens: rows a tile, programs, warps.
 
 Memory is kept busy by bytes under way: on an H100 about 23 kB on each of its processors to cover
 the latency (the bandwidth times it), more to cover the gap between two kernels. So a tile has up to

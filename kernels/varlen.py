@@ -45,5 +45,5 @@ def tile_of_sequence(cu_seqlens_ptr, sequence, BLOCK_T: tl.constexpr):
 
 
 def tiles(tokens: int, sequences: int, block_t: int) -> int:
-    """How many tiles ``tokens`` of ``sequences`` take, those that stay empty included."""
+    """Tiles that ``tokens`` of ``sequences`` take, empty ones included."""
     return tokens // block_t + sequences

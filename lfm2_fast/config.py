@@ -106,7 +106,7 @@ class Config:
 
     @property
     def rope_follows_length(self) -> bool:
-        """True if the frequencies of rotary embedding depend on the length of the context."""
+        """Say if the frequencies of rotary embedding depend on the length of the context."""
         return dict(self.rope_scaling).get("rope_type") in ("dynamic", "longrope")
 
     def cache_bytes(self, item: int, tokens: int = 1) -> int:

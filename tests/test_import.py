@@ -70,9 +70,9 @@ def test_what_is_imported_is_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))
-    # Of the extras "plot" and "server": an error says which to install.
+    # Of the extras "plot", "server" and "gguf": an error says which to install.
     optional = {"matplotlib", "fastapi", "llguidance", "prometheus_client", "pydantic"}
-    optional |= {"starlette", "uvicorn"}
+    optional |= {"starlette", "uvicorn", "gguf", "numpy"}
     imported = set()
     for file in (*(ROOT / "lfm2_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -152,6 +152,10 @@ def test_the_architecture_page_draws_these_rooms() -> None:
     assert (
         f"cli -> {drawn}" == " -> ".join(ROOMS).replace("cache weights", "cache, weights") + ".py"
     )
+
+
+def test_the_table_of_files_lists_each_file_of_the_package() -> None:
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     listed, room = set(), ""
     table = page.partition("| folder | file | holds |\n")[2].partition("\n\n")[0]
     for line in table.splitlines()[1:]:

@@ -126,7 +126,7 @@ def figures(port: int, given: argparse.Namespace, turn: int) -> dict[str, Any]:
 
 
 def cost(folder: Path, given: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
-    """What a token costs at ROWS streams over HTTP and without, with a schema and without."""
+    """Time a token takes at ROWS streams over HTTP and without, with a schema and without."""
     torch.set_num_threads(given.threads)
     model = lfm2_fast.load(folder, device="cpu", **options)
     prompts = [prompt(row, 64) for row in range(ROWS)]

@@ -1,4 +1,4 @@
-"""Where the time of a decode step on the CPU goes, in eager PyTorch and on the native bodies.
+"""Time of a CPU's decode step by operation, in eager PyTorch and on the native bodies.
 
     python -m bench.cpu.profile_decode --size 350M
 

@@ -33,7 +33,7 @@ Case = tuple[Name, partial[dict[str, Any]]]
 def isolated(
     config: lfm2_fast.Config, device: torch.device, cases: list[Case], until: float
 ) -> Iterator[tuple[Name, Any]]:
-    """What ``measure`` finds, in as many processes as it takes to come to the last of the cases.
+    """Results of ``measure``, in as many processes as it takes to come to the last case.
 
     None is begun after ``until``, of ``time.monotonic()``, but the very first.
     """
@@ -99,7 +99,7 @@ def too_late(cases: list[Case]) -> Iterator[tuple[Name, str]]:
 
 
 def measured(measure: Callable[[], dict[str, Any]], device: torch.device) -> Any:
-    """What ``measure`` gives, with the most memory that the device held, or why it failed."""
+    """Result of ``measure``, with the device's peak memory, or why it failed."""
     try:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -63,7 +63,8 @@ def matmul_rate(device: torch.device, size: int) -> float:
         torch.mm(a, b)
     clock.mark()
     # The first ones choose the library's kernel and raise the clocks.
-    return round(2 * size**3 / quantiles(clock.microseconds()[5:])["p50"] / 1e6, 3)
+    # By digits, not by places: a busy CPU's rate must not become 0, by which others divide.
+    return float(f"{2 * size**3 / quantiles(clock.microseconds()[5:])['p50'] / 1e6:.4g}")
 
 
 def empty_kernels(device: torch.device) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bench.report.stats import ratio
 
 @dataclass(frozen=True)
 class Change:
-    """How many times as long something takes now, with its interval."""
+    """Ratio of the time now to the time before, with its interval."""
 
     figure: Figure
     factor: float

@@ -1,4 +1,4 @@
-"""What the CPU is meant to reach, as ratios between two engines' figures of one run; verdicts."""
+"""Targets on a CPU, as ratios between two engines' figures of one run; verdicts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def judged(
 
 
 def verdicts(figures: Sequence[Figure]) -> list[Verdict]:
-    """What can be said from these figures; goals whose engines did not run are left out."""
+    """Verdicts on these figures; goals of engines that did not run are left out."""
     known = {(figure.engine, figure.name): figure for figure in figures}
     found = []
     for goal in GOALS:
@@ -95,7 +95,7 @@ def verdicts(figures: Sequence[Figure]) -> list[Verdict]:
 
 
 def goal_table(found: Sequence[Verdict], what: str = "ratio of medians") -> str:
-    """What was meant to be reached, and what was."""
+    """Table of targets and results."""
     rows = [
         [
             v.what,

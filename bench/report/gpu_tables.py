@@ -39,7 +39,7 @@ def measured(found: dict[str, Any], kind: str) -> list[tuple[str, str, dict[str,
 
 
 def kernels(found: dict[str, Any], size: str, case: str) -> str:
-    """How many kernels a step has, for a table; nothing where they were not counted."""
+    """Number of a step's kernels, for a table; nothing where they were not counted."""
     row = cell(found, "kernels", size, case)
     return str(row["kernels"]) if row else ""
 
@@ -121,7 +121,7 @@ def rest_table(found: dict[str, Any]) -> str:
 
 
 def limits(found: dict[str, Any]) -> str:
-    """Where and how a result file came about, and what the GPU can do at the most."""
+    """Origin of a result file, and the most that the GPU can do."""
     text = (
         f"Measured on {found['when'][:10]} on {found.get('gpu') or found['machine']['name']}, "
         f"{commit_of(found)}"
@@ -159,7 +159,7 @@ def peers_table(found: dict[str, Any], figures: Sequence[Figure]) -> str:
 
 
 def peers_conditions(found: dict[str, Any]) -> str:
-    """Where and how, and who was left out."""
+    """Origin of the figures, and the engines that were left out."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
     protocol = found["protocol"]
     text = (

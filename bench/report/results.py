@@ -49,7 +49,7 @@ class Figure:
 def header(
     what: str, protocol: dict[str, Any], device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """What every result file begins with; ``device`` is what was measured, ``commit()`` by what."""
+    """Header of every result file. ``device`` was measured, by the code of ``commit()``."""
     return {
         "what": what,
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -107,7 +107,7 @@ def read(path: Path) -> list[Figure]:
 
 
 def git(*command: str) -> str:
-    """What git says, or nothing where there is no repository, or no git."""
+    """Output of git, or nothing without a repository or git."""
     try:
         done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
     except FileNotFoundError:

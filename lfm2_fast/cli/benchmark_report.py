@@ -70,7 +70,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def company(others: dict[str, Any]) -> str:
-    """What else ran, in words."""
+    """Other programs that ran, in words."""
     busiest = ", ".join(f"{name} {share:.2f}" for name, share in others["busiest"].items())
     return (
         f"other programs used {others['processors_used_by_others']:.2f} processors"

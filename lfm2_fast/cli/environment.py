@@ -24,6 +24,8 @@ from lfm2_fast.text.presets import sampling
 from lfm2_fast.weights import hub
 from lfm2_fast.weights.checkpoint import GENERATION_CONFIG
 from lfm2_fast.weights.fusion import checkpoint_bytes, num_parameters
+from lfm2_fast.weights.gguf_checkpoint import held, raw_config
+from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 
 Facts = dict[str, dict[str, Any]]
 
@@ -97,7 +99,12 @@ def checkpoint_facts(name: str, **options: Any) -> Facts:
     ``options`` are those of the hub. Raises CheckpointError.
     """
     folder = hub.find_checkpoint(name, weights=False, **options)
-    config = Config.from_file(folder / "config.json")
+    file = read_gguf(folder) if folder.is_file() else None
+    if file is not None:
+        config = Config.from_dict(raw_config(file), str(file.path))
+        config = held(file, config)
+    else:
+        config = Config.from_file(folder / "config.json")
     stored = folder / GENERATION_CONFIG
     attention = config.layer_types.count("full_attention")
     conv = config.layer_types.count("conv")
@@ -121,7 +128,26 @@ def checkpoint_facts(name: str, **options: Any) -> Facts:
             "vocab_size": config.vocab_size,
             "context": config.context_length,
             "sampling": words,
-        }
+        },
+        **({"gguf": gguf_facts(file)} if file is not None else {}),
+    }
+
+
+def gguf_facts(file: GGUFFile) -> dict[str, Any]:
+    """Return what a GGUF file is made of: types of its tensors by count and bytes, tokenizer."""
+    found = file.metadata
+    sizes: dict[str, list[int]] = {}
+    for tensor in file.tensors.values():
+        sizes.setdefault(tensor.type, []).append(tensor.nbytes)
+    largest = sorted(sizes, key=lambda type: -sum(sizes[type]))
+    return {
+        "architecture": found.get("general.architecture"),
+        "name": found.get("general.name"),
+        **{f"{type}_tensors": len(sizes[type]) for type in largest},
+        **{f"{type}_bytes": sum(sizes[type]) for type in largest},
+        "tokenizer": found.get("tokenizer.ggml.pre") or found.get("tokenizer.ggml.model"),
+        "tokens": len(found.get("tokenizer.ggml.tokens") or ()),
+        "chat_template": "yes" if found.get("tokenizer.chat_template") else "no",
     }
 
 

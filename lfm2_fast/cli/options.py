@@ -9,7 +9,7 @@ T = TypeVar("T", str | None, list[str] | None)
 
 
 def text(value: T) -> T:
-    """What was given, unless bytes of it are not UTF-8: Python makes lone surrogates of them."""
+    """Return the text. Bytes that are not UTF-8, lone surrogates in Python, are refused."""
     for each in value if isinstance(value, list) else [value or ""]:
         try:
             each.encode()
@@ -19,7 +19,7 @@ def text(value: T) -> T:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, or a folder.")
+    str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, folder or .gguf.")
 ]
 System = Annotated[str | None, typer.Option(callback=text, help="System prompt.")]
 Preset = Annotated[

@@ -34,7 +34,7 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """True if every continuation has ended."""
+        """Return True if every continuation has ended."""
         return not self._left
 
     async def next(self) -> list[Event]:

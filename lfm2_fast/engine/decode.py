@@ -91,7 +91,7 @@ class Chooser(Protocol):
 
     @property
     def changes_logits(self) -> bool:
-        """True if a token need not be the model's choice: then a lack of one has another cause."""
+        """Return True if a token need not be the model's choice: a lack has another cause then."""
 
     def __call__(
         self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState
@@ -235,7 +235,7 @@ class DecodeLoop:
 
     @property
     def on_logits(self) -> bool:
-        """True if the next step stops at its logits: all launches before are read first."""
+        """Return True if the next step stops at its logits: all launches before are read first."""
         return self.chooser is not None or any(row.needs_logits for row in self.rows)
 
     def _steps_of_launch(self, going: list[tuple[Row, int]]) -> int:

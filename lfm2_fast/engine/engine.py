@@ -146,7 +146,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """True while a request has not ended, or an event was not handed out."""
+        """Return True while a request has not ended, or an event was not handed out."""
         if not self._awake:
             return bool(self.events)
         rows = self.decode.rows or self.scheduler.waiting or self.scheduler.prefilling

@@ -126,13 +126,13 @@ class Request:
 
     @property
     def changes_every_step(self) -> bool:
-        """True if no token is chosen from the model's logits by ``sampling`` alone."""
+        """Return True if no token is chosen from the model's logits by ``sampling`` alone."""
         penalties = self.presence_penalty or self.frequency_penalty
         return bool(self.logit_bias or penalties or self.hook or self.constraint)
 
     @property
     def changes_logits(self) -> bool:
-        """True if some token is not chosen from the model's logits by ``sampling`` alone."""
+        """Return True if some token is not chosen from the model's logits by ``sampling`` alone."""
         return self.changes_every_step or self.min_tokens > 0
 
 
@@ -176,7 +176,7 @@ class Row:
 
     @property
     def needs_logits(self) -> bool:
-        """True if its next step must stop at the logits."""
+        """Return True if its next step must stop at the logits."""
         request = self.request
         early = request.min_tokens > self.launched
         return request.logprobs is not None or early or request.changes_every_step

@@ -54,7 +54,7 @@ class BatchChooser:
 
     @property
     def changes_logits(self) -> bool:
-        """True if processors, or end tokens that come too soon, change the latest logits."""
+        """Return True if processors, or end tokens that come too soon, change the latest logits."""
         return bool(self.processors) or self.count <= self.asked.min_new_tokens
 
     def __call__(

@@ -1,4 +1,4 @@
-"""What ``generate_batch`` takes and gives: a prompt and its settings -> a request; its answers."""
+"""Requests of ``generate_batch``: a prompt and its settings -> a request; its answers."""
 
 from __future__ import annotations
 

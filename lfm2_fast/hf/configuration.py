@@ -11,6 +11,8 @@ from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.weights import hub
+from lfm2_fast.weights.gguf_checkpoint import raw_config
+from lfm2_fast.weights.gguf_file import is_gguf, read_gguf
 
 # Defaults of transformers' Lfm2Config, which a bare ``Lfm2Config()`` has as well.
 DEFAULTS: dict[str, Any] = {
@@ -131,10 +133,11 @@ class Lfm2Config:
         ``subfolder`` are the hub's; other options change fields. Raises CheckpointError.
         """
         path, asked = Path(name), hub.hub_options(options)
-        if not path.is_file():
-            path = hub.find_checkpoint(name, weights=False, **asked) / "config.json"
+        if not path.is_file() or is_gguf(path):
+            path = hub.find_checkpoint(name, weights=False, **asked)
+            path = path if path.is_file() else path / "config.json"
         options = {key: value for key, value in options.items() if key not in asked}
-        raw = read_json(path)
+        raw = raw_config(read_gguf(path)) if is_gguf(path) else read_json(path)
         Config.from_dict(raw, str(path))
         return cls.from_dict(raw, **{"name_or_path": os.fspath(name), **options})
 

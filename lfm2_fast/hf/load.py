@@ -25,6 +25,7 @@ def load(
     force_download: bool = False,
     subfolder: str = "",
     variant: str | None = None,
+    gguf_file: str | None = None,
     max_length: int | None = None,
     backend: str = "auto",
     quantization: str | None = None,
@@ -43,12 +44,13 @@ def load(
     device if there is one, else the CPU. ``dtype`` "auto" means the checkpoint's own; names like
     "bfloat16" are taken too. ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and
     ``force_download`` go to the hub. ``subfolder`` is the checkpoint's folder inside of ``model``,
-    ``variant`` a word in the names of its weights. ``max_length`` bounds the context in tokens
-    (default: the model's limit). ``backend`` chooses the bodies of the operations, see
-    ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the matrices 8-bit integers while they
-    are loaded, about half of bfloat16's memory. "int4" makes them GGUF's Q4_0, embedding and head
-    int8, about a third; a GPU has no bodies for it yet and holds those matrices dense. None takes
-    them as they are stored. ``config`` replaces the checkpoint's config.json,
+    ``variant`` a word in the names of its weights, ``gguf_file`` a GGUF file there; a path to
+    one may stand for ``model`` too. ``max_length`` bounds the context in tokens (default: the
+    model's limit). ``backend`` chooses the bodies of the operations, see
+    ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the matrices 8-bit integers while
+    they are loaded, about half of bfloat16's memory. "int4" makes them GGUF's Q4_0, embedding
+    and head int8, about a third; a GPU has no bodies for it yet and holds those matrices dense.
+    None takes them as they are stored. ``config`` replaces the checkpoint's config.json,
     ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
@@ -80,6 +82,7 @@ def load(
             "force_download": force_download,
             "subfolder": subfolder,
             "variant": variant,
+            "gguf_file": gguf_file,
         },
         others=others,
     )

@@ -40,7 +40,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_mismatched_sizes": ((False,), "every tensor must fit the config"),
     "output_loading_info": ((False,), "load() raises for what does not fit"),
     "state_dict": ((), "use lfm2_fast.from_transformers(model) for weights in memory"),
-    "gguf_file": ((), "this version reads safetensors only"),
     "from_tf": ((False,), "lfm2_fast reads safetensors only"),
     "from_flax": ((False,), "lfm2_fast reads safetensors only"),
     "proxies": ((), "set the environment variable HTTPS_PROXY"),

@@ -15,9 +15,10 @@ from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
-from lfm2_fast.weights import checkpoint, hub
+from lfm2_fast.weights import checkpoint, gguf_checkpoint, hub
 from lfm2_fast.weights.formats import FORMATS
 from lfm2_fast.weights.fusion import widen_for
+from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 
 Device = str | int | torch.device
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -43,7 +44,12 @@ def load_as(
     # What is noted on the config below is the model's, not the caller's.
     given = None if config is None else copy.deepcopy(Lfm2Config.of(config))
     folder = hub.find_checkpoint(model, **hub_options)
-    if given is None:
+    file = read_gguf(folder) if folder.is_file() else None
+    if file is not None:
+        raw = gguf_checkpoint.raw_config(file)
+        inner = Config.from_dict(raw, str(file.path)) if given is None else given.to_internal()
+        given = given or Lfm2Config.from_dict(raw)
+    elif given is None:
         path = folder / "config.json"
         _refuse_an_adapter(folder)
         raw = read_json(path)
@@ -54,16 +60,27 @@ def load_as(
     given.name_or_path = os.fspath(model)
     if named is None and inner.dtype is not None:
         named = _dtype(inner.dtype)
-    inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
+    if file is not None:
+        inner = gguf_checkpoint.held(file, inner)
+        gguf_checkpoint.check_quantization(file, inner, options["quantization"])
+        weights = gguf_checkpoint.load_weights(
+            file,
+            inner,
+            device=where,
+            dtype=named or torch.bfloat16,
+            quantization=options["quantization"],
+        )
+    else:
+        inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
+        weights = checkpoint.load_weights(
+            folder,
+            inner,
+            device=where,
+            dtype=named,
+            quantization=options["quantization"],
+            variant=hub_options.get("variant"),
+        )
     given.tie_word_embeddings = inner.tie_word_embeddings
-    weights = checkpoint.load_weights(
-        folder,
-        inner,
-        device=where,
-        dtype=named,
-        quantization=options["quantization"],
-        variant=hub_options.get("variant"),
-    )
     inner = replace(inner, quantization=inner.quantization or options["quantization"])
     inner = widen_for(where, inner, weights)
     if inner.quantization is not None:
@@ -74,7 +91,7 @@ def load_as(
         internal=inner,
         backend=options["backend"],
         max_length=options["max_length"],
-        generation_config=generation_config or _generation_config(folder, inner),
+        generation_config=generation_config or _generation_config(folder, file, inner),
         name_or_path=os.fspath(model),
     )
     if options["device_map"] is not None:
@@ -170,8 +187,10 @@ def _whole(device_map: Device | Mapping[str, Device]) -> Device:
     return device_map[""]
 
 
-def _generation_config(folder: Path, config: Config) -> dict[str, Any]:
+def _generation_config(folder: Path, file: GGUFFile | None, config: Config) -> dict[str, Any]:
     """The checkpoint's own, or, as Hugging Face does, the special tokens of its config."""
+    if file is not None:
+        return gguf_checkpoint.generation_config(file, config)
     path = folder / checkpoint.GENERATION_CONFIG
     if path.is_file():
         return read_json(path)

@@ -192,7 +192,7 @@ class Lfm2(nn.Module):
 
     @property
     def has_hooked_layers(self) -> bool:
-        """True if layers run a caller's Python, so that a step is run and not replayed."""
+        """Return True if layers run a caller's Python, so that a step is run and not replayed."""
         return any(is_hooked(each) or not isinstance(each, Block) for each in self.layers)
 
     def check_hooks(self) -> None:

@@ -65,7 +65,7 @@ class Ops:
 
     @property
     def uses_graphs(self) -> bool:
-        """True if decode steps are captured or recorded."""
+        """Return True if decode steps are captured or recorded."""
         return self.captures or self.cpu_graph_rows > 0
 
     @property

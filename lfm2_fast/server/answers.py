@@ -48,7 +48,7 @@ class Answers:
 
     @property
     def done(self) -> bool:
-        """True if every choice has ended."""
+        """Return True if every choice has ended."""
         return all(choice.done for choice in self.choices.values())
 
     async def next(self) -> list[Part]:

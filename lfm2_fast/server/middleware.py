@@ -1,4 +1,4 @@
-"""What every request goes through: its id, the access log, bounds of the body, the API key."""
+"""Middleware of every request: its id, the access log, bounds of the body, the API key."""
 
 from __future__ import annotations
 

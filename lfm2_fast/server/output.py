@@ -147,7 +147,7 @@ class Choice:
 
     @property
     def done(self) -> bool:
-        """True if it has ended."""
+        """Return True if it has ended."""
         return self.reason is not None
 
     def take(self, events: Iterable[Event]) -> Part:

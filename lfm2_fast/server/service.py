@@ -49,7 +49,7 @@ NO_VARIABLES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a service is told beside its model.
+    """Settings of a service, beside its model.
 
     ``names`` are those that clients may ask for, the first being the one that answers carry.
     ``seconds`` bounds a request, ``max_body`` its bytes. Whoever has no key of ``api_keys`` is

@@ -87,6 +87,6 @@ class Splitter:
         return [Segment(self.kind, shown, first)]
 
     def _overlap(self, marker: str) -> int:
-        """How much of the marker's beginning the held text ends with."""
+        """Length of the marker's beginning that the held text ends with."""
         longest = min(len(marker) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(marker[:n])), 0)

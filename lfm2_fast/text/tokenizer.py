@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config
 from lfm2_fast.weights import hub
+from lfm2_fast.weights.gguf_checkpoint import raw_config
+from lfm2_fast.weights.gguf_file import read_gguf
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,6 +27,8 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     folder = hub.find_checkpoint(name, weights=False, also=TOKENIZER_FILES, **options)
+    if folder.is_file():
+        return _from_gguf(folder)
     Config.from_file(folder / "config.json")
     if not (folder / TOKENIZER_FILES[0]).is_file():
         raise CheckpointError(
@@ -35,3 +40,21 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason})") from error
+
+
+def _from_gguf(path: Path) -> Any:
+    """Return the tokenizer of a GGUF file, with its chat template, as transformers builds it."""
+    from transformers import AutoTokenizer
+
+    # Transformers' reader trusts the file; this one has checked it.
+    file = read_gguf(path)
+    Config.from_dict(raw_config(file), str(path))
+    if not file.metadata.get("tokenizer.ggml.tokens"):
+        raise CheckpointError(f"{path} holds no tokenizer; take one that llama.cpp converted")
+    try:
+        return AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"the tokenizer in {path} cannot be loaded ({reason})") from error

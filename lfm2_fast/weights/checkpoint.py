@@ -8,11 +8,11 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,12 +86,37 @@ def load_weights(
     if dtype is None:
         dtype = FLOATS[found[table[dtype_tensor(table)].parts[0].name].dtype]
     wanted = replace(config, quantization=config.quantization or quantization)
-    formats = formats_of(wanted)
+    return fill_table(table, wanted, found, device=device, dtype=dtype)
+
+
+class Source(Protocol):
+    """A stored tensor, as ``fill_table`` reads it."""
+
+    def fill(self, target: Format, places: Sequence[torch.Tensor]) -> None:
+        """Fill the parts ``places`` of the ``target`` format."""
+
+    def copy_to(self, place: torch.Tensor) -> None:
+        """Copy the values into ``place``."""
+
+
+def fill_table(
+    table: Mapping[str, Fused],
+    config: Config,
+    found: Mapping[str, Source],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Return our fused tensors on ``device``, read from what is ``found`` by Hugging Face's names.
+
+    Dense matrices of ``table`` become what ``config`` wants; all others are copied.
+    """
+    formats = formats_of(config)
     weights = {}
     with _progress(table.items()) as tensors:
         for name, fused in tensors:
             target = formats[name] if fused.is_matrix else DENSE
-            converts = fused.is_matrix and config.quantization is None and target is not DENSE
+            converts = fused.is_matrix and fused.format is DENSE and target is not DENSE
             parts = target.parts(fused.shape) if converts else {"": (fused.shape, fused.dtype)}
             made = {
                 name + suffix: _empty(shape, own or dtype, device)
@@ -101,12 +126,13 @@ def load_weights(
             for part in fused.parts:
                 places = [tensor[first : first + part.rows] for tensor in made.values()]
                 if converts:
-                    _quantize(found[part.name], target, places)
+                    found[part.name].fill(target, places)
+                    _trim()
                 else:
-                    places[0].copy_(found[part.name].read().reshape(places[0].shape))
+                    found[part.name].copy_to(places[0])
                 first += part.rows
             weights.update(made)
-    interleave(wanted, weights)
+    interleave(config, weights)
     return weights
 
 
@@ -239,6 +265,14 @@ class _Stored:
         with _readable(self.path):
             return _open(self.path).get_tensor(self.name)
 
+    def copy_to(self, place: torch.Tensor) -> None:
+        """Copy the values into ``place``."""
+        place.copy_(self.read().reshape(place.shape))
+
+    def fill(self, target: Format, places: Sequence[torch.Tensor]) -> None:
+        """Fill the parts ``places`` of the ``target`` format, some rows at a time."""
+        target.fill(places, self.blocks(max(1, BLOCK // self.shape[1])))
+
     def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """So many rows at a time, each with its place."""
         with _readable(self.path):
@@ -273,7 +307,7 @@ def _open_tensors(folder: Path, whole: str, listing: str) -> dict[str, _Stored]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {_listed(missing)}, which {listing} names; {FETCH_AGAIN}"
+                f"{folder} lacks {listed(missing)}, which {listing} names; {FETCH_AGAIN}"
             )
     else:
         raise CheckpointError(
@@ -316,7 +350,7 @@ def _check_tensors(
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {_listed(missing)}, which its config.json asks for; the checkpoint "
+            f"{folder} lacks {listed(missing)}, which its config.json asks for; the checkpoint "
             "is incomplete or its config belongs to another one"
         )
     # A tied head is sometimes stored all the same; ``with_stored_head`` has compared it.
@@ -325,7 +359,7 @@ def _check_tensors(
     if unexpected:
         where = found[unexpected[0]].path
         raise CheckpointError(
-            f"{where} holds {_listed(unexpected)}, which an LFM2 of this config does not have; "
+            f"{where} holds {listed(unexpected)}, which an LFM2 of this config does not have; "
             "its config belongs to another checkpoint, or an adapter was saved with it"
         )
     for name, (part, fused) in wanted.items():
@@ -344,14 +378,13 @@ def _check_tensors(
             )
 
 
-def _quantize(stored: _Stored, target: Format, places: list[torch.Tensor]) -> None:
-    """Fill the parts ``places`` of the ``target`` format from a tensor, some rows at a time."""
-    target.fill(places, stored.blocks(max(1, BLOCK // stored.shape[1])))
-    # glibc keeps what was freed, and would come to keep gigabytes; other C libraries lack this.
+def _trim() -> None:
+    """Give back what was freed: glibc would come to keep gigabytes; other C libraries lack this."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return some names in words: the first three, and how many more there are."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

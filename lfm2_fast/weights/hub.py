@@ -11,6 +11,7 @@ from typing import Any
 from lfm2_fast.config import CheckpointError, Config
 from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards, variant_of
 from lfm2_fast.weights.formats import find_format
+from lfm2_fast.weights.gguf_file import SPLIT, is_gguf, parts_of_split, split_name
 
 # Options of ``find_checkpoint`` that say where on the hub a checkpoint is, and how it comes.
 HUB_OPTIONS = (
@@ -21,6 +22,7 @@ HUB_OPTIONS = (
     "force_download",
     "subfolder",
     "variant",
+    "gguf_file",
 )
 
 
@@ -39,10 +41,15 @@ def find_checkpoint(
     force_download: bool = False,
     subfolder: str = "",
     variant: str | None = None,
+    gguf_file: str | None = None,
     weights: bool = True,
     also: Sequence[str] = (),
 ) -> Path:
     """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
+
+    Of a GGUF checkpoint it is the file: ``model`` itself, ``gguf_file`` in the folder ``model`` or
+    on the hub, or the only one of a folder that has no config.json. Of a file that was split, the
+    first part is returned, and all are there.
 
     The config comes first and is checked before gigabytes follow; then only the generation config,
     the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
@@ -57,15 +64,31 @@ def find_checkpoint(
         folder /= subfolder
         if not folder.is_dir():
             raise CheckpointError(f"there is no folder {folder}; check subfolder={subfolder!r}")
-        return folder
+        return _gguf_in(folder, gguf_file) or folder
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json")
+        if not is_gguf(folder):
+            raise CheckpointError(
+                f"{folder} is a file; give the folder that holds config.json, or a GGUF file"
+            )
+        return parts_of_split(folder)[0]
     name = os.fspath(model)
     # Whatever cannot be OWNER/NAME was meant as a path.
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or os.sep != "/" and os.sep in name:
         raise CheckpointError(
             f"there is no folder {name!r}; give a checkpoint folder or a hub id like "
             "'LiquidAI/LFM2-1.2B'"
+        )
+    if gguf_file is not None:
+        return _download_gguf(
+            name,
+            f"{subfolder}/{gguf_file}" if subfolder else gguf_file,
+            {
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "token": token,
+                "local_files_only": local_files_only,
+                "force_download": force_download,
+            },
         )
     return _download(
         name,
@@ -79,6 +102,46 @@ def find_checkpoint(
         weights=weights,
         also=also,
     )
+
+
+def _gguf_in(folder: Path, name: str | None) -> Path | None:
+    """Return the GGUF file that ``folder`` is to be loaded from, or None where it is safetensors.
+
+    Raises CheckpointError where ``name`` is not there, and where one of several must be named.
+    """
+    if name is not None:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no file {name!r}; check gguf_file")
+        return parts_of_split(folder / name)[0]
+    if (folder / "config.json").is_file():
+        return None
+    firsts = sorted({parts_of_split(path)[0] for path in folder.glob("*.gguf")})
+    if len(firsts) > 1:
+        names = ", ".join(path.name for path in firsts)
+        raise CheckpointError(f"{folder} has {len(firsts)} GGUF files: name one of {names}")
+    return firsts[0] if firsts else None
+
+
+def _download_gguf(repo: str, name: str, options: Mapping[str, Any]) -> Path:
+    """Return a GGUF file of a repository in the hub's cache, with all parts of a split one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = SPLIT.fullmatch(name)
+    names = [name]
+    if found is not None:
+        names = [split_name(found[1], i, int(found[3])) for i in range(int(found[3]))]
+    paths = []
+    for each in names:
+        try:
+            paths.append(Path(hf_hub_download(repo, each, **options)))
+        except LocalEntryNotFoundError as error:
+            raise _explained(repo, options["revision"], each, error) from error
+        except EntryNotFoundError as error:
+            raise CheckpointError(f"{repo} on the hub has no {each}; check gguf_file") from error
+        except Exception as error:
+            raise _explained(repo, options["revision"], each, error) from error
+    return paths[0]
 
 
 def _download(

@@ -41,7 +41,8 @@ def take_rows(part: torch.Tensor, unit: int, places: torch.Tensor) -> torch.Tens
     lanes = (count - first).clamp(max=LANES)
     steps = torch.arange(width, device=part.device)
     at = (first * width + places % LANES)[:, None] + steps * lanes[:, None]
-    return units.flatten()[at].view(part.dtype)
+    # index_select, unlike an index in brackets, can be recorded as part of a step.
+    return units.flatten().index_select(0, at.flatten()).view(at.shape).view(part.dtype)
 
 
 def _blocks(part: torch.Tensor, unit: int) -> Iterator[tuple[torch.Tensor, int]]:

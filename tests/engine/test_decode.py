@@ -567,7 +567,7 @@ def test_progress_is_told(plain, monkeypatch) -> None:
         def close(self) -> None:
             told.append(0)
 
-    monkeypatch.setattr(generate_loop, "_progress", lambda rows: told.append(rows) or Bar())
+    monkeypatch.setattr(generate_loop, "progress_bar", lambda rows: told.append(rows) or Bar())
     plain.generate(PROMPTS, max_new_tokens=3, max_batch_size=2)
     assert told == [5, 1, 1, 1, 1, 1, 0]
 

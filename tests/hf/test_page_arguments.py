@@ -66,8 +66,10 @@ def test_load(tiny: Path, inner: Path) -> None:
         return [model.dtype, model.device, *shown, *exact]
 
     trials = load_trials(tiny, inner)
-    # Theirs need the packages accelerate and bitsandbytes; tests/hf/test_load_args.py has ours.
-    assert names(LOAD, "same") == trials.keys() | {"device_map", "quantization_config"}
+    # Theirs need the packages accelerate and bitsandbytes; tests/hf/test_load_args.py has ours, and
+    # tests/weights/test_gguf_checkpoint.py those of gguf_file.
+    elsewhere = {"device_map", "quantization_config", "gguf_file"}
+    assert names(LOAD, "same") == trials.keys() | elsewhere
     plain = facts(Lfm2ForCausalLM, {})
     of_the_hub = {"cache_dir", "force_download", "local_files_only", "token", "revision"}
     for name, given in trials.items():

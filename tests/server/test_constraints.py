@@ -58,7 +58,9 @@ FIELDS: list[tuple[dict[str, Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "fits"), FIELDS, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("fields", "fits"), FIELDS, ids=lambda value: getattr(value, "__name__", str(value)[:50])
+)
 def test_a_reply_is_what_its_grammar_says(client, fields: dict[str, Any], fits: Any) -> None:
     body = client.chat(**fields, max_tokens=60).body
     choice = body["choices"][0]

@@ -202,7 +202,8 @@ def test_any_text_gives_calls_or_text(text: str) -> None:
     for calls, rest in (read_calls(text), read_xml_calls(text)):
         assert all(isinstance(json.loads(each.arguments), dict) for each in calls)
         assert all(part.strip() for part in rest)
-        if text.strip(" \n[]") and not text.strip().startswith("["):
+        # Commas only part the calls of a list.
+        if text.strip(" \n[],") and not text.strip().startswith("["):
             assert calls or rest
 
 
