@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lfm2_fast.text.literals import LiteralError, LiteralReader
@@ -197,13 +198,15 @@ PIECES = st.sampled_from(
 )
 
 
+@example("\x1f")
+@example(", \x1f,")
 @given(st.lists(PIECES, max_size=30).map("".join) | st.text(max_size=30))
 def test_any_text_gives_calls_or_text(text: str) -> None:
     for calls, rest in (read_calls(text), read_xml_calls(text)):
         assert all(isinstance(json.loads(each.arguments), dict) for each in calls)
         assert all(part.strip() for part in rest)
-        # Commas only part the calls of a list.
-        if text.strip(" \n[],") and not text.strip().startswith("["):
+        # Commas only part the calls of a list, and so does any white space.
+        if re.sub(r"[\s\[\],]", "", text) and not text.strip().startswith("["):
             assert calls or rest
 
 
