@@ -21,8 +21,11 @@ class Constraint(Protocol):
     def prepare(self, written: Sequence[int]) -> None:
         """Begin to work out what may follow the new tokens ``written``; the model may run now."""
 
-    def apply(self, written: Sequence[int], logits: torch.Tensor) -> None:
-        """Set ``logits [V]`` float32 to -inf for what may not follow ``written``."""
+    def allowed(self, written: Sequence[int]) -> torch.Tensor | None:
+        """Return a bit for each token that may follow ``written``, None if all may.
+
+        Token ``i`` is bit ``i % 32`` of word ``i // 32``, of ``[ceil(V / 32)]`` int32 on the host.
+        """
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,8 @@ class Grammar:
 
     def __call__(self) -> GrammarMask:
         compiler = self.compiler
-        return GrammarMask(self.matcher.deep_copy(), self.phases, compiler.pool)
+        matcher = self.matcher.deep_copy()
+        return GrammarMask(matcher, self.phases, compiler.pool, compiler.vocab_size)
 
     def for_reply(self, prompt_ids: Sequence[int], *, may_think: bool = False) -> Grammar:
         """Return this grammar for the reply to a prompt.

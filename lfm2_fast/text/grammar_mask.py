@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,11 +33,14 @@ class Phases:
 class GrammarMask:
     """The mask of one continuation; its state follows from the tokens that were written.
 
-    ``prepare`` has a thread of ``pool`` compute what may follow, and ``apply`` waits for it.
+    ``prepare`` has a thread of ``pool`` compute what may follow, and ``allowed`` waits for it.
     """
 
-    def __init__(self, matcher: Any, phases: Phases, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, matcher: Any, phases: Phases, pool: ThreadPoolExecutor, vocab_size: int
+    ) -> None:
         self._matcher, self._phases, self._pool = matcher, phases, pool
+        self._words = (vocab_size + 31) // 32
         self._begin()
 
     def _begin(self) -> None:
@@ -49,7 +51,7 @@ class GrammarMask:
         self._waits = self._phases.start is not None
         self._ended = False
         self._fed: list[int] = []
-        self._bias: Future[bytes] | None = None
+        self._mask: Future[torch.Tensor] | None = None
 
     def prepare(self, written: Sequence[int]) -> None:
         """Begin to compute what may follow the new tokens ``written``, if it is not known."""
@@ -60,25 +62,28 @@ class GrammarMask:
         for token in written[max(self._read, 0) :]:
             self._follow(token)
         self._read = len(written)
-        self._bias = None
+        self._mask = None
         if self._closer is None and not self._waits:
             fed, self._fed = self._fed, []
-            self._bias = self._pool.submit(self._computed, fed)
+            self._mask = self._pool.submit(self._computed, fed)
 
-    def apply(self, written: Sequence[int], logits: torch.Tensor) -> None:
-        """Set ``logits [V]`` to -inf for the tokens that may not follow ``written``.
+    def allowed(self, written: Sequence[int]) -> torch.Tensor | None:
+        """Return a bit for each token that may follow ``written``, None if all may.
 
         Raises GrammarError where the grammar cannot say which may.
         """
         self.prepare(written)
-        if self._bias is not None:
-            told = bytearray(self._bias.result())
+        if self._mask is not None:
+            mask = self._mask.result()
             for opener in self._openers:
-                told[opener] = 1
-            allowed = torch.frombuffer(told, dtype=torch.uint8).to(logits.device)
-            logits.masked_fill_(allowed == 0, -math.inf)
-        elif self._ended and not self._phases.again and self._phases.start is not None:
-            logits[self._phases.start] = -math.inf
+                mask[opener // 32] |= _bit(opener)
+            return mask
+        start = self._phases.start
+        if start is None or self._phases.again or not self._ended:
+            return None
+        mask = torch.full((self._words,), -1, dtype=torch.int32)
+        mask[start // 32] &= ~_bit(start)
+        return mask
 
     def _follow(self, token: int) -> None:
         """Go on to the phase behind a token."""
@@ -100,13 +105,20 @@ class GrammarMask:
         else:
             self._fed.append(token)
 
-    def _computed(self, tokens: list[int]) -> bytes:
+    def _computed(self, tokens: list[int]) -> torch.Tensor:
         matcher = self._matcher
         for token in tokens:
             # Behind the end of a reply there are ends alone.
             if not matcher.is_stopped():
                 matcher.consume_token(token)
-        bias: bytes = matcher.compute_logit_bias()
+        mask = torch.empty(self._words, dtype=torch.int32)
+        matcher.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot go on: {matcher.get_error().strip()[:500]}")
-        return bias
+        return mask
+
+
+def _bit(token: int) -> int:
+    """Return a token's bit of its word, as an int32."""
+    bit = 1 << token % 32
+    return bit - (1 << 32) if bit == 1 << 31 else bit
