@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from lfm2_fast.engine.engine import Engine
@@ -13,9 +14,9 @@ from lfm2_fast.engine.request import Event, Request
 
 T = TypeVar("T")
 # Events, an error that ends them, or None, which only wakes whoever waits.
-Events = asyncio.Queue["Event | BaseException | None"]
+EventQueue = asyncio.Queue["Event | BaseException | None"]
 # A coroutine's loop, and its queue.
-Consumer = tuple[asyncio.AbstractEventLoop, Events]
+Consumer = tuple[asyncio.AbstractEventLoop, EventQueue]
 
 
 class EngineStopped(RuntimeError):
@@ -28,7 +29,9 @@ class Stream:
     ``close`` it in the end, which cancels what has not ended. One coroutine uses it.
     """
 
-    def __init__(self, engine: AsyncEngine, ids: Sequence[int], left: int, events: Events) -> None:
+    def __init__(
+        self, engine: AsyncEngine, ids: Sequence[int], left: int, events: EventQueue
+    ) -> None:
         self.ids = tuple(ids)
         self._engine, self._left, self._events = engine, left, events
 
@@ -118,7 +121,7 @@ class AsyncEngine:
         Raises what ``Engine.add`` raises for any of them, with none taken, and EngineStopped.
         """
         loop = asyncio.get_running_loop()
-        events: Events = asyncio.Queue()
+        events: EventQueue = asyncio.Queue()
         added: asyncio.Future[list[int]] = loop.create_future()
         consumer: Consumer = (loop, events)
         self._tell(lambda: self._add(requests, consumer, added), adding=(added, consumer))
@@ -158,10 +161,8 @@ class AsyncEngine:
 
     def cancel(self, id: int, index: int | None = None) -> None:
         """End a request, or one of its continuations, whose last events say so."""
-        try:
+        with suppress(EngineStopped):
             self._tell(lambda: self.engine.cancel(id, index))
-        except EngineStopped:
-            return
 
     def forget(self, ids: Sequence[int]) -> None:
         """End requests whose consumer has gone: it gets no more events."""
@@ -171,10 +172,8 @@ class AsyncEngine:
                 self._consumers.pop(id, None)
                 self.engine.cancel(id)
 
-        try:
+        with suppress(EngineStopped):
             self._tell(cancel)
-        except EngineStopped:
-            return
 
     def close(self) -> None:
         """End all requests and the thread, and give the engine's memory back.
@@ -265,7 +264,7 @@ class AsyncEngine:
 
     def _hand_out(self, events: list[Event]) -> None:
         """Give each consumer its events, and wake a loop once for all of its consumers."""
-        given: dict[asyncio.AbstractEventLoop, list[tuple[Events, Event]]] = {}
+        given: dict[asyncio.AbstractEventLoop, list[tuple[EventQueue, Event]]] = {}
         for event in events:
             consumer = self._consumers.get(event.id)
             if consumer is not None:
@@ -294,7 +293,7 @@ class AsyncEngine:
             return
 
 
-def _put(pairs: list[tuple[Events, Event]]) -> None:
+def _put(pairs: list[tuple[EventQueue, Event]]) -> None:
     for events, event in pairs:
         events.put_nowait(event)
 

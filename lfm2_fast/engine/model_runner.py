@@ -147,7 +147,8 @@ class ModelRunner:
         # A captured prompt knows no end but its own, and gives no logits but the last.
         held = [cache.lengths[slot] - again for slot, again in zip(slots, replays, strict=True)]
         own = [start + n for start, n in zip(held, counts, strict=True)]
-        free = own == list(ends) or not model.config.rope_follows_length
+        ended = [i for i, (at, end) in enumerate(zip(own, ends, strict=True)) if at == end]
+        free = bool(ended) or not model.config.rope_follows_length
         alone = len(chunks) == 1 and free and not every and not self.hooked
         prompt = CapturedPrompt.of(model, self.buffers, total) if alone else None
         device = model.device if prompt is None else "cpu"
@@ -156,7 +157,6 @@ class ModelRunner:
             packed = on_device(
                 [token for chunk in chunks for token in chunk], torch.int64, model.device
             )
-            ended = [i for i, (at, end) in enumerate(zip(own, ends, strict=True)) if at == end]
             rows = None if every or batch.max_query == 1 else batch.last_rows
             if not every and len(ended) < len(chunks):
                 rows = batch.last_rows[on_device(ended, torch.int64, model.device)]
@@ -167,6 +167,6 @@ class ModelRunner:
             write_from = start + replays[0]
             prompt.prefill(model, cache, self.buffers, chunks[0], slots[0], start, write_from)
             cache.commit_batch(batch)
-            logits = prompt.logits.clone() if own == list(ends) else prompt.logits[:0]
+            logits = prompt.logits[: len(ended)].clone()
         cache.record_tokens(batch, chunks)
         return logits

@@ -59,18 +59,13 @@ class Scheduler:
         if not rests:
             return []
         prompts = len(rests) + len(self.waiting)
-        patience = min(max(prompts / max(decoding, 1), 1.0), MOST_PATIENCE)
-        if self.chunk is not None:
-            room = self.chunk
-        else:
-            room = self._room(rests[0][0], patience) if decoding else MOST
+        room = self._room(rests[0][0], decoding, prompts)
         short = [(row, rest) for row, rest in rests if rest <= room]
         long = [(row, rest) for row, rest in rests if rest > room]
         if long and (not short or not self._long_was_last):
             self._long_was_last = True
             row = long[0][0]
-            bounded = decoding and self.chunk is None
-            return [(row, self._room(row, patience) if bounded else room)]
+            return [(row, self._room(row, decoding, prompts))]
         self._long_was_last = False
         chosen = []
         for row, rest in short:
@@ -92,11 +87,16 @@ class Scheduler:
             if row in self.prefilling:
                 self._costs[row] = self._cost
 
-    def _room(self, row: Row, patience: float) -> int:
-        """Return the tokens that a row's prompt runs in the seconds of a chunk."""
+    def _room(self, row: Row, decoding: int, prompts: int) -> int:
+        """Return the most tokens of a chunk of a row's prompt, while ``prompts`` wait to run."""
+        if self.chunk is not None:
+            return self.chunk
+        if not decoding:
+            return MOST
         cost = self._costs.get(row, self._cost)
         if cost is None:
             return self.first
+        patience = min(max(prompts / decoding, 1.0), MOST_PATIENCE)
         room = int(self.seconds * patience / max(cost, 1e-9))
         room = room // PAGE_SIZE * PAGE_SIZE if room >= PAGE_SIZE else room
         return min(max(room, LEAST), MOST)
