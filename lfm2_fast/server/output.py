@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lfm2_fast.engine.request import Event, LogProbs
 from lfm2_fast.server.errors import ApiError, of_engine
+from lfm2_fast.text.markers import overlap
 from lfm2_fast.text.reply_parser import Delta
 from lfm2_fast.text.token_stream import TokenDecoder
 
@@ -64,7 +65,7 @@ class StopText:
             self.found = True
             passed, self._held = self._held[: end if self._keep else begin], ""
             return passed
-        held = max(_overlap(self._held, stop) for stop in self._stops)
+        held = max(overlap(self._held, stop) for stop in self._stops)
         whole = len(self._held) - held
         passed, self._held = self._held[:whole], self._held[whole:]
         return passed
@@ -73,12 +74,6 @@ class StopText:
         """Return what was held back: it was no stop string after all."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return how much of the string's beginning the text ends with."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass

@@ -14,6 +14,12 @@ XML_PAIR = ("<tool_call>", "</tool_call>")
 TURN = "<|im_start|>"
 
 
+def overlap(text: str, marker: str) -> int:
+    """Return how many characters of the marker's beginning the text ends with, but for all."""
+    longest = min(len(marker) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
+
+
 class Marker(NamedTuple):
     """A marker's text, its token if it is one, and its part: ``partner`` names its pair."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lfm2_fast.text.literals import LiteralError, LiteralReader
+from lfm2_fast.text.markers import CALL_PAIR
 from lfm2_fast.text.tool_calls import written_calls
 
 ROLES = {"developer": "system"}
@@ -50,7 +51,7 @@ def _normalized(message: Mapping[str, Any], at: int, template: str | None) -> di
     if template is not None and "tool_calls" not in template:
         functions = [each["function"] for each in made["tool_calls"]]
         pairs = [(function["name"], function["arguments"]) for function in functions]
-        written = f"<|tool_call_start|>{written_calls(pairs)}<|tool_call_end|>"
+        written = f"{CALL_PAIR[0]}{written_calls(pairs)}{CALL_PAIR[1]}"
         made["content"] = f"{written}{made['content']}"
     return made
 

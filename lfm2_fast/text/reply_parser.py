@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lfm2_fast.text.markers import Marker, markers_of, open_passage, writes_xml
+from lfm2_fast.text.markers import Marker, markers_of, open_passage, overlap, writes_xml
 from lfm2_fast.text.token_stream import TokenDecoder
 from lfm2_fast.text.tool_calls import Call, read_calls
 from lfm2_fast.text.xml_calls import read_xml_calls
@@ -132,7 +132,7 @@ class ReplyParser:
             before, self._text = self._text[: found.start()], self._text[found.end() :]
             yield from self._pass(before)
             yield from self._mark(self._spelled[found[0]])
-        held = 0 if last else max((_overlap(self._text, m) for m in self._spelled), default=0)
+        held = 0 if last else max((overlap(self._text, m) for m in self._spelled), default=0)
         whole = self._text[: len(self._text) - held]
         self._text = self._text[len(whole) :]
         yield from self._pass(whole)
@@ -214,10 +214,6 @@ class ReplyParser:
         return Delta("tool_call", "", place, self._new_id(), call.name, call.arguments)
 
 
-def _may_be_bare(text: str) -> bool:
-    return bool(_BARE.match(text) or _MAY_BE_BARE.fullmatch(text))
-
-
 def _schemas(functions: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     schemas = {}
     for tool in functions:
@@ -225,12 +221,6 @@ def _schemas(functions: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, A
         if isinstance(function, Mapping) and isinstance(function.get("parameters"), Mapping):
             schemas[str(function.get("name"))] = function["parameters"]
     return schemas
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Return how much of the marker's beginning the text ends with."""
-    longest = min(len(marker) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
 def _merged(deltas: Sequence[Delta]) -> list[Delta]:

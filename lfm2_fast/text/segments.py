@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from lfm2_fast.text.markers import CALL_PAIR, THINKING_PAIRS, overlap
+
 Kind = Literal["answer", "thinking", "tool call"]
 ANSWER: Kind = "answer"
 
 # Opening marker -> what closes it, and what stands between. Thinking can only begin a text, and
 # tool calls stand in the answer: where another passage mentions a marker, it is text.
 PASSAGES: dict[str, tuple[str, Kind]] = {
-    "<think>": ("</think>", "thinking"),
-    "<|cot_start|>": ("<|cot_end|>", "thinking"),
-    "<|tool_call_start|>": ("<|tool_call_end|>", "tool call"),
+    **{opener: (closer, "thinking") for opener, closer in THINKING_PAIRS},
+    CALL_PAIR[0]: (CALL_PAIR[1], "tool call"),
 }
-TOOL_CALL = "<|tool_call_start|>"
-THINKING = tuple(opener for opener, (_, kind) in PASSAGES.items() if kind == "thinking")
+TOOL_CALL = CALL_PAIR[0]
+THINKING = tuple(opener for opener, _ in THINKING_PAIRS)
 MARKERS = frozenset(PASSAGES) | {closer for closer, _ in PASSAGES.values()}
 
 
@@ -60,7 +61,7 @@ class Splitter:
             if self._begun and marker == self.closer:
                 segments.append(Segment(self.kind, "", False, last=True))
             self._turn(marker if marker in PASSAGES else None, self._held[at + len(marker) :])
-        whole = len(self._held) - self._overlap(marker)
+        whole = len(self._held) - overlap(self._held, marker)
         segments += self._passed(self._held[:whole])
         self._held = self._held[whole:]
         return segments
@@ -85,8 +86,3 @@ class Splitter:
             return []
         first, self._begun = not self._begun, True
         return [Segment(self.kind, shown, first)]
-
-    def _overlap(self, marker: str) -> int:
-        """Length of the marker's beginning that the held text ends with."""
-        longest = min(len(marker) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(marker[:n])), 0)

@@ -80,14 +80,11 @@ class TokenStream:
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self.ids: list[int] = []
         self.text = ""
         self.timing = Timing()
         self._write = write
-        self._backend = tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._decoder = TokenDecoder(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self._dropped = {i for i, t in added if t.special and t.content not in MARKERS}
 
@@ -96,13 +93,11 @@ class TokenStream:
         self.timing.tick()
         self.ids.append(token)
         if token not in self._dropped:
-            self._pass(self._decoder.step(self._backend, token) or "")
+            self._pass(self._decoder.put(token))
 
     def end(self) -> None:
         """Hand over characters that remained incomplete when the text ended."""
-        shown = [token for token in self.ids if token not in self._dropped]
-        whole = self._backend.decode(shown, skip_special_tokens=False)
-        self._pass(whole[len(self.text) :])
+        self._pass(self._decoder.end())
 
     def _pass(self, text: str) -> None:
         if text:
