@@ -14,6 +14,7 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
 from lfm2_fast.text.tokenizer import load_tokenizer
+from lfm2_fast.weights.hub import hub_options
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -75,7 +76,8 @@ def create_app(
 
     if not isinstance(model, Lfm2ForCausalLM):
         name = os.fspath(model)
-        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = load_tokenizer(name, **hub_options(loading))
         model = load(name, **loading)
     elif loading:
         raise TypeError(f"{sorted(loading)[0]} is for models that are loaded here; this one is")

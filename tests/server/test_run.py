@@ -101,6 +101,22 @@ def test_an_application_can_be_mounted(client, model) -> None:
     assert not [t for t in threading.enumerate() if t is inner.state.service.engine._thread]
 
 
+def test_the_tokenizer_is_of_the_revision_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm2_fast.server import run
+
+    class Asked(Exception):
+        pass
+
+    def asked(name: str, **options: object) -> None:
+        raise Asked(name, options)
+
+    monkeypatch.setattr(run, "load_tokenizer", asked)
+    given = {"revision": "old", "local_files_only": True}
+    with pytest.raises(Asked) as found:
+        run.create_app("owner/name", dtype="float32", **given)
+    assert found.value.args == ("owner/name", given)
+
+
 def test_a_template_of_the_callers_own(serving, model) -> None:
     tokenizer = lfm2_fast.text.tokenizer.load_tokenizer(str(model.name_or_path))
     client = serving(
