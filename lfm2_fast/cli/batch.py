@@ -24,21 +24,12 @@ def batch(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Every Nth line from the Ith on.")
     ] = "1/1",
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name that requests ask for; repeatable.")
-    ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 16,
-    max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=1, help="Bound of the context in tokens.")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
-    ] = None,
+    served_model_name: opt.ServedModelName = None,
+    max_rows: opt.MaxRows = 16,
+    max_model_len: opt.MaxModelLen = None,
+    memory: opt.Memory = None,
     preset: opt.Preset = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="File of a chat template, in place of the checkpoint's.")
-    ] = None,
+    chat_template: opt.ChatTemplate = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     backend: opt.Backend = "auto",

@@ -44,6 +44,20 @@ Quantization = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
+ServedModelName = Annotated[
+    list[str] | None, typer.Option(help="Name that requests may ask for; repeatable.")
+]
+MaxRows = Annotated[int, typer.Option(min=1, help="Texts that are written at once.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option("--max-model-len", min=1, help="Bound of the context in tokens.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="File of a chat template, in place of the checkpoint's.")
+]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
 ForceDownload = Annotated[
     bool, typer.Option("--force-download", help="Download again what the cache has.")

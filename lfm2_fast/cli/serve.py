@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,17 +28,10 @@ def serve(
         list[str] | None,
         typer.Option(envvar="LFM2_FAST_API_KEY", help="Key that clients must send; repeatable."),
     ] = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name that clients ask for; repeatable.")
-    ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 16,
-    max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=1, help="Bound of the context in tokens.")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
-    ] = None,
+    served_model_name: opt.ServedModelName = None,
+    max_rows: opt.MaxRows = 16,
+    max_model_len: opt.MaxModelLen = None,
+    memory: opt.Memory = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Texts that wait; then 503.")] = 1024,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds that a request may take.")
@@ -49,9 +41,7 @@ def serve(
         int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")
     ] = 60,
     preset: opt.Preset = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="File of a chat template, in place of the checkpoint's.")
-    ] = None,
+    chat_template: opt.ChatTemplate = None,
     cors_origins: Annotated[
         list[str] | None, typer.Option(help="Origin of web pages that may call; repeatable.")
     ] = None,
@@ -77,13 +67,10 @@ def serve(
         value = context.params[name]
         if value is True or value not in (None, False, 1):
             raise ValueError(f"--{name.replace('_', '-')} is not supported: {advice}")
-    from lfm2_fast.cli.session import summary
+    from lfm2_fast.cli.session import load_both
     from lfm2_fast.cli.terminal import Terminal
-    from lfm2_fast.hf.load import load
     from lfm2_fast.hf.loading import check_options
     from lfm2_fast.server.run import bound_socket, check_extra, create_app, run, url_of
-    from lfm2_fast.text.tokenizer import load_tokenizer
-    from lfm2_fast.weights.hub import hub_options
 
     check_extra()
     template = None if chat_template is None else opt.read_text(chat_template)
@@ -93,10 +80,7 @@ def serve(
     # Whoever else has the port is told before the weights are loaded.
     bound = bound_socket(host, port)
     with bound:
-        terminal.note(f"loading {model}")
-        tokenizer = load_tokenizer(model, **hub_options(loading))
-        loaded = load(model, **loading)
-        terminal.note(summary(loaded))
+        loaded, tokenizer = load_both(terminal, model, **loading)
         app = create_app(
             loaded,
             tokenizer=tokenizer,

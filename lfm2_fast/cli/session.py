@@ -80,12 +80,7 @@ def open_session(
         arguments["stop_strings"] = stop
     resolve_args(arguments, None, {}, vocab_size=1)
     check_options(**options)
-    terminal.note(f"loading {name}")
-    tokenizer = load_tokenizer(name, **hub_options(options))
-    if chat:
-        check_template(tokenizer, name)
-    model = load(name, **options)
-    terminal.note(summary(model))
+    model, tokenizer = load_both(terminal, name, chat=chat, **options)
     file = model.generation_defaults()
     arguments, words = sampling(name, preset=preset, file=file, given=given)
     terminal.note(f"sampling: {words}")
@@ -94,6 +89,23 @@ def open_session(
     if seed is not None:
         torch.manual_seed(seed)
     return Session(model, tokenizer, arguments)
+
+
+def load_both(
+    terminal: Terminal, name: str, *, chat: bool = False, **options: Any
+) -> tuple[Lfm2ForCausalLM, Any]:
+    """Return a checkpoint's model and tokenizer, telling what is loaded.
+
+    ``options`` go to ``load``. What the tokenizer lacks, which for ``chat`` is a template too, is
+    raised before the weights are loaded.
+    """
+    terminal.note(f"loading {name}")
+    tokenizer = load_tokenizer(name, **hub_options(options))
+    if chat:
+        check_template(tokenizer, name)
+    model = load(name, **options)
+    terminal.note(summary(model))
+    return model, tokenizer
 
 
 def summary(model: Lfm2ForCausalLM) -> str:
