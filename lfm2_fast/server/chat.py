@@ -40,14 +40,7 @@ async def start_chat(service: Service, body: ChatBody) -> Answers:
     if set(body.modalities or ()) - {"text"}:
         raise refused("modalities may have text alone", "modalities")
     constraint = await constraint_of(service, body, tools, thinks=service.thinks)
-    text = await service.chat_prompt(
-        body.messages,
-        tools=tools.shown,
-        add_generation_prompt=body.add_generation_prompt is not False
-        and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-        variables=variables_of(body),
-    )
+    text = await service.chat_prompt(body, tools.shown, variables_of(body))
     prompt = await service.tokens_of(text, special=bool(body.add_special_tokens))
 
     def parser(prompt: Sequence[int]) -> Parser:

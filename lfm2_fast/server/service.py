@@ -16,6 +16,7 @@ from lfm2_fast.server.errors import ApiError, of_engine, of_value_error, refused
 from lfm2_fast.server.metrics import Metrics
 from lfm2_fast.server.output import Choice, Parser
 from lfm2_fast.server.parameters import Asked, Defaults, seed_of, stops_of, too_long
+from lfm2_fast.server.protocol import ChatBody, TokenizeBody
 from lfm2_fast.server.token_texts import TokenTexts
 from lfm2_fast.text.grammar import GrammarCompiler
 from lfm2_fast.text.markers import THINKING_PAIRS, template_of
@@ -140,14 +141,14 @@ class Service:
 
     async def chat_prompt(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
+        body: ChatBody | TokenizeBody,
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None,
     ) -> str:
-        """Return messages in the chat template. Raises ApiError for what it refuses."""
+        """Return a body's messages in the chat template. Raises ApiError for what it refuses.
+
+        ``tools`` are those that the model is told of, ``variables`` are set in the template.
+        """
         if not self.template:
             raise refused(
                 "this model has no chat template; use /v1/completions, or start the server with "
@@ -157,12 +158,7 @@ class Service:
             )
         if taken := sorted(NO_VARIABLES & set(variables or ())):
             raise refused(f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
-        if continue_final_message and add_generation_prompt:
-            raise ApiError(
-                "continue_final_message and add_generation_prompt exclude one another; set one",
-                param="continue_final_message",
-                code="invalid_value",
-            )
+        messages, goes_on = body.messages or (), bool(body.continue_final_message)
         size = sum(len(str(message.get("content", ""))) for message in messages)
         try:
             made = normalize_messages(messages, self.template)
@@ -182,8 +178,8 @@ class Service:
                 self.tokenizer.apply_chat_template(
                     made,
                     tools=list(tools) or None,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
+                    add_generation_prompt=body.add_generation_prompt is not False and not goes_on,
+                    continue_final_message=goes_on,
                     tokenize=False,
                     **(variables or {}),
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lfm2_fast.server.chat import variables_of
 from lfm2_fast.server.errors import ApiError
 from lfm2_fast.server.protocol import ChatBody, DetokenizeBody, TokenizeBody, parse
 from lfm2_fast.server.service import Service, in_thread
@@ -17,14 +18,7 @@ async def tokenize(service: Service, data: bytes) -> dict[str, Any]:
     special = body.add_special if body.add_special_tokens is None else body.add_special_tokens
     text = body.content if body.prompt is None else body.prompt
     if body.messages is not None:
-        text = await service.chat_prompt(
-            body.messages,
-            tools=body.tools or (),
-            add_generation_prompt=body.add_generation_prompt is not False
-            and not body.continue_final_message,
-            continue_final_message=bool(body.continue_final_message),
-            variables=body.chat_template_kwargs,
-        )
+        text = await service.chat_prompt(body, body.tools or (), body.chat_template_kwargs)
         special = bool(special)
     if text is None:
         raise ApiError(
@@ -62,12 +56,5 @@ async def apply_template(service: Service, data: bytes) -> dict[str, Any]:
     """Return messages in the chat template, as llama.cpp's server does. Raises ApiError."""
     body = parse(ChatBody, data)
     service.check_model(body.model)
-    text = await service.chat_prompt(
-        body.messages,
-        tools=tools_of(body).shown,
-        add_generation_prompt=body.add_generation_prompt is not False
-        and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-        variables=body.chat_template_kwargs,
-    )
+    text = await service.chat_prompt(body, tools_of(body).shown, variables_of(body))
     return {"prompt": text}

@@ -126,6 +126,14 @@ def test_a_template_of_the_callers_own(serving, model) -> None:
     assert "the chat template refuses these messages" in message
 
 
+def test_a_template_is_shown_as_a_chat_gets_it(serving, model) -> None:
+    """A field that chats turn into a variable of the template is one here too."""
+    client = serving(model, max_rows=1, chat_template="{{ reasoning_effort }}")
+    fields = {"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "low"}
+    assert client("/apply-template", fields).body["prompt"] == "low"
+    assert client("/v1/chat/completions", {**fields, "max_tokens": 1}).status == 200
+
+
 def test_the_page_loads_nothing_from_elsewhere(client, serving, model) -> None:
     answer = client("/")
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
