@@ -9,7 +9,9 @@ import torch
 import lfm2_fast
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
+from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import run_batch
+from lfm2_fast.engine.request import Event, Request
 
 
 def batch_of(
@@ -36,6 +38,16 @@ def logits_of(
 def text(count: int, seed: int = 1) -> list[int]:
     """Return random token ids of the small checkpoint's vocabulary."""
     return torch.randint(8, 900, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def events_by_request(engine: Engine, requests: Sequence[Request]) -> list[list[Event]]:
+    """Run requests together until all have ended; the events of each."""
+    ids = [engine.add(request) for request in requests]
+    events: dict[int, list[Event]] = {id: [] for id in ids}
+    while engine.busy:
+        for event in engine.step():
+            events[event.id].append(event)
+    return [events[id] for id in ids]
 
 
 def whole_pages(pages: torch.Tensor) -> torch.Tensor:

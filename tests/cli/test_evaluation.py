@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import lfm2_fast
 from lfm2_fast.cli.app import app
-from lfm2_fast.cli.evaluation import evaluate
+from lfm2_fast.cli.evaluation import Quality, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +33,25 @@ def test_the_loss_is_hugging_faces(tiny: Path, text) -> None:
     assert found.kl is None
 
 
+def both_dtypes(tiny: Path, text, quantization: str) -> list[Quality]:
+    """What bfloat16 and then the quantized model give beside float32."""
+    exact = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    return [
+        evaluate(
+            lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization=each),
+            text,
+            window=256,
+            reference=exact,
+        )
+        for each in (None, quantization)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1024, pytest.param(5120, marks=pytest.mark.nightly)])
 def test_eight_bits_lose_little(tiny: Path, text, tokens: int) -> None:
     """Within 1 percent of bfloat16's loss; far nearer to float32 than to anything else."""
-    exact = lfm2_fast.load(tiny, device="cpu", dtype="float32")
-    plain = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
-    int8 = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization="int8")
-    wide, narrow = (
-        evaluate(model, text[:tokens], window=256, reference=exact) for model in (plain, int8)
-    )
+    wide, narrow = both_dtypes(tiny, text[:tokens], "int8")
     assert narrow.loss < 1.01 * wide.loss
     assert 0 <= wide.kl < narrow.kl < 0.02
     assert narrow.agreement > 0.93
@@ -53,12 +62,7 @@ def test_eight_bits_lose_little(tiny: Path, text, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1024, pytest.param(5120, marks=pytest.mark.nightly)])
 def test_four_bits_lose_little(tiny: Path, text, tokens: int) -> None:
     """Within 2.5 percent of bfloat16's loss."""
-    exact = lfm2_fast.load(tiny, device="cpu", dtype="float32")
-    plain = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16")
-    int4 = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization="int4")
-    wide, narrow = (
-        evaluate(model, text[:tokens], window=256, reference=exact) for model in (plain, int4)
-    )
+    wide, narrow = both_dtypes(tiny, text[:tokens], "int4")
     assert narrow.loss < 1.025 * wide.loss
     # The loss of GGUF's rule with an exact head, and room for tokens rounded to 8 bits.
     assert 0.01 < narrow.kl < 0.05

@@ -12,8 +12,9 @@ import torch
 import lfm2_fast
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.logits import adjusted
-from lfm2_fast.engine.request import Event, Request, Row
+from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.ops.sampling import SamplingParams
+from tests.batches import events_by_request
 
 VOCAB = 4096
 
@@ -21,15 +22,6 @@ VOCAB = 4096
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Any:
     return lfm2_fast.load(tiny, device="cpu", dtype=torch.float32)
-
-
-def events_of(engine: Engine, requests: Sequence[Request]) -> list[list[Event]]:
-    ids = [engine.add(request) for request in requests]
-    events: dict[int, list[Event]] = {id: [] for id in ids}
-    while engine.busy:
-        for event in engine.step():
-            events[event.id].append(event)
-    return [events[id] for id in ids]
 
 
 def words_of(tokens: Sequence[int]) -> torch.Tensor:
@@ -58,7 +50,7 @@ class Counting:
 def test_each_continuation_has_its_own(model: Any) -> None:
     sampling = SamplingParams(do_sample=True, temperature=5.0)
     one = Request([1, 2], sampling, max_tokens=4, constraint=Counting, n=3)
-    (events,) = events_of(Engine(model, max_rows=2), [one])
+    (events,) = events_by_request(Engine(model, max_rows=2), [one])
     for index in range(3):
         own = [event.token for event in events if event.index == index]
         assert own == [100, 101, 102, 103]
@@ -82,10 +74,12 @@ def test_every_token_has_its_bit(model: Any) -> None:
     each = [only(token) for token in chosen] + [only(None), None]
     order = [each[place] for place in (6, 0, 1, 7, 2, 3, 4, 5)]
     requests = [Request([5], sampling, max_tokens=3, constraint=one) for one in order]
-    told = [[event.token for event in events] for events in events_of(Engine(model), requests)]
+    told = [
+        [event.token for event in events] for events in events_by_request(Engine(model), requests)
+    ]
     assert [told[place] for place in (1, 2, 4, 5, 6, 7)] == [[token] * 3 for token in chosen]
     assert told[0] == told[3]
-    (alone,) = events_of(Engine(model), [Request([5], sampling, max_tokens=3)])
+    (alone,) = events_by_request(Engine(model), [Request([5], sampling, max_tokens=3)])
     assert told[0] == [event.token for event in alone]
 
 
@@ -119,17 +113,17 @@ def test_it_goes_on_where_its_row_was_preempted(model: Any) -> None:
         for n, constraint in enumerate((Counting, None, Counting))
     ]
     engine = Engine(model, max_rows=3, pages=5)
-    told = events_of(engine, requests)
+    told = events_by_request(engine, requests)
     assert engine.statistics.preemptions > 0
     for events in (told[0], told[2]):
         assert [event.token for event in events] == list(range(100, 250))
-    (alone,) = events_of(Engine(model, max_rows=1), requests[1:2])
+    (alone,) = events_by_request(Engine(model, max_rows=1), requests[1:2])
     assert [event.token for event in told[1]] == [event.token for event in alone]
 
 
 def test_an_early_end_is_forbidden_unless_nothing_else_is_left(model: Any) -> None:
     request = Request([1], eos=(102, 103), max_tokens=9, min_tokens=3, constraint=Counting)
-    (events,) = events_of(Engine(model), [request])
+    (events,) = events_by_request(Engine(model), [request])
     assert [event.token for event in events] == [100, 101, 102]
     assert events[-1].finish_reason == "stop"
 
@@ -144,7 +138,7 @@ def test_one_that_fails_ends_its_row_alone(model: Any) -> None:
                 raise RuntimeError("too complex")
 
     requests = [Request([1], max_tokens=5, constraint=each) for each in (Broken, Counting)]
-    broken, fine = events_of(Engine(model), requests)
+    broken, fine = events_by_request(Engine(model), requests)
     assert str(broken[-1].error) == "too complex" and broken[-1].finish_reason == "error"
     assert [event.token is None for event in broken] == [False, False, True]
     assert [event.token for event in fine] == list(range(100, 105))
@@ -168,6 +162,6 @@ def test_it_is_told_before_the_model_runs(model: Any, monkeypatch: pytest.Monkey
         run(*args, **more)
 
     monkeypatch.setattr(engine.decode.buffers, "run_steps", spied)
-    events_of(engine, [Request([1], max_tokens=3, constraint=Spy)])
+    events_by_request(engine, [Request([1], max_tokens=3, constraint=Spy)])
     first = order.index("run")
     assert order[first - 1 : first + 3] == ["prepare 1", "run", "prepare 1", "allowed 1"]

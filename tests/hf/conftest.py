@@ -40,6 +40,20 @@ def tokenizer(tiny: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny, padding_side="left")
 
 
+@pytest.fixture(scope="module")
+def batch(request: pytest.FixtureRequest, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """The test module's PROMPTS, of unequal lengths, left-padded."""
+    return dict(tokenizer(request.module.PROMPTS, return_tensors="pt", padding=True))
+
+
+@pytest.fixture(scope="module")
+def ends(models: tuple[Any, Any], batch: dict[str, torch.Tensor]) -> list[int]:
+    """Two tokens that end some texts of the batch early."""
+    made = models[0].generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    new = made[:, batch["input_ids"].shape[1] :]
+    return [int(new[0, 3]), int(new[1, 6])]
+
+
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     """Nothing is recorded for a backward pass."""

@@ -20,20 +20,6 @@ PROMPTS = ["The first argument", "If the optional parameter is not given, the de
 WANTED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 
 
-@pytest.fixture(scope="module")
-def batch(tokenizer) -> dict[str, torch.Tensor]:
-    """Three prompts of unequal lengths, left-padded."""
-    return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
-
-
-@pytest.fixture(scope="module")
-def ends(models, batch) -> list[int]:
-    """Two tokens that come early in some texts."""
-    made = models[0].generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    new = made[:, batch["input_ids"].shape[1] :]
-    return [int(new[0, 3]), int(new[1, 6])]
-
-
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"num_beams": 3, "max_new_tokens": 12},
     "several": {"num_beams": 4, "num_return_sequences": 3, "ends": True},

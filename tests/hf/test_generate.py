@@ -25,12 +25,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def batch(tokenizer) -> dict[str, torch.Tensor]:
-    """Four prompts of unequal lengths, left-padded."""
-    return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
-
-
 def common_token(models, batch, at: int) -> int:
     """A token that greedy decoding writes in some rows after ``at`` steps, to stop them by."""
     written = models[0].generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=-1)

@@ -13,11 +13,6 @@ PROMPTS = ["The first argument", "Return a list of", "A", "If the optional param
 
 
 @pytest.fixture(scope="module")
-def batch(tokenizer) -> dict[str, torch.Tensor]:
-    return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
-
-
-@pytest.fixture(scope="module")
 def plain(models, batch) -> list[list[int]]:
     """What greedy decoding writes without any argument."""
     made = models[0].generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=None)

@@ -10,20 +10,6 @@ import torch
 PROMPTS = ["The first argument", "If the optional parameter is not given, the", "A"]
 
 
-@pytest.fixture(scope="module")
-def batch(tokenizer) -> dict[str, torch.Tensor]:
-    """Three prompts of unequal lengths, left-padded."""
-    return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
-
-
-@pytest.fixture(scope="module")
-def ends(models, batch) -> list[int]:
-    """Tokens that end some texts early."""
-    made = models[0].generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    new = made[:, batch["input_ids"].shape[1] :]
-    return [int(new[0, 3]), int(new[1, 6])]
-
-
 def embedded(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     embeds = model.get_input_embeddings()(batch["input_ids"])
     return {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}

@@ -25,6 +25,7 @@ from lfm2_fast.text.grammar import Grammar, GrammarCompiler
 from lfm2_fast.text.grammar_mask import GrammarError, GrammarMask
 from lfm2_fast.text.reply_parser import ReplyParser
 from lfm2_fast.text.tokenizer import load_tokenizer
+from tests.batches import events_by_request
 
 VOCAB, EOS = 4096, 7
 START, END, THINK, THOUGHT = 10, 11, 14, 15
@@ -167,15 +168,6 @@ def test_any_allowed_tokens_make_json_of_the_schema(
     assert done >= 2
 
 
-def events_of(engine: Engine, requests: Sequence[Request]) -> list[list[Event]]:
-    ids = [engine.add(request) for request in requests]
-    events: dict[int, list[Event]] = {id: [] for id in ids}
-    while engine.busy:
-        for event in engine.step():
-            events[event.id].append(event)
-    return [events[id] for id in ids]
-
-
 def request_of(tokenizer: Any, text: str, grammar: Any, **more: Any) -> Request:
     sampling = SamplingParams(do_sample=True, temperature=more.pop("temperature", 1.0))
     more = {"max_tokens": 160, "eos": (EOS, 2), "seed": 0, "sampling": sampling, **more}
@@ -199,7 +191,7 @@ def test_an_engines_replies_are_json_of_their_schemas(
         for n, ((_, seed), grammar) in enumerate(zip(pairs, grammars, strict=True))
     ]
     ended = 0
-    for (schema, _), events in zip(pairs, events_of(engine, requests), strict=True):
+    for (schema, _), events in zip(pairs, events_by_request(engine, requests), strict=True):
         assert events[-1].finish_reason in ("stop", "length")
         if events[-1].finish_reason == "stop":
             jsonschema.validate(json.loads(tokenizer.decode(tokens_of(events))), schema)
@@ -220,9 +212,11 @@ def test_a_reply_is_the_same_in_any_company_and_after_preemption(
     ]
     free = [request_of(tokenizer, f"Free {n}", None, seed=n, max_tokens=150) for n in range(2)]
     model = model.network if hasattr(model, "network") else model
-    alone = [tokens_of(events_of(Engine(model, max_rows=1), [one])[0]) for one in (*held, *free)]
+    alone = [
+        tokens_of(events_by_request(Engine(model, max_rows=1), [one])[0]) for one in (*held, *free)
+    ]
     few = Engine(model, max_rows=5, pages=8)
-    together = [tokens_of(events) for events in events_of(few, [*held, *free])]
+    together = [tokens_of(events) for events in events_by_request(few, [*held, *free])]
     assert few.statistics.preemptions > 0
     assert together == alone
     for tokens in together[:3]:
@@ -234,7 +228,7 @@ def test_each_continuation_of_a_request_has_its_own_mask(
 ) -> None:
     schema = {"type": "array", "items": {"enum": [10, 20, 30]}, "minItems": 4, "maxItems": 4}
     one = request_of(tokenizer, "Numbers: ", compiler.json_schema(schema), n=3, temperature=3.0)
-    (events,) = events_of(Engine(model), [one])
+    (events,) = events_by_request(Engine(model), [one])
     texts = []
     for index in range(3):
         own = [event for event in events if event.index == index]
@@ -271,7 +265,7 @@ def test_too_early_an_end_gives_way_to_the_grammar(
 ) -> None:
     long = request_of(tokenizer, "a", compiler.regex("[ab]{1,40}"), min_tokens=12)
     short = request_of(tokenizer, "a", compiler.choice(["yes"]), min_tokens=12)
-    first, second = events_of(Engine(model), [long, short])
+    first, second = events_by_request(Engine(model), [long, short])
     assert len([event for event in first if event.token is not None]) >= 12
     assert tokenizer.decode(tokens_of(second)) == "yes" and second[-1].finish_reason == "stop"
 
@@ -477,7 +471,7 @@ def test_a_named_tool_is_called(kind: str, place: int, request: pytest.FixtureRe
 def test_an_engine_calls_tools(compiler: GrammarCompiler, tokenizer: Any, model: Any) -> None:
     grammar = compiler.tools(TOOLS, "weather", parallel=False)
     requests = [request_of(tokenizer, f"{n}", grammar, seed=n, max_tokens=80) for n in range(4)]
-    for events in events_of(Engine(model), requests):
+    for events in events_by_request(Engine(model), requests):
         assert events[-1].finish_reason == "stop"
         ((name, arguments),) = calls_of(tokenizer, tokens_of(events))
         check_call(name, arguments)
