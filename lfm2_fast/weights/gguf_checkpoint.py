@@ -193,9 +193,9 @@ def held(file: GGUFFile, config: Config) -> Config:
     Parts that are stacked here have one format: that of all, or a wider one that holds each.
     """
     dense = replace(config, quantization=None, formats=())
-    sources = _sources(file, fusion_table(dense))
-    formats = {}
-    for name, fused in fusion_table(dense).items():
+    table = fusion_table(dense)
+    sources, formats = _sources(file, table), {}
+    for name, fused in table.items():
         types = {sources[part.name].type for part in fused.parts}
         if fused.is_matrix and types <= TYPES.keys():
             each = {TYPES[type][0] for type in types}
