@@ -53,7 +53,7 @@ def run_batch(
     """
     cache.reserve(batch)
     if rows is not None and not len(rows):
-        model.run_blocks(tokens, batch, cache)
+        model.run_blocks(tokens, batch, cache, rows=rows)
         shape = (0, model.config.vocab_size)
         logits = torch.empty(shape, dtype=model.dtype, device=model.device)
     else:

@@ -75,7 +75,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """``x += operator(norm(x)); x += feed_forward(norm(x))``; the operator is the subclass's.
 
-    The residual stream ``x [T, H]`` is the one argument by position, as hooks expect it.
+    The residual stream ``x [T, H]`` is the one argument by position, as hooks expect it. Only the
+    packed indices ``rows [R]`` of it are returned, where they are given.
     """
 
     def __init__(self, config: Config) -> None:
@@ -93,7 +94,20 @@ class Block(nn.Module):
             return x
         return checked_stream(x, self.operator_norm.weight, len(batch.positions))
 
-    def add_feed_forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+    def finish(
+        self,
+        y: torch.Tensor,
+        out_proj: Projection,
+        x: torch.Tensor,
+        ops: Ops,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add the operator's output and the feed-forward's to ``x``, at ``rows`` alone if given."""
+        if rows is not None:
+            y, x = y[rows], x[rows]
+            if not len(rows):
+                return x
+        x = ops.linear_add(y, out_proj, x)
         y = ops.norm_swiglu(x, self.ffn_norm, self.feed_forward.gate_up_proj)
         return ops.linear_add(y, self.feed_forward.down_proj, x)
 
@@ -106,11 +120,18 @@ class ConvBlock(Block):
         self.conv = ShortConv(config)
 
     def forward(
-        self, x: torch.Tensor, *, ops: Ops, rope: Rope, state: ConvWindow, batch: Batch
+        self,
+        x: torch.Tensor,
+        *,
+        ops: Ops,
+        rope: Rope,
+        state: ConvWindow,
+        batch: Batch,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = self.checked(x, batch)
         y = ops.norm_conv(x, self.operator_norm, self.conv, state, batch)
-        return self.add_feed_forward(ops.linear_add(y, self.conv.out_proj, x), ops)
+        return self.finish(y, self.conv.out_proj, x, ops, rows)
 
 
 class AttentionBlock(Block):
@@ -121,12 +142,19 @@ class AttentionBlock(Block):
         self.self_attn = Attention(config)
 
     def forward(
-        self, x: torch.Tensor, *, ops: Ops, rope: Rope, state: KVPages, batch: Batch
+        self,
+        x: torch.Tensor,
+        *,
+        ops: Ops,
+        rope: Rope,
+        state: KVPages,
+        batch: Batch,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = self.checked(x, batch)
         qkv = ops.norm_linear(x, self.operator_norm, self.self_attn.qkv_proj)
         y = ops.attend(qkv, self.self_attn, rope, state, batch)
-        return self.add_feed_forward(ops.linear_add(y, self.self_attn.out_proj, x), ops)
+        return self.finish(y, self.self_attn.out_proj, x, ops, rows)
 
 
 class Lfm2(nn.Module):
@@ -215,10 +243,14 @@ class Lfm2(nn.Module):
         cache: Cache,
         ops: Ops | None = None,
         *,
+        rows: torch.Tensor | None = None,
         embeds: torch.Tensor | None = None,
         collected: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return the residual stream ``[T, H]`` of packed ``tokens [T]`` after the last block.
+        """Return the residual stream ``[R, H]`` of packed ``tokens [T]`` after the last block.
+
+        ``rows [R]`` are packed indices, None means all T. The cache gets all tokens either way, but
+        the last block's out_proj and feed-forward run for ``rows`` alone.
 
         Writes keys, values and conv rows of the tokens into the tensors of ``cache``. The caller
         makes room in the cache before and counts the tokens after. ``ops`` replaces ``self.ops``.
@@ -240,13 +272,16 @@ class Lfm2(nn.Module):
             x = ops.embed(tokens, self.embed_tokens, self.dtype)
         if collected is not None:
             collected.append(x)
+        last = self.layers[-1]
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, ops=ops, rope=rope, state=state, batch=batch)
+            # A layer with hooks, or one of a caller's own, gives the whole stream.
+            only = {"rows": rows} if layer is last and not hooked else {}
+            x = layer(x, ops=ops, rope=rope, state=state, batch=batch, **only)
             if hooked:
                 x = checked_stream(x, self.embedding_norm.weight, len(batch.positions))
             if collected is not None:
                 collected.append(settled(x))
-        return x
+        return x[rows] if hooked and rows is not None else x
 
     @torch.no_grad()
     def last_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -277,9 +312,7 @@ class Lfm2(nn.Module):
         tensors of ``batch`` are read and nothing waits for the device.
         """
         ops = ops or self.ops
-        x = self.run_blocks(tokens, batch, cache, ops)
-        if rows is not None:
-            x = x[rows]
+        x = self.run_blocks(tokens, batch, cache, ops, rows=rows)
         head = ops.head_argmax if argmax else ops.norm_linear
         return head(x, self.embedding_norm, self.lm_head)
 
