@@ -44,6 +44,7 @@ GETS: dict[str, Callable[[Service], Awaitable[Any]]] = {
     "/v1/health": health,
     "/ping": health,
     "/v1/models": models,
+    "/models": models,
     "/props": properties,
     "/slots": slots,
 }
@@ -152,6 +153,9 @@ def _post(
     schemas.update(schema.pop("$defs", {}))
     schemas[kind.__name__] = schema
     reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    # Clients whose base URL has no /v1 find these too.
+    if path.startswith("/v1/"):
+        app.add_api_route(path[3:], endpoint, methods=["POST"], include_in_schema=False)
     app.add_api_route(
         path,
         endpoint,
@@ -200,6 +204,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             return JSONResponse(await work(service))
 
         app.add_api_route(path, endpoint, name=path, summary=work.__doc__, responses=FAILS)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
     for path, work in GETS.items():
         fact(path, work)

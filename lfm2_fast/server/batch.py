@@ -96,7 +96,11 @@ class Output:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, whole or not at all."""
-        data = json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n"
+        try:
+            data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        except UnicodeEncodeError:
+            # Half a surrogate pair in a custom_id, which must be read again as it is.
+            data = json.dumps(line).encode() + b"\n"
         while data:
             data = data[self.file.write(data) :]
 

@@ -94,7 +94,12 @@ class CompletionReply(ChoicesReply):
         texts: Sequence[str | None],
     ) -> None:
         super().__init__(
-            answers, "cmpl", service.name, bool(body.stream), "text_completion", body.stream_options
+            answers,
+            "cmpl-",
+            service.name,
+            bool(body.stream),
+            "text_completion",
+            body.stream_options,
         )
         self._service, self._body, self._prompts = service, body, texts
         self._held: dict[int, list[tuple[int, LogProbs | None]]] = {}

@@ -26,44 +26,49 @@ async def constraint_of(
 ) -> OfPrompt:
     """Return what makes the grammar of a body's reply. Raises ApiError, which names the field.
 
-    Calls that must come are constrained by the tools alone; with those that may, the rest of the
-    reply is. With ``thinks`` the reply may begin with thinking, which is free.
+    Calls that must come are constrained by the tools alone. Where calls may come, a reply that
+    must be JSON is either. With ``thinks`` the reply may begin with thinking, which is free.
     """
     asked = wanted(body)
     choice = tools.choice if tools is not None else "none"
     if asked is None and choice == "none":
         return _free
-    if asked is not None and choice != "none":
+    if asked is not None and choice == "auto" and asked[1] not in ("json", "object"):
         raise refused(
-            f"{asked[0]} and tools exclude one another: a reply has one grammar; leave one out, or "
-            "set tool_choice to none",
+            f"{asked[0]} and tools exclude one another, unless it is a JSON schema; leave one out, "
+            "or set tool_choice to none",
             asked[0],
         )
     compiler = service.compiler
-
-    def work() -> Grammar | None:
-        if asked is not None:
-            return compiled(compiler, *asked)
+    grammar: Grammar | None = None
+    if asked is not None:
+        field, kind, value, strict = asked
+        grammar = await _compiled(field, lambda: compiled(compiler, field, kind, value, strict))
+    if choice != "none":
         assert tools is not None
-        return compiler.tools(
-            tools.functions,
-            tools.name or tools.choice,
-            parallel=getattr(body, "parallel_tool_calls", None) is not False,
-        )
-
-    param = asked[0] if asked is not None else "tools"
-    try:
-        # Compiling takes milliseconds, and a large grammar seconds.
-        grammar = await in_thread(work, LONG)
-    except ImportError as error:
-        raise ApiError(
-            f"{param} needs a library that this server lacks ({error})", status=501, param=param
-        ) from None
-    except ValueError as error:
-        raise ApiError(str(error), param=param, code="invalid_grammar") from None
+        parallel = getattr(body, "parallel_tool_calls", None) is not False
+        more: dict[str, Any] = {"parallel": parallel}
+        if asked is not None:
+            more |= {"answer": {"type": "object"} if kind == "object" else value, "strict": strict}
+        name = tools.name or choice
+        grammar = await _compiled("tools", lambda: compiler.tools(tools.functions, name, **more))
     if grammar is None:
         return _free
-    return lambda prompt: grammar.for_reply(prompt, may_think=thinks)
+    found = grammar
+    return lambda prompt: found.for_reply(prompt, may_think=thinks)
+
+
+async def _compiled(field: str, work: Callable[[], Grammar | None]) -> Grammar | None:
+    """Return what ``work`` compiles. Raises ApiError, which names the field."""
+    try:
+        # Compiling takes milliseconds, and a large grammar seconds.
+        return await in_thread(work, LONG)
+    except ImportError as error:
+        raise ApiError(
+            f"{field} needs a library that this server lacks ({error})", status=501, param=field
+        ) from None
+    except ValueError as error:
+        raise ApiError(str(error), param=field, code="invalid_grammar") from None
 
 
 def wanted(body: Sampled) -> tuple[str, str, Any, bool] | None:

@@ -86,7 +86,8 @@ class Gate:
     def _knows(self, headers: Headers) -> bool:
         """Return True if a key was given, in a time that tells nothing of the keys."""
         kind, _, value = headers.get("authorization", "").partition(" ")
-        given = value.strip() if kind.lower() == "bearer" else headers.get("api-key", "")
+        given = value.strip() if kind.lower() == "bearer" else ""
+        given = given or headers.get("api-key", "") or headers.get("x-api-key", "")
         found = False
         for key in self._keys:
             found |= hmac.compare_digest(key, given.encode("latin-1"))  # the bytes as they came

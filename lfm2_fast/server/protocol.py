@@ -167,6 +167,7 @@ class TokenizeBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
+    with_pieces: bool | None = Field(None, description="llama.cpp's: each id beside its text.")
 
 
 class DetokenizeBody(Body):

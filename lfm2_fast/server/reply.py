@@ -25,7 +25,7 @@ class Reply(ABC):
 
     def __init__(self, answers: Answers, prefix: str, model: str, stream: bool) -> None:
         self.answers, self.model, self.stream = answers, model, stream
-        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.id = f"{prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
 
     @abstractmethod

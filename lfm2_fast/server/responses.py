@@ -12,7 +12,7 @@ from lfm2_fast.server.errors import ApiError, refused
 from lfm2_fast.server.output import Part
 from lfm2_fast.server.protocol import parse
 from lfm2_fast.server.reply import Reply
-from lfm2_fast.server.responses_body import REFUSED, ResponsesBody, chat_of
+from lfm2_fast.server.responses_body import REFUSED, ResponsesBody, chat_of, check_told_back
 from lfm2_fast.server.service import Service
 from lfm2_fast.text.reply_parser import Delta
 
@@ -29,6 +29,7 @@ async def response(service: Service, data: bytes) -> ResponsesReply:
         )
     if not body.input:
         raise ApiError("input is empty", param="input", code="invalid_value")
+    check_told_back(body)
     try:
         return ResponsesReply(service, await start_chat(service, chat_of(body)), body)
     except ApiError as error:
@@ -43,7 +44,7 @@ class ResponsesReply(Reply):
     done_mark = False
 
     def __init__(self, service: Service, answers: Answers, body: ResponsesBody) -> None:
-        super().__init__(answers, "resp", service.name, bool(body.stream))
+        super().__init__(answers, "resp_", service.name, bool(body.stream))
         self._texts, self._body = service.texts, body
         self._items: list[dict[str, Any]] = []
         self._kind: str | None = None
@@ -68,8 +69,8 @@ class ResponsesReply(Reply):
 
     def last(self) -> Iterable[dict[str, Any]]:
         """Yield the end of the last item, and the whole response."""
-        yield from self._close()
-        status = "incomplete" if self._end == "length" else "completed"
+        status = self._status()
+        yield from self._close(status)
         yield self._event(f"response.{status}", response=self._response(status))
 
     def failed(self, error: ApiError) -> dict[str, Any]:
@@ -82,9 +83,13 @@ class ResponsesReply(Reply):
         for part in parts:
             for _ in self.news(part):
                 pass
-        for _ in self._close():
+        status = self._status()
+        for _ in self._close(status):
             pass
-        return self._response("incomplete" if self._end == "length" else "completed")
+        return self._response(status)
+
+    def _status(self) -> str:
+        return "incomplete" if self._end == "length" else "completed"
 
     def _piece(self, piece: Delta) -> Iterable[dict[str, Any]]:
         if piece.kind == "tool_call":
@@ -127,7 +132,7 @@ class ResponsesReply(Reply):
         # A copy: the item's own part grows.
         yield self._event("response.content_part.added", **self._place(), part={**part})
 
-    def _close(self) -> Iterable[dict[str, Any]]:
+    def _close(self, status: str = "completed") -> Iterable[dict[str, Any]]:
         if self._kind is None:
             return
         item = self._items[-1]
@@ -138,7 +143,7 @@ class ResponsesReply(Reply):
         self._kind = None
         yield self._event(f"response.{name}.done", **self._place(), text=part["text"], **more)
         yield self._event("response.content_part.done", **self._place(), part=part)
-        item["status"] = "completed"
+        item["status"] = status
         yield self._event("response.output_item.done", **self._at(), item=item)
 
     def _call(self, piece: Delta) -> Iterable[dict[str, Any]]:

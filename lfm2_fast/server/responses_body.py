@@ -40,6 +40,16 @@ class ResponsesBody(Sampled):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+def check_told_back(body: ResponsesBody) -> None:
+    """Raise ApiError for fields that an answer repeats and that hold numbers JSON has not."""
+    given = {**body.model_dump(exclude_unset=True), **(body.model_extra or {})}
+    for name in ("metadata", "reasoning", "text", "tool_choice", "tools"):
+        try:
+            json.dumps(given.get(name), allow_nan=False)
+        except ValueError as error:
+            raise ApiError(f"{name}: {error}", param=name, code="invalid_value") from None
+
+
 def chat_of(body: ResponsesBody) -> ChatBody:
     """Return the chat that asks for the same. Raises ApiError."""
     fields = {name: getattr(body, name) for name in SHARED}

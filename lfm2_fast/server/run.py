@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Share of the free memory that pages take, where nothing is said.
 CPU_MEMORY, GPU_MEMORY = "25%", "85%"
 HOST, PORT, ROWS, QUEUE, DRAIN = "127.0.0.1", 8000, 16, 1024, 60
+# Seconds that answers have to say that the server leaves, once it has waited for them.
+FAREWELL = 5
 
 
 def check_extra() -> None:
@@ -220,6 +223,17 @@ def _server(app: FastAPI, drain: int) -> Any:
             if self.started:
                 self.ready()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            # The library's own end of a wait cuts answers off without a word. An engine that is
+            # closed gives each an error, which ends it.
+            close = app.state.service.close
+            ending = loop.call_later(drain, loop.run_in_executor, None, close)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                ending.cancel()
+
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -228,6 +242,6 @@ def _server(app: FastAPI, drain: int) -> Any:
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=drain,
+        timeout_graceful_shutdown=drain + FAREWELL,
     )
     return Server(config)

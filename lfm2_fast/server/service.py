@@ -159,6 +159,13 @@ class Service:
         if taken := sorted(NO_VARIABLES & set(variables or ())):
             raise refused(f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
         messages, goes_on = body.messages or (), bool(body.continue_final_message)
+        if goes_on and body.add_generation_prompt:
+            raise ApiError(
+                "add_generation_prompt begins a message and continue_final_message goes on with "
+                "the last one; set one of them",
+                param="add_generation_prompt",
+                code="invalid_value",
+            )
         size = sum(len(str(message.get("content", ""))) for message in messages)
         try:
             made = normalize_messages(messages, self.template)

@@ -17,21 +17,32 @@ async def tokenize(service: Service, data: bytes) -> dict[str, Any]:
     service.check_model(body.model)
     special = body.add_special if body.add_special_tokens is None else body.add_special_tokens
     text = body.content if body.prompt is None else body.prompt
+    if special is None:
+        # Each spelling has its own server's default.
+        special = body.prompt is not None
     if body.messages is not None:
         text = await service.chat_prompt(body, body.tools or (), body.chat_template_kwargs)
-        special = bool(special)
     if text is None:
         raise ApiError(
             "prompt or messages is required", param="prompt", code="missing_required_parameter"
         )
-    ids = await service.tokens_of(text, special=special is not False, room=False)
+    ids = await service.tokens_of(text, special=special, room=False)
     strings = [service.texts.text(id) for id in ids] if body.return_token_strs else None
     return {
         "count": len(ids),
         "max_model_len": service.max_length,
-        "tokens": ids,
+        "tokens": [_piece(service, id) for id in ids] if body.with_pieces else ids,
         "token_strs": strings,
     }
+
+
+def _piece(service: Service, id: int) -> dict[str, Any]:
+    """Return an id beside its text, or beside its bytes where these are no whole characters."""
+    found = service.texts.bytes_of(id)
+    try:
+        return {"id": id, "piece": found.decode()}
+    except UnicodeDecodeError:
+        return {"id": id, "piece": list(found)}
 
 
 async def detokenize(service: Service, data: bytes) -> dict[str, Any]:

@@ -27,6 +27,7 @@ LIMITS: dict[str, Any] = {
 }
 # Compiled grammars that are kept, the newest: agents send the same tools with every request.
 KEPT = 64
+SCHEMA = "the JSON schema"
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,8 @@ class GrammarCompiler:
 
         What cannot be enforced is refused. If not ``strict``, it is ignored instead.
         """
-        what = "JSON schema"
-        schema = checked_schema(schema, f"the {what}")
-        return self._grammar(what, "json_schema", schema, overrides=options(strict))
+        schema = checked_schema(schema, SCHEMA)
+        return self._grammar("JSON schema", "json_schema", schema, overrides=options(strict))
 
     def regex(self, pattern: str) -> Grammar:
         """Return the grammar of texts that match a regular expression from end to end.
@@ -134,6 +134,8 @@ class GrammarCompiler:
         choice: str = "required",
         *,
         parallel: bool = True,
+        answer: Any = None,
+        strict: bool = True,
     ) -> Grammar | None:
         """Return the grammar of calls of ``tools``, as the model writes them.
 
@@ -141,9 +143,12 @@ class GrammarCompiler:
         calls of that alone. "auto" leaves text free up to the marker that begins calls; that
         grammar is None where this marker is no token. Without ``parallel`` there is one call. The
         schemas of tools that are "strict" are enforced, those of others where they can be.
+
+        With a schema ``answer``, an "auto" reply is calls or JSON of that schema, from the first
+        token on; ``strict`` is that of ``json_schema``.
         """
         start, end = (marker for marker in self.markers if marker.kind == "call")
-        auto = choice == "auto"
+        auto = choice == "auto" and answer is None
         if auto and (start.id is None or end.id is None):
             return None
         lark = tools_grammar(
@@ -152,6 +157,8 @@ class GrammarCompiler:
             (start, end),
             xml=writes_xml(self.tokenizer),
             parallel=parallel and not auto,
+            answer=None if choice != "auto" or answer is None else checked_schema(answer, SCHEMA),
+            strict=strict,
         )
         grammar = self._grammar("grammar of the tools", "lark", lark)
         if not auto:

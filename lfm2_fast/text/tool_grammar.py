@@ -73,11 +73,14 @@ def tools_grammar(
     *,
     xml: bool,
     parallel: bool,
+    answer: Any = None,
+    strict: bool = True,
 ) -> str:
     """Return the grammar, in Lark, of calls of ``tools`` between their markers.
 
-    With ``only`` it has calls of the tool of that name alone. Raises ValueError, which names the
-    tool, for one that is none or has a schema that is none.
+    With ``only`` it has calls of the tool of that name alone. With a schema ``answer`` a reply may
+    be JSON of that schema instead, which ``strict`` enforces whole. Raises ValueError, which names
+    the tool, for one that is none or has a schema that is none.
     """
     functions = [_function(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
     names = [function["name"] for function in functions]
@@ -93,10 +96,14 @@ def tools_grammar(
     rules = [f"call: {calls}"]
     if xml:
         more = ' ("\\n" one)*' if parallel else ""
-        rules = [f"start: one{more}", f'one: {start} "\\n" call "\\n" {end}', *rules]
+        rules = [f"calls: one{more}", f'one: {start} "\\n" call "\\n" {end}', *rules]
     else:
         more = ' (", " call)*' if parallel else ""
-        rules = [f'start: {start} "[" call{more} "]" {end}', *rules]
+        rules = [f'calls: {start} "[" call{more} "]" {end}', *rules]
+    if answer is None:
+        rules.insert(0, "start: calls")
+    else:
+        rules = ["start: calls | answer", f"answer: {_json(answer, strict)}", *rules]
     for place, function in enumerate(chosen):
         rules += _call(place, function, xml)
     return "\n".join(rules)

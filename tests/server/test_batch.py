@@ -117,6 +117,13 @@ def test_what_was_interrupted_goes_on(service, requests: Path, tmp_path: Path) -
     assert len(told(path)) == 10
 
 
+def test_an_id_of_half_a_character_is_answered_once(service, tmp_path: Path) -> None:
+    requests, path = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    requests.write_text(json.dumps(ask("\ud800")))
+    assert answered(service, lines_of(requests), path).answered == 1
+    assert answered(service, lines_of(requests), path).kept == 1
+
+
 def test_shards_share_the_lines_out(requests: Path) -> None:
     numbers = [[line.number for line in lines_of(requests, (i, 3))] for i in (1, 2, 3)]
     assert numbers == [[1, 7, 10], [2, 5, 8, 11], [3, 6, 9]]

@@ -151,6 +151,8 @@ def test_the_final_message_goes_on(client) -> None:
     body = client.chat(messages=messages, continue_final_message=True, max_tokens=4).body
     plain = client.chat(max_tokens=6).body["choices"][0]["message"]["content"]
     assert "A table" + body["choices"][0]["message"]["content"] == plain
+    both = client.chat(messages=messages, continue_final_message=True, add_generation_prompt=True)
+    client.refused(both, "add_generation_prompt", "invalid_value")
 
 
 def test_hits_of_the_prefix_cache_are_told(client) -> None:

@@ -27,6 +27,22 @@ def test_prompts_come_as_texts_and_ids_alone_and_in_lists(client) -> None:
     assert len(set(many)) == 4
 
 
+def test_each_spelling_of_tokenize_has_its_own_servers_default(client) -> None:
+    """vLLM's begins a text, llama.cpp's does not, and that one may ask for pieces."""
+    text = "An é 媽"
+    begun = client("/tokenize", {"prompt": text}).body["tokens"]
+    plain = client("/tokenize", {"content": text}).body["tokens"]
+    assert begun == [client.service.tokenizer.bos_token_id, *plain]
+    assert client("/tokenize", {"content": text, "add_special": True}).body["tokens"] == begun
+    assert client("/detokenize", {"tokens": plain}).body["content"] == text
+    pieces = client("/tokenize", {"content": text, "with_pieces": True}).body["tokens"]
+    assert [each["id"] for each in pieces] == plain
+    parts = [each["piece"] for each in pieces]
+    assert "An" in parts and any(isinstance(part, list) for part in parts)
+    raw = b"".join(part.encode() if isinstance(part, str) else bytes(part) for part in parts)
+    assert raw.decode() == text
+
+
 def test_sixteen_tokens_are_the_default(client) -> None:
     usage = client(PATH, {"prompt": "The csv module", "ignore_eos": True}).body["usage"]
     assert usage["completion_tokens"] == 16

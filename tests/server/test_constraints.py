@@ -98,6 +98,26 @@ def test_a_named_call_comes_whole_in_a_stream(client) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_a_reply_is_a_call_or_json_where_both_may_come(client) -> None:
+    """Agents send a format for their last answer with every request."""
+    (start,) = client(
+        "/tokenize", {"prompt": "<|tool_call_start|>", "add_special_tokens": False}
+    ).body["tokens"]
+    fields = {"tools": TOOLS, "response_format": JSON_SCHEMA, "max_tokens": 80}
+    for bias, reason in ((100, "tool_calls"), (-100, "stop")):
+        body = client.chat(messages=QUESTION, logit_bias={str(start): bias}, **fields).body
+        choice = body["choices"][0]
+        assert choice["finish_reason"] == reason, choice
+        calls = choice["message"].get("tool_calls", [])
+        assert bool(calls) is (bias > 0)
+        assert all(is_object(call["function"]["arguments"]) for call in calls)
+        assert calls or is_trip(choice["message"]["content"])
+    needed = client.chat(messages=QUESTION, tool_choice="required", **fields).body
+    assert needed["choices"][0]["finish_reason"] == "tool_calls"
+    wrong = {"response_format": {"type": "json_object", "schema": {"type": "hiccup"}}}
+    client.refused(client.chat(tools=TOOLS, **wrong), "response_format", "invalid_grammar")
+
+
 def test_a_conversation_with_calls_goes_on(client) -> None:
     """Arguments of past calls are text in a body, and a mapping in a template."""
     call = {"name": "weather", "arguments": '{"city": "Rome", "days": 1}'}
@@ -165,7 +185,9 @@ def test_a_response_streams_its_text(client) -> None:
     last = events[-1]
     assert last["type"] == "response.incomplete"
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert last["response"]["output"][0]["content"][0]["text"] == said
+    item = last["response"]["output"][0]
+    assert item["content"][0]["text"] == said and item["status"] == "incomplete"
+    assert last["response"]["id"].startswith("resp_") and item["id"].startswith("msg_")
     chat = client.chat(max_tokens=8).body["choices"][0]["message"]["content"]
     assert said == chat
     whole = client("/v1/responses", {**fields, "text": {"format": {"type": "text"}}}).body
@@ -195,6 +217,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("fields", "param", "code"), WRONG, ids=lambda value: str(value)[:40])
 def test_what_is_no_grammar_is_named(client, fields: dict[str, Any], param: str, code: str) -> None:
     client.refused(client.chat(**fields), param, code)
+
+
+def test_numbers_that_json_has_not_are_told_back_to_nobody(client) -> None:
+    for number in (b"NaN", b"1e999"):
+        body = b'{"input": "Hi", "metadata": {"a": %s}}' % number
+        client.refused(client("/v1/responses", body), "metadata", "invalid_value")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def test_what_is_not_there(client) -> None:
     assert client.chat(model="tiny").status == 200
 
 
+def test_a_base_url_without_v1_is_one_too(client) -> None:
+    assert client("/chat/completions", HELLO).body["object"] == "chat.completion"
+    assert client("/completions", {"prompt": "a"}).body["object"] == "text_completion"
+    assert client("/responses", {"input": "a", "max_output_tokens": 1}).status == 200
+    assert client("/models").body == client("/v1/models").body
+    assert client.send("/health", method="HEAD").status == 200
+
+
 def test_a_request_has_an_id(client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lfm2_fast.server"):
         assert client("/health", X_Request_Id="abc-1").headers["x-request-id"] == "abc-1"
@@ -227,6 +235,9 @@ def test_keys(serving, model) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
     assert client(CHAT, HELLO, Authorization="Bearer first").status == 200
     assert client(CHAT, HELLO, Authorization="bearer sécond".encode()).status == 200
+    for name in ("Api_Key", "X_Api_Key"):
+        assert client(CHAT, HELLO, **{name: "first"}).status == 200
+        assert client(CHAT, HELLO, **{name: "third"}).status == 401
     assert client("/health").status == 200
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def test_a_signal_lets_running_requests_end(serving, tiny: Path, sign: int, code
     assert rest.endswith("data: [DONE]\n\n") and rest.count("data: {") > 100
     assert process.returncode == code and out == "" and "Traceback" not in err
     assert re.search(r'127\.0\.0\.1 "POST /v1/completions" 200 req-\w+ [\d.]+s', err), err
+
+
+def test_what_outlasts_the_drain_is_told_so(serving, model) -> None:
+    """A stream by an event, others by their status; none ends as if it were whole."""
+    client = serving(model, max_rows=2, drain=0)
+    long = {"prompt": "To create", "max_tokens": 2000, "ignore_eos": True}
+    stream = client.send("/v1/completions", {**long, "stream": True})
+    assert stream.readline().startswith(b"data: ")
+    found: list[Any] = []
+    whole = threading.Thread(target=lambda: found.append(client("/v1/completions", long)))
+    whole.start()
+    while client.service.engine.engine.statistics.running < 2:
+        time.sleep(0.005)
+    client.server.close()
+    whole.join()
+    client.refused(found[0], None, "engine_stopped", 503)
+    events = [line for line in stream.read().decode().splitlines() if line.startswith("data: ")]
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2][6:])["error"]["code"] == "engine_stopped"
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(client, capsys) -> None:
