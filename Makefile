@@ -85,7 +85,7 @@ wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## Remove all that the other targets made
-	rm -rf $(VENV) $(VENV)-clients build dist lfm2_fast.egg-info lfm2_fast/*.so
+	rm -rf $(VENV) $(VENV)-clients tests/clients/node/node_modules build dist lfm2_fast.egg-info lfm2_fast/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -101,9 +101,11 @@ $(HARNESS): $(READY)
 	@touch $@
 
 # A server has none of its clients' packages, and some of them pin others than the package does.
-$(CLIENTS): tests/clients/requirements.txt | $(BIN)/pip
+$(CLIENTS): $(wildcard tests/clients/*.txt) tests/clients/node/package.json | $(BIN)/pip
 	$(PYTHON) -m venv --clear $(VENV)-clients
 	$(VENV)-clients/bin/pip install -r tests/clients/requirements.txt
+	$(VENV)-clients/bin/pip install --no-deps -r tests/clients/requirements-without-dependencies.txt
+	cd tests/clients/node && if command -v npm; then npm install --no-audit --no-fund --no-package-lock; fi
 	@touch $@
 
 $(PEERS): constraints.txt | $(READY)

@@ -1,11 +1,11 @@
 """Time ``lfm2-fast serve`` over HTTP, beside llama.cpp's server of the same weights.
 
-    python -m bench.cpu.http_server --size 350M --quantization int8 --rounds 3
+    python -m bench.cpu.http_server requests --quantization int8 --rounds 2
 
-One client asks both over ``/v1/completions``, in turns. Figures: output tokens a second of requests
-that come all at once, their times to a first token, one client's time between tokens, and the first
-token of a second turn and of an edit in the middle. ``--cost`` runs our side alone: what HTTP and a
-JSON schema add to a step. ``make peers`` builds llama.cpp.
+A call measures one row, and adds its rounds to those that the file has. ``requests`` come all at
+once; ``client`` is alone; ``conversation`` goes on, and is edited in its middle. These ask both
+servers, in turns. ``cost`` is what HTTP adds to the engine, ``schema`` what a JSON schema adds.
+``gate`` holds the peer's logits against the reference, once. ``make peers`` builds llama.cpp.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ import torch
 
 import lfm2_fast
 from bench.cpu.engines import prompt
+from bench.cpu.gguf_file import gguf_file
 from bench.cpu.llama_build import program
+from bench.cpu.llama_server import LlamaServer
 from bench.cpu.serving import ROWS, drain, llama_server
 from bench.report import results
 from bench.shapes import SIZES, TINY, checkpoint
 from lfm2_fast.cli.machine_load import Neighbours, quantile
 
 HOST = "127.0.0.1"
+# An array that no stream comes to the end of.
 SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000}
 
 
@@ -92,10 +95,12 @@ async def together(
     return time.perf_counter() - begin, [times[0] for times in found]
 
 
-def ours(folder: Path, options: list[str]) -> tuple[subprocess.Popen[str], int]:
+def ours(folder: Path, options: dict[str, Any], length: int | None) -> tuple[Any, int]:
     """Start our server; its process and port."""
     command = [sys.executable, "-m", "lfm2_fast", "serve", str(folder), "--port", "0"]
-    command += ["--device", "cpu", "--max-rows", str(ROWS), "--preset", "greedy", *options]
+    command += ["--device", "cpu", "--max-rows", str(ROWS), "--preset", "greedy"]
+    command += [f"--{key}={value}" for key, value in options.items()]
+    command += [] if length is None else ["--max-model-len", str(length)]
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True)
     assert process.stdout is not None
@@ -105,101 +110,134 @@ def ours(folder: Path, options: list[str]) -> tuple[subprocess.Popen[str], int]:
     return process, int(line.strip().rpartition(":")[2])
 
 
-def figures(port: int, given: argparse.Namespace, turn: int) -> dict[str, Any]:
-    """All figures of one server in one round; every round's prompts are new."""
+def requests_at_once(port: int, given: argparse.Namespace, turn: int) -> dict[str, float]:
+    """Output tokens a second of requests that come all at once, and their first tokens."""
     prompts = [prompt(1000 * turn + row, given.prompt) for row in range(given.requests)]
     seconds, first = asyncio.run(together(port, prompts, given.new, {}))
-    alone = asyncio.run(stream(port, prompt(1000 * turn + 900, 64), given.new, {}))
-    long = prompt(1000 * turn + 901, given.turn)
-    asyncio.run(stream(port, long, 1, {}))
-    again = asyncio.run(stream(port, [*long, *prompt(902, 64)], 1, {}))
-    edited = [*long[: given.turn // 2], *prompt(903, 64), *long[given.turn // 2 + 64 :]]
-    edit = asyncio.run(stream(port, edited, 1, {}))
     return {
         "output tokens/s": given.requests * given.new / seconds,
         "first token p50": median(first),
         "first token p99": quantile(first, 0.99),
-        "between tokens": (alone[-1] - alone[0]) / (given.new - 1),
-        "second turn": again[0],
-        "edit": edit[0],
     }
 
 
-def cost(folder: Path, given: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
-    """Time a token takes at ROWS streams over HTTP and without, with a schema and without."""
-    torch.set_num_threads(given.threads)
-    model = lfm2_fast.load(folder, device="cpu", **options)
-    prompts = [prompt(row, 64) for row in range(ROWS)]
-    found: dict[str, list[float]] = {"engine": [], "http": [], "schema off": [], "schema on": []}
-    server = lfm2_fast.serve(model, port=0, background=True, max_rows=ROWS, preset="greedy")
-    assert server is not None
-    port = int(server.url.rpartition(":")[2])
-    engine = lfm2_fast.Engine(model, max_rows=ROWS)
-    schema = {"guided_json": SCHEMA}
-    for _ in range(given.rounds):
-        for ids in prompts:
-            engine.add(lfm2_fast.Request(ids, max_tokens=given.new, stream=True))
-        found["engine"].append(sum(drain(engine)))
-        engine.clear_prefix_cache()
-        # A salt of its own keeps every round's prompts uncached.
-        salt = {"cache_salt": str(time.time())}
-        found["http"].append(asyncio.run(together(port, prompts, given.new, salt))[0])
-        for name, more in (("schema off", {}), ("schema on", schema)):
-            times = asyncio.run(stream(port, prompts[0], given.new, more))
-            found[name].append((times[-1] - times[0]) / (len(times) - 1))
-    server.close()
-    middle = {name: median(values) for name, values in found.items()}
-    return {
-        **found,
-        "http over engine": middle["http"] / middle["engine"],
-        "schema on over off": middle["schema on"] / middle["schema off"],
-    }
+def one_client(port: int, given: argparse.Namespace, turn: int) -> dict[str, float]:
+    """Seconds between the tokens of one client."""
+    times = asyncio.run(stream(port, prompt(1000 * turn + 900, 64), given.new, {}))
+    return {"between tokens": (times[-1] - times[0]) / (len(times) - 1)}
+
+
+def conversation(port: int, given: argparse.Namespace, turn: int) -> dict[str, float]:
+    """Seconds to the first token of a second turn, and of an edit in the middle of the first."""
+    long = prompt(1000 * turn + 901, given.turn)
+    asyncio.run(stream(port, long, 1, {}))
+    again = asyncio.run(stream(port, [*long, *prompt(902, 64)], 1, {}))
+    half = given.turn // 2
+    edited = [*long[:half], *prompt(903, 64), *long[half + 64 :]]
+    edit = asyncio.run(stream(port, edited, 1, {}))
+    return {"second turn": again[0], "edit": edit[0]}
+
+
+BESIDE = {"requests": requests_at_once, "client": one_client, "conversation": conversation}
+
+
+def schema(port: int, given: argparse.Namespace, turn: int) -> dict[str, float]:
+    """Seconds between the tokens of one client, with a JSON schema and without."""
+    found = {}
+    sides: dict[str, dict[str, Any]] = {"no schema": {}, "schema": {"guided_json": SCHEMA}}
+    for name in sides if turn % 2 == 0 else reversed(sides):
+        times = asyncio.run(stream(port, prompt(turn, 64), given.new, sides[name]))
+        found[name] = (times[-1] - times[0]) / (len(times) - 1)
+    return found
+
+
+def cost(model: Any) -> Any:
+    """Return a row of ROWS streams over HTTP beside the same requests of an engine in here."""
+
+    def row(port: int, given: argparse.Namespace, turn: int) -> dict[str, float]:
+        prompts = [prompt(1000 * turn + row, 64) for row in range(ROWS)]
+
+        def direct() -> float:
+            engine = lfm2_fast.Engine(model, max_rows=ROWS)
+            for ids in prompts:
+                engine.add(lfm2_fast.Request(ids, max_tokens=given.new, stream=True))
+            seconds = sum(drain(engine))
+            engine.close()
+            return seconds
+
+        sides = {
+            "engine": direct,
+            "http": lambda: asyncio.run(together(port, prompts, given.new, {}))[0],
+        }
+        order = sides if turn % 2 == 0 else reversed(sides)
+        return {name: sides[name]() for name in order}
+
+    return row
+
+
+def gate(file: Path, folder: Path, threads: int, kind: str) -> None:
+    """Raise EngineError where llama.cpp's logits of the file are not the reference's."""
+    with llama_server(program("llama-server"), folder, threads, 384, kind):
+        print(f"the logits of {file.name} are right")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("row", choices=("gate", *BESIDE, "cost", "schema"))
     parser.add_argument("--size", default="350M", choices=(*SIZES, "tiny"))
-    parser.add_argument("--quantization")
+    parser.add_argument("--quantization", default="int8", choices=("int8", "int4"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="new tokens of each request")
     parser.add_argument("--turn", type=int, default=4000, help="tokens of the conversation")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--cost", action="store_true", help="our own cost alone")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: bench/results/http-SIZE-KIND.json")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     folder = checkpoint(given.size).resolve()
-    options = {"quantization": given.quantization} if given.quantization else {}
-    protocol = {name: value for name, value in vars(given).items() if name != "out"}
-    found = results.header(f"LFM2-{given.size}'s shape over HTTP on a CPU", protocol)
-    kind = {"int8": "Q8_0", "int4": "Q4_0"}.get(given.quantization or "", "BF16")
-    name = f"{'http-cost' if given.cost else 'http'}-{given.size}-{given.quantization or 'plain'}"
-    out = given.out or results.RESULTS / f"{name}.json"
-    if given.cost:
-        others = Neighbours([])
-        found |= cost(with_tokenizer(folder), given, options)
-        found["others"] = others.seen()
-        print(json.dumps(found, indent=1, default=str))
-        results.write(out, found)
+    kind = {"int8": "Q8_0", "int4": "Q4_0"}[given.quantization]
+    options = {"quantization": given.quantization}
+    own = with_tokenizer(folder)
+    file = gguf_file(folder, kind, program("llama-quantize"))
+    if given.row == "gate":
+        gate(file, folder, given.threads, kind)
         return
+    protocol = {name: value for name, value in vars(given).items() if name not in ("out", "row")}
+    head = results.header(f"LFM2-{given.size}'s shape over HTTP on a CPU", protocol)
+    out = given.out or results.RESULTS / f"http-{given.size}-{given.quantization}.json"
+    before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    rounds: dict[str, list[Any]] = before.get("rounds", {})
+    mine = rounds.setdefault(given.row, [])
     with ExitStack() as stack:
-        call = [f"--{key}={value}" for key, value in options.items()]
-        process, port = ours(with_tokenizer(folder), call)
+        length = given.turn + 256 if given.row == "conversation" else given.prompt + given.new
+        process, port = ours(own, options, length)
         stack.callback(process.terminate)
-        length = max(given.prompt + given.new, given.turn + 256)
-        peer = stack.enter_context(
-            llama_server(program("llama-server"), folder, given.threads, length, kind)
-        )
-        sides = {"lfm2-fast serve": port, peer.name: peer.port}
-        others = Neighbours([process.pid, peer.process.pid])
-        for turn in range(given.rounds):
-            for side in sides if turn % 2 == 0 else reversed(sides):
-                made = figures(sides[side], given, turn)
-                found.setdefault(side, []).append(made)
-                print(side, json.dumps(made), flush=True)
-            found["others"] = others.seen()
-            results.write(out, found)
+        sides: dict[str, tuple[int, Any]] = {}
+        pids = [process.pid]
+        if given.row in BESIDE:
+            path, name = program("llama-server"), f"llama-server {kind}"
+            peer = stack.enter_context(LlamaServer(path, file, given.threads, ROWS, length, name))
+            work = BESIDE[given.row]
+            sides = {"lfm2-fast serve": (port, work), peer.name: (peer.port, work)}
+            pids.append(peer.process.pid)
+        elif given.row == "cost":
+            sides = {"": (port, cost(lfm2_fast.load(folder, device="cpu", **options)))}
+        else:
+            sides = {"": (port, schema)}
+        warm = argparse.Namespace(**{**vars(given), "requests": ROWS, "new": 4, "turn": 128})
+        for port, work in sides.values():
+            work(port, warm, 999)
+        others = Neighbours(pids)
+        for _ in range(given.rounds):
+            turn = len(mine)
+            order = sides if turn % 2 == 0 else reversed(sides)
+            made = {name: sides[name][1](sides[name][0], given, turn) for name in order}
+            made = made.get("", made)
+            mine.append({**made, "when": head["when"], "commit": head["commit"]})
+            mine[-1]["others"] = others.seen()
+            print(given.row, json.dumps(mine[-1]), flush=True)
+            results.write(out, {**head, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.report import gpu_tables
+from bench.report import gpu_tables, http_table
 from bench.report.goals import OURS, goal_table, verdicts
 from bench.report.markdown import markdown, number
 from bench.report.results import RESULTS, ROOT, Figure, commit_of, read
@@ -191,7 +191,7 @@ def tables() -> dict[str, Callable[[], str]]:
         if path.is_file():
             whole = json.loads(path.read_text(encoding="utf-8"))
             made[name] = lambda w=whole, t=table: t(w)
-    return made | gpu_tables.tables(RESULTS)
+    return made | gpu_tables.tables(RESULTS) | http_table.tables(RESULTS)
 
 
 def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 
-from lfm2_fast.text.segments import ANSWER, PASSAGES, TOOL_CALL, Kind, Segment
+from lfm2_fast.text.markers import CALL_PAIR
+from lfm2_fast.text.reply_parser import Delta
+from lfm2_fast.text.tool_calls import written_calls
 
-STYLES: dict[Kind, str] = {"answer": "", "thinking": "dim italic", "tool call": "cyan"}
+STYLES = {"text": "", "reasoning": "dim italic", "tool_call": "cyan"}
 # What a terminal would act on, but for line feeds and tabs.
 CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class Terminal:
-    """Writes notes and streamed segments; plain text wherever no terminal is.
+    """Writes notes and streamed replies; plain text wherever no terminal is.
 
-    Thinking goes to stderr, so that stdout has the answer alone. A tool call in a pipe keeps the
-    model's markers, by which programs find it; one that was cut off has no closing marker.
+    Thinking goes to stderr, so that stdout has the answer alone. A tool call in a pipe has markers
+    around it, by which programs find it; one that was cut off is text.
     """
 
     def __init__(self) -> None:
         self.out = Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        self._kind: Kind | None = None
+        self._kind: str | None = None
         self._in_line = False
 
     def note(self, text: str) -> None:
         """A line about what happens, on stderr."""
         self.err.print(text, style="dim", markup=False)
 
-    def show(self, segment: Segment) -> None:
-        """A piece of streamed text, in the manner of its kind."""
-        if segment.first:
+    def show(self, delta: Delta) -> None:
+        """A piece of a reply, in the manner of its kind."""
+        if delta.kind != self._kind or delta.kind == "tool_call":
             self.finish()
-            self._kind = segment.kind
-            if segment.kind == "thinking":
+            self._kind = delta.kind
+            if delta.kind == "reasoning":
                 self._write("thinking: ")
-            elif segment.kind == "tool call":
-                self._write("tool call: " if self.out.is_terminal else TOOL_CALL)
-        if segment.last and segment.kind == "tool call" and not self.out.is_terminal:
-            self._write(PASSAGES[TOOL_CALL][0])
-        self._write(segment.text)
+        if delta.kind == "tool_call":
+            call = written_calls([(str(delta.name), json.loads(delta.arguments))])
+            begin, end = ("tool call: ", "") if self.out.is_terminal else CALL_PAIR
+            self._write(f"{begin}{call}{end}")
+        else:
+            self._write(delta.text)
 
     def finish(self) -> None:
         """End the line of what was shown last."""
@@ -57,8 +61,8 @@ class Terminal:
         self._in_line = not text.endswith("\n")
 
     def _write(self, text: str) -> None:
-        kind = self._kind or ANSWER
-        _write(self.err if kind == "thinking" else self.out, text, STYLES[kind])
+        kind = self._kind or "text"
+        _write(self.err if kind == "reasoning" else self.out, text, STYLES[kind])
 
 
 def _write(console: Console, text: str, style: str) -> None:

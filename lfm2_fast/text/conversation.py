@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from lfm2_fast.hf.generate import seed_of, stop_criterion
 from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.hf.generation_names import PROCESSED
 from lfm2_fast.hf.hooks import check_generates
-from lfm2_fast.text.segments import PASSAGES, Segment, Splitter
+from lfm2_fast.text.markers import markers_of, open_passage
+from lfm2_fast.text.reply_parser import Delta, ReplyParser
 from lfm2_fast.text.token_stream import Timing, TokenStream
 
 # Arguments of ``generate`` for several rows, or for what is told beside the text.
@@ -57,8 +58,9 @@ def stream_answer(
     arguments: Mapping[str, Any],
     cache: Cache | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    take: Callable[[int], None] = lambda token: None,
 ) -> Answer:
-    """Continue ``ids``, handing text to ``sink`` as it comes.
+    """Continue ``ids``, handing text to ``sink`` as it comes, and each token to ``take``.
 
     ``stopped`` is asked after every token. ``arguments`` are those of ``generate`` that choose
     tokens and end the text. The context's end bounds the text, and so does ``max_new_tokens``. What
@@ -83,6 +85,7 @@ def stream_answer(
                 kept = event.cached_tokens
                 if event.token is not None:
                     stream.put(event.token)
+                    take(event.token)
                     if stopped():
                         end = "stopped"
                         engine.cancel(id)
@@ -176,10 +179,10 @@ class Conversation:
     def ask(
         self,
         message: str,
-        show: Callable[[Segment], None],
+        show: Callable[[Delta], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """Answer a message, handing segments to ``show`` as they come.
+        """Answer a message, handing text, thinking and tool calls to ``show`` as they come.
 
         An answer that ``stopped`` ended stays as far as it got. If it got nowhere but thinking, or
         on any exception, the message is taken back. Raises ValueError when the context is full.
@@ -187,26 +190,29 @@ class Conversation:
         self.messages.append({"role": "user", "content": message})
         said = False
         try:
-            ids, inside = self._prompt()
-            splitter = Splitter(inside)
+            ids = self._prompt()
+            parser = ReplyParser(self.tokenizer, tools=True, thinking=None, prompt_ids=ids)
 
-            def hand(segments: Iterable[Segment]) -> None:
+            def hand(deltas: Sequence[Delta]) -> None:
                 nonlocal said
-                for segment in segments:
-                    said |= segment.kind != "thinking"
-                    show(segment)
+                for delta in deltas:
+                    said |= delta.kind != "reasoning"
+                    show(delta)
 
             answer = stream_answer(
                 self.model,
                 self.tokenizer,
                 ids,
-                lambda text: hand(splitter.feed(text)),
+                lambda text: None,
                 max_new_tokens=self.max_new_tokens,
                 arguments=self.arguments,
                 cache=self.cache,
                 stopped=stopped,
+                take=lambda token: hand(parser.feed([token])),
             )
-            hand(splitter.close())
+            # Templates find thinking by its end; a tool call that was cut off is none.
+            closer = parser.closer
+            hand(parser.finish())
         except BaseException as error:
             self.messages.pop()
             if not isinstance(error, ValueError):
@@ -216,14 +222,14 @@ class Conversation:
             self.messages.pop()
             answer.end = "stopped; the message is taken back"
         else:
-            # Templates find thinking by its end; a tool call that was cut off is none.
-            closer = splitter.closer if splitter.kind == "thinking" else ""
-            content = (inside or "") + answer.text + closer
+            opened, begun = open_passage(self.tokenizer, ids, markers_of(self.tokenizer))
+            inside = f"{opened.text}{begun}" if opened is not None else ""
+            content = f"{inside}{answer.text}{closer}"
             self.messages.append({"role": "assistant", "content": content})
         return answer
 
-    def _prompt(self) -> tuple[list[int], str | None]:
-        """Return the prompt's ids, and the marker with which the template opened a passage."""
+    def _prompt(self) -> list[int]:
+        """Return the prompt's ids."""
         from jinja2 import TemplateError
 
         try:
@@ -232,5 +238,4 @@ class Conversation:
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        inside = next((opener for opener in PASSAGES if text.rstrip().endswith(opener)), None)
-        return self.tokenizer(text, add_special_tokens=False).input_ids, inside
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)

@@ -12,6 +12,7 @@ THINKING_PAIRS = (("<think>", "</think>"), ("<|cot_start|>", "<|cot_end|>"))
 CALL_PAIR = ("<|tool_call_start|>", "<|tool_call_end|>")
 XML_PAIR = ("<tool_call>", "</tool_call>")
 TURN = "<|im_start|>"
+MARKERS = frozenset(text for pair in (*THINKING_PAIRS, CALL_PAIR, XML_PAIR) for text in pair)
 
 
 def overlap(text: str, marker: str) -> int:

@@ -73,6 +73,7 @@ class ReplyParser:
         active = [m for m in markers if (self._thinks if m.kind == "thinking" else tools)]
         self._by_id = {m.id: m for m in active if m.id is not None}
         self._spelled = {m.text: m for m in active if m.id is None}
+        self._closers = {m.partner: m.text for m in markers if m.closes}
         self._scan = re.compile("|".join(map(re.escape, self._spelled)) or r"(?!)")
         kept = {m.id for m in markers if m.kind == "thinking"} | self._by_id.keys()
         added = tokenizer.added_tokens_decoder.items()
@@ -93,6 +94,13 @@ class ReplyParser:
         self._body = [said] if self._state == "call" else []  # of calls
         self._last: list[Call] = []  # calls of the passage before
         self._count = 0
+
+    @property
+    def closer(self) -> str:
+        """Marker that ends the thinking in which the reply is; empty where it is in none."""
+        if self._state != "thinking" or self._opener is None:
+            return ""
+        return self._closers[self._opener.partner]
 
     def feed(self, token_ids: Sequence[int]) -> list[Delta]:
         """Return what the next tokens of the reply give."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lfm2_fast.text.segments import MARKERS
+from lfm2_fast.text.markers import MARKERS
 
 
 @dataclass

@@ -7,40 +7,33 @@ import re
 import pytest
 
 from lfm2_fast.cli.terminal import Terminal
-from lfm2_fast.text.segments import Segment
+from lfm2_fast.text.reply_parser import Delta
 
 
-def show(segments: list[tuple[str, str]], *, cut: bool = False) -> None:
+def show(deltas: list[Delta]) -> None:
     terminal = Terminal()
-    for at, (kind, text) in enumerate(segments, 1):
-        half = len(text) // 2
-        terminal.show(Segment(kind, text[:half], True))  # type: ignore[arg-type]
-        terminal.show(Segment(kind, text[half:], False))  # type: ignore[arg-type]
-        if kind != "answer" and not (cut and at == len(segments)):
-            terminal.show(Segment(kind, "", False, last=True))  # type: ignore[arg-type]
+    for delta in deltas:
+        terminal.show(delta)
     terminal.finish()
 
 
 PASSAGES = [
-    ("thinking", "Two\nand two."),
-    ("answer", "Let me look.\x1b[2J"),
-    ("tool call", "[f(x=1)]"),
-    ("answer", "Four."),
+    Delta("reasoning", "Two\n"),
+    Delta("reasoning", "and two."),
+    Delta("text", "Let me "),
+    Delta("text", "look.\x1b[2J"),
+    Delta("tool_call", "", 0, "a", "f", '{"x": 1}'),
+    Delta("tool_call", "", 1, "b", "g", "{}"),
+    Delta("text", "Four."),
 ]
 
 
 def test_thinking_and_tool_calls_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     show(PASSAGES)
     out, err = capsys.readouterr()
-    call = "<|tool_call_start|>[f(x=1)]<|tool_call_end|>"
-    assert out == f"Let me look.\x1b[2J\n{call}\nFour.\n"
+    calls = [f"<|tool_call_start|>{call}<|tool_call_end|>" for call in ("[f(x=1)]", "[g()]")]
+    assert out == f"Let me look.\x1b[2J\n{calls[0]}\n{calls[1]}\nFour.\n"
     assert err == "thinking: Two\nand two.\n"
-
-
-def test_a_tool_call_that_was_cut_off_is_not_closed(capsys: pytest.CaptureFixture[str]) -> None:
-    show([("tool call", "[f()]"), ("tool call", '[f(y="a')], cut=True)
-    start, end = "<|tool_call_start|>", "<|tool_call_end|>"
-    assert capsys.readouterr().out == f'{start}[f()]{end}\n{start}[f(y="a\n'
 
 
 def test_notes_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +53,8 @@ def test_thinking_and_tool_calls_on_a_terminal(
     show(PASSAGES)
     out, err = capsys.readouterr()
     plain = re.compile(r"\x1b\[[\d;]*m")
-    assert plain.sub("", out) == "Let me look.\ufffd[2J\ntool call: [f(x=1)]\nFour.\n"
+    lines = ["Let me look.\ufffd[2J", "tool call: [f(x=1)]", "tool call: [g()]", "Four."]
+    assert plain.sub("", out).splitlines() == lines
     assert plain.sub("", err) == "thinking: Two\nand two.\n"
     assert ("\x1b[2;3m" in err) == (term != "dumb")
     assert ("\x1b[36m" in out) == (term == "xterm")

@@ -17,6 +17,10 @@ class Trip(pydantic.BaseModel):
     days: Literal[1, 2, 3]
 
 
+class Closed(Trip, extra="forbid"):
+    """A trip of nothing more, which ends where a small model would go on."""
+
+
 def test_pydantic_ai(url: str) -> None:
     ai = pytest.importorskip("pydantic_ai", reason=WHY)
     from pydantic_ai.models.openai import OpenAIChatModel
@@ -30,6 +34,17 @@ def test_pydantic_ai(url: str) -> None:
     assert isinstance(agent.run_sync("Where to?").output, Trip)
     native = ai.Agent(model, output_type=ai.NativeOutput(Trip), model_settings=settings)
     assert isinstance(native.run_sync("Where to?").output, Trip)
+
+    def weather(city: Literal["Rome", "Oslo"]) -> str:
+        """The weather of a city."""
+        return f"Rain in {city}."
+
+    # The format of the last answer goes with every request, beside the tools.
+    settings = {"max_tokens": 400}
+    agent = ai.Agent(
+        model, output_type=ai.NativeOutput(Closed), tools=[weather], model_settings=settings
+    )
+    assert isinstance(agent.run_sync("Where to?").output, Closed)
     plain = ai.Agent(model, model_settings={"max_tokens": 40})
     assert plain.run_sync("Hello!").output == "Hello! Ask me about Python or PostgreSQL."
 
@@ -49,6 +64,20 @@ def test_langchain(url: str) -> None:
     bound = model.bind_tools([Trip], tool_choice="Trip", parallel_tool_calls=False)
     (call,) = bound.invoke("Where to?").tool_calls
     assert Trip(**call["args"])
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA", "RESPONSES_TOOLS"])
+def test_instructor(url: str, mode: str) -> None:
+    instructor = pytest.importorskip("instructor", reason=WHY)
+    openai = pytest.importorskip("openai", reason=WHY)
+    own = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+    client = instructor.from_openai(own, mode=instructor.Mode[mode])
+    fields = {"model": "tiny", "messages": [{"role": "user", "content": "Where to?"}]}
+    made = client.create(response_model=Closed, max_retries=0, **fields)
+    assert isinstance(made, Closed)
+    if mode in ("TOOLS", "JSON_SCHEMA"):
+        *_, last = client.create_partial(response_model=Closed, max_retries=0, **fields)
+        assert Closed(**last.model_dump())
 
 
 def test_litellm(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

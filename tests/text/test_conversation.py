@@ -15,7 +15,7 @@ import lfm2_fast
 from lfm2_fast.cli.chat import converse, piped
 from lfm2_fast.cli.terminal import Terminal, interruptible
 from lfm2_fast.text.conversation import Answer, Conversation, stream_answer
-from lfm2_fast.text.segments import Segment
+from lfm2_fast.text.reply_parser import Delta
 
 QUESTIONS = ["What is a generator?", "How do I create an index?", "What does it return?"]
 
@@ -37,7 +37,7 @@ def conversation(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> Conversati
     return Conversation(model, tokenizer, max_new_tokens=20)
 
 
-def ignore(segment: Segment) -> None:
+def ignore(delta: Delta) -> None:
     """Show nothing."""
 
 
@@ -49,7 +49,7 @@ def after(tokens: int) -> Callable[[], bool]:
 
 def afresh(conversation: Conversation) -> str:
     """What greedy decoding without a cache answers to the messages so far."""
-    ids, _ = conversation._prompt()
+    ids = conversation._prompt()
     answer = stream_answer(
         conversation.model,
         conversation.tokenizer,
@@ -63,9 +63,9 @@ def afresh(conversation: Conversation) -> str:
 
 def ask(conversation: Conversation, message: str, **kwargs: Any) -> Answer:
     """Ask; what is shown is the answer, and it is that of a model without a cache."""
-    shown: list[Segment] = []
+    shown: list[Delta] = []
     answer = conversation.ask(message, shown.append, **kwargs)
-    assert "".join(segment.text for segment in shown) == answer.text.strip()
+    assert "".join(delta.text for delta in shown).strip() == answer.text.strip()
     if not answer.stopped:
         said = conversation.messages.pop()
         assert answer.text == afresh(conversation)
@@ -193,7 +193,7 @@ def test_a_template_that_opens_the_thinking(
 ) -> None:
     tokenizer.chat_template = THINKING
     conversation = Conversation(model, tokenizer, max_new_tokens=10)
-    shown: list[Segment] = []
+    shown: list[Delta] = []
     before = 0
     for question in QUESTIONS:
         answer = conversation.ask(question, shown.append)
@@ -204,7 +204,7 @@ def test_a_template_that_opens_the_thinking(
         assert message["content"] == f"<think>{answer.text}</think>"
         assert answer.text == afresh(conversation)
         conversation.messages.append(message)
-    assert {segment.kind for segment in shown} == {"thinking"}
+    assert {delta.kind for delta in shown} == {"reasoning"}
     answer = conversation.ask("Stopped while it thinks", ignore, after(3))
     assert str(answer).endswith("; stopped; the message is taken back")
     assert len(conversation.messages) == 2 * len(QUESTIONS)
@@ -215,9 +215,11 @@ def test_a_tool_call_that_was_cut_off_stays_open_in_the_history(
 ) -> None:
     tokenizer.chat_template = THINKING.replace("<think>", "<|tool_call_start|>")
     conversation = Conversation(model, tokenizer, max_new_tokens=5)
-    answer = conversation.ask(QUESTIONS[0], ignore)
+    shown: list[Delta] = []
+    answer = conversation.ask(QUESTIONS[0], shown.append)
     assert answer.end == "cut at 5 tokens"
     assert conversation.messages[-1]["content"] == f"<|tool_call_start|>{answer.text}"
+    assert [delta.kind for delta in shown] == ["text"]
 
 
 def test_what_has_no_template_is_named(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
@@ -261,7 +263,7 @@ def test_interrupt_ends_a_conversation_that_nobody_types(
     capsys: pytest.CaptureFixture[str],
     moment: str,
 ) -> None:
-    def interrupted(message: str, show: Callable[[Segment], None], stopped: Any) -> Answer:
+    def interrupted(message: str, show: Callable[[Delta], None], stopped: Any) -> Answer:
         if moment == "answer":
             assert not stopped()  # the answer has begun
         signal.raise_signal(signal.SIGINT)
