@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from lfm2_fast.engine.decode import LogitsError
 from lfm2_fast.engine.request import Event, LogProbs
 from lfm2_fast.server.errors import ApiError, of_engine
 from lfm2_fast.text.markers import overlap
@@ -119,7 +120,7 @@ class Choice:
 
     ``ends`` are the tokens that end the text, which are no part of it unless ``keep_stop``.
     ``one_call`` ends the choice after its first tool call. ``most`` bounds the tokens that count,
-    of 0 none does.
+    of 0 none does. ``narrowed`` says that the client allowed few tokens alone.
     """
 
     def __init__(
@@ -132,12 +133,13 @@ class Choice:
         keep_stop: bool = False,
         one_call: bool = False,
         most: int | None = None,
+        narrowed: bool = False,
     ) -> None:
         self.index, self.parser = index, parser
         self.tokens = 0
         self.reason: str | None = None
         self.called = False
-        self._stop = StopText(stops, keep_stop)
+        self._stop, self._narrowed = StopText(stops, keep_stop), narrowed
         self._ends, self._keep, self._one_call, self._most = ends, keep_stop, one_call, most
 
     @property
@@ -158,6 +160,13 @@ class Choice:
 
     def _take(self, event: Event, part: Part) -> None:
         reason = event.finish_reason
+        if self._narrowed and isinstance(event.error, LogitsError):
+            raise ApiError(
+                "none of allowed_token_ids can come next: a grammar or min_tokens forbids them; "
+                "allow more tokens",
+                param="allowed_token_ids",
+                code="invalid_value",
+            )
         if event.error is not None:
             raise of_engine(event.error)
         if reason == "deadline":

@@ -235,6 +235,7 @@ class Service:
                     keep_stop=bool(body.include_stop_str_in_output),
                     one_call=one_call,
                     most=most,
+                    narrowed=body.allowed_token_ids is not None,
                 )
         return Answers(self, stream, [request.prompt for request in requests], choices)
 

@@ -71,6 +71,8 @@ def check(case: Any) -> str:
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if isinstance(case.body.get(name, 4), int):
                 case.body[name] = min(case.body.get(name, 4), 4)
+        if isinstance(case.body.get("model"), str):
+            case.body["model"] = "tiny"
         if isinstance(case.body.get("n"), int):
             case.body["n"] = min(case.body["n"], 4)
     answer = case.call(headers=KEY, timeout=60)

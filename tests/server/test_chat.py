@@ -146,6 +146,52 @@ def test_parts_of_text_developer_and_tool_messages_are_read(client) -> None:
     assert template.body["prompt"].startswith("<|startoftext|><|im_start|>system\nBe.<|im_end|>")
 
 
+def test_a_prompt_may_stop_before_the_answer(client) -> None:
+    ends = {}
+    for add in (True, False):
+        fields = {"messages": QUESTION, "add_generation_prompt": add}
+        ends[add] = client("/apply-template", fields).body["prompt"]
+    assert ends[True] == f"{ends[False]}<|im_start|>assistant\n"
+
+
+THINKING = """
+{%- for message in messages -%}
+    {{- "<|im_start|>" ~ message.role ~ "\n" ~ message.content ~ "<|im_end|>\n" -}}
+{%- endfor -%}
+{{- "<|im_start|>assistant\n" ~ ("" if enable_thinking is false else "<think>\n") -}}
+"""
+
+
+def test_thinking_that_the_template_opens_is_told_apart(serving, model) -> None:
+    client = serving(model, max_rows=2, chat_template=THINKING)
+    given = {"ignore_eos": True}
+    body = client.chat(**given).body
+    message = body["choices"][0]["message"]
+    assert message["reasoning"] and message["reasoning"] == message["reasoning_content"]
+    assert message["content"] == ""
+    assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12
+    deltas = [
+        e["choices"][0]["delta"]
+        for e in client.stream(PATH, messages=QUESTION, max_tokens=12, **given)
+    ]
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == message["reasoning"]
+    assert not any(delta.get("content") for delta in deltas)
+    hidden = client.chat(include_reasoning=False, **given).body["choices"][0]["message"]
+    assert hidden.keys() == {"role", "content", "refusal"}
+    for fields in (
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ):
+        plain = client.chat(**fields).body["choices"][0]["message"]
+        assert plain["content"] and "reasoning" not in plain
+    item = client(
+        "/v1/responses", {"input": "What is an index?", "max_output_tokens": 12, **given}
+    ).body
+    assert [each["type"] for each in item["output"]] == ["reasoning"]
+    assert item["output"][0]["content"][0]["text"] == message["reasoning"]
+
+
 def test_the_final_message_goes_on(client) -> None:
     messages = [*QUESTION, {"role": "assistant", "content": "A table"}]
     body = client.chat(messages=messages, continue_final_message=True, max_tokens=4).body
@@ -181,6 +227,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temperature": -1}, "temperature", "invalid_value"),
     ({"temperature": "hot"}, "temperature", "invalid_value"),
     ({"top_p": 2}, "top_p", "invalid_value"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty", "invalid_value"),
     ({"n": 0}, "n", "invalid_value"),
     ({"n": 129}, "n", "invalid_value"),
     ({"n": True}, "n", "invalid_value"),

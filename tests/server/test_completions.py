@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 PATH = "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
 
 
 def texts(answer: Any) -> list[str]:
@@ -25,6 +26,21 @@ def test_prompts_come_as_texts_and_ids_alone_and_in_lists(client) -> None:
     assert texts(client.complete(ids[1])) == alone[1:]
     many = texts(client.complete(prompts, n=2, temperature=1, seed=1))
     assert len(set(many)) == 4
+
+
+def test_a_bias_keeps_tokens_away(client) -> None:
+    fields = {"max_tokens": 20, "ignore_eos": True, "return_token_ids": True}
+    likely = set(client.complete(**fields).body["choices"][0]["token_ids"])
+    bias = {str(token): -100 for token in likely}
+    written = client.complete(**fields, logit_bias=bias).body["choices"][0]["token_ids"]
+    assert len(written) == 20 and not likely & set(written)
+
+
+def test_the_end_of_the_context_ends_a_text(serving, model) -> None:
+    client = serving(model, max_rows=1, max_model_len=64)
+    body = client("/v1/chat/completions", {**HELLO, "ignore_eos": True}).body
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["total_tokens"] == 64
 
 
 def test_each_spelling_of_tokenize_has_its_own_servers_default(client) -> None:
@@ -139,6 +155,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [-1]}, "prompt", "invalid_value"),
     ({"prompt": {"a": 1}}, "prompt", "invalid_value"),
     ({"prompt": "a " * 4000}, "prompt", "context_length_exceeded"),
+    ({"prompt": "a " * 4000, "stream": True}, "prompt", "context_length_exceeded"),
     ({"prompt": "a" * 300_000}, "prompt", "context_length_exceeded"),
     ({"logprobs": True}, "logprobs", "invalid_value"),
     ({"suffix": "x"}, "suffix", "unsupported_parameter"),

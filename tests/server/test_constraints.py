@@ -112,6 +112,8 @@ def test_a_reply_is_a_call_or_json_where_both_may_come(client) -> None:
         assert bool(calls) is (bias > 0)
         assert all(is_object(call["function"]["arguments"]) for call in calls)
         assert calls or is_trip(choice["message"]["content"])
+    none = client.chat(messages=QUESTION, tool_choice="none", **fields).body["choices"][0]
+    assert is_trip(none["message"]["content"]) and "tool_calls" not in none["message"]
     needed = client.chat(messages=QUESTION, tool_choice="required", **fields).body
     assert needed["choices"][0]["finish_reason"] == "tool_calls"
     wrong = {"response_format": {"type": "json_object", "schema": {"type": "hiccup"}}}
@@ -223,6 +225,17 @@ def test_numbers_that_json_has_not_are_told_back_to_nobody(client) -> None:
     for number in (b"NaN", b"1e999"):
         body = b'{"input": "Hi", "metadata": {"a": %s}}' % number
         client.refused(client("/v1/responses", body), "metadata", "invalid_value")
+
+
+def test_what_leaves_no_token_is_the_clients_fault(client) -> None:
+    end = client.service.defaults.eos[0]
+    for fields in (
+        {"guided_regex": "a", "allowed_token_ids": [500]},
+        {"allowed_token_ids": [end], "min_tokens": 3},
+    ):
+        client.refused(client.chat(**fields), "allowed_token_ids", "invalid_value")
+        (first, *_, last) = client.stream(CHAT, messages=QUESTION, max_tokens=9, **fields)
+        assert first["choices"] and last["error"]["param"] == "allowed_token_ids"
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,10 @@ def test_metrics_count_what_was_done(client) -> None:
     assert client.complete(max_tokens=7).status == 200
     changed = [value(name) - was for name, was in zip(names, before, strict=True)]
     assert changed == [6, 7, 1, 1]
+    hits = value("prefix_cache_hits_total")
+    for _ in range(2):
+        assert client.complete("a b " * 100, cache_salt="metrics", max_tokens=1).status == 200
+    assert value("prefix_cache_hits_total") - hits >= 128
     assert value("num_requests_running") == value("num_requests_waiting") == 0
 
 
