@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="new tokens of each request")
     parser.add_argument("--turn", type=int, default=4000, help="tokens of the conversation")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--side", choices=("ours", "theirs"), help="one of both, for long rows")
     parser.add_argument("--out", type=Path, help="default: bench/results/http-SIZE-KIND.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -222,43 +223,47 @@ def main() -> None:
     if given.row == "gate":
         gate(file, folder, given.threads, kind)
         return
-    protocol = {name: value for name, value in vars(given).items() if name not in ("out", "row")}
+    unsaid = ("out", "row", "side")
+    protocol = {name: value for name, value in vars(given).items() if name not in unsaid}
     head = results.header(f"LFM2-{given.size}'s shape over HTTP on a CPU", protocol)
     out = given.out or results.RESULTS / f"http-{given.size}-{given.quantization}.json"
     before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     rounds: dict[str, list[Any]] = before.get("rounds", {})
     mine = rounds.setdefault(given.row, [])
+    length = given.turn + 256 if given.row == "conversation" else given.prompt + given.new
+    work = {**BESIDE, "schema": schema}.get(given.row)
+    sides: dict[str, tuple[int, Any]] = {}
+    pids = []
     with ExitStack() as stack:
-        length = given.turn + 256 if given.row == "conversation" else given.prompt + given.new
-        process, port = ours(own, options, length)
-        stack.callback(process.terminate)
-        sides: dict[str, tuple[int, Any]] = {}
-        pids = [process.pid]
-        if given.row in BESIDE:
+        if given.side != "theirs":
+            process, port = ours(own, options, length)
+            stack.callback(process.terminate)
+            pids.append(process.pid)
+            sides["lfm2-fast serve"] = port, work
+        if given.row in BESIDE and given.side != "ours":
             path, name = program("llama-server"), f"llama-server {kind}"
             peer = stack.enter_context(LlamaServer(path, file, given.threads, ROWS, length, name))
-            work = BESIDE[given.row]
-            sides = {"lfm2-fast serve": (port, work), peer.name: (peer.port, work)}
             pids.append(peer.process.pid)
+            sides[name] = peer.port, work
+        if given.row in ("client", "cost"):
+            model = lfm2_fast.load(folder, device="cpu", **options)
             if given.row == "client":
-                model = lfm2_fast.load(folder, device="cpu", **options)
-                sides["engine"] = (0, alone(model))
-        elif given.row == "cost":
-            sides = {"": (port, cost(lfm2_fast.load(folder, device="cpu", **options)))}
-        else:
-            sides = {"": (port, schema)}
+                sides["engine"] = 0, alone(model)
+            else:
+                sides["lfm2-fast serve"] = sides["lfm2-fast serve"][0], cost(model)
         warm = argparse.Namespace(**{**vars(given), "requests": ROWS, "new": 4, "turn": 128})
         for port, work in sides.values():
             work(port, warm, 999)
         others = Neighbours(pids)
         for _ in range(given.rounds):
-            turn = len(mine)
-            order = sides if turn % 2 == 0 else reversed(sides)
-            made = {name: sides[name][1](sides[name][0], given, turn) for name in order}
-            made = made.get("", made)
-            mine.append({**made, "when": head["when"], "commit": head["commit"]})
-            mine[-1]["others"] = others.seen()
-            print(given.row, json.dumps(mine[-1]), flush=True)
+            # Of sides that run one at a time, the second one joins the first one's round.
+            turn = next((i for i, each in enumerate(mine) if not sides.keys() & each), len(mine))
+            if turn == len(mine):
+                mine.append({"when": head["when"], "commit": head["commit"], "others": {}})
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                mine[turn][side] = sides[side][1](sides[side][0], given, turn)
+            mine[turn]["others"] |= dict.fromkeys(sides, others.seen())
+            print(given.row, json.dumps(mine[turn]), flush=True)
             results.write(out, {**head, "rounds": rounds})
 
 

@@ -52,7 +52,8 @@ def samples(goal: Goal, rounds: list[Mapping[str, Any]]) -> tuple[list[float], l
     if goal.peer in (INT8, INT4):
         mine, theirs = ([each[side][goal.figure] for each in rounds] for side in (OURS, goal.peer))
     else:
-        mine, theirs = ([each[side] for each in rounds] for side in (goal.figure, goal.peer))
+        both = [each[OURS] for each in rounds]
+        mine, theirs = ([each[side] for each in both] for side in (goal.figure, goal.peer))
     return mine, theirs
 
 
@@ -61,6 +62,9 @@ def http_table(found: Mapping[str, Any]) -> str:
     lines = []
     for goal in GOALS:
         rounds = found.get(goal.kind, {}).get("rounds", {}).get(goal.row)
+        rounds = [
+            each for each in rounds or () if OURS in each and goal.peer in {*each, *each[OURS]}
+        ]
         if not rounds:
             continue
         mine, theirs = samples(goal, rounds)
@@ -79,7 +83,8 @@ def conditions(found: Mapping[str, Any]) -> str:
     for kind, own in found.items():
         machine, protocol = own["machine"], own["protocol"]
         rounds = [each for row in own["rounds"].values() for each in row]
-        most = max(each["others"]["processors_used_by_others"] for each in rounds)
+        seen = [side for each in rounds for side in each["others"].values()]
+        most = max(side["processors_used_by_others"] for side in seen)
         told.append(
             f"{kind}: {own['when'][:10]}, {machine['name']} ({machine['features']}), "
             f"{protocol['threads']} threads, {commit_of(own)}; others used {most:.2f} processors "

@@ -10,7 +10,7 @@ from bench.report.http_table import INT4, INT8, OURS, tables
 
 
 def write(folder: Path, kind: str, rounds: dict[str, list[dict[str, Any]]]) -> None:
-    others = {"others": {"processors_used_by_others": 0.125}}
+    others = {"others": {OURS: {"processors_used_by_others": 0.125}}}
     told = {row: [each | others for each in all_of_row] for row, all_of_row in rounds.items()}
     head = {
         "when": "2026-11-29T10:00:00",
@@ -30,7 +30,7 @@ def test_ratios_are_those_of_medians(tmp_path: Path) -> None:
     ]
     for each in requests:
         each[INT8]["first token p99"] = 10.0
-    write(tmp_path, "int8", {"requests": requests, "cost": [{"http": 1.2, "engine": 1.0}]})
+    write(tmp_path, "int8", {"requests": requests, "cost": [{OURS: {"http": 1.2, "engine": 1.0}}]})
     write(tmp_path, "int4", {"requests": [{OURS: {rate: 30.0}, INT4: {rate: 10.0}}]})
     made = tables(tmp_path)
     lines = [line.split(" | ") for line in made["http-350M"]().splitlines()[2:]]
