@@ -19,6 +19,8 @@ T = TypeVar("T")
 log = logging.getLogger("lfm2_fast.server")
 # Seconds after which a stream that says nothing sends a comment, so that proxies keep it open.
 PING = 15.0
+# Made once: the library's own dumps makes an encoder for each call with these options.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 Begin = Callable[[bytes], Awaitable[Reply]]
 
 
@@ -151,7 +153,7 @@ async def _event(send: Send, objects: Iterable[dict[str, Any]]) -> None:
     for each in objects:
         name = each.get("type") if isinstance(each.get("type"), str) else None
         lines.append(f"event: {name}\n" if name else "")
-        lines.append(f"data: {json.dumps(each, ensure_ascii=False, separators=(',', ':'))}\n\n")
+        lines.append(f"data: {ENCODER.encode(each)}\n\n")
     if lines:
         await _chunk(send, "".join(lines).encode())
 

@@ -198,7 +198,8 @@ class Choice:
                 return
             if delta.kind == "text":
                 if text := self._stop.feed(delta.text):
-                    part.deltas.append(replace(delta, text=text))
+                    whole = text == delta.text
+                    part.deltas.append(delta if whole else replace(delta, text=text))
                 if self._stop.found:
                     self._end(part, "stop")
                 continue
