@@ -150,6 +150,28 @@ def draws_table(found: dict[str, Any]) -> str:
     return markdown(["", "inverse distribution function", "Gumbel's max"], rows)
 
 
+def gguf_table(found: dict[str, Any]) -> str:
+    """Errors of logits on files of llama.cpp's tools, a row a kind of file."""
+    rows = [
+        [f"{shape}, {kind}"]
+        + [f"{row[name]:.5f}" for name in ("ours", "llama", "rounded", "apart")]
+        + [f"{sum(row['written'])} of {len(row['written']) * found['protocol']['greedy_tokens']}"]
+        for shape, kinds in found["files"].items()
+        for kind, row in kinds.items()
+    ]
+    head = ["", "lfm2_fast", "llama.cpp", "its rounding alone", "between both"]
+    return markdown([*head, "greedy tokens before the first other one"], rows)
+
+
+def gguf_quality_table(found: dict[str, Any]) -> str:
+    """KL and loss of 4 bits beside llama.cpp's."""
+    rows = [
+        [name, f"{row['loss']:.4f}", f"{row['reference_loss']:.4f}", f"{row['kl']:.5f}"]
+        for name, row in found["quality"].items()
+    ]
+    return markdown(["", "loss", "its reference's", "KL"], rows)
+
+
 def conditions(found: dict[str, Any]) -> str:
     """Origin of a result file, as a sentence."""
     machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
@@ -186,8 +208,14 @@ def tables() -> dict[str, Callable[[], str]]:
     for path in sorted(RESULTS.glob("profile-*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         made[path.stem] = lambda w=whole: profile_table(w)
-    for name, table in {"quality": quality_table, "draws": draws_table}.items():
-        path = RESULTS / f"{name}.json"
+    others = {
+        "quality": ("quality", quality_table),
+        "draws": ("draws", draws_table),
+        "gguf-llama": ("gguf-llama", gguf_table),
+        "gguf-quality": ("gguf-llama", gguf_quality_table),
+    }
+    for name, (stem, table) in others.items():
+        path = RESULTS / f"{stem}.json"
         if path.is_file():
             whole = json.loads(path.read_text(encoding="utf-8"))
             made[name] = lambda w=whole, t=table: t(w)

@@ -1,4 +1,4 @@
-"""The command line: ``lfm2-fast generate | chat | info | eval | bench | serve | batch | demo``.
+"""The command line: ``lfm2-fast chat``, ``serve`` and the others.
 
 Commands import torch as they run, not before, so that ``--help`` comes at once.
 """
@@ -15,6 +15,7 @@ from lfm2_fast.cli.bench import bench
 from lfm2_fast.cli.chat import chat
 from lfm2_fast.cli.demo import demo
 from lfm2_fast.cli.eval import eval
+from lfm2_fast.cli.export import app as export
 from lfm2_fast.cli.generate import generate
 from lfm2_fast.cli.info import info
 from lfm2_fast.cli.serve import serve
@@ -22,6 +23,7 @@ from lfm2_fast.cli.serve import serve
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for command in (generate, chat, info, eval, bench, serve, batch, demo):
     app.command()(command)
+app.add_typer(export, name="export")
 
 
 def _version(value: bool) -> None:
@@ -46,3 +48,7 @@ def _commands(
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+        return
+    from lfm2_fast.cli.terminal import show_loading_notes
+
+    show_loading_notes()

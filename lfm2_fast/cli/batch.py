@@ -35,6 +35,7 @@ def batch(
     backend: opt.Backend = "auto",
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
+    gguf_file: opt.GGUFFile = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:

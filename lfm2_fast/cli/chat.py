@@ -45,6 +45,7 @@ def chat(
     backend: opt.Backend = "auto",
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
+    gguf_file: opt.GGUFFile = None,
     max_length: opt.MaxLength = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,

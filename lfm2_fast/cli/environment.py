@@ -24,7 +24,8 @@ from lfm2_fast.text.presets import sampling
 from lfm2_fast.weights import hub
 from lfm2_fast.weights.checkpoint import GENERATION_CONFIG
 from lfm2_fast.weights.fusion import checkpoint_bytes, num_parameters
-from lfm2_fast.weights.gguf_checkpoint import held, raw_config
+from lfm2_fast.weights.gguf_checkpoint import held
+from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 
 Facts = dict[str, dict[str, Any]]

@@ -24,6 +24,7 @@ def eval(
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
     revision: opt.Revision = None,
+    gguf_file: opt.GGUFFile = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:

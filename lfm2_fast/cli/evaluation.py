@@ -69,7 +69,8 @@ def load_and_evaluate(
     other = None if reference is None else load(name, dtype=reference, **options)
     if other is not None and other.config.quantization is not None:
         raise ValueError(
-            f"{name} is stored in 8 bits itself: there is nothing wider to compare with"
+            f"{name} is stored in {other.config.quantization} itself: there is nothing wider to "
+            "compare with"
         )
     found = evaluate(model, encoded.input_ids[0], window=window, reference=other)
     facts = {**asdict(found), "perplexity": found.perplexity}

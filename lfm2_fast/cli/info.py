@@ -17,12 +17,13 @@ def info(
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
     revision: opt.Revision = None,
+    gguf_file: opt.GGUFFile = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
     """Tell what runs here: versions, device, the body of each operation, and why no faster one.
 
-    Of MODEL, only the config is read.
+    Of MODEL, only the config is read, or the header of a GGUF file.
     """
     from lfm2_fast.cli.environment import checkpoint_facts, machine_facts, show
 
@@ -31,6 +32,7 @@ def info(
         facts |= checkpoint_facts(
             model,
             revision=revision,
+            gguf_file=gguf_file,
             local_files_only=local_files_only,
             force_download=force_download,
         )

@@ -19,7 +19,11 @@ def text(value: T) -> T:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, like LiquidAI/LFM2-1.2B, folder or .gguf.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, like LiquidAI/LFM2-1.2B or .../LFM2-1.2B-GGUF:Q4_K_M, folder or .gguf.",
+    ),
 ]
 System = Annotated[str | None, typer.Option(callback=text, help="System prompt.")]
 Preset = Annotated[
@@ -43,6 +47,9 @@ Quantization = Annotated[
     typer.Option(help="int8 or int4: integer matrices, half or a third of bfloat16's memory."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+GGUFFile = Annotated[
+    str | None, typer.Option("--gguf-file", help="GGUF file in the folder or repository MODEL.")
+]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
 ServedModelName = Annotated[
     list[str] | None, typer.Option(help="Name that requests may ask for; repeatable.")
@@ -70,6 +77,7 @@ LOADING = (
     "backend",
     "quantization",
     "revision",
+    "gguf_file",
     "max_length",
     "local_files_only",
     "force_download",

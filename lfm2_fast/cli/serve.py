@@ -51,6 +51,7 @@ def serve(
     backend: opt.Backend = "auto",
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
+    gguf_file: opt.GGUFFile = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
     adapter: Annotated[str | None, typer.Option(hidden=True)] = None,

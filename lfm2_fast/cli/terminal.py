@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,21 @@ def _write(console: Console, text: str, style: str) -> None:
     else:
         console.file.write(text)
         console.file.flush()
+
+
+class _Notes(logging.Handler):
+    """Shows what is logged as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        Terminal().note(record.getMessage())
+
+
+def show_loading_notes() -> None:
+    """Show what loading weights has to tell, like the types of a GGUF file, from now on."""
+    logger = logging.getLogger("lfm2_fast.weights")
+    if not any(isinstance(each, _Notes) for each in logger.handlers):
+        logger.addHandler(_Notes())
+    logger.setLevel(logging.INFO)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.weights import hub
-from lfm2_fast.weights.gguf_checkpoint import raw_config
+from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import is_gguf, read_gguf
 
 # Defaults of transformers' Lfm2Config, which a bare ``Lfm2Config()`` has as well.

@@ -11,9 +11,9 @@ import torch
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.loading import check_options
-from lfm2_fast.weights.checkpoint import BLOCK
 from lfm2_fast.weights.formats import DENSE, Format
 from lfm2_fast.weights.fusion import BASE, HEAD, formats_of, fusion_table, widen_for
+from lfm2_fast.weights.safetensors_files import BLOCK
 
 
 def from_transformers(

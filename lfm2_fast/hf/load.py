@@ -40,18 +40,18 @@ def load(
 ) -> Lfm2ForCausalLM:
     """Load an LFM2 checkpoint, ready to run.
 
-    ``model`` is a hub id ("LiquidAI/LFM2-1.2B") or a folder. ``device`` "auto" means the CUDA
+    ``model`` is a folder, a hub id ("LiquidAI/LFM2-1.2B"), one with the type of a GGUF file
+    ("LiquidAI/LFM2-1.2B-GGUF:Q4_K_M"), or a path to a GGUF file. ``device`` "auto" means the CUDA
     device if there is one, else the CPU. ``dtype`` "auto" means the checkpoint's own; names like
     "bfloat16" are taken too. ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and
     ``force_download`` go to the hub. ``subfolder`` is the checkpoint's folder inside of ``model``,
-    ``variant`` a word in the names of its weights, ``gguf_file`` a GGUF file there; a path to
-    one may stand for ``model`` too. ``max_length`` bounds the context in tokens (default: the
-    model's limit). ``backend`` chooses the bodies of the operations, see
-    ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the matrices 8-bit integers while
-    they are loaded, about half of bfloat16's memory. "int4" makes them GGUF's Q4_0, embedding
-    and head int8, about a third; a GPU has no bodies for it yet and holds those matrices dense.
-    None takes them as they are stored. ``config`` replaces the checkpoint's config.json,
-    ``generation_config`` its generation parameters.
+    ``variant`` a word in the names of its weights, ``gguf_file`` a GGUF file there.
+    ``max_length`` bounds the context in tokens (default: the model's limit). ``backend`` chooses
+    the bodies of the operations, see ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the
+    matrices 8-bit integers while they are loaded, about half of bfloat16's memory. "int4" makes
+    them GGUF's Q4_0, embedding and head int8, about a third; a GPU has no bodies for it yet and
+    holds those matrices dense. None takes them as they are stored. ``config`` replaces the
+    checkpoint's config.json, ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
     ``torch_dtype``; ``quantization_config``, ``load_in_8bit`` and ``load_in_4bit``, bitsandbytes'

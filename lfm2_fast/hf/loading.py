@@ -15,7 +15,7 @@ from lfm2_fast.config import CheckpointError, Config, read_json
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
-from lfm2_fast.weights import checkpoint, gguf_checkpoint, hub
+from lfm2_fast.weights import checkpoint, gguf_checkpoint, gguf_config, hub
 from lfm2_fast.weights.formats import FORMATS
 from lfm2_fast.weights.fusion import widen_for
 from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
@@ -46,7 +46,7 @@ def load_as(
     folder = hub.find_checkpoint(model, **hub_options)
     file = read_gguf(folder) if folder.is_file() else None
     if file is not None:
-        raw = gguf_checkpoint.raw_config(file)
+        raw = gguf_config.raw_config(file)
         inner = Config.from_dict(raw, str(file.path)) if given is None else given.to_internal()
         given = given or Lfm2Config.from_dict(raw)
     elif given is None:
@@ -190,7 +190,7 @@ def _whole(device_map: Device | Mapping[str, Device]) -> Device:
 def _generation_config(folder: Path, file: GGUFFile | None, config: Config) -> dict[str, Any]:
     """The checkpoint's own, or, as Hugging Face does, the special tokens of its config."""
     if file is not None:
-        return gguf_checkpoint.generation_config(file, config)
+        return gguf_config.generation_config(file, config)
     path = folder / checkpoint.GENERATION_CONFIG
     if path.is_file():
         return read_json(path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config
 from lfm2_fast.weights import hub
-from lfm2_fast.weights.gguf_checkpoint import raw_config
+from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import read_gguf
 
 TOKENIZER_FILES = (

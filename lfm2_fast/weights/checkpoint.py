@@ -10,15 +10,15 @@ import mmap
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lfm2_fast.config import FETCH_AGAIN, CheckpointError, Config, read_json
+from lfm2_fast.config import Config
 from lfm2_fast.weights.formats import DENSE, Format, find_format
 from lfm2_fast.weights.fusion import (
     EMBEDDING,
@@ -29,36 +29,21 @@ from lfm2_fast.weights.fusion import (
     fusion_table,
     interleave,
 )
+from lfm2_fast.weights.safetensors_files import (
+    BLOCK,
+    FLOATS,
+    INDEX,
+    checked_tensors,
+    open_tensors,
+    variant_of,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-
-# Numbers that are quantized at once: few enough to stay in the caches on the way.
-BLOCK = 1 << 18
 # Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
 LARGE = 1 << 18
-
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-# Safetensors' names of the integers that formats store.
-INTEGERS = {torch.int8: {"I8"}, torch.uint8: {"U8"}}
-
-
-def variant_of(name: str, variant: str | None) -> str:
-    """Return a file's name with a variant in it, as Hugging Face spells it.
-
-    >>> variant_of("model.safetensors", "fp16")
-    'model.fp16.safetensors'
-    """
-    stem, _, ending = name.rpartition(".")
-    return f"{stem}.{variant}.{ending}" if variant else name
 
 
 def load_weights(
@@ -80,9 +65,7 @@ def load_weights(
     whatever does not fit.
     """
     table = fusion_table(config)
-    whole = variant_of(find_format(config.quantization, folder / "config.json").file, variant)
-    found = _with_a_head(table, _open_tensors(folder, whole, variant_of(INDEX, variant)))
-    _check_tensors(folder, config, table, found)
+    found = checked_tensors(folder, config, table, variant)
     if dtype is None:
         dtype = FLOATS[found[table[dtype_tensor(table)].parts[0].name].dtype]
     wanted = replace(config, quantization=config.quantization or quantization)
@@ -113,7 +96,7 @@ def fill_table(
     """
     formats = formats_of(config)
     weights = {}
-    with _progress(table.items()) as tensors:
+    with progress(table.items()) as tensors:
         for name, fused in tensors:
             target = formats[name] if fused.is_matrix else DENSE
             converts = fused.is_matrix and fused.format is DENSE and target is not DENSE
@@ -145,7 +128,7 @@ def with_stored_head(folder: Path, config: Config, variant: str | None = None) -
     whole = variant_of(find_format(config.quantization, folder / "config.json").file, variant)
     if not config.tie_word_embeddings or config.quantization is not None:
         return config
-    found = _open_tensors(folder, whole, variant_of(INDEX, variant))
+    found = open_tensors(folder, whole, variant_of(INDEX, variant))
     embedding = fusion_table(config)[EMBEDDING].parts[0]
     head, table = found.get(HEAD), found.get(embedding.name, found.get(embedding.base_name))
     if head is None or table is None or head.shape != table.shape:
@@ -162,14 +145,14 @@ def with_stored_head(folder: Path, config: Config, variant: str | None = None) -
     return replace(config, tie_word_embeddings=False)
 
 
-def _progress(tensors: Collection[T]) -> AbstractContextManager[Iterable[T]]:
+def progress(
+    tensors: Collection[T], what: str = "loading weights"
+) -> AbstractContextManager[Iterable[T]]:
     """``tensors`` with a bar on a terminal where they take long, if tqdm is there."""
     with suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(
-            tensors, desc="loading weights", unit="tensor", delay=1.0, leave=False, disable=None
-        )
+        return tqdm(tensors, desc=what, unit="tensor", delay=1.0, leave=False, disable=None)
     return nullcontext(tensors)
 
 
@@ -216,7 +199,7 @@ def save(
     )
     for file, names in shards.filename_to_tensors.items():
         target = folder / file
-        with _complete(target) as path:
+        with complete(target) as path:
             try:
                 own = {name: tensors[name].contiguous() for name in names}
                 save_file(own, path, metadata={"format": "pt"})
@@ -230,7 +213,7 @@ def save(
     if shards.is_sharded:
         documents[index] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     for name, document in documents.items():
-        with _complete(folder / name) as path:
+        with complete(folder / name) as path:
             path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     # A whole file goes before an index, and an index would be looked for beside it.
     stale = (folder / variant_of(whole, variant)) if shards.is_sharded else (folder / index)
@@ -238,8 +221,8 @@ def save(
 
 
 @contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that becomes it if the block ends well, else is removed."""
+def complete(path: Path) -> Iterator[Path]:
+    """Give a path beside ``path`` that becomes it if the block ends well, else is removed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -248,143 +231,7 @@ def _complete(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a safetensors file.
-
-    The file is mapped anew for every tensor: what was read through a map counts as this process's
-    memory until the map is gone, and would come to as much as the file.
-    """
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self) -> torch.Tensor:
-        with _readable(self.path):
-            return _open(self.path).get_tensor(self.name)
-
-    def copy_to(self, place: torch.Tensor) -> None:
-        """Copy the values into ``place``."""
-        place.copy_(self.read().reshape(place.shape))
-
-    def fill(self, target: Format, places: Sequence[torch.Tensor]) -> None:
-        """Fill the parts ``places`` of the ``target`` format, some rows at a time."""
-        target.fill(places, self.blocks(max(1, BLOCK // self.shape[1])))
-
-    def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """So many rows at a time, each with its place."""
-        with _readable(self.path):
-            stored = _open(self.path).get_slice(self.name)
-        for first in range(0, self.shape[0], rows):
-            here = slice(first, first + rows)
-            yield here, stored[here]
-
-
-def _open(path: Path) -> Any:
-    """A safetensors file, mapped. Raises CheckpointError for what is none."""
-    with _readable(path):
-        return safe_open(path, framework="pt", device="cpu")
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Guard the reading of a safetensors file; raises CheckpointError where that cannot be read."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or corrupt ({error}); {FETCH_AGAIN}") from error
-
-
-def _open_tensors(folder: Path, whole: str, listing: str) -> dict[str, _Stored]:
-    """Return every tensor of the folder's safetensors files, by Hugging Face's name."""
-    index = folder / listing
-    if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
-        names = [whole]
-    elif index.is_file():
-        names = shards(index)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {listed(missing)}, which {listing} names; {FETCH_AGAIN}"
-            )
-    else:
-        raise CheckpointError(
-            f"{folder} holds neither {whole} nor {listing}; lfm2_fast reads safetensors only"
-        )
-    tensors = {}
-    for name in names:
-        path = folder / name
-        file = _open(path)
-        for key in file.keys():
-            header = file.get_slice(key)
-            tensors[key] = _Stored(path, key, tuple(header.get_shape()), header.get_dtype())
-    return tensors
-
-
-def shards(index: Path) -> list[str]:
-    """The files that ``index`` names. Raises CheckpointError where it names none."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
-    return sorted({str(name) for name in places.values()})
-
-
-def _with_a_head(table: dict[str, Fused], found: dict[str, _Stored]) -> dict[str, _Stored]:
-    """``found`` by the names of the class with a head, where it was saved without one.
-
-    Hugging Face's ``from_pretrained`` takes either, tensor by tensor.
-    """
-    full = {part.base_name: part.name for fused in table.values() for part in fused.parts}
-    return {
-        name if (named := full.get(name, name)) in found else named: stored
-        for name, stored in found.items()
-    }
-
-
-def _check_tensors(
-    folder: Path, config: Config, table: dict[str, Fused], found: dict[str, _Stored]
-) -> None:
-    wanted = {part.name: (part, fused) for fused in table.values() for part in fused.parts}
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {listed(missing)}, which its config.json asks for; the checkpoint "
-            "is incomplete or its config belongs to another one"
-        )
-    # A tied head is sometimes stored all the same; ``with_stored_head`` has compared it.
-    tied = {HEAD} if config.tie_word_embeddings else set()
-    unexpected = sorted(found.keys() - wanted.keys() - tied)
-    if unexpected:
-        where = found[unexpected[0]].path
-        raise CheckpointError(
-            f"{where} holds {listed(unexpected)}, which an LFM2 of this config does not have; "
-            "its config belongs to another checkpoint, or an adapter was saved with it"
-        )
-    for name, (part, fused) in wanted.items():
-        stored = found[name]
-        if stored.shape != part.shape:
-            raise CheckpointError(
-                f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but config.json "
-                f"asks for {list(part.shape)}"
-            )
-        if stored.dtype not in (
-            FLOATS if fused.dtype is None else INTEGERS.get(fused.dtype, FLOATS)
-        ):
-            raise CheckpointError(
-                f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
-                "config.json does not speak of; load the unquantized checkpoint"
-            )
-
-
 def _trim() -> None:
     """Give back what was freed: glibc would come to keep gigabytes; other C libraries lack this."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def listed(names: list[str]) -> str:
-    """Return some names in words: the first three, and how many more there are."""
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config
-from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, INDEX, shards, variant_of
+from lfm2_fast.weights.checkpoint import GENERATION_CONFIG
 from lfm2_fast.weights.formats import find_format
 from lfm2_fast.weights.gguf_file import SPLIT, is_gguf, parts_of_split, split_name
+from lfm2_fast.weights.hub_files import Repository
+from lfm2_fast.weights.safetensors_files import INDEX, shards, variant_of
 
 # Options of ``find_checkpoint`` that say where on the hub a checkpoint is, and how it comes.
 HUB_OPTIONS = (
@@ -24,6 +27,10 @@ HUB_OPTIONS = (
     "variant",
     "gguf_file",
 )
+# A name with the type of a GGUF file behind it, as llama.cpp's users write one.
+TAGGED = re.compile(r"(.+):([\w.-]+)", re.DOTALL | re.ASCII)
+# GGUF files that hold no language model of their own.
+BESIDE = re.compile(r"(mmproj|imatrix|mtp-|eagle3-|dflash-|dspark-)[^/]*$", re.IGNORECASE)
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +55,9 @@ def find_checkpoint(
     """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
 
     Of a GGUF checkpoint it is the file: ``model`` itself, ``gguf_file`` in the folder ``model`` or
-    on the hub, or the only one of a folder that has no config.json. Of a file that was split, the
-    first part is returned, and all are there.
+    on the hub, the one whose name has the type TYPE where ``model`` ends in ":TYPE", or the only
+    one of a folder or repository that has no config.json. Of a file that was split, the first part
+    is returned, and all are there.
 
     The config comes first and is checked before gigabytes follow; then only the generation config,
     the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
@@ -57,54 +65,60 @@ def find_checkpoint(
     ``subfolder`` is the checkpoint's folder inside of ``model``, ``variant`` a word in the names of
     its weights, and ``force_download`` fetches again what the cache has. Raises CheckpointError.
     """
-    folder = Path(model)
+    name, tag = os.fspath(model), None
+    if (tagged := TAGGED.fullmatch(name)) and not Path(name).exists():
+        name, tag = tagged[1], tagged[2]
+        if gguf_file is not None:
+            raise CheckpointError(
+                f"{os.fspath(model)!r} names a GGUF type, and gguf_file={gguf_file!r} a file: give "
+                "one of them"
+            )
+    folder = Path(name)
     with suppress(RuntimeError):  # "~" of nobody
         folder = folder.expanduser()
     if folder.is_dir():
         folder /= subfolder
         if not folder.is_dir():
             raise CheckpointError(f"there is no folder {folder}; check subfolder={subfolder!r}")
-        return _gguf_in(folder, gguf_file) or folder
+        return _gguf_in(folder, gguf_file, tag) or folder
     if folder.is_file():
         if not is_gguf(folder):
             raise CheckpointError(
                 f"{folder} is a file; give the folder that holds config.json, or a GGUF file"
             )
         return parts_of_split(folder)[0]
-    name = os.fspath(model)
     # Whatever cannot be OWNER/NAME was meant as a path.
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or os.sep != "/" and os.sep in name:
         raise CheckpointError(
             f"there is no folder {name!r}; give a checkpoint folder or a hub id like "
             "'LiquidAI/LFM2-1.2B'"
         )
-    if gguf_file is not None:
-        return _download_gguf(
-            name,
-            f"{subfolder}/{gguf_file}" if subfolder else gguf_file,
-            {
-                "revision": revision,
-                "cache_dir": cache_dir,
-                "token": token,
-                "local_files_only": local_files_only,
-                "force_download": force_download,
-            },
-        )
-    return _download(
-        name,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        subfolder=subfolder,
-        variant=variant,
-        weights=weights,
-        also=also,
+    repository = Repository(
+        name, revision, cache_dir, token, local_files_only, force_download, subfolder
     )
+    if gguf_file is not None:
+        return _download_gguf(repository, gguf_file)
+    # A config.json in a repository of GGUF files is there to have downloads counted.
+    if tag is None and "gguf" not in name.lower() or variant is not None:
+        config = repository.fetch("config.json", needed=True)
+        if config is not None:
+            return _download(repository, config, variant, weights=weights, also=also)
+    names = repository.names()
+    whole = tag is None and any(each.endswith(".safetensors") for each in names)
+    found = None if whole else _choose(names, tag, name)
+    if found is not None:
+        return _download_gguf(repository, found)
+    config = repository.fetch("config.json", needed=True)
+    if config is None or tag is not None:
+        lacks = "no config.json and no GGUF file; it is no model checkpoint"
+        raise CheckpointError(
+            f"{name} on the hub has {'no GGUF file' if tag else lacks}"
+            + (f"; those of LiquidAI's models are in repositories like {name}-GGUF" if tag else "")
+        )
+    return _download(repository, config, variant, weights=weights, also=also)
 
 
-def _gguf_in(folder: Path, name: str | None) -> Path | None:
+def _gguf_in(folder: Path, name: str | None, tag: str | None) -> Path | None:
     """Return the GGUF file that ``folder`` is to be loaded from, or None where it is safetensors.
 
     Raises CheckpointError where ``name`` is not there, and where one of several must be named.
@@ -113,145 +127,86 @@ def _gguf_in(folder: Path, name: str | None) -> Path | None:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no file {name!r}; check gguf_file")
         return parts_of_split(folder / name)[0]
-    if (folder / "config.json").is_file():
+    if tag is None and (folder / "config.json").is_file():
         return None
-    firsts = sorted({parts_of_split(path)[0] for path in folder.glob("*.gguf")})
-    if len(firsts) > 1:
-        names = ", ".join(path.name for path in firsts)
-        raise CheckpointError(f"{folder} has {len(firsts)} GGUF files: name one of {names}")
-    return firsts[0] if firsts else None
+    found = _choose((path.name for path in folder.glob("*.gguf")), tag, str(folder))
+    if found is None and tag is not None:
+        raise CheckpointError(f"{folder} has no GGUF file, and {tag!r} asks for one")
+    return None if found is None else parts_of_split(folder / found)[0]
 
 
-def _download_gguf(repo: str, name: str, options: Mapping[str, Any]) -> Path:
+def _choose(names: Iterable[str], tag: str | None, where: str) -> str | None:
+    """Return the one GGUF file among ``names`` that ``tag`` means; None where there is no file.
+
+    A split file counts once. Raises CheckpointError, which lists them, where several or none fit.
+    """
+    firsts = set()
+    for name in names:
+        if name.endswith(".gguf") and not BESIDE.search(name):
+            part = SPLIT.fullmatch(name)
+            firsts.add(split_name(part[1], 0, int(part[3])) if part else name)
+    if not firsts:
+        return None
+    fits = sorted(firsts)
+    if tag is not None:
+        pattern = re.compile(rf"(?:^|[-._/]){re.escape(tag)}[.-]", re.IGNORECASE)
+        fits = [name for name in fits if pattern.search(name)]
+    if len(fits) == 1:
+        return fits[0]
+    if not fits:
+        raise CheckpointError(
+            f"{where} has no GGUF file of type {tag!r}; it has {', '.join(sorted(firsts))}"
+        )
+    raise CheckpointError(
+        f"{where} has {len(fits)} GGUF files: name one of {', '.join(fits)} (gguf_file, or a type "
+        "behind a colon, like :Q4_K_M)"
+    )
+
+
+def _download_gguf(repository: Repository, name: str) -> Path:
     """Return a GGUF file of a repository in the hub's cache, with all parts of a split one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     found = SPLIT.fullmatch(name)
     names = [name]
     if found is not None:
         names = [split_name(found[1], i, int(found[3])) for i in range(int(found[3]))]
-    paths = []
+    first = None
     for each in names:
-        try:
-            paths.append(Path(hf_hub_download(repo, each, **options)))
-        except LocalEntryNotFoundError as error:
-            raise _explained(repo, options["revision"], each, error) from error
-        except EntryNotFoundError as error:
-            raise CheckpointError(f"{repo} on the hub has no {each}; check gguf_file") from error
-        except Exception as error:
-            raise _explained(repo, options["revision"], each, error) from error
-    return paths[0]
+        path = repository.fetch(each, needed=True)
+        if path is None:
+            raise CheckpointError(f"{repository.name} on the hub has no {each}; check gguf_file")
+        if first is None:
+            first, repository = path, repository.at_commit_of(path, each)
+    if first is None:
+        raise CheckpointError(f"gguf_file={name!r} is no part of a file")
+    return first
 
 
 def _download(
-    repo: str,
-    *,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
-    force_download: bool,
-    subfolder: str,
+    repository: Repository,
+    config: Path,
     variant: str | None,
+    *,
     weights: bool,
     also: Sequence[str],
 ) -> Path:
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    cache_dir = None if cache_dir is None else Path(cache_dir)
-
-    def fetch(name: str) -> Path | None:
-        """The file in the cache, or None where the repository does not have it."""
-        try:
-            path = f"{subfolder}/{name}" if subfolder else name
-            cached = try_to_load_from_cache(repo, path, cache_dir, revision)
-            if cached is _CACHED_NO_EXIST and not force_download:
-                return None
-            return Path(
-                hf_hub_download(
-                    repo,
-                    path,
-                    force_download=force_download,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
-        except LocalEntryNotFoundError as error:
-            if name != "config.json" and _is_offline(local_files_only):
-                return None
-            # The hub gave no answer, or refused one: that says nothing of what it has.
-            raise _explained(repo, revision, name, error) from error
-        except EntryNotFoundError:
-            return None
-        except Exception as error:
-            raise _explained(repo, revision, name, error) from error
-
-    path = fetch("config.json")
-    if path is None:
-        raise CheckpointError(f"{repo} on the hub has no config.json; it is no model checkpoint")
-    whole = variant_of(find_format(Config.from_file(path).quantization, path).file, variant)
+    """Return the folder, in the hub's cache, of a checkpoint whose ``config`` is there."""
+    repository = repository.at_commit_of(config, "config.json")
+    whole = variant_of(find_format(Config.from_file(config).quantization, config).file, variant)
     listing = variant_of(INDEX, variant)
-    revision = path.parents[len(Path(subfolder).parts)].name
     for name in (GENERATION_CONFIG, *also):
-        fetch(name)
+        repository.fetch(name)
     if not weights:
-        return path.parent
-    if fetch(whole) is not None:
-        return path.parent
-    index = fetch(listing)
+        return config.parent
+    if repository.fetch(whole) is not None:
+        return config.parent
+    index = repository.fetch(listing)
     missing: str | None = whole
     if index is not None:
-        missing = next((name for name in shards(index) if fetch(name) is None), None)
+        missing = next((name for name in shards(index) if repository.fetch(name) is None), None)
     if missing is None:
-        return path.parent
-    if _is_offline(local_files_only):
+        return config.parent
+    if repository.is_offline:
         where, remedy = "the local cache", "connect to the network once to download it"
     else:
         where, remedy = "the hub", "lfm2_fast reads safetensors only"
-    raise CheckpointError(f"{repo} has no {missing} in {where}; {remedy}")
-
-
-def _is_offline(local_files_only: bool) -> bool:
-    from huggingface_hub import constants
-
-    return local_files_only or constants.HF_HUB_OFFLINE
-
-
-def _explained(repo: str, revision: str | None, name: str, error: Exception) -> Exception:
-    """The hub's exception as one sentence with what to do; a programming error stays itself."""
-    from huggingface_hub import errors
-
-    at = f"{repo} at revision {revision!r}" if revision else repo
-    if isinstance(error, errors.GatedRepoError):
-        return CheckpointError(
-            f"{repo} is gated: accept its terms on the hub, then log in or pass token=..."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return CheckpointError(
-            f"{repo} is neither a folder here nor a model on the hub that you may read; check the "
-            "name, and pass token=... if it is private"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointError(f"{at} does not exist on the hub; check revision")
-    if isinstance(error, errors.HFValidationError):
-        return CheckpointError(
-            f"{repo!r} is neither a folder here nor a hub id like 'LiquidAI/LFM2-1.2B'"
-        )
-    if isinstance(error.__cause__, errors.HfHubHTTPError):
-        error = error.__cause__  # an answer that the client took for no connection
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        lacking = ", or use local_files_only if it never had one" if name != "config.json" else ""
-        return CheckpointError(
-            f"{name} of {at} is not in the local cache and the hub cannot be reached (or offline "
-            f"mode is on); connect once to download it, or give a folder{lacking}"
-        )
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http"):
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return CheckpointError(
-            f"could not download {name} of {at} ({reason}); try again, it goes on where it stopped"
-        )
-    return error
+    raise CheckpointError(f"{repository.name} has no {missing} in {where}; {remedy}")

@@ -323,7 +323,8 @@ def sharded_350m(true_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     [
         ("true_350m", None, 1.25, 1.05),
         pytest.param("true_350m", "int8", 0.8, 0.6, marks=pytest.mark.nightly),
-        ("sharded_350m", "int8", 0.8, 0.6),
+        pytest.param("sharded_350m", "int8", 0.8, 0.6, marks=pytest.mark.nightly),
+        ("sharded_350m", "int4", 0.5, 0.4),
     ],
 )
 def test_loading_takes_little_more_memory_than_the_model(

@@ -59,6 +59,11 @@ class Answer(BaseHTTPRequestHandler):
         parts = self.path.split("?")[0].strip("/").split("/")
         name = "/".join(parts[4:])
         known = parts[:3] == ["org", "model", "resolve"] and parts[3] in ("main", COMMIT)
+        if parts[:4] == ["api", "models", "org", "model"]:
+            files = [
+                {"type": "file", "path": each, "size": 1, "oid": "0"} for each in self.server.files
+            ]
+            return self.send(json.dumps(files).encode(), body)
         if self.server.status is not None:
             return self.fail(self.server.status, self.server.error_code)
         if not known:
@@ -84,6 +89,14 @@ class Answer(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.wfile.write(content)
+
+    def send(self, content: bytes, body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
 
     def fail(self, status: int, code: str) -> None:
         self.send_response(status)
@@ -245,7 +258,7 @@ def test_missing_files_are_named(hub: Hub, load: Load, tmp_path: Path) -> None:
     assert "org/model has no model.safetensors in the hub" in message
     del hub.files["config.json"]
     message = refused(load(tmp_path / "b", hub.url))
-    assert "org/model on the hub has no config.json" in message
+    assert "org/model on the hub has no config.json and no GGUF file" in message
 
 
 def test_a_missing_shard_is_named(hub: Hub, load: Load, tmp_path: Path) -> None:
@@ -365,3 +378,62 @@ main({list(arguments)!r})
     again = command("generate", "org/model", "Hello!", *options)
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert len(hub.asked) == asked
+
+
+@pytest.fixture
+def gguf_hub(hub: Hub, q4_0: Path) -> Hub:
+    """A repository of GGUF files, one of them split, beside what is no model."""
+    whole = q4_0.read_bytes()
+    others = ("x-Q8_0.gguf", "mmproj-x-Q4_0.gguf", "BF16/x-BF16-00001-of-00002.gguf")
+    hub.files = {"x-Q4_0.gguf": whole, **dict.fromkeys(others, b"GGUF"), "config.json": b"{}"}
+    hub.files["BF16/x-BF16-00002-of-00002.gguf"] = b"GGUF"
+    return hub
+
+
+def test_a_gguf_type_is_named_behind_a_colon(
+    gguf_hub: Hub, load: Load, tmp_path: Path, q4_0: Path
+) -> None:
+    for name, extra in (("org/model:q4_0", ""), ("org/model", 'gguf_file="x-Q4_0.gguf"')):
+        result = load(tmp_path, gguf_hub.url, name, extra)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith(f" {name}\n")
+    assert gguf_hub.asked == ["x-Q4_0.gguf"], "it is downloaded once, and nothing else"
+    gguf_hub.shutdown()
+    gguf_hub.server_close()
+    offline = load(tmp_path, gguf_hub.url, "org/model:Q4_0", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    unreachable = load(tmp_path, gguf_hub.url, "org/model:Q4_0")
+    assert unreachable.returncode == 0, unreachable.stderr
+
+
+def test_a_gguf_file_is_chosen_or_the_names_are_listed(
+    gguf_hub: Hub, load: Load, tmp_path: Path
+) -> None:
+    wrong = refused(load(tmp_path, gguf_hub.url, "org/model:Q6_K"))
+    names = "BF16/x-BF16-00001-of-00002.gguf, x-Q4_0.gguf, x-Q8_0.gguf"
+    assert f"org/model has no GGUF file of type 'Q6_K'; it has {names}" in wrong
+    both = refused(load(tmp_path, gguf_hub.url, "org/model:Q4_0", 'gguf_file="x-Q4_0.gguf"'))
+    assert "give one of them" in both
+    missing = refused(load(tmp_path, gguf_hub.url, extra='gguf_file="y.gguf"'))
+    assert "org/model on the hub has no y.gguf; check gguf_file" in missing
+    split = refused(load(tmp_path, gguf_hub.url, "org/model:BF16"))
+    assert "x-BF16-00001-of-00002.gguf" in split and "truncated" in split
+    assert gguf_hub.asked[-1] == "BF16/x-BF16-00002-of-00002.gguf", "all parts are there first"
+    del gguf_hub.files["config.json"]
+    several = refused(load(tmp_path / "b", gguf_hub.url))
+    assert f"org/model has 3 GGUF files: name one of {names} (gguf_file" in several
+    for name in names.split(", ")[::2]:
+        del gguf_hub.files[name]
+    del gguf_hub.files["BF16/x-BF16-00002-of-00002.gguf"]
+    result = load(tmp_path / "b", gguf_hub.url)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_gguf_file_that_the_hub_would_not_give(gguf_hub: Hub, load: Load, tmp_path: Path) -> None:
+    gguf_hub.busy.add("x-Q4_0.gguf")
+    message = refused(load(tmp_path, gguf_hub.url, "org/model:Q4_0"))
+    assert "could not download x-Q4_0.gguf of org/model" in message and "429" in message
+    nobody = "http://127.0.0.1:9"
+    for name, extra in (("org/model:Q4_0", ""), ("org/model", 'gguf_file="x-Q4_0.gguf"')):
+        message = refused(load(tmp_path / "b", nobody, name, extra))
+        assert "is not in the local cache and the hub cannot be reached" in message
