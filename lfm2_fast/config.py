@@ -19,6 +19,8 @@ NOT_YET = {
 CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # The quant_method of checkpoints that save_pretrained wrote; "format" names a weight format.
 OWN_METHOD = "lfm2_fast"
+# Another's that is read; ``weights.compressed_tensors`` knows which of its formats.
+OTHER_METHOD = "compressed-tensors"
 # RoPE types that scale, and what `rope_parameters` must and may say for each: those of
 # transformers that turn whole heads.
 ORIGINAL, SHARE = "original_max_position_embeddings", "partial_rotary_factor"
@@ -406,6 +408,8 @@ def _quantization(read: _Reader) -> str | None:
         raise read.error(f"quantization_config must be an object, not {found!r}")
     if not found:
         return None
+    if found.get("quant_method") == OTHER_METHOD:
+        return OTHER_METHOD
     format = found.get("format")
     own = {name: value for name, value in found.items() if name != "formats"}
     if own != {"quant_method": OWN_METHOD, "format": format} or not isinstance(format, str):

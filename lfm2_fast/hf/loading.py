@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.config import OTHER_METHOD, CheckpointError, Config, read_json
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
-from lfm2_fast.weights import checkpoint, gguf_checkpoint, gguf_config, hub
+from lfm2_fast.weights import checkpoint, compressed_tensors, gguf_checkpoint, gguf_config, hub
 from lfm2_fast.weights.formats import FORMATS
 from lfm2_fast.weights.fusion import widen_for
 from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
@@ -70,6 +70,10 @@ def load_as(
             dtype=named or torch.bfloat16,
             quantization=options["quantization"],
         )
+    elif inner.quantization == OTHER_METHOD:
+        _refuse_twice(folder, options["quantization"])
+        inner, found = compressed_tensors.sources(folder, inner, hub_options.get("variant"))
+        weights = compressed_tensors.load_weights(folder, inner, found, device=where, dtype=named)
     else:
         inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
         weights = checkpoint.load_weights(
@@ -98,6 +102,15 @@ def load_as(
         # Clients take this attribute for a sign that they must not move the model.
         setattr(made, "hf_device_map", {"": where})  # noqa: B010  (a type checker knows it not)
     return made
+
+
+def _refuse_twice(folder: Path, quantization: str | None) -> None:
+    """Raise ValueError where ``quantization`` is asked for of a checkpoint that is quantized."""
+    if quantization is not None:
+        raise ValueError(
+            f"quantization={quantization!r}: {folder} is quantized itself ({OTHER_METHOD}), and is "
+            "used as it is; leave quantization out, or give the unquantized checkpoint"
+        )
 
 
 def _refuse_an_adapter(folder: Path) -> None:

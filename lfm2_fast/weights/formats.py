@@ -245,6 +245,13 @@ class Mixed(Format):
     from_dense = False
 
 
+class Compressed(Format):
+    """Matrices as compressed-tensors stores them; they are read into other formats."""
+
+    name = "compressed-tensors"
+    from_dense = False
+
+
 def pack4(numbers: torch.Tensor) -> torch.Tensor:
     """Return numbers 0 to 15 ``[n, K]`` as bytes ``[n, K / 2]``.
 
@@ -260,7 +267,7 @@ def unpack4(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat([halves & 15, halves >> 4], 2).flatten(1)
 
 
-DENSE, INT8, MIXED = Format(), Int8Rows(), Mixed()
+DENSE, INT8, MIXED, COMPRESSED = Format(), Int8Rows(), Mixed(), Compressed()
 INT4 = Groups("int4", 4, offset=8)
 Q4_1 = Groups("q4_1", 4, minimums=True)
 Q4_K = Groups("q4_k", 4, scales=torch.uint8, minimums=True)
@@ -271,7 +278,8 @@ Q6_K = Groups("q6_k", 8, group=16, scales=torch.int8)
 # Holds any of the others exactly.
 WIDE = Groups("wide", 8, group=16, scales=torch.float32, minimums=True)
 FORMATS = {
-    each.name: each for each in (DENSE, INT8, MIXED, INT4, Q4_1, Q4_K, Q8_0, Q5_1, Q5_K, Q6_K, WIDE)
+    each.name: each
+    for each in (DENSE, INT8, MIXED, COMPRESSED, INT4, Q4_1, Q4_K, Q8_0, Q5_1, Q5_K, Q6_K, WIDE)
 }
 
 
