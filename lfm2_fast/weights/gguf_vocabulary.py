@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import CheckpointError, read_json
+from lfm2_fast.config import FETCH_AGAIN, CheckpointError, read_json
 
 # The pattern by which LFM2 splits a text into words, which GGUF calls "lfm2".
 PATTERN = (
@@ -70,7 +70,7 @@ class Vocabulary:
             kinds,
             # Two spellings of a pair; words of a byte-level tokenizer have no spaces in them.
             [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
-            add_bos=_first_token(path) is not None,
+            add_bos=_adds_a_token(path),
             chat_template=_chat_template(folder),
         )
 
@@ -86,11 +86,17 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def _first_token(path: Path) -> int | None:
-    """Return the id that a tokenizer puts before an empty text, or None."""
+def _adds_a_token(path: Path) -> bool:
+    """Say if a tokenizer puts a token before each text. Raises CheckpointError for other rules."""
     from tokenizers import Tokenizer
 
-    return next(iter(Tokenizer.from_file(str(path)).encode("").ids), None)
+    try:
+        added = Tokenizer.from_file(str(path)).encode("").ids
+    except Exception as error:  # the library has no class of its own for them
+        raise CheckpointError(f"{path} cannot be loaded: {error}; {FETCH_AGAIN}") from error
+    if len(added) > 1:
+        raise CheckpointError(f"{path} adds {len(added)} tokens to each text; {ELSEWHERE}")
+    return bool(added)
 
 
 def _chat_template(folder: Path) -> str | list[dict[str, str]] | None:

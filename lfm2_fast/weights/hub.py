@@ -99,7 +99,7 @@ def find_checkpoint(
     if gguf_file is not None:
         return _download_gguf(repository, gguf_file)
     # A config.json in a repository of GGUF files is there to have downloads counted.
-    if tag is None and "gguf" not in name.lower() or variant is not None:
+    if tag is None and ("gguf" not in name.lower() or variant is not None):
         config = repository.fetch("config.json", needed=True)
         if config is not None:
             return _download(repository, config, variant, weights=weights, also=also)

@@ -18,6 +18,7 @@ from lfm2_fast.text.tokenizer import load_tokenizer
 from lfm2_fast.weights.fusion import fusion_table
 from lfm2_fast.weights.gguf_checkpoint import gguf_names
 from lfm2_fast.weights.gguf_export import TYPES
+from lfm2_fast.weights.hub import find_checkpoint
 
 gguf: Any = pytest.importorskip("gguf")
 
@@ -81,11 +82,18 @@ def test_folder_named_file_and_blob(tiny: Path, q4_0: Path, tmp_path: Path) -> N
         (tmp_path / "blob", {}),
     ):
         assert torch.equal(lfm2_fast.load(where, device="cpu", **options)(ids).logits, wanted)
-    shutil.copy(q4_0, tmp_path / "one" / "other.gguf")
-    with pytest.raises(CheckpointError, match="has 2 GGUF files: name one of other.gguf, tiny-Q4"):
+    others = ("other.gguf", "mmproj-F16.gguf", "UD-Q4_K_M.gguf", "x-IQ4_K_M.gguf")
+    for name in others:
+        shutil.copy(q4_0, tmp_path / "one" / name)
+    with pytest.raises(CheckpointError, match="has 4 GGUF files: name one of UD-Q4_K_M.gguf, oth"):
         lfm2_fast.load(tmp_path / "one")
     with pytest.raises(CheckpointError, match="no file 'x.gguf'; check gguf_file"):
         lfm2_fast.load(tmp_path / "one", gguf_file="x.gguf")
+    assert find_checkpoint(f"{tmp_path}/one:q4_k_m").name == "UD-Q4_K_M.gguf"
+    with pytest.raises(CheckpointError, match="no GGUF file of type 'Q8_0'; it has UD-Q4_K_M.gguf"):
+        lfm2_fast.load(f"{tmp_path}/one:Q8_0")
+    with pytest.raises(CheckpointError, match="gguf_file='a.gguf' a file: give one of them"):
+        lfm2_fast.load("org/model:Q4_0", gguf_file="a.gguf")
 
 
 def test_quantization_is_refused_or_done(q4_0: Path, gguf_of: Callable[[str], Path]) -> None:
