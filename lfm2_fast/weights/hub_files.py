@@ -106,7 +106,7 @@ class Repository:
             )
             paths = (path for path in Path(folder).rglob("*") if path.is_file())
             return _inside(inside, [path.relative_to(folder).as_posix() for path in paths])
-        raise self._explained(LISTING, errors.LocalEntryNotFoundError()) from refused
+        raise self._explained(LISTING, errors.LocalEntryNotFoundError("")) from refused
 
     def _explained(self, name: str, error: Exception, *, optional: bool = False) -> Exception:
         """The hub's exception as one sentence with a remedy; a programming error stays itself."""
