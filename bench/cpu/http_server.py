@@ -1,8 +1,8 @@
 """Time ``lfm2-fast serve`` over HTTP, beside llama.cpp's server of the same weights.
 
-    python -m bench.cpu.http_server requests --quantization int8 --rounds 2
+    python -m bench.cpu.http_server client schema --quantization int8 --rounds 2
 
-A call measures one row, and adds its rounds to those that the file has. ``requests`` come all at
+A call measures rows, and adds their rounds to those that the file has. ``requests`` come all at
 once; ``client`` is alone; ``conversation`` goes on, and is edited in its middle. These ask both
 servers, in turns. ``cost`` is what HTTP adds to the engine, ``schema`` what a JSON schema adds.
 ``gate`` holds the peer's logits against the reference, once. ``make peers`` builds llama.cpp.
@@ -200,9 +200,33 @@ def gate(file: Path, folder: Path, threads: int, kind: str) -> None:
         print(f"the logits of {file.name} are right")
 
 
+class Rounds:
+    """Rounds of every row, kept in a file; ``add`` measures one more of a row, and writes it."""
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self._path, self._head = path, head
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._rounds: dict[str, list[Any]] = before.get("rounds", {})
+
+    def add(self, row: str, sides: dict[str, Any], given: argparse.Namespace, pids: Any) -> None:
+        """Measure ``sides`` in turns; those that ran one at a time share a round."""
+        mine = self._rounds.setdefault(row, [])
+        turn = next((i for i, each in enumerate(mine) if not sides.keys() & each), len(mine))
+        if turn == len(mine):
+            when = {name: self._head[name] for name in ("when", "commit")}
+            mine.append({**when, "others": {}})
+        others = Neighbours(pids)
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            port, work = sides[side]
+            mine[turn][side] = work(port, given, turn)
+        mine[turn]["others"] |= dict.fromkeys(sides, others.seen())
+        print(row, json.dumps(mine[turn]), flush=True)
+        results.write(self._path, {**self._head, "rounds": self._rounds})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("row", choices=("gate", *BESIDE, "cost", "schema"))
+    parser.add_argument("rows", nargs="+", choices=("gate", *BESIDE, "cost", "schema"))
     parser.add_argument("--size", default="350M", choices=(*SIZES, "tiny"))
     parser.add_argument("--quantization", default="int8", choices=("int8", "int4"))
     parser.add_argument("--threads", type=int, default=2)
@@ -220,51 +244,44 @@ def main() -> None:
     options = {"quantization": given.quantization}
     own = with_tokenizer(folder)
     file = gguf_file(folder, kind, program("llama-quantize"))
-    if given.row == "gate":
+    if "gate" in given.rows:
         gate(file, folder, given.threads, kind)
         return
-    unsaid = ("out", "row", "side")
+    unsaid = ("out", "rows", "side", "rounds")
     protocol = {name: value for name, value in vars(given).items() if name not in unsaid}
     head = results.header(f"LFM2-{given.size}'s shape over HTTP on a CPU", protocol)
     out = given.out or results.RESULTS / f"http-{given.size}-{given.quantization}.json"
-    before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    rounds: dict[str, list[Any]] = before.get("rounds", {})
-    mine = rounds.setdefault(given.row, [])
-    length = given.turn + 256 if given.row == "conversation" else given.prompt + given.new
-    work = {**BESIDE, "schema": schema}.get(given.row)
-    sides: dict[str, tuple[int, Any]] = {}
+    kept = Rounds(out, head)
+    length = given.prompt + given.new
+    if "conversation" in given.rows:
+        length = max(length, given.turn + 256)
+    ports: dict[str, int] = {}
     pids = []
     with ExitStack() as stack:
         if given.side != "theirs":
-            process, port = ours(own, options, length)
+            process, ports["lfm2-fast serve"] = ours(own, options, length)
             stack.callback(process.terminate)
             pids.append(process.pid)
-            sides["lfm2-fast serve"] = port, work
-        if given.row in BESIDE and given.side != "ours":
+        if given.side != "ours" and BESIDE.keys() & set(given.rows):
             path, name = program("llama-server"), f"llama-server {kind}"
             peer = stack.enter_context(LlamaServer(path, file, given.threads, ROWS, length, name))
             pids.append(peer.process.pid)
-            sides[name] = peer.port, work
-        if given.row in ("client", "cost"):
+            ports[name] = peer.port
+        model = None
+        if {"client", "cost"} & set(given.rows):
             model = lfm2_fast.load(folder, device="cpu", **options)
-            if given.row == "client":
+        few = {"requests": 2, "prompt": 16, "new": 4, "turn": 128}
+        warm = argparse.Namespace(**{**vars(given), **few})
+        for row in given.rows:
+            both = ports if row in BESIDE else {name: ports[name] for name in list(ports)[:1]}
+            work = {**BESIDE, "schema": schema}.get(row) or cost(model)
+            sides = {name: (port, work) for name, port in both.items()}
+            if row == "client":
                 sides["engine"] = 0, alone(model)
-            else:
-                sides["lfm2-fast serve"] = sides["lfm2-fast serve"][0], cost(model)
-        warm = argparse.Namespace(**{**vars(given), "requests": ROWS, "new": 4, "turn": 128})
-        for port, work in sides.values():
-            work(port, warm, 999)
-        others = Neighbours(pids)
-        for _ in range(given.rounds):
-            # Of sides that run one at a time, the second one joins the first one's round.
-            turn = next((i for i, each in enumerate(mine) if not sides.keys() & each), len(mine))
-            if turn == len(mine):
-                mine.append({"when": head["when"], "commit": head["commit"], "others": {}})
-            for side in sides if turn % 2 == 0 else reversed(sides):
-                mine[turn][side] = sides[side][1](sides[side][0], given, turn)
-            mine[turn]["others"] |= dict.fromkeys(sides, others.seen())
-            print(given.row, json.dumps(mine[turn]), flush=True)
-            results.write(out, {**head, "rounds": rounds})
+            for port, asked in sides.values():
+                asked(port, warm, 999)
+            for _ in range(given.rounds):
+                kept.add(row, sides, given, pids)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,12 @@ def create_app(
 
     The application's ``state.service`` has a ``close``, which a server calls at its end; an
     application that this one is mounted in must call it. Raises ImportError without the extra
-    "server", and what ``load`` and ``Engine`` raise.
+    "server", ValueError for an empty key, and what ``load`` and ``Engine`` raise.
     """
     check_extra()
+    keys = _several(api_key)
+    if not all(keys):
+        raise ValueError("api_key is an empty text, which every client has: give a key, or none")
     from lfm2_fast.server.app import application
     from lfm2_fast.server.parameters import Defaults
     from lfm2_fast.server.service import Options, Service
@@ -96,7 +99,7 @@ def create_app(
     names = _several(served_model_name) or (_served_name(name),)
     options = Options(
         names,
-        api_keys=_several(api_key),
+        api_keys=keys,
         seconds=timeout,
         max_body=max_body,
         origins=tuple(cors_origins),
@@ -190,10 +193,11 @@ def serve(
         if background:
             return RunningServer(app, bound, drain)
         run(app, bound, drain, lambda: print(f"ready at {url_of(bound)}", flush=True))
-        return None
-    finally:
-        if not background:
-            bound.close()
+    except BaseException:
+        bound.close()
+        raise
+    bound.close()
+    return None
 
 
 def run(app: FastAPI, bound: socket.socket, drain: int, ready: Callable[[], None]) -> None:

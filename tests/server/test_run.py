@@ -102,6 +102,13 @@ def test_without_the_extra_the_remedy_is_told(capsys, monkeypatch: pytest.Monkey
         lfm2_fast.serve("x")
 
 
+def test_an_empty_key_is_refused(model) -> None:
+    pytest.importorskip("fastapi")
+    for keys in ("", ["a", ""]):
+        with pytest.raises(ValueError, match="api_key is an empty text"):
+            lfm2_fast.serve(model, port=0, background=True, api_key=keys)
+
+
 def test_an_application_can_be_mounted(client, model) -> None:
     fastapi = pytest.importorskip("fastapi")
     from lfm2_fast.server.run import RunningServer, bound_socket, create_app
