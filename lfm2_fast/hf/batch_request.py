@@ -10,18 +10,21 @@ from typing import Any
 import torch
 
 from lfm2_fast.engine.request import Hook, Request
-from lfm2_fast.hf.generate import seed_of, stop_criterion
-from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, whole_number
+from lfm2_fast.hf.checked_values import listed, whole_number
+from lfm2_fast.hf.criteria import stop_criterion
+from lfm2_fast.hf.generate import seed_of
+from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args
 from lfm2_fast.hf.generation_names import OF_THE_CALL
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.hf.processors import logits_processors
 from lfm2_fast.ops.sampling import SamplingParams
 
-# Arguments of generate that follow all rows of a call, or shape its answer.
+# Arguments of generate that follow all rows of a call, or shape its prompts or its answer.
 NEEDS_ALL_ROWS = {
     *OF_THE_CALL,
     "inputs",
     "input_ids",
+    "inputs_embeds",
     "attention_mask",
     "past_key_values",
     "stopping_criteria",
@@ -33,6 +36,8 @@ NEEDS_ALL_ROWS = {
     "return_dict_in_generate",
     "output_scores",
     "output_logits",
+    "output_hidden_states",
+    "token_healing",
 }
 
 
@@ -107,8 +112,8 @@ class Maker:
             if wrong:
                 raise ValueError(f"{wrong[0]} is not supported for one prompt: call generate()")
             given = dict(own)
-            if given.get("seed") is not None:
-                seed = seed_of(given.pop("seed"), None)
+            wanted = given.pop("seed", None)
+            seed = None if wanted is None else seed_of(wanted, None)
             asked = self._resolved({**self.settings, **given})
         prompt = self._ids(item)
         made.prompt = prompt
@@ -152,14 +157,19 @@ class Maker:
         config = given.pop("generation_config", None)
         vocab_size = self.model.network.config.vocab_size
         asked = resolve_args(given, config, self.model.generation_defaults(), vocab_size)
-        if asked.num_beams > 1 or asked.max_time < math.inf or asked.return_dict_in_generate:
-            raise ValueError(
-                "num_beams, max_time and return_dict_in_generate of generation_config are not "
-                "supported by generate_batch(): call generate()"
-            )
-        wrong = sorted(NEEDS_ALL_ROWS & asked.processed.keys())
+        of_config = {
+            "num_beams": asked.num_beams > 1,
+            "max_time": asked.max_time < math.inf,
+            "return_dict_in_generate": asked.return_dict_in_generate,
+            "token_healing": asked.token_healing,
+        }
+        wrong = [name for name, is_asked in of_config.items() if is_asked]
+        wrong += sorted(NEEDS_ALL_ROWS & asked.processed.keys())
         if wrong:
-            raise ValueError(f"{wrong[0]} is not supported by generate_batch(): call generate()")
+            raise ValueError(
+                f"{wrong[0]} of generation_config is not supported by generate_batch(): "
+                "call generate()"
+            )
         if asked.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer=...")
         return asked
@@ -183,7 +193,7 @@ class Maker:
             else:
                 found = self.tokenizer(item)
             return list(found["input_ids"])
-        if not isinstance(item, Sequence):
+        if not isinstance(item, Sequence) or isinstance(item, bytes):
             raise TypeError(
                 "a prompt must be token ids, a text, a conversation or a mapping with a 'prompt', "
                 f"not {type(item).__name__}"
@@ -198,12 +208,13 @@ class Maker:
         self, asked: GenerationArgs, prompt: list[int], budget: int, passed: Any
     ) -> Hook | None:
         """Return transformers' processors of one row, in its order, if there are any."""
-        if not asked.processed and not passed:
+        processors = listed("logits_processor", passed)
+        if not asked.processed and not processors:
             return None
         device = self.model.device
         ids = torch.tensor([prompt], device=device)
         chain = logits_processors(
-            self.model, asked, ids, torch.ones_like(ids), budget, list(passed or ()), {}
+            self.model, asked, ids, torch.ones_like(ids), budget, processors, {}
         )
 
         def hook(text: Sequence[int], logits: torch.Tensor) -> torch.Tensor:

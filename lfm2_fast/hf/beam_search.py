@@ -16,8 +16,11 @@ from lfm2_fast.cache.batch import on_device
 from lfm2_fast.engine.decode import no_token
 from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.hf.generation_args import GenerationArgs
+from lfm2_fast.hf.generation_mixin import generation_mixin, not_known
 from lfm2_fast.hf.processors import generation_config
 from lfm2_fast.hf.steps import Steps
+
+USER = "num_beams"
 
 
 def run_beam_search(
@@ -37,11 +40,11 @@ def run_beam_search(
     ``steps`` run the rows, of which ``texts [B * num_beams, T]`` are the padded ids. Draws are
     decided by ``seed``, or by torch's own generator without one. With ``skips`` the beams of a
     prompt whose answers are certain are not run: nobody is shown what they would write. Raises
-    LogitsError where a row has no logits, or the beams of a prompt no finite score.
+    LogitsError where a row has no logits, or the beams of a prompt no finite score, and
+    RuntimeError for a version of transformers that does otherwise.
     """
     from transformers import (
         EosTokenCriteria,
-        GenerationMixin,
         LogitsProcessorList,
         MaxLengthCriteria,
         StoppingCriteriaList,
@@ -51,7 +54,7 @@ def run_beam_search(
     if seed is not None:
         beams.generator = torch.Generator(texts.device).manual_seed(seed % 2**63)
 
-    class Search(GenerationMixin):
+    class Search(generation_mixin(USER)):  # type: ignore[misc]
         """Model as transformers' beam search calls it."""
 
         config = model.config
@@ -79,6 +82,9 @@ def run_beam_search(
                 beams.running = [row for row in steps.rows if not certain[row // asked.num_beams]]
             return super()._beam_search_has_unfinished_sequences(improvable, finished, *others)
 
+        def __getattr__(self, name: str) -> Any:
+            raise not_known(USER, name)
+
         def _get_top_k_continuations(
             self, accumulated_log_probs: torch.Tensor, *, do_sample: bool, **others: Any
         ) -> Any:
@@ -98,7 +104,7 @@ def run_beam_search(
             return accumulated_log_probs.gather(1, drawn), sequences, indices
 
     rules: list[Any] = [MaxLengthCriteria(texts.shape[1] + budget), *criteria]
-    if asked.eos_token_id:
+    if asked.eos_token_id and EosTokenCriteria not in map(type, criteria):
         rules.append(EosTokenCriteria(list(asked.eos_token_id)))
     output = Search()._beam_search(
         texts,

@@ -11,34 +11,16 @@ from lfm2_fast.hf.compiling import uncompiled
 from lfm2_fast.hf.forward import (
     Wanted,
     as_asked,
-    causal_loss,
     check_forward_args,
     forward,
     forward_base,
-    refuse_backward,
 )
 from lfm2_fast.hf.generate import generate
+from lfm2_fast.hf.loss import loss_function, refuse_backward
 from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.hf.workspace import Workspace
 from lfm2_fast.weights.formats import Projection
-
-
-def loss_function(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    vocab_size: int | None = None,
-    num_items_in_batch: int | torch.Tensor | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """Return the loss that ``forward`` gives with labels, from ``logits [B, T, V]``.
-
-    ``labels [B, T]`` are shifted by one here; ``shift_labels [B, T]``, where given, stand for those
-    that are shifted already. See ``forward.causal_loss``; ``vocab_size`` is the logits' own.
-    """
-    return causal_loss(logits, labels, num_items_in_batch, ignore_index, shift_labels)
 
 
 class Lfm2Model(Lfm2PreTrainedModel):

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.hf.hooks import check_called
+from lfm2_fast.hf.loss import loss_function
 from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from lfm2_fast.hf.packing import Packed, pack
-from lfm2_fast.hf.pretrained import INFERENCE, Lfm2PreTrainedModel
+from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 # Arguments of Hugging Face's forward that say what is so anyway, each with why.
 NO_EFFECT = {
@@ -215,7 +215,7 @@ def forward(
     logits = run.packed.unpack(run.network.logits(x, run.packed.places(columns)), columns)
     loss = None
     if labels is not None:
-        loss = causal_loss(logits, labels, num_items_in_batch, ignore_index, shift_labels)
+        loss = loss_function(logits, labels, None, num_items_in_batch, ignore_index, shift_labels)
     return CausalLMOutput(
         loss=loss,
         logits=logits,
@@ -235,54 +235,6 @@ def as_asked(model: Lfm2PreTrainedModel, answer: ModelOutput, return_dict: bool 
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     return answer if return_dict else answer.to_tuple()
-
-
-def causal_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    num_items_in_batch: int | torch.Tensor | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the cross-entropy in nats of ``labels [B, T]`` shifted by one, from float32 logits.
-
-    As Hugging Face's loss for causal models: the mean over labels that are not ``ignore_index``, or
-    the sum over ``num_items_in_batch``. ``shift_labels [B, T]`` stand for labels that are shifted
-    already. Raises ValueError for labels of another shape than the logits'.
-    """
-    given = labels if shift_labels is None else shift_labels
-    if given is None or given.shape != logits.shape[:2]:
-        raise ValueError(
-            f"labels has shape {None if given is None else tuple(given.shape)}, the logits "
-            f"{tuple(logits.shape[:2])}; with labels, leave logits_to_keep out"
-        )
-    if shift_labels is None:
-        given = F.pad(given, (0, 1), value=ignore_index)[:, 1:]
-    targets = given.to(logits.device).flatten()
-    how = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1), targets, ignore_index=ignore_index, reduction=how
-    )
-    if num_items_in_batch is None:
-        return loss
-    return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
-
-
-class _NoBackward(torch.autograd.Function):
-    """The identity, whose backward pass says that there is none."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(f"backward() is not supported: {INFERENCE}")
-
-
-def refuse_backward(loss: torch.Tensor) -> torch.Tensor:
-    """Return ``loss`` whose ``backward()`` raises RuntimeError, saying what to do."""
-    return _NoBackward.apply(loss, torch.zeros((), requires_grad=True))
 
 
 def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

@@ -5,20 +5,21 @@ Rows run at their own lengths and leave when they stop; padding exists only in w
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.hf.checked_values import listed, whole_number
+from lfm2_fast.hf.criteria import resolve_criteria
 from lfm2_fast.hf.generate_loop import run_generate_loop
-from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args, warn, whole_number
+from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.hf.generation_names import OF_THE_CALL
 from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
+from lfm2_fast.hf.processors import replace_by_processors
 from lfm2_fast.hf.prompts import gather_prompts, read_ids
 
 
@@ -86,7 +87,8 @@ def generate(
         if streamer is not None:
             # Whatever fails, and before the first step too: a thread may wait for the text.
             ending.callback(streamer.end)
-        processors = list(logits_processor or ())
+        processors = listed("logits_processor", logits_processor)
+        criteria = listed("stopping_criteria", stopping_criteria)
         check_generates(model)
         ids, mask, where = read_ids(model, inputs, attention_mask, kwargs)
         embeds = kwargs.pop("inputs_embeds", None)
@@ -101,10 +103,18 @@ def generate(
                 f"streamer cannot follow num_beams={asked.num_beams}: the texts change until the "
                 "end; leave one of them out"
             )
+        if "guidance_scale" in asked.processed and ids is None and embeds is not None:
+            if "negative_prompt_ids" not in of_the_call:
+                raise ValueError(
+                    "guidance_scale needs input_ids or negative_prompt_ids beside inputs_embeds: "
+                    "it runs ids of its own"
+                )
         prompts = gather_prompts(model, asked, ids, mask, where, embeds, past_key_values, tokenizer)
-        asked = asked.beside_embeddings(prompts.width - prompts.ids.shape[1])
+        width = prompts.ids.shape[1]
+        asked = asked.beside_embeddings(prompts.width - width)
+        asked, criteria = resolve_criteria(asked, criteria, tokenizer, width)
         if not (asked.processed or of_the_call or beams):
-            asked, processors = _replace_by_processors(asked, processors)
+            asked, processors = replace_by_processors(asked, processors)
         by_torch = beams and len(prompts) > 0 and seed is None and generator is None
         output = run_generate_loop(
             model,
@@ -113,7 +123,7 @@ def generate(
             past_key_values,
             None if by_torch else seed_of(seed, generator),
             processors=processors,
-            criteria=_criteria(asked, stopping_criteria, tokenizer),
+            criteria=criteria,
             streamer=streamer,
             most_rows=max_batch_size,
             of_the_call=of_the_call,
@@ -124,26 +134,6 @@ def generate(
         from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
         return (GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput)(**output)
-
-
-def _replace_by_processors(
-    asked: GenerationArgs, processors: list[Any]
-) -> tuple[GenerationArgs, list[Any]]:
-    """Let callers' processors take the place of those that arguments make, as Hugging Face does."""
-    passed = {type(processor).__name__ for processor in processors}
-    ours = {
-        "RepetitionPenaltyLogitsProcessor": asked.sampling.repetition_penalty != 1.0,
-        "MinNewTokensLengthLogitsProcessor": asked.min_new_tokens > 0,
-    }
-    replaced = [name for name, made in ours.items() if made and name in passed]
-    if not replaced:
-        return asked, processors
-    warn(f"the {' and the '.join(replaced)} that was passed replaces the one of the arguments")
-    if "RepetitionPenaltyLogitsProcessor" in replaced:
-        asked = replace(asked, sampling=replace(asked.sampling, repetition_penalty=1.0))
-    if "MinNewTokensLengthLogitsProcessor" in replaced:
-        asked = replace(asked, min_new_tokens=0)
-    return asked, sorted(processors, key=lambda each: type(each).__name__ not in replaced)
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
@@ -162,23 +152,3 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
     if not 0 <= found < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
     return found
-
-
-def stop_criterion(asked: GenerationArgs, tokenizer: Any) -> Any:
-    """Return transformers' criterion for stop strings. Raises ValueError without a tokenizer."""
-    if tokenizer is None:
-        raise ValueError("stop_strings needs the tokenizer: pass tokenizer=...")
-    from transformers import StopStringCriteria
-
-    return StopStringCriteria(tokenizer, list(asked.stop_strings))
-
-
-def _criteria(asked: GenerationArgs, stopping_criteria: Any, tokenizer: Any) -> list[Any]:
-    criteria = list(stopping_criteria or ())
-    if asked.stop_strings:
-        criteria.append(stop_criterion(asked, tokenizer))
-    if asked.max_time < math.inf:
-        from transformers import MaxTimeCriteria
-
-        criteria.append(MaxTimeCriteria(asked.max_time))
-    return criteria

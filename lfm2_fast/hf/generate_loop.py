@@ -52,7 +52,9 @@ def run_generate_loop(
     shown, beams = asked.output_scores or asked.output_logits, asked.num_beams > 1 and rows > 0
     hidden = asked.output_hidden_states and asked.return_dict_in_generate
     by_steps = beams or hidden or prompts.embeds is not None
-    complete = bool(asked.processed or of_the_call or by_steps)
+    # Tokens that are in the cache alone are not penalized in transformers, as they are here.
+    penalized = asked.sampling.repetition_penalty != 1.0 and any(prompts.before)
+    complete = bool(asked.processed or of_the_call or by_steps or penalized)
     outside = bool(processors or criteria or shown or complete)
     at_a_time = rows if most_rows is None else min(rows, most_rows)
     if at_a_time < rows and (outside or streamer is not None or cache is not None):

@@ -9,12 +9,12 @@ never ignored.
 from __future__ import annotations
 
 import math
-import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lfm2_fast.hf.checked_values import Checked, in_a_line
 from lfm2_fast.hf.generation_names import (
     BEAMS_ONLY,
     DEFAULTS,
@@ -118,7 +118,7 @@ def resolve_args(
             stands = "it stands in the checkpoint's generation_config.json"
             remedy = remedy if name in asked else f"{stands}: pass {name}=None, or {remedy}"
             raise ValueError(
-                f"{name}={_in_a_line(values[name])} is not supported by lfm2_fast: {remedy}"
+                f"{name}={in_a_line(values[name])} is not supported by lfm2_fast: {remedy}"
             )
     idle = {name: neutral for name, (neutral, _) in WITHOUT_EFFECT.items()}
     if not values.get("do_sample"):
@@ -128,7 +128,7 @@ def resolve_args(
     for name, neutral in idle.items():
         if name in asked and _asks(values, name, neutral):
             warn(f"{name}={values[name]!r} has no effect here")
-    check = _Check(values)
+    check = Checked(values)
     do_sample = check.flag("do_sample")
     sampling = SamplingParams(
         do_sample=do_sample,
@@ -153,9 +153,7 @@ def resolve_args(
         warn("max_new_tokens takes precedence over max_length")
     min_new_tokens = check.count("min_new_tokens", least=0) or 0
     if max_new_tokens is not None and min_new_tokens > max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}"
-        )
+        warn(f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}")
     count = check.count("num_return_sequences", least=1) or 1
     beams = check.count("num_beams", least=1) or 1
     if 1 < beams < count:
@@ -220,90 +218,3 @@ def _asks(values: Mapping[str, Any], name: str, neutral: tuple[Any, ...]) -> boo
     """Return True if a parameter has a value that asks for something."""
     value = values.get(name)
     return value is not None and value not in neutral
-
-
-def _in_a_line(value: Any) -> str:
-    """Return ``repr(value)``, or its class's name where that is no short line, as a model's."""
-    shown = repr(value)
-    return shown if len(shown) < 80 and "\n" not in shown else f"<{type(value).__name__}>"
-
-
-def whole_number(value: Any) -> int | None:
-    """Return ``value`` as an int, of whatever integer type; None if it is none."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-class _Check:
-    """Reads values of the right type and range, or raises ValueError by name."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
-        return bool(value)
-
-    def number(
-        self,
-        name: str,
-        neutral: float,
-        *,
-        above: float = -math.inf,
-        low: float = -math.inf,
-        high: float = math.inf,
-    ) -> float:
-        value = self.values.get(name)
-        if value is None:
-            return neutral
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-        if not (value > above and low <= value <= high):
-            span = f"above {above:g}" if above > -math.inf else f"from {low:g} to {high:g}"
-            hint = "; for greedy decoding use do_sample=False" if name == "temperature" else ""
-            raise ValueError(f"{name} must be {span}, got {value!r}{hint}")
-        return float(value)
-
-    def count(self, name: str, *, least: int) -> int | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        found = whole_number(value)
-        if found is None or found < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        return found
-
-    def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        value = self.values.get(name)
-        if value is None:
-            return ()
-        found = value.tolist() if hasattr(value, "tolist") else value
-        tokens = list(map(whole_number, found if isinstance(found, Sequence) else [found]))
-        for token in tokens:
-            if token is None or not 0 <= token < vocab_size:
-                hint = "; None is for no such token" if token == -1 else ""
-                raise ValueError(
-                    f"{name} must be token ids from 0 to {vocab_size - 1}, got {value!r}{hint}"
-                )
-        return tuple(token for token in tokens if token is not None)
-
-    def early_stopping(self) -> bool | str:
-        value = self.values.get("early_stopping")
-        if value is not None and not isinstance(value, bool) and value != "never":
-            raise ValueError(f"early_stopping must be True, False or 'never', got {value!r}")
-        return value or False
-
-    def strings(self, name: str) -> tuple[str, ...]:
-        value = self.values.get(name)
-        found = (value,) if isinstance(value, str) else tuple(value or ())
-        if not all(isinstance(text, str) and text for text in found):
-            raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
-        return found

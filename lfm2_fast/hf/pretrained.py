@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,14 @@ from lfm2_fast.hf.compiling import is_own_method
 from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
 from lfm2_fast.hf.loading import load_as
+from lfm2_fast.hf.resizing import resized
+from lfm2_fast.hf.saving import save
 from lfm2_fast.hf.surface import PARTS, REFUSED_NAMES
 from lfm2_fast.hf.workspace import Workspace
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.base import Ops
-from lfm2_fast.weights import checkpoint
 from lfm2_fast.weights.formats import Projection
-from lfm2_fast.weights.fusion import (
-    EMBEDDING,
-    HEAD,
-    num_parameters,
-    random_weights,
-    unfused,
-)
+from lfm2_fast.weights.fusion import num_parameters, random_weights
 from lfm2_fast.weights.hub import HUB_OPTIONS
 
 INFERENCE = "lfm2_fast is for inference: train with transformers' class, and load the result"
@@ -168,29 +162,11 @@ class Lfm2PreTrainedModel(nn.Module):
         New rows are the mean of the old ones, or random without ``mean_resizing``. Raises
         ValueError for quantized weights.
         """
-        inner = self.network.config
-        if inner.quantization is not None:
-            raise ValueError("resize_token_embeddings() needs dense weights: load it without")
-        size = inner.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        weights = dict(self.network.state_dict())
-        for name in (EMBEDDING, HEAD):
-            if name == HEAD and inner.tie_word_embeddings:
-                weights.pop(name)
-                continue
-            old = weights[name]
-            rows = old.new_empty(max(size - len(old), 0), old.shape[1])
-            if mean_resizing:
-                rows[:] = old.float().mean(0).to(old.dtype)
-            else:
-                rows.normal_(std=inner.initializer_range)
-            weights[name] = torch.cat([old[:size], rows])
-        made = Lfm2(replace(inner, vocab_size=size), weights, backend=self.network.backend)
+        made = resized(self.network, new_num_tokens, pad_to_multiple_of, mean=mean_resizing)
         # With their hooks.
         made.layers = self.network.layers
         self.network = made
-        self.config.vocab_size = size
+        self.config.vocab_size = made.config.vocab_size
         self.workspace = Workspace()
         return self.network.embed_tokens
 
@@ -350,26 +326,14 @@ class Lfm2PreTrainedModel(nn.Module):
         check_save_args(others)
         if not is_main_process:
             return
-        state = self.network.state_dict()
-        config = self.network.config
-        named = unfused(config, state)
-        if state_dict is not None:
-            unknown = sorted(set(state_dict) - set(named) - {"lm_head.weight"})
-            if unknown:
-                raise ValueError(f"state_dict has {unknown[0]!r}, which this model does not have")
-            named = {name: state_dict.get(name, tensor) for name, tensor in named.items()}
-        checkpoint.save(
+        names = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
+        save(
             Path(save_directory),
-            {**config.to_dict(), **self._own_settings()},
-            named,
-            format=config.quantization,
-            dtype=self.dtype,
-            generation_config=self.generation_defaults(),
+            self.network,
+            # What callers set on the config that no weight depends on.
+            {name: getattr(self.config, name) for name in names},
+            self.generation_defaults(),
+            state_dict,
             variant=variant,
             max_shard_size=max_shard_size,
         )
-
-    def _own_settings(self) -> dict[str, Any]:
-        """Return what callers set on the config that no weight depends on."""
-        names = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
-        return {name: getattr(self.config, name) for name in names}

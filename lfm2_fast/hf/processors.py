@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lfm2_fast.hf.generation_args import GenerationArgs
+from lfm2_fast.hf.generation_args import GenerationArgs, warn
+from lfm2_fast.hf.generation_mixin import generation_mixin
 
 
 def logits_processors(
@@ -25,9 +27,11 @@ def logits_processors(
     has the arguments that no config holds: ``prefix_allowed_tokens_fn`` and negative prompts.
     Raises what transformers' classes raise for values that they do not take.
     """
-    from transformers import GenerationMixin, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
-    class Maker(GenerationMixin):
+    mixin = generation_mixin("logits processors of arguments")
+
+    class Maker(mixin):  # type: ignore[misc,valid-type]
         """The part of a model that the processors are made by, and that they call."""
 
         config = model.config
@@ -35,8 +39,7 @@ def logits_processors(
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
 
-    return GenerationMixin._get_logits_processor(
-        Maker(),
+    return Maker()._get_logits_processor(
         generation_config(asked, ids, budget),
         input_ids_seq_length=ids.shape[1],
         encoder_input_ids=ids,
@@ -79,3 +82,23 @@ def generation_config(asked: GenerationArgs, ids: torch.Tensor, budget: int) -> 
     made._eos_token_tensor = torch.tensor(eos, device=ids.device) if eos else None
     made._pad_token_tensor = torch.tensor(pad, device=ids.device)
     return made
+
+
+def replace_by_processors(
+    asked: GenerationArgs, processors: list[Any]
+) -> tuple[GenerationArgs, list[Any]]:
+    """Let callers' processors take the place of those that arguments make, as Hugging Face does."""
+    passed = {type(processor).__name__ for processor in processors}
+    ours = {
+        "RepetitionPenaltyLogitsProcessor": asked.sampling.repetition_penalty != 1.0,
+        "MinNewTokensLengthLogitsProcessor": asked.min_new_tokens > 0,
+    }
+    replaced = [name for name, made in ours.items() if made and name in passed]
+    if not replaced:
+        return asked, processors
+    warn(f"the {' and the '.join(replaced)} that was passed replaces the one of the arguments")
+    if "RepetitionPenaltyLogitsProcessor" in replaced:
+        asked = replace(asked, sampling=replace(asked.sampling, repetition_penalty=1.0))
+    if "MinNewTokensLengthLogitsProcessor" in replaced:
+        asked = replace(asked, min_new_tokens=0)
+    return asked, sorted(processors, key=lambda each: type(each).__name__ not in replaced)

@@ -70,9 +70,9 @@ def read_ids(
         return None, mask, None
     if isinstance(inputs, torch.Tensor):
         ids = inputs
-    elif isinstance(inputs, str) or not isinstance(inputs, Sequence):
+    elif isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence):
         raise _no_ids(inputs, "")
-    elif inputs and isinstance(inputs[0], str | Mapping | torch.Tensor):
+    elif inputs and isinstance(inputs[0], str | bytes | Mapping | torch.Tensor):
         raise _no_ids(inputs[0], "a list of ")
     elif inputs and isinstance(inputs[0], Sequence):
         ids, left = _left_padded(inputs, model.config.pad_token_id or 0)
@@ -99,6 +99,8 @@ def gather_prompts(
     Raises ValueError, naming the argument, for what is out of range or does not fit together.
     """
     if embeds is not None:
+        if asked.token_healing:
+            raise ValueError("token_healing cannot replace ids beside inputs_embeds: leave it out")
         return _embedded(model, ids, mask, embeds, cache)
     if ids is None:
         if asked.bos_token_id is None:

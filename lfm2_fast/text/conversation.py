@@ -12,7 +12,8 @@ import torch
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.request import Request
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
-from lfm2_fast.hf.generate import seed_of, stop_criterion
+from lfm2_fast.hf.criteria import stop_criterion
+from lfm2_fast.hf.generate import seed_of
 from lfm2_fast.hf.generation_args import resolve_args
 from lfm2_fast.hf.generation_names import PROCESSED
 from lfm2_fast.hf.hooks import check_generates

@@ -36,6 +36,21 @@ def test_a_filled_cache_and_only_the_new_ids(models, tokenizer) -> None:
     assert torch.equal(whole[:, first.shape[1] :], found[1])
 
 
+def test_tokens_in_the_cache_alone_are_not_penalized(models, tokenizer) -> None:
+    """As Hugging Face's, whatever else is asked for."""
+    first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
+    mask = torch.ones(1, first.shape[1] + more.shape[1], dtype=torch.long)
+    kwargs = {"repetition_penalty": 1.5, "max_new_tokens": 8, "do_sample": False}
+    found = []
+    for model in models:
+        cache = model(first, use_cache=True).past_key_values
+        call = {"attention_mask": mask, "past_key_values": cache, **kwargs}
+        found.append(model.generate(more, **call))
+    assert torch.equal(*found[::-1])
+    whole = models[1].generate(torch.cat([first, more], 1), **kwargs)
+    assert whole[0, first.shape[1] :].tolist() != found[1][0].tolist()
+
+
 def test_several_rows_go_on_from_their_own_lengths(ours, tokenizer) -> None:
     texts = [FIRST, "A list"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)

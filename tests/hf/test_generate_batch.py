@@ -76,6 +76,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2},
     {"suppress_tokens": [40, 300]},
     {"do_sample": True, "temperature": 0.7, "min_p": 0.1, "seed": 3},
+    {"seed": None},
     {"do_sample": True, "top_k": 9, "typical_p": 0.9, "seed": 3},
     {"stop_strings": [" the"]},
     {"min_new_tokens": 7, "eos_token_id": [300, 273, 262]},
@@ -98,8 +99,8 @@ def test_each_prompt_has_settings_of_its_own(ours, tokenizer, rows) -> None:
         if "stop_strings" in own:
             kwargs["tokenizer"] = tokenizer
         assert each.tokens == written(ours, row, **kwargs), own
-    assert len(found[1].tokens) == 3 and len(found[10].tokens) == 4
-    assert found[7].finish_reason == "stop"
+    assert len(found[1].tokens) == 3 and len(found[11].tokens) == 4
+    assert found[8].finish_reason == "stop"
 
 
 def test_memory_does_not_grow_with_the_prompts(ours, rows, monkeypatch) -> None:
@@ -161,12 +162,16 @@ WRONG: list[tuple[Any, str]] = [
     ("a text", "a text needs the tokenizer"),
     ([{"role": "user", "content": "a"}], "a conversation needs the tokenizer"),
     (3, "not int"),
+    (b"text", "not bytes"),
     ([], "prompt has no tokens"),
     ([1, 10**7], "token 10000000 is not in this model's vocabulary"),
     ([1, 2.5], "must be token ids, got 2.5 among them"),
     (torch.zeros(2, 2).long(), r"token ids \[T\], got \(2, 2\)"),
     ({"input_ids": [1]}, "a mapping needs a 'prompt', got .'input_ids'."),
     ({"prompt": [1], "num_beams": 2}, "num_beams is not supported for one prompt: call generate"),
+    ({"prompt": [1], "output_hidden_states": True}, "output_hidden_states is not supported for"),
+    ({"prompt": [1], "token_healing": True}, "token_healing is not supported for one prompt"),
+    ({"prompt": [1], "inputs_embeds": 1}, "inputs_embeds is not supported for one prompt"),
     ({"prompt": [1], "temperature": -1.0, "do_sample": True}, "temperature must be above 0"),
     ({"prompt": [1], "max_new_tokens": 10**7}, "10000000 new ones do not fit into"),
     ({"prompt": [1], "nonsense": 1}, "unexpected keyword argument 'nonsense'"),
@@ -205,8 +210,10 @@ def test_what_is_wrong_whatever_the_prompts_raises_at_once(ours, tokenizer) -> N
         ({"errors": "ignore"}, "errors must be 'raise' or 'return'"),
         ({"num_beams": 2}, "num_beams is not supported by generate_batch"),
         ({"streamer": object()}, "streamer is not supported by generate_batch"),
-        ({"generation_config": {"num_beams": 2}}, "num_beams, max_time .* of generation_config"),
-        ({"generation_config": {"guidance_scale": 2.0}}, "guidance_scale is not supported"),
+        ({"generation_config": {"num_beams": 2}}, "^num_beams of generation_config is not supp"),
+        ({"generation_config": {"token_healing": True}}, "^token_healing of generation_config"),
+        ({"output_hidden_states": True}, "output_hidden_states is not supported by generate_batch"),
+        ({"generation_config": {"guidance_scale": 2.0}}, "guidance_scale of generation_config"),
         ({"top_k": -1}, "top_k must be a whole number"),
     ]
     for kwargs, message in wrong:

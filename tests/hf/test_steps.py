@@ -63,6 +63,8 @@ def test_wrong_embeddings_are_named(ours, batch) -> None:
             "inputs_embeds row 0 has no tokens",
         ),
         ({"inputs_embeds": embeds, "max_batch_size": 1}, "1 is less than 3 rows.*inputs_embeds"),
+        ({"inputs_embeds": embeds, "token_healing": True}, "token_healing cannot replace ids"),
+        ({"inputs_embeds": embeds, "guidance_scale": 2.0}, "guidance_scale needs input_ids or"),
     ]
     for kwargs, message in wrong:
         with pytest.raises(ValueError, match=message):
