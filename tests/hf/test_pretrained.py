@@ -39,20 +39,21 @@ def answers(model: Any) -> list[torch.Tensor]:
     return [*found, model.generate(IDS, max_new_tokens=4, eos_token_id=[])]
 
 
-@pytest.fixture(scope="module", params=["eager", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if lacking := why_not(request.param, torch.device("cpu"), torch.float32):
+CASES = [
+    *((name, "native", lfm2_fast.Lfm2ForCausalLM, None) for name in COPIES),
+    ("twice", "eager", lfm2_fast.Lfm2ForCausalLM, "int8"),
+    ("twice", "eager", lfm2_fast.Lfm2Model, None),
+    ("twice", "native", lfm2_fast.Lfm2Model, "int8"),
+]
+
+
+@pytest.mark.parametrize(("way", "backend", "kind", "quantization"), CASES)
+def test_a_copy_answers_as_the_model(tiny, way, backend, kind, quantization) -> None:
+    if lacking := why_not(backend, torch.device("cpu"), torch.float32):
         pytest.skip(lacking)
-    return request.param
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-@pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("kind", [lfm2_fast.Lfm2ForCausalLM, lfm2_fast.Lfm2Model])
-def test_a_copy_answers_as_the_model(tiny, backend, kind, quantization, copied) -> None:
     model = kind.from_pretrained(tiny, dtype="float32", backend=backend, quantization=quantization)
     expected = answers(model)
-    made = copied(model)
+    made = COPIES[way](model)
     assert type(made) is kind and made.ops.name == backend
     assert made.num_parameters() == model.num_parameters()
     assert made.get_memory_footprint() == model.get_memory_footprint(), "the head has its own"
@@ -82,8 +83,7 @@ def test_a_copy_takes_no_cache_that_waits(tiny) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-def test_a_copy_of_a_model_with_kernels(random_checkpoint, quick_interpreter, copied) -> None:
+def test_a_copy_of_a_model_with_kernels(random_checkpoint, quick_interpreter) -> None:
     """Its operations keep counters by the caches that they ran on, which no copy can have."""
     if why_not("triton", torch.device("cpu"), torch.float32):
         pytest.skip("Triton's interpreter is off")
@@ -92,6 +92,6 @@ def test_a_copy_of_a_model_with_kernels(random_checkpoint, quick_interpreter, co
     model = lfm2_fast.load(folder, device="cpu", dtype="float32", backend="triton")
     ids = torch.tensor([[1, 40, 41]])
     expected = model.generate(ids, max_new_tokens=2, eos_token_id=[])
-    made = copied(model)
+    made = COPIES["twice"](model)
     assert made.ops.name == "triton" and made.ops is not model.ops
     assert torch.equal(made.generate(ids, max_new_tokens=2, eos_token_id=[]), expected)

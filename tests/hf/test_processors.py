@@ -94,19 +94,29 @@ def test_a_first_token_is_forced_after_a_prompt_of_one(models) -> None:
     assert torch.equal(ours, theirs) and ours[0, 1] == 77
 
 
-@pytest.mark.slow
-def test_pairs_write_what_hugging_face_writes(models, batch, plain) -> None:
-    """Every pair of arguments that does not ask for opposite things."""
-    given = arguments(plain, batch)
+def write_pairs(
+    models: Any, batch: Any, given: dict[str, dict[str, Any]], pairs: Any, count: int
+) -> None:
+    """Assert that pairs that do not ask for opposite things write what theirs write."""
     alone = {"guidance_scale", "negative_prompt_ids"}
-    for one, other in itertools.combinations(NAMES, 2):
-        if {one, other} == alone or set(given[one]) & set(given[other]):
-            continue
-        kwargs = {**given[one], **given[other]}
-        if "max_length" in kwargs:
+    for one, other in pairs:
+        kwargs = {"max_new_tokens": count, **given[one], **given[other]}
+        if {one, other} == alone or set(given[one]) & set(given[other]) or "max_length" in kwargs:
             continue
         theirs, ours = (written(model, batch, kwargs) for model in models)
         assert torch.equal(ours, theirs), (one, other)
+
+
+def test_neighbours_write_what_hugging_face_writes(models, batch, plain) -> None:
+    """Each argument beside the next one of the list, and beside the one after that."""
+    pairs = [(one, NAMES[i - by]) for i, one in enumerate(NAMES) for by in (1, 2)]
+    write_pairs(models, batch, arguments(plain, batch), pairs, 5)
+
+
+@pytest.mark.nightly
+def test_pairs_write_what_hugging_face_writes(models, batch, plain) -> None:
+    pairs = itertools.combinations(NAMES, 2)
+    write_pairs(models, batch, arguments(plain, batch), pairs, 12)
 
 
 @pytest.mark.parametrize(
