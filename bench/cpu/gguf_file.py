@@ -1,6 +1,6 @@
 """A checkpoint as a GGUF file, for llama.cpp's programs.
 
-The package writes BF16. Q8_0 and Q4_0 files are made by llama.cpp's own quantiser from that one.
+The package writes BF16. Files of other kinds are made by llama.cpp's own quantiser from that.
 Checkpoints of random weights have no vocabulary, so one is made up: callers pass token ids.
 """
 
@@ -13,7 +13,7 @@ from lfm2_fast.config import Config
 from lfm2_fast.weights.gguf_export import export_gguf
 from lfm2_fast.weights.gguf_vocabulary import Vocabulary
 
-KINDS = ("BF16", "Q8_0", "Q4_0")
+KINDS = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
 LONGEST = 900
 
 
@@ -46,7 +46,7 @@ def gguf_file(folder: Path, kind: str, quantiser: Path) -> Path:
                 check=True,
                 timeout=LONGEST,
             )
-        elif kind == "Q4_0":
+        elif kind not in ("BF16", "Q8_0"):
             raise GGUFError(f"no {path.name}: there is no {quantiser}: run `make peers`")
         else:
             size = Config.from_file(folder / "config.json").vocab_size

@@ -35,7 +35,8 @@ from bench.worker import ENGINES, ROOT, EngineError, Remote
 from lfm2_fast.cli.machine_load import Neighbours, memory, memory_speed
 
 Engine = Remote | LlamaBench
-NAMES = (*ENGINES, *(PREFIX + kind for kind in KINDS))
+# Q4_K_M is compared with the same file, by ``beside_llama``.
+NAMES = (*ENGINES, *(PREFIX + kind for kind in KINDS if kind != "Q4_K_M"))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from bench.report.results import Figure
 from bench.report.stats import ratio
 
 OURS, INT8, INT4 = "lfm2_fast", "lfm2_fast int8", "lfm2_fast int4"
+Q4_K_M = "lfm2_fast Q4_K_M"
 THEIRS = "transformers"
 
 
@@ -42,6 +43,7 @@ GOALS = (
     Goal("decode int4 against llama.cpp Q4_0", "decode", INT4, "llama.cpp Q4_0", 1.1, 1.25),
     Goal("prefill 512 int4 against llama.cpp Q4_0", "prefill 512", INT4, "llama.cpp Q4_0", 2, 2.5),
     Goal("decode after 8k int4 against Q4_0", "decode after 8k", INT4, "llama.cpp Q4_0", 1.3, 1.8),
+    Goal("decode a Q4_K_M file against llama.cpp", "decode", Q4_K_M, "llama.cpp Q4_K_M", 1.0, 1.15),
     Goal("memory after load, int4 against bf16", "memory after load", INT4, OURS, 0.36, 0.33),
 )
 
