@@ -29,6 +29,7 @@ def load(
     max_length: int | None = None,
     backend: str = "auto",
     quantization: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     config: Any = None,
     generation_config: Any = None,
     device_map: Device | Mapping[str, Device] | None = None,
@@ -50,7 +51,10 @@ def load(
     the bodies of the operations, see ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the
     matrices 8-bit integers while they are loaded, about half of bfloat16's memory. "int4" makes
     them GGUF's Q4_0, embedding and head int8, about a third; a GPU has no bodies for it yet and
-    holds those matrices dense. None takes them as they are stored. ``config`` replaces the
+    holds those matrices dense. None takes them as they are stored. ``adapter`` is the
+    folder or hub id of a LoRA adapter as PEFT saves it, which is merged into the weights before
+    they are quantized. Where ``model`` is one itself, the base that it names is loaded, with the
+    adapter merged. ``config`` replaces the
     checkpoint's config.json, ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
@@ -70,6 +74,7 @@ def load(
         max_length=max_length,
         backend=backend,
         quantization=quantization,
+        adapter=adapter,
         config=config,
         generation_config=generation_config,
         device_map=device_map,

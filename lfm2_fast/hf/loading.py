@@ -16,6 +16,9 @@ from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
 from lfm2_fast.weights import checkpoint, compressed_tensors, gguf_checkpoint, gguf_config, hub
+from lfm2_fast.weights.adapter import is_adapter, read_adapter
+from lfm2_fast.weights.adapter_hub import find_adapter
+from lfm2_fast.weights.adapter_merge import merged_config
 from lfm2_fast.weights.formats import FORMATS
 from lfm2_fast.weights.fusion import widen_for
 from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
@@ -44,6 +47,7 @@ def load_as(
     # What is noted on the config below is the model's, not the caller's.
     given = None if config is None else copy.deepcopy(Lfm2Config.of(config))
     folder = hub.find_checkpoint(model, **hub_options)
+    adapter_folder, folder = _adapter_and_base(folder, options["adapter"], hub_options)
     file = read_gguf(folder) if folder.is_file() else None
     if file is not None:
         raw = gguf_config.raw_config(file)
@@ -51,7 +55,6 @@ def load_as(
         given = given or Lfm2Config.from_dict(raw)
     elif given is None:
         path = folder / "config.json"
-        _refuse_an_adapter(folder)
         raw = read_json(path)
         inner = Config.from_dict(raw, str(path))
         given = Lfm2Config.from_dict(raw)
@@ -60,7 +63,15 @@ def load_as(
     given.name_or_path = os.fspath(model)
     if named is None and inner.dtype is not None:
         named = _dtype(inner.dtype)
+    adapter = None if adapter_folder is None else read_adapter(adapter_folder, inner)
+    if adapter is not None:
+        merged_config(inner, adapter)  # raises before anything is read
     if file is not None:
+        if adapter is not None:
+            raise CheckpointError(
+                f"{adapter.folder} cannot be merged into a GGUF file's weights: load the model "
+                "without adapter= and call load_adapter()"
+            )
         inner = gguf_checkpoint.held(file, inner)
         gguf_checkpoint.check_quantization(file, inner, options["quantization"])
         weights = gguf_checkpoint.load_weights(
@@ -83,7 +94,10 @@ def load_as(
             dtype=named,
             quantization=options["quantization"],
             variant=hub_options.get("variant"),
+            adapter=adapter,
         )
+        if adapter is not None:
+            inner = merged_config(inner, adapter)
     given.tie_word_embeddings = inner.tie_word_embeddings
     inner = replace(inner, quantization=inner.quantization or options["quantization"])
     inner = widen_for(where, inner, weights)
@@ -113,15 +127,21 @@ def _refuse_twice(folder: Path, quantization: str | None) -> None:
         )
 
 
-def _refuse_an_adapter(folder: Path) -> None:
-    """Raise CheckpointError for a folder that holds an adapter alone, as PEFT saves it."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise CheckpointError(
-            f"{folder} holds an adapter of {base}, which this version of lfm2_fast does not run: "
-            "merge it with PEFT's merge_and_unload(), then give the model to "
-            "lfm2_fast.from_transformers(), or save it and load that folder"
-        )
+def _adapter_and_base(
+    folder: Path, asked: Any, options: Mapping[str, Any]
+) -> tuple[Path | None, Path]:
+    """Return the folder of the adapter to merge, or None, and that of the weights below it.
+
+    ``folder`` is the checkpoint's; one that holds an adapter alone names its base.
+    """
+    if not is_adapter(folder):
+        if asked is None:
+            return None, folder
+        # The revision is the checkpoint's.
+        return find_adapter(asked, **{**options, "revision": None}), folder
+    if asked is not None:
+        raise ValueError(f"{folder} holds an adapter itself: leave adapter={asked!r} out")
+    return folder, hub.find_base(folder, **options)
 
 
 def check_options(

@@ -89,6 +89,7 @@ class Lfm2PreTrainedModel(nn.Module):
         max_length: int | None = None,
         backend: str = "auto",
         quantization: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         quantization_config: Any = None,
         load_in_8bit: bool | None = None,
         load_in_4bit: bool | None = None,
@@ -124,6 +125,7 @@ class Lfm2PreTrainedModel(nn.Module):
             quantization=quantization_of(
                 quantization, quantization_config, load_in_8bit, load_in_4bit
             ),
+            adapter=adapter,
             config=config,
             generation_config=generation_config,
             device_map=device_map,

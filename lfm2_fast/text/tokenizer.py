@@ -7,6 +7,7 @@ from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config
 from lfm2_fast.weights import hub
+from lfm2_fast.weights.adapter import is_adapter
 from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import read_gguf
 
@@ -21,7 +22,8 @@ TOKENIZER_FILES = (
 def load_tokenizer(name: str, **options: Any) -> Any:
     """Return the checkpoint's tokenizer; ``options`` are those of the hub.
 
-    Raises CheckpointError when there is none that can be loaded. Of a folder that is no checkpoint
+    An adapter without one has its base's. Raises CheckpointError when there is none that can be
+    loaded. Of a folder that is no checkpoint
     it says that instead.
     """
     from transformers import AutoTokenizer
@@ -29,7 +31,10 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     folder = hub.find_checkpoint(name, weights=False, also=TOKENIZER_FILES, **options)
     if folder.is_file():
         return _from_gguf(folder)
-    Config.from_file(folder / "config.json")
+    if is_adapter(folder) and not (folder / TOKENIZER_FILES[0]).is_file():
+        folder = hub.find_base(folder, weights=False, also=TOKENIZER_FILES, **options)
+    if not is_adapter(folder):
+        Config.from_file(folder / "config.json")
     if not (folder / TOKENIZER_FILES[0]).is_file():
         raise CheckpointError(
             f"{folder} has no {TOKENIZER_FILES[0]}; if it is on the hub, connect once to download "

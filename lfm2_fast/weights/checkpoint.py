@@ -8,18 +8,20 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lfm2_fast.config import Config
-from lfm2_fast.weights.formats import DENSE, Format, find_format
+from lfm2_fast.weights.adapter import Adapter
+from lfm2_fast.weights.adapter_merge import merged_config, merged_tensors
+from lfm2_fast.weights.formats import DENSE, Source, find_format
 from lfm2_fast.weights.fusion import (
     EMBEDDING,
     HEAD,
@@ -54,32 +56,29 @@ def load_weights(
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
     variant: str | None = None,
+    adapter: Adapter | None = None,
 ) -> dict[str, torch.Tensor]:
     """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
 
     Where tensors are stored in several, None is the embedding's, or, if that is quantized, the last
     norm's. The files are mapped, and every tensor is copied from the map straight into its place.
     With ``quantization`` the matrices of a dense checkpoint become that format on the way; those of
-    a quantized one (``config.quantization``) stay as they are. All names, shapes and dtypes are
-    checked before the first copy. Raises CheckpointError, which names the file and the tensor, for
-    whatever does not fit.
+    a quantized one (``config.quantization``) stay as they are. An ``adapter`` is merged into a
+    dense checkpoint on the way, which then is of ``merged_config``. All names, shapes and
+    dtypes are checked before the first copy. Raises CheckpointError, which names the file and the
+    tensor, for whatever does not fit.
     """
     table = fusion_table(config)
     found = checked_tensors(folder, config, table, variant)
     if dtype is None:
         dtype = FLOATS[found[table[dtype_tensor(table)].parts[0].name].dtype]
+    tensors: Mapping[str, Source] = found
+    if adapter is not None:
+        tensors = merged_tensors(found, config, adapter)
+        config = merged_config(config, adapter)
+        table = fusion_table(config)
     wanted = replace(config, quantization=config.quantization or quantization)
-    return fill_table(table, wanted, found, device=device, dtype=dtype)
-
-
-class Source(Protocol):
-    """A stored tensor, as ``fill_table`` reads it."""
-
-    def fill(self, target: Format, places: Sequence[torch.Tensor]) -> None:
-        """Fill the parts ``places`` of the ``target`` format."""
-
-    def copy_to(self, place: torch.Tensor) -> None:
-        """Copy the values into ``place``."""
+    return fill_table(table, wanted, tensors, device=device, dtype=dtype)
 
 
 def fill_table(

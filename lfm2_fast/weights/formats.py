@@ -7,7 +7,7 @@ Implementations choose by ``projection.format``; nothing else asks whether a mat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -295,6 +295,16 @@ def find_format(name: str | None, source: object = "config") -> Format:
             f"{known}); load the unquantized checkpoint"
         )
     return FORMATS[name]
+
+
+class Source(Protocol):
+    """A stored tensor, as ``fill_table`` reads it."""
+
+    def fill(self, target: Format, places: Sequence[torch.Tensor]) -> None:
+        """Fill the parts ``places`` of the ``target`` format."""
+
+    def copy_to(self, place: torch.Tensor) -> None:
+        """Copy the values into ``place``."""
 
 
 class Projection(nn.Module):

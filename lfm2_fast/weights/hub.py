@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.weights import adapter_config
+from lfm2_fast.weights.adapter_config import AdapterConfig
+from lfm2_fast.weights.adapter_hub import fetch_adapter
 from lfm2_fast.weights.checkpoint import GENERATION_CONFIG
 from lfm2_fast.weights.formats import find_format
 from lfm2_fast.weights.gguf_file import SPLIT, is_gguf, parts_of_split, split_name
@@ -59,6 +62,8 @@ def find_checkpoint(
     one of a folder or repository that has no config.json. Of a file that was split, the first part
     is returned, and all are there.
 
+    A folder that holds an adapter alone is returned as it is, and a repository's too.
+
     The config comes first and is checked before gigabytes follow; then only the generation config,
     the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
     commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold.
@@ -104,6 +109,8 @@ def find_checkpoint(
         if config is not None:
             return _download(repository, config, variant, weights=weights, also=also)
     names = repository.names()
+    if tag is None and adapter_config.FILE in names and "config.json" not in names:
+        return fetch_adapter(repository, weights=weights, also=also)
     whole = tag is None and any(each.endswith(".safetensors") for each in names)
     found = None if whole else _choose(names, tag, name)
     if found is not None:
@@ -116,6 +123,23 @@ def find_checkpoint(
             + (f"; those of LiquidAI's models are in repositories like {name}-GGUF" if tag else "")
         )
     return _download(repository, config, variant, weights=weights, also=also)
+
+
+def find_base(folder: Path, **options: Any) -> Path:
+    """Return the folder of the base that the adapter in ``folder`` names.
+
+    ``options`` are those of ``find_checkpoint``; those that say where in a repository the adapter
+    is are passed over. Raises CheckpointError.
+    """
+    fields = AdapterConfig.from_file(folder / adapter_config.FILE)
+    if not fields.base:
+        raise CheckpointError(
+            f"{folder} holds an adapter that does not name its base: load the base, with "
+            f"adapter={str(folder)!r}"
+        )
+    own = ("subfolder", "variant", "gguf_file")
+    kept = {name: value for name, value in options.items() if name not in own}
+    return find_checkpoint(fields.base, **{**kept, "revision": fields.revision})
 
 
 def _gguf_in(folder: Path, name: str | None, tag: str | None) -> Path | None:

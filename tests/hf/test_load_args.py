@@ -155,13 +155,6 @@ def test_given_weights_are_saved_in_place_of_the_models(tiny: Path, tmp_path: Pa
         model.save_pretrained(tmp_path, sharding=True)
 
 
-def test_an_adapters_folder_says_what_it_is(tiny: Path, tmp_path: Path) -> None:
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "LiquidAI/LFM2-350M"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
-    with pytest.raises(lfm2_fast.CheckpointError, match="adapter of LiquidAI/LFM2-350M.*merge"):
-        lfm2_fast.load(tmp_path, device="cpu")
-
-
 def test_a_broken_file_of_the_hub_can_be_fetched_again(tiny: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
