@@ -163,11 +163,11 @@ def gguf_table(found: dict[str, Any]) -> str:
     return markdown([*head, "greedy tokens before the first other one"], rows)
 
 
-def gguf_quality_table(found: dict[str, Any]) -> str:
+def gguf_loss_table(found: dict[str, Any]) -> str:
     """KL and loss of 4 bits beside llama.cpp's."""
     rows = [
         [name, f"{row['loss']:.4f}", f"{row['reference_loss']:.4f}", f"{row['kl']:.5f}"]
-        for name, row in found["quality"].items()
+        for name, row in found["kinds"].items()
     ]
     return markdown(["", "loss", "its reference's", "KL"], rows)
 
@@ -212,7 +212,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "quality": ("quality", quality_table),
         "draws": ("draws", draws_table),
         "gguf-llama": ("gguf-llama", gguf_table),
-        "gguf-quality": ("gguf-llama", gguf_quality_table),
+        "gguf-loss": ("gguf-loss", gguf_loss_table),
     }
     for name, (stem, table) in others.items():
         path = RESULTS / f"{stem}.json"

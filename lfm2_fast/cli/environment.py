@@ -14,7 +14,7 @@ from rich.table import Table
 
 import lfm2_fast
 from lfm2_fast.cli.session import millions
-from lfm2_fast.config import Config, read_json
+from lfm2_fast.config import OTHER_METHOD, Config, read_json
 from lfm2_fast.hf.loading import find_device
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops
@@ -154,8 +154,10 @@ def gguf_facts(file: GGUFFile) -> dict[str, Any]:
 
 def _bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
     window = config.conv_L_cache * config.hidden_size * dtype.itemsize
+    # Of another's format the tensors would have to be read.
+    is_known = config.quantization != OTHER_METHOD
     return {
-        "weight_bytes": checkpoint_bytes(config, dtype),
+        **({"weight_bytes": checkpoint_bytes(config, dtype)} if is_known else {}),
         "cache_bytes_per_token": config.cache_bytes(dtype.itemsize),
         "conv_bytes_per_sequence": config.layer_types.count("conv") * window,
     }

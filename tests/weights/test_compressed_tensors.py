@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lfm2_fast
+from lfm2_fast.cli.environment import checkpoint_facts
 from lfm2_fast.config import CheckpointError
 from lfm2_fast.weights.formats import DENSE, INT4, INT8, Q4_1, Q8_0, Format
 
@@ -164,6 +165,7 @@ def test_it_is_saved_noted_and_never_quantized_twice(
     assert model.dtype == torch.bfloat16
     assert caplog.messages[-1].endswith(": 24 matrices of FP8 as int8")
     assert caplog.records[-1].levelno == logging.WARNING
+    assert "weight_bytes" not in checkpoint_facts(str(tmp_path / "a"))["model"]
     model.save_pretrained(tmp_path / "b")
     again = lfm2_fast.load(tmp_path / "b", device="cpu")
     assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)

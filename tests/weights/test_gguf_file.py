@@ -143,8 +143,9 @@ def test_hostile_files_are_refused(q4_0: Path, tmp_path: Path, use: Callable[[Pa
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("use", [load, read_all_else])
+@pytest.mark.parametrize(("use", "count"), [(load, 10_000), (read_all_else, 2_000)])
 def test_ten_thousand_hostile_files_are_refused(
-    q4_0: Path, tmp_path: Path, use: Callable[[Path], Any]
+    q4_0: Path, tmp_path: Path, use: Callable[[Path], Any], count: int
 ) -> None:
-    assert check_hostile(q4_0.read_bytes(), tmp_path / "x.gguf", 10_000, use) > 4_000
+    refused = check_hostile(q4_0.read_bytes(), tmp_path / "x.gguf", count, use)
+    assert refused > 0.4 * count
