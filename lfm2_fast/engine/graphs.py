@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +40,9 @@ class Graphs:
         self.capture = capture
         # Never released: torch's stream pool is small, and libraries keep a workspace per stream.
         self.stream: Any = None
+        self._uncaptured: set[Hashable] = set()
+        # Of captures that failed. Torch's allocator for pinned memory may know them for good.
+        self._failed: list[Any] = []
         self.clear()
 
     def clear(self) -> None:
@@ -45,6 +50,19 @@ class Graphs:
         self._graphs: dict[Hashable, Replayable] = {}
         self._warm: set[Hashable] = set()
         self.pool: Any = None
+
+    def forget_capture(self, graph: Any) -> None:
+        """Undo what a failed capture has left: the next one gets another pool and stream.
+
+        Torch's allocator still asks the failed graph where memory is for, so that ends first.
+        """
+        pool, self.pool, self.stream = self.pool, None, None
+        self._failed.append(graph)
+        # RuntimeError says that the capture ended well enough to have done this itself.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        torch.cuda.synchronize()
 
     def __contains__(self, key: Hashable) -> bool:
         """Return True if there is a graph of ``key``."""
@@ -54,15 +72,22 @@ class Graphs:
         """Do what ``body`` does.
 
         The first time it runs as it is: kernels are compiled and loaded then, which a capture must
-        not do. The second time it is captured, which runs nothing, and from then on replayed.
+        not do. The second time it is captured, which runs nothing, and from then on replayed. Where
+        the capture fails, a warning says so once, and the work runs as it is from then on.
         """
         graph = self._graphs.get(key)
-        if graph is None and key not in self._warm:
+        if graph is None and (key not in self._warm or key in self._uncaptured):
             body()
             self._warm.add(key)
             return
         if graph is None:
-            graph = self.capture(self, body)
+            try:
+                graph = self.capture(self, body)
+            except RuntimeError as error:
+                logger.warning("work %s runs uncaptured from now on: %s", key, error)
+                self._uncaptured.add(key)
+                body()
+                return
         graph.replay()
         # Kept once it has run: a CPU's graph is recorded then, and may be interrupted.
         self._graphs[key] = graph
@@ -74,23 +99,53 @@ def capture_cpu(graphs: Graphs, body: Callable[[], None]) -> Replayable:
 
 
 def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
-    """The CUDA graph of ``body``.
+    """The CUDA graph of ``body``. Raises RuntimeError where the capture fails.
 
     Other threads may allocate and launch meanwhile (``thread_local``). Graphs that share a pool
     must be captured on one stream, and torch's own default stream for that belongs to whichever
     device came first; so there is one for each ``graphs``.
     """
     begin = time.perf_counter()
-    with torch.cuda.device(graphs.device), _capturing:
+    with torch.cuda.device(graphs.device), _capturing, _no_collection():
         graphs.stream = graphs.stream or torch.cuda.Stream()
         graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph,
-            pool=graphs.pool,
-            stream=graphs.stream,
-            capture_error_mode="thread_local",
-        ):
-            body()
+        # torch.cuda.graph leaves its stream the current one where a capture fails at its end.
+        with torch.cuda.stream(graphs.stream):
+            # Each thread has a handle of cuBLAS, and a workspace for each stream. A capture
+            # refuses to make them. (pytorch/pytorch#99397)
+            torch.cuda.current_blas_handle()
+            try:
+                _record(graph, graphs.pool, body)
+            except BaseException:
+                graphs.forget_capture(graph)
+                raise
     logger.info("captured in %.2f s", time.perf_counter() - begin)
     return graph
+
+
+def _record(graph: Any, pool: Any, body: Callable[[], None]) -> None:
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        body()
+    except BaseException:
+        # The capture is invalid, as this says once more.
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python collect no cycles inside: what they free may be what a capture refuses to free."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -8,16 +8,22 @@ host: PyTorch's operations run there, and Triton's kernels in its interpreter. A
   moment, so that what the host decides later changes nothing; what waits for the device, and copies
   of memory that is not pinned, are refused meanwhile;
 - what a graph made and nobody holds is lost after each replay, since other graphs have the memory;
-- what the host reads it waits for: ``waits`` lists the times, by the operations in ``READS``.
+- what the host reads it waits for: ``waits`` lists the times, by the operations in ``READS``;
+- a thread has a handle of cuBLAS once it has multiplied or asked for one; a product in a capture
+  fails in a thread without. ``in_thread`` lets the tensors work in another thread;
+- an operation in ``failing`` fails while it is captured. A capture whose body fails is invalid: its
+  end fails too, and leaves the allocator recording.
 
 Unlike on a GPU what is captured runs then already, and its first replay does nothing more; and what
-would run at the same time runs one after another, so races are not seen. Its tensors work in the
-thread that entered it alone; what torch says of a device it says in the whole process.
+would run at the same time runs one after another, so races are not seen. What torch says of a
+device it says in the whole process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -49,8 +55,11 @@ READS = (
 )
 
 
-class Refused(RuntimeError):
-    """What a GPU would not do."""
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+
+
+class Refused(Exception):
+    """What a GPU would not do, and no code should try: no RuntimeError, which code may survive."""
 
 
 class OnGpu(torch.Tensor):
@@ -100,9 +109,23 @@ class Graph:
     gpu: StandInGpu
 
     def __init__(self) -> None:
+        self.invalid = False
         self.work: list[Callable[[], Any]] = []
         self.made: list[torch.Tensor] = []
         self.replays = 0
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        gpu = self.gpu
+        assert gpu.stream is not gpu.default_stream, "the default stream captures nothing"
+        assert gpu.recording is None, "the allocator believes that a capture is under way"
+        assert not gc.isenabled(), "a collection may run in the capture"
+        gpu.capturing, gpu.recording = self, pool
+
+    def capture_end(self) -> None:
+        self.gpu.capturing = None
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.gpu.recording = None
 
     def replay(self) -> None:
         self.gpu.replays += 1
@@ -124,6 +147,10 @@ class StandInGpu(TorchDispatchMode):
         self.waits: list[str] = []
         self.replays = 0
         self.capturing: Graph | None = None
+        self.recording: Any = None
+        self.default_stream = self.stream = self._new_stream()
+        self.handles: set[int] = set()
+        self.failing: tuple[Any, ...] = ()
         self.tensors: weakref.WeakSet[OnGpu] = weakref.WeakSet()
         self.pinned: list[torch.Tensor] = []
         self.patch = pytest.MonkeyPatch()
@@ -147,6 +174,10 @@ class StandInGpu(TorchDispatchMode):
             self._transfer(func, args, kwargs, wraps)
         elif ours:
             self._check(func, args, tensors)
+        if ours and func in PRODUCTS:
+            self._use_handle()
+        if self.capturing is not None and func in self.failing:
+            self.invalidate(f"{func} is not permitted when stream is capturing")
         args, kwargs = tree_map(numbers_of, (tuple(args), kwargs))
         result = func(*args, **kwargs)
         if self.capturing is not None and (ours or wraps):
@@ -171,6 +202,37 @@ class StandInGpu(TorchDispatchMode):
         if self.capturing is not None:
             self.capturing.work.append(again)
         return again()
+
+    def _use_handle(self) -> None:
+        """Make this thread's handle of cuBLAS, unless it has one."""
+        if threading.get_ident() not in self.handles and self.capturing is not None:
+            self.invalidate("CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate")
+        self.handles.add(threading.get_ident())
+
+    def invalidate(self, why: str) -> None:
+        """Fail in a capture, which is lost."""
+        assert self.capturing is not None
+        self.capturing.invalid = True
+        raise RuntimeError(why)
+
+    def end_allocation(self, device: int, pool: Any) -> None:
+        """``torch._C._cuda_endAllocateToPool``."""
+        if self.recording != pool:
+            raise RuntimeError("not currently recording to the pool")
+        self.recording = None
+
+    def _new_stream(self) -> Any:
+        return SimpleNamespace(synchronize=lambda: self.wait("a stream"))
+
+    @contextlib.contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """Let this thread, which did not enter the device, use it while no other does."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+            self.handles.discard(threading.get_ident())
 
     def wait(self, what: str) -> None:
         """Note that the host waits for the device."""
@@ -264,15 +326,6 @@ class StandInGpu(TorchDispatchMode):
 
         return tree_map(outer, result)
 
-    @contextlib.contextmanager
-    def _capture(self, graph: Graph, **_: Any) -> Iterator[None]:
-        """``torch.cuda.graph``."""
-        self.capturing = graph
-        try:
-            yield
-        finally:
-            self.capturing = None
-
     def __enter__(self) -> StandInGpu:
         # Both are filled once: with torch.tensor as it is, and without a device that goes again.
         _device_constructors()
@@ -303,24 +356,29 @@ class StandInGpu(TorchDispatchMode):
             query=lambda: True,
             elapsed_time=lambda other: 1.0,
         )
-        stream = SimpleNamespace(synchronize=lambda: self.wait("a stream"))
         told = SimpleNamespace(name="stand-in", multi_processor_count=0, total_memory=2**37)
         for name, value in {
             "_lazy_init": nothing,
             "is_available": lambda: True,
             "device": contextlib.nullcontext,
             "device_of": contextlib.nullcontext,
-            "current_stream": lambda *args: stream,
+            "current_stream": lambda *args: self.stream,
+            "current_device": lambda: 0,
+            "current_blas_handle": self._use_handle,
             "get_device_capability": lambda *args: (9, 0),
             "get_device_properties": lambda *args: told,
-            "graph": self._capture,
-            "graph_pool_handle": lambda: (0, 1),
+            "stream": lambda stream: OnStream(self, stream),
+            "graph_pool_handle": object,
+            "empty_cache": nothing,
             "synchronize": lambda *args: self.wait("synchronize"),
             "CUDAGraph": type("CUDAGraph", (Graph,), {"gpu": self}),
             "Event": lambda **kwargs: event,
-            "Stream": lambda **kwargs: stream,
+            "Stream": lambda **kwargs: self._new_stream(),
         }.items():
             patch.setattr(torch.cuda, name, value)
+        # A build of torch without CUDA lacks them.
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocation)
+        patch.setattr(torch._C, "_cuda_releasePool", nothing)
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(torch.accelerator, "current_accelerator", lambda **kwargs: GPU)
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
@@ -341,6 +399,19 @@ class StandInGpu(TorchDispatchMode):
                 lambda *args, **kwargs: run(executor, *args, **kwargs), args, kwargs
             ),
         )
+
+
+class OnStream:
+    """``torch.cuda.stream``: no generator, which would end by itself when nobody holds it."""
+
+    def __init__(self, gpu: StandInGpu, stream: Any) -> None:
+        self.gpu, self.stream = gpu, stream
+
+    def __enter__(self) -> None:
+        self.before, self.gpu.stream = self.gpu.stream, self.stream
+
+    def __exit__(self, *error: Any) -> None:
+        self.gpu.stream = self.before
 
 
 def numbers_of(each: Any) -> Any:

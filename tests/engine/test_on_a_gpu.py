@@ -5,9 +5,11 @@ Each call is one that people make; what it gives is what plain PyTorch gives on 
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.cli.evaluation import evaluate
 from lfm2_fast.engine.captured_prompt import SIZES
 from lfm2_fast.engine.decode import MULTI_STEP_ROWS, DecodeLoop, Launch
+from lfm2_fast.engine.graphs import Graphs, capture_cuda
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.text.conversation import Conversation
 from tests.engine.stand_in_gpu import GPU, OnGpu, Refused, StandInGpu
@@ -321,9 +324,61 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
         for count in (10, 18):
             gpu.waits.clear()
             write(TWO, max_new_tokens=count)(model)
-            waits.append([each for each in gpu.waits if each != "an event"])
+            # Beside tokens, a capture waits.
+            known = ("an event", "synchronize")
+            waits.append([each for each in gpu.waits if each not in known])
     assert waits[0] == waits[1] and gpu.replays > 4
     assert launched[:4] == ["launch", "read", "launch", "read"]
+
+
+ADD = torch.ops.aten.add.Tensor
+
+
+def test_a_capture_that_fails_is_told_once_and_does_no_harm(gpu: StandInGpu, caplog) -> None:
+    """The work runs uncaptured from then on; other work is captured as before."""
+    total, ones = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
+    graphs, stream = Graphs(GPU, capture_cuda), torch.cuda.current_stream()
+    gpu.failing = (ADD,)
+    try:
+        for runs in range(1, 5):
+            graphs.run("fails", lambda: total.copy_(total + ones))
+            assert total.tolist() == [runs, runs] and torch.cuda.current_stream() is stream
+    finally:
+        gpu.failing = ()
+    assert gc.isenabled() and "fails" not in graphs and gpu.replays == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not permitted when stream is capturing" in caplog.text
+    for _ in range(3):
+        graphs.run("works", lambda: total.copy_(total * 2))
+    assert total.tolist() == [32, 32] and gpu.replays == 2
+
+
+def test_steps_whose_capture_fails_give_the_same_tokens(folder: Path, gpu: StandInGpu) -> None:
+    models = both(folder)
+    gpu.failing = (torch.ops.aten.slice.Tensor,)
+    try:
+        check(CALLS["alone"], models)
+    finally:
+        gpu.failing = ()
+    assert gpu.replays == 0
+
+
+def test_a_thread_without_a_handle_captures_what_another_has_run(gpu: StandInGpu) -> None:
+    """A product that a thread of a pool has warmed up, and the next thread captures."""
+    graphs = Graphs(GPU, capture_cuda)
+    one = torch.eye(2, device="cuda")
+    found: list[Any] = []
+
+    def work() -> None:
+        with gpu.in_thread():
+            graphs.run("product", lambda: one.copy_(one @ one * 2))
+            found.append("product" in graphs)
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [False, True] and one.tolist() == [[8, 0], [0, 8]]
 
 
 @pytest.mark.parametrize("name", cases(["alone", "drawn", "processed"], ["drawn"]))
@@ -366,9 +421,7 @@ def test_what_is_saved_is_loaded(models, tmp_path: Path, gpu: StandInGpu) -> Non
 
 
 def captured(body: Callable[[], Any]) -> Any:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
+    graph = capture_cuda(Graphs(GPU, capture_cuda), body)
     graph.replay()
     return graph
 
