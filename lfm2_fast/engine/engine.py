@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from lfm2_fast.engine.scheduler import LEAST, MOST, Scheduler
 from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
 from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.engine.warm_up import warm_up
 from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.ops.sampling import SamplingParams
 
 # Seconds that a chunk of a prompt may hold up the rows that decode, on a CPU and on a GPU.
 CPU_CHUNK_SECONDS, GPU_CHUNK_SECONDS = 0.1, 0.05
@@ -218,6 +220,16 @@ class Engine:
         self._release()
         self._count()
         return self.events.take()
+
+    def warm_up(self, sampling: Iterable[SamplingParams] = ()) -> None:
+        """Compile and capture, on a GPU, what requests will need, so that none waits for it.
+
+        ``sampling`` are parameters by which they will choose tokens, beside greedy ones. It takes
+        some tens of seconds where nothing was compiled on this machine, and does nothing on a CPU.
+        Raises RuntimeError while requests run, or when asleep.
+        """
+        self._check_awake()
+        warm_up(self, sampling)
 
     def abandon(self) -> None:
         """Forget all requests, and count what their steps have run; slots keep what they hold."""

@@ -108,6 +108,7 @@ def create_app(
     engine = Engine(
         model, max_rows=max_rows, max_length=max_model_len, memory=memory, max_waiting=max_queue
     )
+    engine.warm_up([defaults.sampling])
     return application(Service(engine, tokenizer, defaults, options))
 
 
