@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test test-clients check nightly lint peers bench bench-report bench-gpu bench-gpu-peers tune-gpu aot sanitize
+.PHONY: help demo test test-clients check nightly lint peers bench bench-report bench-gpu bench-gpu-peers probe-gpu first-gpu tune-gpu aot sanitize
 .PHONY: test-gpu wheel clean
 .DEFAULT_GOAL := help
 
@@ -63,6 +63,16 @@ test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, mem
 
 bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.decode
+
+probe-gpu: ## On a GPU, offline, under nine minutes: races, rows, int8, sampling, threads beside predictions
+	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.probe
+
+first-gpu: ## On a GPU, offline, 40 minutes: the probe, the tests, tuning and benchmarks, whatever fails
+	-$(MAKE) probe-gpu PYTHON=$(PYTHON)
+	-$(MAKE) test-gpu PYTHON=$(PYTHON)
+	-$(MAKE) tune-gpu PYTHON=$(PYTHON)
+	-$(MAKE) bench-gpu PYTHON=$(PYTHON)
+	-$(MAKE) bench-gpu-peers PYTHON=$(PYTHON)
 
 bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.peers

@@ -176,18 +176,32 @@ def sampled(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
 
 def dependent(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
     """Steps whose few-token kernels are launched before their predecessors' end, over plain."""
-    room, plain = WARM + TURN_STEPS + 2, copy.copy(model)
+    room = WARM + TURN_STEPS + 2
+    plain = Decoding(plain_of(model), 1, context, room)
+    return compare(Decoding(model, 1, context, room), plain)
+
+
+def plain_of(model: lfm2_fast.Lfm2ForCausalLM) -> lfm2_fast.Lfm2ForCausalLM:
+    """Return a model on the same weights whose launches are not dependent."""
+    plain = copy.copy(model)
     plain._modules = {"network": copy.copy(model.network)}  # the copy shares its dictionary
-    plain.network.ops = TritonOps()
-    return compare(Decoding(model, 1, context, room), Decoding(plain, 1, context, room))
+    if model.device.type == "cuda":
+        plain.network.ops = TritonOps()
+    return plain
 
 
 def int8(model: lfm2_fast.Lfm2ForCausalLM, context: int) -> dict[str, Any]:
     """Steps of a model of random weights in 8-bit integers over its own, which are in bfloat16."""
-    room, config = WARM + TURN_STEPS + 2, model.network.config
+    room = WARM + TURN_STEPS + 2
+    narrow = Decoding(narrow_of(model), 1, context, room)
+    return compare(narrow, Decoding(model, 1, context, room))
+
+
+def narrow_of(model: lfm2_fast.Lfm2ForCausalLM) -> lfm2_fast.Lfm2ForCausalLM:
+    """Return a model of the same config and random weights in 8-bit integers."""
+    config = model.network.config
     made = quantized(config, random_weights(config, torch.bfloat16, model.device))
-    narrow = lfm2_fast.Lfm2ForCausalLM(replace(config, quantization="int8"), made)
-    return compare(Decoding(narrow, 1, context, room), Decoding(model, 1, context, room))
+    return lfm2_fast.Lfm2ForCausalLM(replace(config, quantization="int8"), made)
 
 
 def quantized(
