@@ -12,8 +12,10 @@ from lfm2_fast.engine.step_buffers import StepBuffers
 from lfm2_fast.models.lfm2 import Lfm2
 
 # Tokens that a captured prompt is padded to. Launched one by one, the kernels of some hundreds of
-# tokens take the host longer than the device; which prompts gain is for a GPU to say.
-SIZES = (32, 128, 512)
+# tokens take the host longer than the device. Of more, padding would cost more than launches do, so
+# only a full chunk is captured. Which prompts gain is for a GPU to say.
+SIZES = (32, 64, 128, 256, 512, 2048)
+MOST_PADDED = 512
 
 
 class CapturedPrompt:
@@ -37,6 +39,8 @@ class CapturedPrompt:
         size = min((size for size in SIZES if size >= tokens), default=0)
         # One token is a step's.
         if not model.ops.captures or tokens < 2 or not size:
+            return None
+        if tokens < size and size > MOST_PADDED:
             return None
         kept = buffers.prompts
         if size not in kept:

@@ -19,9 +19,9 @@ from lfm2_fast.cache.batch import DecodeInputs
 from lfm2_fast.cache.kv_cache import Cache, CacheError, ConvWindow, KVPages
 from lfm2_fast.cache.page_memory import PageMemory
 from lfm2_fast.engine import model_runner, step_buffers
-from lfm2_fast.engine.captured_prompt import SIZES
+from lfm2_fast.engine.captured_prompt import MOST_PADDED, SIZES, CapturedPrompt
 from lfm2_fast.engine.decode import DecodeLoop
-from lfm2_fast.engine.model_runner import ModelRunner
+from lfm2_fast.engine.model_runner import CHUNK, ModelRunner
 from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
 from lfm2_fast.hf import generate_loop
@@ -344,9 +344,17 @@ def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: i
         same_contents(cache, expected, 1)
     sizes = {key[1] for graph in graphs for key in graph._graphs if key[0] == "prompt"}
     padded = {
-        min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= SIZES[-1]
+        min(size for size in SIZES if size >= n) for n in (prefix, length) if 1 < n <= MOST_PADDED
     }
     assert sizes == padded
+
+
+def test_of_long_prompts_a_full_chunk_alone_is_captured(ahead, graphs) -> None:
+    buffers = StepBuffers(ahead.network, ahead.new_cache(1))
+    assert SIZES[-1] == CHUNK
+    for tokens, size in ((513, None), (CHUNK - 1, None), (CHUNK, CHUNK), (CHUNK + 1, None)):
+        made = CapturedPrompt.of(ahead.network, buffers, tokens)
+        assert (made and made.size) == size
 
 
 ROPES = {
