@@ -1,8 +1,9 @@
 """The tokens' rows of the embedding, widened and scaled where they are int8.
 
-With T tokens, V rows and K columns: ``tokens [T]`` int64, from 0 to V - 1, which is not checked;
-``weight [V, K]``; ``scale [V]`` float32 of an int8 weight, or None; ``out [T, K]``. One product in
-float32, rounded once. Least bytes: 2TK elements.
+With T tokens, V rows and K columns: ``tokens [T]`` int64, from 0 to V - 1, which is not checked, or
+None for all rows in their order, which widens a matrix; ``weight [V, K]``; ``scale [V]`` float32 of
+an int8 weight, or None; ``out [T, K]``. One product in float32, rounded once. Least bytes: 2TK
+elements.
 """
 
 import torch
@@ -28,7 +29,7 @@ def _embed_kernel(
     mask = offs_k < K
     # The weight was there before, but the step before this one writes which of its rows to read.
     pdl_wait(PDL)
-    token = tl.load(tokens_ptr + place)
+    token = place if tokens_ptr is None else tl.load(tokens_ptr + place)
     row = tl.load(weight_ptr + token * K + offs_k, mask=mask, other=0)
     if scale_ptr is not None:
         row = row.to(tl.float32) * tl.load(scale_ptr + token)
@@ -36,7 +37,7 @@ def _embed_kernel(
 
 
 def embed_triton(
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     out: torch.Tensor,
@@ -45,7 +46,10 @@ def embed_triton(
 ) -> None:
     """Fill ``out``, whose rows may stand apart; ``pdl`` as in norm_linear.py."""
     count, width = out.shape
-    assert tokens.shape == (count,) and tokens.dtype == torch.int64 and tokens.is_contiguous()
+    if tokens is None:
+        assert len(weight) == count
+    else:
+        assert tokens.shape == (count,) and tokens.dtype == torch.int64 and tokens.is_contiguous()
     assert weight.shape[1:] == (width,) and weight.is_contiguous() and out.stride(1) == 1
     assert weight.dtype == (out.dtype if scale is None else torch.int8)
     if scale is not None:

@@ -1,15 +1,21 @@
 """A few tokens times a weight: what the kernels that are made of such products share.
 
-A program keeps a tile of the weight ``[N, K]`` in registers, loaded 16 bytes a thread, and takes
-one token after another through it: ``sum(tile * x, axis=1)`` in float32. The loop over tokens is
-the same code for one as for sixteen, so a row's bits do not depend on the batch. While a tile is
-in use, the next is under way.
+Tokens are padded to 16, which is the height of a tensor core's tile, and multiply eight or more
+rows of the weight ``[N, K]`` at once. One token takes the instructions that sixteen take. A row's
+place among the 16 and the other rows do not change its sums, so neither do they change its bits.
+
+A thread loads 16 bytes of one row of the weight at a time, and they become its part of the tensor
+core's operand as they are, without an exchange between threads: the order of K is changed, in the
+same way for tokens and weight, until both fit. Each warp has a share of every BLOCK_K columns, and
+the warps' sums are added at the end of a row. While a tile is in use, the next is under way.
+`test_aot.py` counts the instructions: the compiler would turn another order into shuffles.
 
 A weight of the tokens' dtype has no ``scale``. One of int8 has ``scale [N]`` float32, by which the
-sum of a row is multiplied in float32, so its numbers are used as they are.
+sum of a row is multiplied in float32, so its numbers are used as they are. A kernel gets either as
+32-bit words. Several matrices of one shape, stacked, are multiplied together (``PARTS``).
 
-The first tile, like the norms and the taps, is loaded above ``pdl_wait`` (pdl.py), so it is
-under way while the previous kernel still runs: without that, launching early would gain nothing.
+The first tile, like the taps, is loaded above ``pdl_wait`` (pdl.py), so it is under way while the
+previous kernel still runs: without that, launching early would gain nothing.
 """
 
 from typing import Any
@@ -21,77 +27,278 @@ import triton.language as tl
 from lfm2_fast.kernels.pdl import pdl_options
 from lfm2_fast.kernels.tiling import Tiling
 
+# The rows of a tensor core's tile.
 MOST_TOKENS = 16
 
 
 @triton.jit
-def rows_of(weight_ptr, rows, count, offs_k, K: tl.constexpr):
-    """The ``rows [N]`` of a weight ``[count, K]`` without gaps, zero outside of it."""
-    mask = (rows < count)[:, None] & (offs_k < K)[None, :]
-    at = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
-    return tl.load(weight_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+def weight_places(
+    count,
+    K: tl.constexpr,
+    ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Rows, words and columns of a tile: where its words lie in PARTS weights ``[count, K]``.
+
+    ``[rows / 8, steps, WARPS, 8, 16]``, or what broadcasts to that: a warp's load has 64 bytes of
+    each of 8 rows. The rows are those of one part after another, and a power of two: a fourth part
+    may be no part, and its rows are beyond any.
+    """
+    EACH: tl.constexpr = 4 // ITEM
+    STEPS: tl.constexpr = BLOCK_K // (16 * EACH * WARPS)
+    ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
+    n = tl.arange(0, ROWS // 8)[:, None, None, None, None] * 8
+    n += tl.arange(0, 8)[None, None, None, :, None]
+    columns = tl.arange(0, STEPS)[None, :, None, None, None] * (16 * WARPS)
+    columns += tl.arange(0, WARPS)[None, None, :, None, None] * 16
+    columns += tl.arange(0, 16)[None, None, None, None, :]
+    rows = n % BLOCK_N
+    words = (rows + n // BLOCK_N * count) * (K // EACH) + columns
+    if ROWS != PARTS * BLOCK_N:
+        rows = tl.where(n < PARTS * BLOCK_N, rows, count)
+    return rows, words, columns
 
 
 @triton.jit
-def inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K: tl.constexpr, MOST: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + eps)`` of each token, float32 ``[MOST]``."""
-    offs_t = tl.arange(0, MOST)
-    scales = tl.zeros([MOST], tl.float32)
-    for token in range(tokens):
-        x = tl.load(x_ptr + token * stride_x_t + offs_k, mask=offs_k < K, other=0).to(tl.float32)
-        scales = tl.where(offs_t == token, tl.rsqrt(tl.sum(x * x, axis=0) / K + eps), scales)
+def weight_tile(
+    words_ptr,
+    rows,
+    words,
+    columns,
+    first,
+    count,
+    k,
+    K: tl.constexpr,
+    ITEM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Words of the rows from ``first`` and the columns from ``k`` on, at ``weight_places``."""
+    EACH: tl.constexpr = 4 // ITEM
+    mask = rows < count - first
+    if K % BLOCK_K != 0:
+        mask = mask & (columns < K // EACH - k // EACH)
+    words_ptr += first * (K // EACH) + k // EACH
+    return tl.load(words_ptr + words, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _numbers(words, ITEM: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the numbers of words ``[..., 16]`` as DTYPE, ``[..., 4, numbers in 16 bytes]``."""
+    SHAPE: tl.constexpr = words.shape
+    if ITEM == 4:
+        numbers = words.to(tl.float32, bitcast=True)
+    elif ITEM == 2:
+        low = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        numbers = tl.join(low, (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
+    else:
+        even = tl.join(words << 24 >> 24, words << 8 >> 24)
+        numbers = tl.join(even, tl.join(words << 16 >> 24, words >> 24)).to(tl.float32).to(DTYPE)
+    return tl.reshape(numbers, [SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], 4, 16 // ITEM])
+
+
+@triton.jit
+def _weight_operand(words, ITEM: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
+    """Return a tile's numbers as ``[WARPS, K of a warp, rows]``."""
+    S: tl.constexpr = words.shape
+    # Of numbers narrower than the tokens' a thread's 16 bytes are several of EACH.
+    shape: tl.constexpr = [S[0], S[1], S[2], 8, 4, 16 // ITEM // EACH, EACH]
+    numbers = tl.reshape(_numbers(words, ITEM, DTYPE), shape)
+    numbers = tl.permute(numbers, [0, 1, 5, 2, 3, 4, 6])
+    return tl.permute(_operand(numbers), [0, 2, 1])
+
+
+@triton.jit
+def _operand(tile):
+    """Return ``[rows / 8, steps, parts, WARPS, 8, 4, EACH]`` as ``[WARPS, rows, K of a warp]``.
+
+    In an order of K in which thread ``t`` of a row's four has what the tensor core wants of it:
+    of 16-bit numbers, two words that a load leaves side by side.
+    """
+    S: tl.constexpr = tile.shape
+    if S[6] == 8:
+        tile = tl.reshape(tile, [S[0], S[1], S[2], S[3], 8, 4, 2, 2, 2])
+        tile = tl.permute(tile, [3, 0, 4, 1, 2, 7, 5, 6, 8])
+    else:
+        tile = tl.permute(tile, [3, 0, 4, 1, 2, 5, 6])
+    return tl.reshape(tile, [S[3], S[0] * 8, S[1] * S[2] * 4 * S[6]])
+
+
+@triton.jit
+def _columns(STEPS: tl.constexpr, ITEM: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
+    """Columns ``[1, steps, parts, WARPS, 1, 4, EACH]`` of what a weight's words stand for."""
+    MANY: tl.constexpr = 16 // ITEM
+    column = tl.arange(0, STEPS)[None, :, None, None, None, None, None] * (4 * MANY * WARPS)
+    column += tl.arange(0, MANY // EACH)[None, None, :, None, None, None, None] * EACH
+    column += tl.arange(0, WARPS)[None, None, None, :, None, None, None] * (4 * MANY)
+    column += tl.arange(0, 4)[None, None, None, None, None, :, None] * MANY
+    return column + tl.arange(0, EACH)[None, None, None, None, None, None, :]
+
+
+@triton.jit
+def inverse_rms(
+    x_ptr,
+    tokens,
+    stride_x_t,
+    eps,
+    K: tl.constexpr,
+    ITEM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """``1 / sqrt(mean(x^2) + eps)`` of each token, float32, ``[2, 1, 1, 1, 8, 1, 1]``.
+
+    Eight tokens at a time, each thread of the columns that it will multiply.
+    """
+    EACH: tl.constexpr = 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K // (64 // ITEM * WARPS)
+    half = tl.arange(0, 2)[:, None, None, None, None, None, None]
+    token = tl.arange(0, 8)[None, None, None, None, :, None, None]
+    column = _columns(triton.next_power_of_2(STEPS), ITEM, WARPS, EACH)
+    scales = tl.zeros([2, 1, 1, 1, 8, 1, 1], tl.float32)
+    for first in range(0, tokens, 8):
+        x_ptrs = x_ptr + tl.minimum(first + token, tokens - 1) * stride_x_t + column
+        x = tl.load(x_ptrs, mask=column < K, other=0).to(tl.float32)
+        squares = tl.sum(tl.sum(x * x, axis=6, keep_dims=True), axis=1, keep_dims=True)
+        squares = tl.sum(tl.sum(squares, axis=2, keep_dims=True), axis=5, keep_dims=True)
+        squares = tl.sum(squares, axis=3, keep_dims=True)
+        scales = tl.where(half * 8 == first, tl.rsqrt(squares / K + eps), scales)
     return scales
 
 
 @triton.jit
-def normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K: tl.constexpr, MOST: tl.constexpr):
-    """A token's RMSNorm in float32, rounded where the reference rounds: scaled, then weighted."""
-    x = tl.load(x_ptr + token * stride_x_t + offs_k, mask=offs_k < K, other=0)
-    scale = tl.sum(tl.where(tl.arange(0, MOST) == token, scales, 0), axis=0)
-    unit = (x.to(tl.float32) * scale).to(x.dtype)
-    return (unit.to(tl.float32) * norm.to(tl.float32)).to(x.dtype).to(tl.float32)
+def multiply(
+    tile,
+    rows,
+    words,
+    columns,
+    x_ptr,
+    words_ptr,
+    bias_ptr,
+    scale_ptr,
+    norm_ptr,
+    scales,
+    first,
+    step,
+    tokens,
+    count,
+    stride_x_t,
+    K: tl.constexpr,
+    ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Return the tokens' projections to the tile's rows, and the tile ``step`` rows further on.
 
-
-@triton.jit
-def dots(tile, x, bias_ptr, scale_ptr, rows, count, DTYPE: tl.constexpr):
-    """``tile [N, K] @ x [K] * scale + bias`` in float32, rounded once as a number of DTYPE is."""
-    out = tl.sum(tile * x[None, :], axis=1)
+    ``[16, rows]`` in float32, rounded once as a number of the tokens' dtype is. ``tile`` has the
+    first BLOCK_K columns of the rows from ``first`` on. Where there is a norm, the tokens are
+    normed, rounded where the reference rounds: scaled, then weighted. What stands in the rows
+    beyond the tokens has no effect.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    EACH: tl.constexpr = 16 // (DTYPE.primitive_bitwidth // 8)
+    STEPS: tl.constexpr = BLOCK_K // (64 // ITEM * WARPS)
+    ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
+    token = tl.arange(0, 2)[:, None, None, None, None, None, None] * 8
+    token += tl.arange(0, 8)[None, None, None, None, :, None, None]
+    column = _columns(STEPS, ITEM, WARPS, EACH)
+    # Rows beyond the tokens repeat the last: to read it again costs less than to mask it.
+    x_ptrs = x_ptr + (tl.minimum(token, tokens - 1) * stride_x_t + column)
+    # Of every thread's own columns: in another layout the norm would go through shared memory.
+    mine = tl.broadcast_to(column, [1, STEPS, column.shape[2], WARPS, 8, 4, EACH])
+    acc = tl.zeros([WARPS, 16, ROWS], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        # What follows a row's last tile is the next row's first.
+        is_last = k + BLOCK_K >= K
+        row, at = first + tl.where(is_last, step, 0), tl.where(is_last, 0, k + BLOCK_K)
+        following = weight_tile(
+            words_ptr, rows, words, columns, row, count, at, K, ITEM, BLOCK_K
+        )  # fmt: skip
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptrs + k)
+        else:
+            x = tl.load(x_ptrs + k, mask=column < K - k, other=0)
+        if norm_ptr is not None:
+            norm = tl.load(norm_ptr + k + mine, mask=mine < K - k, other=0)
+            unit = (x.to(tl.float32) * scales).to(DTYPE)
+            x = (unit.to(tl.float32) * norm.to(tl.float32)).to(DTYPE)
+        weight = _weight_operand(tile, ITEM, EACH, DTYPE)
+        acc = tl.dot(_operand(x), weight, acc, input_precision="ieee")
+        tile = following
+    out = tl.sum(acc, axis=0)
+    n = tl.arange(0, ROWS)
+    row = n // BLOCK_N * count + first + n % BLOCK_N
+    mask = (first + n % BLOCK_N < count) & (n < PARTS * BLOCK_N)
     if scale_ptr is not None:
-        out *= tl.load(scale_ptr + rows, mask=rows < count, other=0)
+        out *= tl.load(scale_ptr + row, mask=mask, other=0)[None, :]
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + rows, mask=rows < count, other=0).to(tl.float32)
-    return out.to(DTYPE).to(tl.float32)
+        out += tl.load(bias_ptr + row, mask=mask, other=0).to(tl.float32)[None, :]
+    return out.to(DTYPE).to(tl.float32), tile
 
 
-def options(x: torch.Tensor, tiling: Tiling, block_k: int, pdl: bool) -> dict[str, Any]:
-    """Launch options shared by the few-token kernels, for tokens ``x [T, K]``."""
-    return {
-        "K": x.shape[1],
-        "MOST": MOST_TOKENS,
-        "BLOCK_N": tiling.block_n,
-        "BLOCK_K": block_k,
-        "num_warps": tiling.warps,
-        **pdl_options(pdl),
-    }
+def has_words(weight: torch.Tensor) -> bool:
+    """Return True if each row of a weight begins with a 32-bit word, as these kernels need it.
+
+    And if 31 bits number its words: offsets of more cost registers.
+    """
+    return weight.shape[1] * weight.element_size() % 4 == 0 and weight.nbytes < 2**33
 
 
-def check_tokens(
+def launch(
+    kernel: Any,
+    tiling: Tiling,
     x: torch.Tensor,
-    norm: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
-    tokens: int,
-    count: int,
+    *,
+    parts: int = 1,
+    pdl: bool = False,
+    **arguments: Any,
 ) -> None:
-    """Assert the layout of what is read: few rows, which may stand apart; all else is dense."""
-    assert x.shape[0] == tokens <= MOST_TOKENS and x.stride(1) == 1
-    assert weight.shape == (count, x.shape[1]) and weight.is_contiguous()
-    assert norm is None or (norm.shape == x.shape[1:] and norm.is_contiguous())
-    assert bias is None or (bias.shape == (count,) and bias.is_contiguous())
-    assert x.dtype != torch.float64
-    for given in (norm, bias):
-        assert given is None or given.dtype == x.dtype
+    """Launch a kernel of tokens ``x [T, K]`` and a weight of ``parts`` stacked matrices.
+
+    ``arguments`` are the kernel's own. Rows of ``x`` may stand apart; the weight is dense. Nothing
+    is launched for no tokens.
+    """
+    tokens, columns = x.shape
+    assert tokens <= MOST_TOKENS and x.stride(1) == 1 and x.dtype != torch.float64
+    assert weight.shape[1] == columns and weight.is_contiguous() and has_words(weight)
     assert weight.dtype == (x.dtype if scale is None else torch.int8)
-    if scale is not None:
-        assert scale.shape == (count,) and scale.is_contiguous() and scale.dtype == torch.float32
+    assert len(weight) % parts == 0
+    for given, dtype in ((bias, x.dtype), (scale, torch.float32)):
+        assert given is None or (given.shape == weight.shape[:1] and given.is_contiguous())
+        assert given is None or given.dtype == dtype
+    norm = arguments.get("norm_ptr")
+    assert norm is None or (norm.shape == x.shape[1:] and norm.is_contiguous())
+    assert norm is None or norm.dtype == x.dtype
+    if tokens == 0:
+        return
+    least = 64 // weight.element_size() * tiling.warps
+    assert tiling.block_k % least == 0, f"block_k must be a multiple of {least}, got {tiling}"
+    assert tiling.block_n * triton.next_power_of_2(parts) % 8 == 0, f"too few rows in {tiling}"
+    with torch.cuda.device_of(x):
+        kernel[(tiling.programs,)](
+            x_ptr=x,
+            words_ptr=weight.view(torch.int32),
+            bias_ptr=bias,
+            scale_ptr=scale,
+            tokens=tokens,
+            count=len(weight) // parts,
+            stride_x_t=x.stride(0),
+            K=columns,
+            ITEM=weight.element_size(),
+            PARTS=parts,
+            BLOCK_N=tiling.block_n,
+            BLOCK_K=tiling.block_k,
+            WARPS=tiling.warps,
+            num_warps=tiling.warps,
+            # The loop over K is staged by hand, through registers.
+            num_stages=1,
+            **arguments,
+            **pdl_options(pdl),
+        )

@@ -16,16 +16,15 @@ import triton.language as tl
 
 from lfm2_fast.kernels.gemv import (
     MOST_TOKENS,
-    check_tokens,
-    dots,
     inverse_rms,
-    normed,
-    options,
-    rows_of,
+    launch,
+    multiply,
+    weight_places,
+    weight_tile,
 )
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 from lfm2_fast.kernels.sample_cut import is_defined
-from lfm2_fast.kernels.tiling import Tiling, choose_tiling
+from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
 LAST_ROW = 2**31 - 1
 BELOW_ALL = 1 - 2**63
@@ -34,43 +33,43 @@ BELOW_ALL = 1 - 2**63
 @triton.jit(do_not_specialize=["tokens"])
 def _head_argmax_kernel(
     x_ptr,
-    norm_ptr,
-    weight_ptr,
+    words_ptr,
     bias_ptr,
     scale_ptr,
+    norm_ptr,
     best_ptr,
     eps,
     tokens,
     count,
     stride_x_t,
     K: tl.constexpr,
-    MOST: tl.constexpr,
+    ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
     BELOW_ALL: tl.constexpr,
     LAST_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    offs_t, offs_k = tl.arange(0, MOST), tl.arange(0, BLOCK_K)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
     step = tl.num_programs(0) * BLOCK_N
-    tile = rows_of(weight_ptr, rows, count, offs_k, K)
-    norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
+    rows, words, columns = weight_places(count, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS)
+    tile = weight_tile(words_ptr, rows, words, columns, first, count, 0, K, ITEM, BLOCK_K)
     pdl_wait(PDL)
-    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K, MOST)
-    best = tl.full([MOST], BELOW_ALL, tl.int64)
-    for _ in range(tl.program_id(0) * BLOCK_N, count, step):
-        following = rows_of(weight_ptr, rows + step, count, offs_k, K)
-        wide = tile.to(tl.float32)
-        for token in range(tokens):
-            x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            logits = dots(wide, x, bias_ptr, scale_ptr, rows, count, x_ptr.dtype.element_ty)
-            ranks = _rank(logits).to(tl.int64) * (LAST_ROW + 1) + (LAST_ROW - rows)
-            ranks = tl.where(rows < count, ranks, BELOW_ALL)
-            best = tl.where(offs_t == token, tl.maximum(best, tl.max(ranks, axis=0)), best)
-        tile = following
-        rows += step
-    tl.store(best_ptr + tl.program_id(0) * MOST + offs_t, best, mask=offs_t < tokens)
+    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, ITEM, BLOCK_K, WARPS)
+    offs_t = tl.arange(0, 16)
+    best = tl.full([16], BELOW_ALL, tl.int64)
+    for row in range(first, count, step):
+        logits, tile = multiply(
+            tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
+            row, step, tokens, count, stride_x_t, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS,
+        )  # fmt: skip
+        offs_n = (row + tl.arange(0, BLOCK_N))[None, :]
+        ranks = _rank(logits).to(tl.int64) * (LAST_ROW + 1) + (LAST_ROW - offs_n)
+        ranks = tl.where(offs_n < count, ranks, BELOW_ALL)
+        best = tl.maximum(best, tl.max(ranks, axis=1))
+    tl.store(best_ptr + tl.program_id(0) * 16 + offs_t, best, mask=offs_t < tokens)
 
 
 @triton.jit
@@ -118,30 +117,24 @@ def head_argmax_triton(
 
     ``pdl``, ``tiling``: as in norm_linear.py.
     """
-    tokens, count = len(x), weight.shape[0]
-    check_tokens(x, norm, weight, bias, scale, tokens, count)
     tiling = tiling or head_tiling(weight)
     assert best.shape == (tiling.programs, MOST_TOKENS)
     assert best.dtype == torch.int64 and best.is_contiguous()
-    if tokens == 0:
-        return
-    block_k = triton.next_power_of_2(x.shape[1])
-    with torch.cuda.device_of(x):
-        _head_argmax_kernel[(tiling.programs,)](
-            x,
-            norm,
-            weight,
-            bias,
-            scale,
-            best,
-            eps,
-            tokens,
-            count,
-            x.stride(0),
-            BELOW_ALL=BELOW_ALL,
-            LAST_ROW=LAST_ROW,
-            **options(x, tiling, block_k, pdl),
-        )
+    launch(
+        _head_argmax_kernel,
+        tiling,
+        x,
+        weight,
+        bias,
+        scale,
+        pdl=pdl,
+        norm_ptr=norm,
+        best_ptr=best,
+        eps=eps,
+        BELOW_ALL=BELOW_ALL,
+        LAST_ROW=LAST_ROW,
+        maxnreg=REGISTERS,
+    )
 
 
 def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = False) -> None:
@@ -167,5 +160,4 @@ def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = 
 
 def head_tiling(weight: torch.Tensor) -> Tiling:
     """The tiling for a head, whose ``programs`` are the rows of ``best``."""
-    block_k = triton.next_power_of_2(weight.shape[1])
-    return choose_tiling("head_argmax", weight.shape[0], weight, block_k)
+    return choose_tiling("head_argmax", weight)

@@ -15,100 +15,95 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import (
-    check_tokens,
-    dots,
-    inverse_rms,
-    normed,
-    options,
-    rows_of,
-)
+from lfm2_fast.kernels.gemv import inverse_rms, launch, multiply, weight_places, weight_tile
 from lfm2_fast.kernels.pdl import pdl_wait
 from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens", "ring"])
 def _norm_conv_kernel(
-    h_ptr,
-    norm_ptr,
-    weight_ptr,
-    in_bias_ptr,
-    scale_ptr,
-    taps_ptr,
+    x_ptr,
+    words_ptr,
     bias_ptr,
+    scale_ptr,
+    norm_ptr,
+    taps_ptr,
+    conv_bias_ptr,
     window_ptr,
     positions_ptr,
     slots_ptr,
     out_ptr,
     eps,
     tokens,
-    size,
+    count,
     ring,
-    stride_h_t,
+    stride_x_t,
     stride_window_s,
     stride_window_r,
     stride_out_t,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    MOST: tl.constexpr,
+    ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
-    offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    first = tl.program_id(0) * BLOCK_N
     step = tl.num_programs(0) * BLOCK_N
-    c_ptr = weight_ptr + tl.cast(size, tl.int64) * K
-    x_ptr = weight_ptr + 2 * tl.cast(size, tl.int64) * K
-    c_bias_ptr, x_bias_ptr = in_bias_ptr, in_bias_ptr
-    if in_bias_ptr is not None:
-        c_bias_ptr += size
-        x_bias_ptr += 2 * size
-    c_scale_ptr, x_scale_ptr = scale_ptr, scale_ptr
-    if scale_ptr is not None:
-        c_scale_ptr += size
-        x_scale_ptr += 2 * size
-    b_tile = rows_of(weight_ptr, rows, size, offs_k, K)
-    c_tile = rows_of(c_ptr, rows, size, offs_k, K)
-    x_tile = rows_of(x_ptr, rows, size, offs_k, K)
-    taps = rows_of(taps_ptr, rows, size, offs_w, WIDTH)
-    norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
+    rows, words, columns = weight_places(count, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS)
+    tile = weight_tile(words_ptr, rows, words, columns, first, count, 0, K, ITEM, BLOCK_K)
+    taps = _taps(taps_ptr, first, count, WIDTH, BLOCK_N, BLOCK_W)
     pdl_wait(PDL)
-    scales = inverse_rms(h_ptr, tokens, stride_h_t, eps, offs_k, K, MOST)
-    for _ in range(tl.program_id(0) * BLOCK_N, size, step):
-        following_b = rows_of(weight_ptr, rows + step, size, offs_k, K)
-        following_c = rows_of(c_ptr, rows + step, size, offs_k, K)
-        following_x = rows_of(x_ptr, rows + step, size, offs_k, K)
-        following_taps = rows_of(taps_ptr, rows + step, size, offs_w, WIDTH)
-        wide_b, wide_c = b_tile.to(tl.float32), c_tile.to(tl.float32)
-        wide_x, mask = x_tile.to(tl.float32), rows < size
-        for token in range(tokens):
-            # The window is the chain's like all else that is not a weight: read and written below
-            # the wait, it needs no second copy, however many steps are under way.
-            position = tl.load(positions_ptr + token).to(tl.int32)
-            slot_ptr = window_ptr + tl.load(slots_ptr + token) * stride_window_s
-            source = position - (WIDTH - 1) + offs_w
-            mask_old = mask[:, None] & ((source >= 0) & (offs_w < WIDTH - 1))[None, :]
-            old_row = (source % ring).to(tl.int64) * stride_window_r
-            old = tl.load(slot_ptr + old_row[None, :] + rows[:, None], mask=mask_old, other=0)
+    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, ITEM, BLOCK_K, WARPS)
+    offs_t, offs_w = tl.arange(0, 16), tl.arange(0, BLOCK_W)[None, None, :]
+    # The window is the chain's like all else that is not a weight: read and written below the wait,
+    # it needs no second copy, however many steps are under way.
+    is_token = offs_t < tokens
+    position = tl.load(positions_ptr + offs_t, mask=is_token, other=0).to(tl.int32)
+    slot = tl.load(slots_ptr + offs_t, mask=is_token, other=0).to(tl.int32) * stride_window_s
+    source = position[:, None, None] - (WIDTH - 1) + offs_w
+    old_at = slot[:, None, None] + source % ring * stride_window_r
+    is_old = is_token[:, None, None] & (source >= 0) & (offs_w < WIDTH - 1)
+    new_at = (slot + position % ring * stride_window_r)[:, None]
+    for row in range(first, count, step):
+        offs_n = row + tl.arange(0, BLOCK_N)
+        mask_n, mask = offs_n < count, is_token[:, None] & (offs_n < count)[None, :]
+        old_ptrs = window_ptr + old_at + offs_n[None, :, None]
+        old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
+        following = _taps(taps_ptr, row + step, count, WIDTH, BLOCK_N, BLOCK_W)
+        bcx, tile = multiply(
+            tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
+            row, step, tokens, count, stride_x_t, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS,
+        )  # fmt: skip
+        # B, C, x and, since a tile's rows are a power of two, a part that is none.
+        pairs = tl.permute(tl.reshape(bcx, [16, 2, 2, BLOCK_N]), [0, 3, 1, 2])
+        b_x, c_none = tl.split(pairs)
+        b, x = tl.split(b_x)
+        c, _ = tl.split(c_none)
+        bx = (b * x).to(DTYPE)
+        history = tl.where(offs_w == WIDTH - 1, bx[:, :, None], old)
+        conv = tl.sum(history.to(tl.float32) * taps.to(tl.float32)[None, :, :], axis=2)
+        if conv_bias_ptr is not None:
+            conv_bias = tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0)
+            conv += conv_bias.to(tl.float32)[None, :]
+        out = (c * conv.to(DTYPE).to(tl.float32)).to(DTYPE)
+        tl.store(out_ptr + offs_t[:, None] * stride_out_t + offs_n[None, :], out, mask=mask)
+        tl.store(window_ptr + new_at + offs_n[None, :], bx, mask=mask)
+        taps = following
 
-            normed_h = normed(h_ptr, norm, scales, token, stride_h_t, offs_k, K, MOST)
-            b = dots(wide_b, normed_h, in_bias_ptr, scale_ptr, rows, size, DTYPE)
-            c = dots(wide_c, normed_h, c_bias_ptr, c_scale_ptr, rows, size, DTYPE)
-            x = dots(wide_x, normed_h, x_bias_ptr, x_scale_ptr, rows, size, DTYPE)
-            bx = (b * x).to(DTYPE)
-            history = tl.where((offs_w == WIDTH - 1)[None, :], bx[:, None], old)
-            conv = tl.sum(history.to(tl.float32) * taps.to(tl.float32), axis=1)
-            if bias_ptr is not None:
-                conv += tl.load(bias_ptr + rows, mask=mask, other=0).to(tl.float32)
-            out = c * conv.to(DTYPE).to(tl.float32)
-            tl.store(out_ptr + token * stride_out_t + rows, out.to(DTYPE), mask=mask)
-            new_row = (position % ring).to(tl.int64) * stride_window_r
-            tl.store(slot_ptr + new_row + rows, bx, mask=mask)
-        b_tile, c_tile, x_tile, taps = following_b, following_c, following_x, following_taps
-        rows += step
+
+@triton.jit
+def _taps(
+    taps_ptr, first, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """The taps ``[BLOCK_N, BLOCK_W]`` of the channels from ``first`` on."""
+    offs_n, offs_w = first + tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_W)[None, :]
+    mask = (offs_n < count) & (offs_w < WIDTH)
+    return tl.load(taps_ptr + offs_n * WIDTH + offs_w, mask=mask, other=0)
 
 
 def norm_conv_triton(
@@ -134,41 +129,38 @@ def norm_conv_triton(
     """
     tokens, size = out.shape
     ring, width = window.shape[1], taps.shape[1]
-    check_tokens(h, norm, weight, in_bias, scale, tokens, 3 * size)
+    assert tokens == len(h) and len(weight) == 3 * size
     assert window.shape[2] == size and window.stride(2) == out.stride(1) == 1
     assert taps.shape == (size, width) and taps.is_contiguous()
     assert bias is None or (bias.shape == (size,) and bias.is_contiguous())
     assert taps.dtype == window.dtype == out.dtype == h.dtype
     assert 2 <= width <= ring
+    # Offsets of 64 bits would cost registers: a window of 2,048 channels has 250,000 slots.
+    assert len(window) * window.stride(0) < 2**31
     assert positions.shape == slots.shape == (tokens,)
     assert positions.is_contiguous() and slots.is_contiguous()
-    if tokens == 0:
-        return
-    block_k = triton.next_power_of_2(h.shape[1])
-    tiling = tiling or choose_tiling("norm_conv", size, weight, block_k, together=3)
-    with torch.cuda.device_of(h):
-        _norm_conv_kernel[(tiling.programs,)](
-            h,
-            norm,
-            weight,
-            in_bias,
-            scale,
-            taps,
-            bias,
-            window,
-            positions,
-            slots,
-            out,
-            eps,
-            tokens,
-            size,
-            ring,
-            h.stride(0),
-            window.stride(0),
-            window.stride(1),
-            out.stride(0),
-            WIDTH=width,
-            BLOCK_W=triton.next_power_of_2(width),
-            maxnreg=REGISTERS,
-            **options(h, tiling, block_k, pdl),
-        )
+    launch(
+        _norm_conv_kernel,
+        tiling or choose_tiling("norm_conv", weight, parts=3),
+        h,
+        weight,
+        in_bias,
+        scale,
+        parts=3,
+        pdl=pdl,
+        norm_ptr=norm,
+        taps_ptr=taps,
+        conv_bias_ptr=bias,
+        window_ptr=window,
+        positions_ptr=positions,
+        slots_ptr=slots,
+        out_ptr=out,
+        eps=eps,
+        ring=ring,
+        stride_window_s=window.stride(0),
+        stride_window_r=window.stride(1),
+        stride_out_t=out.stride(0),
+        WIDTH=width,
+        BLOCK_W=triton.next_power_of_2(width),
+        maxnreg=REGISTERS,
+    )

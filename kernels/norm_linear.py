@@ -9,14 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import (
-    check_tokens,
-    dots,
-    inverse_rms,
-    normed,
-    options,
-    rows_of,
-)
+from lfm2_fast.kernels.gemv import inverse_rms, launch, multiply, weight_places, weight_tile
 from lfm2_fast.kernels.pdl import pdl_wait
 from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 
@@ -24,10 +17,10 @@ from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_linear_kernel(
     x_ptr,
-    norm_ptr,
-    weight_ptr,
+    words_ptr,
     bias_ptr,
     scale_ptr,
+    norm_ptr,
     out_ptr,
     eps,
     tokens,
@@ -35,28 +28,29 @@ def _norm_linear_kernel(
     stride_x_t,
     stride_out_t,
     K: tl.constexpr,
-    MOST: tl.constexpr,
+    ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    offs_k = tl.arange(0, BLOCK_K)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
     step = tl.num_programs(0) * BLOCK_N
-    tile = rows_of(weight_ptr, rows, count, offs_k, K)
-    norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0)
+    rows, words, columns = weight_places(count, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS)
+    tile = weight_tile(words_ptr, rows, words, columns, first, count, 0, K, ITEM, BLOCK_K)
     pdl_wait(PDL)
-    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, offs_k, K, MOST)
-    for _ in range(tl.program_id(0) * BLOCK_N, count, step):
-        following = rows_of(weight_ptr, rows + step, count, offs_k, K)
-        wide = tile.to(tl.float32)
-        for token in range(tokens):
-            x = normed(x_ptr, norm, scales, token, stride_x_t, offs_k, K, MOST)
-            out = dots(wide, x, bias_ptr, scale_ptr, rows, count, DTYPE)
-            tl.store(out_ptr + token * stride_out_t + rows, out.to(DTYPE), mask=rows < count)
-        tile = following
-        rows += step
+    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, ITEM, BLOCK_K, WARPS)
+    offs_t = tl.arange(0, 16)[:, None]
+    for row in range(first, count, step):
+        out, tile = multiply(
+            tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
+            row, step, tokens, count, stride_x_t, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS,
+        )  # fmt: skip
+        offs_n = row + tl.arange(0, BLOCK_N)[None, :]
+        mask = (offs_t < tokens) & (offs_n < count)
+        out_ptrs = out_ptr + offs_t * stride_out_t + offs_n
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def norm_linear_triton(
@@ -75,26 +69,19 @@ def norm_linear_triton(
 
     ``pdl`` lets the launch start while the one before it ends, ``tiling`` replaces the usual one.
     """
-    tokens, count = out.shape
-    check_tokens(x, norm, weight, bias, scale, tokens, count)
-    assert out.stride(1) == 1 and out.dtype == x.dtype
-    if tokens == 0:
-        return
-    block_k = triton.next_power_of_2(x.shape[1])
-    tiling = tiling or choose_tiling("norm_linear", count, weight, block_k)
-    with torch.cuda.device_of(x):
-        _norm_linear_kernel[(tiling.programs,)](
-            x,
-            norm,
-            weight,
-            bias,
-            scale,
-            out,
-            eps,
-            tokens,
-            count,
-            x.stride(0),
-            out.stride(0),
-            maxnreg=REGISTERS,
-            **options(x, tiling, block_k, pdl),
-        )
+    assert out.shape == (len(x), len(weight)) and out.stride(1) == 1 and out.dtype == x.dtype
+    tiling = tiling or choose_tiling("norm_linear", weight)
+    launch(
+        _norm_linear_kernel,
+        tiling,
+        x,
+        weight,
+        bias,
+        scale,
+        pdl=pdl,
+        norm_ptr=norm,
+        out_ptr=out,
+        eps=eps,
+        stride_out_t=out.stride(0),
+        maxnreg=REGISTERS,
+    )

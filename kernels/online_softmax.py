@@ -65,12 +65,13 @@ def attend_to_keys(
             page = tl.load(table_ptr + offs_n // page_size)
             rows = page.to(tl.int64) * stride_pages_p + offs_n % page_size * stride_pages_r
         k = tl.load(k_ptr + rows[:, None] + offs_d, mask=mask, other=0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        # Scaled where they are exponents: there the factor costs nothing beside the difference.
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(offs_n[None, :] < seen[:, None], scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=1))
+        higher = tl.maximum(best, tl.max(scores, axis=1) * scale)
         shrink = tl.exp2(best - higher)
-        weights = tl.exp2(scores - higher[:, None])
+        weights = tl.exp2(scores * scale - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(v_ptr + rows[:, None] + offs_d, mask=mask, other=0)
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")

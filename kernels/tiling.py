@@ -1,15 +1,15 @@
-"""Tilings of the products of a few tokens: rows a tile, programs, warps.
+"""Tilings of the products of a few tokens: rows and columns of a tile, warps, programs.
 
 Memory is kept busy by bytes under way: on an H100 about 23 kB on each of its processors to cover
-the latency (the bandwidth times it), more to cover the gap between two kernels. So a tile has up to
-16 kB, the next one is loaded meanwhile, and the programs of a processor, two to four, have up to
-32 kB of tiles: a grid is at most one resident wave. Of 16-bit weights two programs mostly do, which
-leave room for the next kernel's. A tile is widened to float32 in registers: of int8 it has 4 kB,
-since from 8 kB on registers spill, so there are three or four, and a next kernel must wait for some
-to end.
+the latency (the bandwidth times it), more to cover the gap between two kernels. So a thread has 128
+bytes of a tile in registers, the next tile is loaded meanwhile, and the programs of a processor
+have up to 32 kB of tiles: a grid is at most one resident wave. Two programs of four warps mostly
+do, which leave room for the next kernel's. Where a weight has few rows, one program of eight warps
+takes twice the columns instead.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,40 +19,55 @@ import triton.language as tl
 
 from lfm2_fast.kernels.tuned import TUNED
 
-TILE_BYTES = 16384
-INT8_TILE_BYTES = 4096
+THREAD_BYTES = 128
 PROCESSOR_BYTES = 32768
 # With four warps, two programs take half of a processor's registers.
 REGISTERS = 128
+MOST_WARPS = 16
+# The rows of a weight that a tensor core takes at once, of 16-bit tokens.
+LEAST_ROWS = 8
+# Most rows of a tile: more would save little, and have more sums to exchange.
+MOST_ROWS = 32
+# Most columns of a warp: its threads have those of 16 tokens in registers, too, and twice as many
+# numbers while they are normed.
+MOST_COLUMNS = 256
+# A program alone on its processor leaves it idle at each barrier, and more than eight warps leave
+# no room for the next kernel's. Both are guesses until a GPU has run this (`make tune-gpu`).
+ALONE, CROWDED = 1.1, 1.05
+# To read 16 tokens from the nearest cache, beside what reading the weight from memory takes.
+TOKENS_SHARE = 0.125
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """``programs`` share out tiles of ``block_n`` rows of outputs, with ``warps`` each."""
+    """``programs`` share out tiles of ``block_n`` rows of outputs, with ``warps`` each.
+
+    They go through the columns of a tile's rows ``block_k`` at a time.
+    """
 
     block_n: int
+    block_k: int
     warps: int
     programs: int
 
 
-def choose_tiling(
-    operation: str, rows: int, weight: torch.Tensor, block_k: int, *, together: int = 1
-) -> Tiling:
-    """The tiling for ``rows`` outputs, of ``together`` rows of ``weight``, ``block_k`` at a time.
+def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Tiling:
+    """The tiling for a weight ``[N, K]`` of ``parts`` stacked matrices.
 
     It does not depend on how many tokens there are, so neither do the bits of a result.
     """
     name, processors = chip(weight.device)
+    rows, columns = len(weight) // parts, weight.shape[1]
+    item = weight.element_size()
     if processors == 0:  # the interpreter takes its time for every tile, whatever its size
-        return Tiling(
-            min(triton.next_power_of_2(rows), tl.TRITON_MAX_TENSOR_NUMEL // block_k), 4, 1
-        )
-    int8 = weight.dtype == torch.int8
-    # What is best for wider numbers, which the table has, would spill.
-    if not int8 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
+        block_k = max(triton.next_power_of_2(columns), 64 // item)
+        most = tl.TRITON_MAX_TENSOR_NUMEL // (4 * block_k)
+        block_n = max(LEAST_ROWS, min(triton.next_power_of_2(rows), most))
+        return Tiling(block_n, block_k, 1, 1)
+    # What is best for numbers of 16 bits, which the table has, is not for others.
+    if item == 2 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
         return Tiling(*tuned)
-    row_bytes = together * block_k * weight.element_size()
-    return default_tiling(rows, row_bytes, processors, INT8_TILE_BYTES if int8 else TILE_BYTES)
+    return default_tiling(rows, columns, parts, item, processors, normed=operation != "linear_add")
 
 
 @lru_cache
@@ -64,24 +79,46 @@ def chip(device: torch.device) -> tuple[str, int]:
     return properties.name, properties.multi_processor_count
 
 
-@lru_cache
-def default_tiling(rows: int, row_bytes: int, processors: int, most: int = TILE_BYTES) -> Tiling:
-    """The tiling whose busiest processor should be done first, of equals that with fewest programs.
+def candidates(
+    rows: int, columns: int, parts: int, item: int, processors: int, *, normed: bool
+) -> Iterator[tuple[float, Tiling]]:
+    """Yield the tilings that fit, each with the time that its busiest processor should take.
 
-    Its time is taken to grow with its rows, and where too few bytes are under way, with the lack.
-    A tile of several rows has at most ``most`` bytes.
+    The time grows with a processor's rows, padded columns included, and where too few bytes are
+    under way, with the lack. Tokens are read anew for each tile, so larger tiles take less.
     """
-    found = []
-    for each, exponent in itertools.product(range(2, 5), range(most.bit_length())):
-        block_n = 2**exponent
-        tile = block_n * row_bytes
-        if (block_n > 1 and tile > most) or (each > 2 and each * tile > PROCESSOR_BYTES):
+    stacked = triton.next_power_of_2(parts)
+    most_k = MOST_COLUMNS // (2 if normed else 1)
+    for each, warps, exponent in itertools.product((1, 2, 3, 4), (4, 8), range(6)):
+        block_n = max(LEAST_ROWS // stacked, 1) * 2**exponent
+        least_k = 64 // item * warps
+        block_k = THREAD_BYTES * 32 * warps // (block_n * stacked * item)
+        block_k = min(block_k, triton.next_power_of_2(columns), most_k * warps)
+        if block_k < least_k and exponent > 0:
+            continue
+        block_k = max(block_k, least_k)
+        tile = block_n * parts * block_k * item
+        if each * tile > PROCESSOR_BYTES or each * warps > MOST_WARPS:
+            continue
+        if block_n * stacked > MOST_ROWS:
             continue
         tiles = triton.cdiv(rows, block_n)
         rounds = triton.cdiv(tiles, each * processors)
         programs = triton.cdiv(tiles, rounds)
         busiest = triton.cdiv(programs, processors) * rounds * block_n
+        padded = triton.cdiv(columns, block_k) * block_k / columns
         under_way = min(programs * tile / processors, PROCESSOR_BYTES)
-        found.append((busiest / under_way, programs, block_n))
-    _, programs, block_n = min(found)
-    return Tiling(block_n, 4 if row_bytes <= TILE_BYTES else 8, programs)
+        reads = 1 + TOKENS_SHARE * 32 / (block_n * parts * item)
+        cost = busiest * padded * reads / under_way
+        cost *= ALONE if programs <= processors else 1
+        cost *= CROWDED if each * warps > MOST_WARPS // 2 else 1
+        yield cost, Tiling(block_n, block_k, warps, programs)
+
+
+@lru_cache
+def default_tiling(
+    rows: int, columns: int, parts: int, item: int, processors: int, *, normed: bool
+) -> Tiling:
+    """The tiling whose busiest processor should be done first, of equals that with fewest warps."""
+    found = candidates(rows, columns, parts, item, processors, normed=normed)
+    return min(found, key=lambda each: (each[0], each[1].warps * each[1].programs))[1]

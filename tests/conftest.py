@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -235,6 +236,9 @@ def quick_interpreter() -> Iterator[None]:
     language for what to replace, and at each call of a function inside of a kernel, though the
     launch has replaced the same already. And it makes a table of dtypes at each look into it, and
     the constants of a shape for each tensor.
+
+    Its products of several matrices are added up in one order for every row. The library's depend
+    on a row's place among the others, which those of a tensor core do not.
     """
     if not INTERPRETED:
         yield
@@ -266,6 +270,15 @@ def quick_interpreter() -> Iterator[None]:
         for name, member in builtins_of(language):
             interpreter._patch_attr(language, name, member, builder, scope)
 
+    dot = builder.create_dot
+
+    def dot_in_order(a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        if a.data.ndim == 2:
+            return dot(a, b, acc, *options)
+        wide = [each.data.astype(acc.data.dtype) for each in (a, b)]
+        sums = np.einsum("wmk,wkn->wmn", *wide, optimize=False)
+        return interpreter.TensorHandle(sums + acc.data, acc.dtype.scalar)
+
     in_numpy = interpreter._get_np_dtype
     of_scalar = functools.cache(in_numpy)
 
@@ -288,6 +301,7 @@ def quick_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_get_np_dtype", in_numpy_once)
         patch.setattr(tl.core.tensor, "__init__", make)
         patch.setattr(builder, "options", options)
+        patch.setattr(builder, "create_dot", dot_in_order)
         yield
 
 

@@ -243,6 +243,8 @@ def launch_few(
     norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
     head = weight(size.vocabulary, hidden)
     embed_triton(some(tokens, dtype=torch.int64), head[0], head[2], x, pdl=pdl)
+    if int8:
+        embed_triton(None, head[0], head[2], some(size.vocabulary, hidden))
     best = some(head_tiling(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
     head_argmax_triton(x, *norm, *head, best, pdl=pdl)
     last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)

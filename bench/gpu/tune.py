@@ -42,7 +42,7 @@ MOST_COPIES = 64
 MARGIN = 0.01
 TURNS, CONFIRMED, REPLAYS = 7, 15, 5
 
-Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int]]]
+Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int, int]]]
 
 
 def replayed(operation: OneTokenRun, tiling: Tiling, pdl: bool) -> Callable[[], None]:
@@ -116,7 +116,7 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
 
 
 def fields(tiling: Tiling) -> list[int]:
-    return [tiling.block_n, tiling.warps, tiling.programs]
+    return [tiling.block_n, tiling.block_k, tiling.warps, tiling.programs]
 
 
 def table_text(text: str, table: Table) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 
 from bench.gate import wrong_operation
 from lfm2_fast import Config
@@ -19,14 +17,14 @@ from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
-from lfm2_fast.kernels.tiling import PROCESSOR_BYTES, Tiling, default_tiling
+from lfm2_fast.kernels.tiling import Tiling, candidates, default_tiling
 from lfm2_fast.ops import reference as ref
 
 EPS = 1e-5
 # Rows of the weight that a program takes for one output.
 ROWS_PER_OUTPUT = {"norm_conv": 3, "norm_swiglu": 2}
-# Warps that a processor can hold with REGISTERS a thread.
-MOST_WARPS = 16
+# Tilings of a key that are measured: those that the rule holds for the fastest.
+MOST_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -38,34 +36,28 @@ class Key:
     columns: int
 
     @property
-    def outputs(self) -> int:
-        return self.rows // ROWS_PER_OUTPUT.get(self.operation, 1)
+    def parts(self) -> int:
+        return ROWS_PER_OUTPUT.get(self.operation, 1)
 
     @property
-    def block_k(self) -> int:
-        whole = triton.next_power_of_2(self.columns)
-        return min(whole, 1024) if self.operation == "linear_add" else whole
+    def outputs(self) -> int:
+        return self.rows // self.parts
 
-    def row_bytes(self, item: int) -> int:
-        """Bytes of an output's rows in a tile."""
-        return ROWS_PER_OUTPUT.get(self.operation, 1) * self.block_k * item
+    @property
+    def normed(self) -> bool:
+        return self.operation != "linear_add"
 
     def default(self, processors: int, item: int) -> Tiling:
-        return default_tiling(self.outputs, self.row_bytes(item), processors)
+        shape = (self.outputs, self.columns, self.parts, item, processors)
+        return default_tiling(*shape, normed=self.normed)
 
     def candidates(self, processors: int, item: int) -> list[Tiling]:
-        """The default tiling, then others around it: tiles, warps, and programs of a processor."""
-        first = self.default(processors, item)
-        found = {first: None}
-        sizes = [int(first.block_n * by) for by in (0.25, 0.5, 1, 2, 4)]
-        for block_n, warps, each in itertools.product(sizes, (4, 8), (1, 2, 3, 4)):
-            tile = block_n * self.row_bytes(item)
-            if block_n < 1 or each * warps > MOST_WARPS or tile > PROCESSOR_BYTES:
-                continue
-            tiles = triton.cdiv(self.outputs, block_n)
-            programs = triton.cdiv(tiles, triton.cdiv(tiles, each * processors))
-            found[Tiling(block_n, warps, programs)] = None
-        return list(found)
+        """The rule's tiling, then others in the order in which it would take them."""
+        shape = (self.outputs, self.columns, self.parts, item, processors)
+        found = candidates(*shape, normed=self.normed)
+        order = sorted(found, key=lambda each: each[0])
+        tilings = dict.fromkeys([self.default(processors, item), *(tiling for _, tiling in order)])
+        return list(tilings)[:MOST_TRIED]
 
 
 def keys(configs: Iterable[Config]) -> list[Key]:

@@ -17,7 +17,7 @@ from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
-from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.kernels.gemv import MOST_TOKENS, has_words
 from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
@@ -29,6 +29,7 @@ from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
 from lfm2_fast.ops.base import AttentionLike, ConvLike, Rope, TapsLike, epsilon
+from lfm2_fast.ops.reference import linear_ref
 from lfm2_fast.ops.residual import PendingResidual, PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
 from lfm2_fast.weights.formats import DENSE, INT8, Projection
@@ -66,6 +67,14 @@ class TritonOps(PendingResidualOps):
     @property
     def for_capture(self) -> TritonOps:
         return self._dependent or self
+
+    def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
+        """The library's product; an int8 weight is widened for it in one launch."""
+        if linear.format is not INT8:
+            return super().linear(x, linear)
+        weight = torch.empty(linear.weight.shape, dtype=x.dtype, device=x.device)
+        embed_triton(None, linear.weight, linear.weight_scale, weight)
+        return linear_ref(x, weight, linear.bias)
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x, linear)
@@ -300,8 +309,10 @@ class TritonOps(PendingResidualOps):
 
 
 def _few(x: torch.Tensor | PendingResidual, linear: Projection) -> torch.Tensor | None:
-    """Return the rows with nothing pending, if they are few and the kernels know the format."""
-    return settled(x) if len(x) <= MOST_TOKENS and linear.format in FORMATS else None
+    """Return the rows with nothing pending, if they are few and the kernels know the weight."""
+    if len(x) > MOST_TOKENS or linear.format not in FORMATS or not has_words(linear.weight):
+        return None
+    return settled(x)
 
 
 def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:

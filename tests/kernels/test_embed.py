@@ -38,6 +38,17 @@ def test_int8_rows_are_scaled(
     assert same_bits(out, INT8.dequantize((weight[at], scale[at]), kernel_dtype)) and intact(out)
 
 
+def test_a_matrix_is_widened(
+    kernel_dtype, kernel_device, framed, intact, traced, same_bits
+) -> None:
+    """All its rows, in their order: what products of more than a few tokens read."""
+    weight, scale = INT8.quantize(torch.randn(37, 96, device=kernel_device))
+    out = framed(torch.full((37, 96), float("nan"), dtype=kernel_dtype, device=kernel_device))
+    with traced([weight, scale], [out]):
+        embed_triton(None, weight, scale, out)
+    assert same_bits(out, INT8.dequantize((weight, scale), kernel_dtype)) and intact(out)
+
+
 def test_no_tokens(kernel_device) -> None:
     none = torch.empty(0, dtype=torch.int64, device=kernel_device)
     embed_triton(none, torch.ones(9, 32, device=kernel_device), None, none.new_empty(0, 32).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,14 +21,15 @@ EPS = 1e-5
 NAN = float("nan")
 WORDS = ("norm_linear", "norm_swiglu", "linear_add")
 # N, K and a tiling: one of everything; rows and columns that fill no tile; whole tiles; programs
-# that take several tiles, unequally many; K of more than one tile of linear_add's.
+# that take several tiles, unequally many; K of several tiles and the last of them not full.
 SHAPES = [
-    (1, 1, Tiling(1, 4, 1)),
-    (7, 100, Tiling(2, 4, 3)),
-    (32, 64, Tiling(8, 4, 4)),
-    (21, 96, Tiling(2, 4, 3)),
-    (5, 1500, Tiling(4, 4, 2)),
+    (1, 2, Tiling(8, 64, 1, 1)),
+    (7, 100, Tiling(8, 128, 2, 3)),
+    (32, 64, Tiling(8, 64, 1, 4)),
+    (21, 96, Tiling(8, 64, 1, 2)),
+    (5, 1500, Tiling(8, 512, 4, 1)),
 ]
+SEVERAL = Tiling(8, 512, 4, 2)
 ids = dict(ids=lambda value: "x".join(map(str, value[:2])) if isinstance(value, tuple) else None)
 
 
@@ -85,6 +87,8 @@ class Case:
         if self.word == "linear_add":
             linear_add_triton(x, weight, bias, scale, residual, out, tiling=tiling)
         else:
+            if tiling and self.word == "norm_swiglu":
+                tiling = replace(tiling, block_n=tiling.block_n // 2)
             body = norm_linear_triton if self.word == "norm_linear" else norm_swiglu_triton
             body(x, norm, EPS, weight, bias, scale, out, tiling=tiling)
 
@@ -126,16 +130,16 @@ def test_a_row_does_not_depend_on_its_company(
     torch.manual_seed(0)
     case = Case(word, MOST_TOKENS, 21, 1100, True, kernel_dtype, kernel_device)
     exact, plain = case.meaning(torch.float64), case.meaning(kernel_dtype)
-    within_budget(case.run(Tiling(4, 4, 3)), exact, plain, by_row=True)
+    within_budget(case.run(SEVERAL), exact, plain, by_row=True)
     case.inputs["x"][3] = NAN
-    together = case.run(Tiling(4, 4, 3))
+    together = case.run(SEVERAL)
     assert together[3].isnan().all()
     for token in (0, 7, MOST_TOKENS - 2):
         alone = Case(word, 1, 21, 1100, True, kernel_dtype, kernel_device)
         alone.inputs = dict(case.inputs)
         for name in ("x", "residual"):
             alone.inputs[name] = case.inputs[name][token : token + 1]
-        assert same_bits(alone.run(Tiling(4, 4, 3)), together[token : token + 1])
+        assert same_bits(alone.run(SEVERAL), together[token : token + 1])
 
 
 def test_the_projection_is_rounded_before_the_addition(
@@ -172,8 +176,8 @@ def test_no_tokens(word, kernel_device, kernel_dtype) -> None:
 
 def test_the_residual_may_be_what_is_written(kernel_device, same_bits) -> None:
     case = Case("linear_add", 4, 12, 40, False, torch.float32, kernel_device)
-    expected = case.run(Tiling(4, 4, 2))
-    case.launch(case.inputs["residual"], Tiling(4, 4, 2))
+    expected = case.run(SHAPES[3][2])
+    case.launch(case.inputs["residual"], SHAPES[3][2])
     assert same_bits(case.inputs["residual"], expected)
 
 
@@ -194,6 +198,8 @@ def test_wrong_layouts_are_refused(word, kernel_device) -> None:
         {"weight": zeros[:31]},
         {"bias": zeros[0, :31]},
         {"x": zeros[:4].half()},
+        # Rows of half a word.
+        {"x": zeros[:4, :63].half(), "weight": zeros[:rows, :63].half()},
     ):
         with pytest.raises(AssertionError):
             launch(**changed)
@@ -280,7 +286,7 @@ def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, trac
     ):
         case.inputs["bias"].fill_(-1)
         case.inputs["bias"][list(equals)] = value
-        assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == [equals[0]] * 3
+        assert best_tokens(case, SHAPES[3][2], traced).tolist() == [equals[0]] * 3
     case.inputs["bias"].fill_(-inf)
     case.inputs["bias"][[5, 8]] = 0
     case.inputs["weight"][5, 0] = -torch.finfo(kernel_dtype).smallest_normal
@@ -288,14 +294,14 @@ def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, trac
     case.inputs["x"].fill_(1)
     logits = case.run(None)
     assert kernel_dtype != torch.float16 or (logits[:, 5].signbit() & (logits[:, 5] == 0)).all()
-    assert best_tokens(case, Tiling(2, 4, 3), traced).tolist() == logits.argmax(-1).tolist()
+    assert best_tokens(case, SHAPES[3][2], traced).tolist() == logits.argmax(-1).tolist()
 
 
 def test_head_argmax_has_no_token_where_the_best_is_not_finite(
     kernel_device, kernel_dtype, traced
 ) -> None:
     """In whichever program it is, whatever the sign and the bits of a NaN; other rows stay."""
-    inf, tiling = float("inf"), Tiling(2, 4, 3)
+    inf, tiling = float("inf"), SHAPES[3][2]
     case = Case("norm_linear", 3, 23, 40, True, kernel_dtype, kernel_device)
     case.inputs["weight"].zero_()
     case.inputs["x"].fill_(1)
