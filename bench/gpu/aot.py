@@ -108,11 +108,12 @@ class Target:
 
 @contextlib.contextmanager
 def compiling(
-    arch: int, only: Collection[str] = (), maxnreg: int | None = None
+    arch: int, only: Collection[str] = (), maxnreg: int | None = None, *, anew: bool = True
 ) -> Iterator[list[tuple[str, Any, str]]]:
     """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log.
 
-    Where ``only`` names any kernels, others are passed over.
+    Where ``only`` names any kernels, others are passed over. Not ``anew``, those that Triton has
+    kept are not compiled again, and have no log.
     """
     launches: list[tuple[str, Any, str]] = []
     run, chip = triton.runtime.jit.JITFunction.run, tiling.chip
@@ -127,7 +128,7 @@ def compiling(
         launches.append((name, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(Target(arch))
-    triton.knobs.compilation.always_compile = True
+    triton.knobs.compilation.always_compile = anew
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.runtime.jit.JITFunction.run = compile_only
     tiling.chip = lambda device: (f"sm_{arch}", ARCHITECTURES[arch])

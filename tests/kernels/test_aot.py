@@ -65,7 +65,8 @@ CHAIN = {
     *TILES, *LITTLE, "embed", "last_argmax", "sample_scores", "sample_cut", "sample_draw",
     "sample_last", "advance",
 }  # fmt: skip
-FEW_TOKENS = {*TILES, "embed", "last_argmax"}
+# Those of few tokens that stand for all of them, launched plainly.
+PLAIN = {"norm_linear", "embed", "last_argmax"}
 # What these read that no step writes.
 CONSTANT = {"words_ptr", "taps_ptr", "q_weight_ptr", "k_weight_ptr", "inv_freq_ptr"}
 # Cycles in which an H200 brings 32 kB to each processor: 1.0 us, at 4.3 TB/s and 1.9 GHz.
@@ -83,15 +84,15 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     ``ptx`` and ``sass``, which is None where there is no disassembler.
 
     ``few`` leaves out biases, choices of tokens that need fewer kernels, the larger vocabulary and
-    the second size but in int8. Of kernels that load no weights early it disassembles nothing, and
-    it compiles none of them again for launches that are not dependent. ``early`` and ``plain`` name
-    the kernels that were disassembled, and that were compiled again.
+    the second size. Of kernels that load no weights early it disassembles nothing, and few are
+    compiled again for launches that are not dependent. ``early`` and ``plain`` name the kernels
+    that were disassembled, and that were compiled again.
     """
     code = """
 import contextlib, functools, io, json, shutil, sys
 sys.path.insert(0, "bench/gpu")
 import aot, torch, triton
-few, early, chain = (json.loads(argument) for argument in sys.argv[1:])
+few, early, chain, plain = (json.loads(argument) for argument in sys.argv[1:])
 
 def launch_size(size, dtype, *, pdl):
     aot.launch_all(size, dtype, pdl=pdl)
@@ -114,7 +115,7 @@ def told(*options):
 table, refused = told()
 _, spilled = told("--only", "gated_conv", "--maxnreg", "24")
 lengths = []
-with aot.compiling(90) as launches:
+with aot.compiling(90, anew=False) as launches:
     for sequences, tokens, page_size in ((2, 6, 64), (1, 1, 16), (16, 16, 128), (3, 48, 80)):
         aot.launch_all(aot.SIZES[0], torch.bfloat16, sequences=sequences, tokens=tokens,
                        page_size=page_size, pdl=True)
@@ -122,12 +123,12 @@ with aot.compiling(90) as launches:
         lengths.append((len(launches), len({kernel.hash for _, kernel, _ in launches})))
 tools = triton.knobs.nvidia
 disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
-found, dependent = [], ((0, False), (2, True)) if few else ((0, False), (2, False), (2, True))
-for pdl, sizes in ((True, dependent), (False, ((0, False),))):
+found, dependent = [], ((0, False), (0, True)) if few else ((0, False), (2, False), (2, True))
+for pdl, sizes, names in ((True, dependent, chain), (False, ((0, False),), plain)):
     for place, int8 in sizes:
-        with aot.compiling(90, chain) as launches:
+        with aot.compiling(90, names, anew=False) as launches:
             aot.launch_few(aot.SIZES[place], torch.bfloat16, int8=int8, pdl=pdl)
-            if place == 0 and not (few and not pdl):
+            if place == 0 and not int8 and not (few and not pdl):
                 aot.launch_all(aot.SIZES[place], torch.bfloat16, pdl=pdl)
                 aot.launch_sample(aot.VOCABULARIES[0], torch.bfloat16, pdl=pdl, most=True)
         for name, kernel, _ in launches:
@@ -148,10 +149,11 @@ print(json.dumps({"table": table, "refused": refused, "spilled": spilled, "lengt
 """
     few = request.param == "few"
     early = {*TILES, *LITTLE} if few else CHAIN
-    given = (json.dumps(argument) for argument in (few, sorted(early), sorted(CHAIN)))
+    plain = PLAIN if few else CHAIN
+    given = (json.dumps(each) for each in (few, sorted(early), sorted(CHAIN), sorted(plain)))
     done = run("-c", code, *given)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) | {"plain": FEW_TOKENS if few else CHAIN, "early": early}
+    return json.loads(done.stdout) | {"plain": plain, "early": early}
 
 
 def above_wait(ptx: str) -> list[str]:
