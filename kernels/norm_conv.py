@@ -162,5 +162,6 @@ def norm_conv_triton(
         stride_out_t=out.stride(0),
         WIDTH=width,
         BLOCK_W=triton.next_power_of_2(width),
-        maxnreg=REGISTERS,
+        # What a convolution remembers would spill beside widened int8.
+        maxnreg=REGISTERS if scale is None else REGISTERS + 32,
     )

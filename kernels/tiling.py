@@ -28,8 +28,8 @@ MOST_WARPS = 16
 LEAST_ROWS = 8
 # Most rows of a tile: more would save little, and have more sums to exchange.
 MOST_ROWS = 32
-# Most columns of a warp: its threads have those of 16 tokens in registers, too, twice as many
-# numbers while they are normed, and what a convolution remembers.
+# Most columns of a warp: its threads have those of 16 tokens in registers, too, and twice as many
+# numbers while they are normed.
 MOST_COLUMNS = 256
 # A program alone on its processor leaves it idle at each barrier, and more than eight warps leave
 # no room for the next kernel's. Both are guesses until a GPU has run this (`make tune-gpu`).
@@ -88,8 +88,10 @@ def candidates(
     under way, with the lack. Tokens are read anew for each tile, so larger tiles take less.
     """
     stacked = triton.next_power_of_2(parts)
-    most_k = MOST_COLUMNS // ((4 if parts > 2 else 2) if normed else 1)
-    for each, warps, exponent in itertools.product((1, 2, 3, 4), (4, 8), range(6)):
+    most_k = MOST_COLUMNS // (2 if normed else 1)
+    # Beside eight warps' sums of three parts, what a convolution remembers would spill.
+    widths = (4, 8) if parts < 3 else (4,)
+    for each, warps, exponent in itertools.product((1, 2, 3, 4), widths, range(6)):
         block_n = max(LEAST_ROWS // stacked, 1) * 2**exponent
         least_k = 64 // item * warps
         block_k = THREAD_BYTES * 32 * warps // (block_n * stacked * item)

@@ -318,5 +318,7 @@ def test_sixteen_tokens_take_hardly_longer_than_one(compiled) -> None:
     for kernel in found:
         one, sixteen = issue_cycles(kernel, 1), issue_cycles(kernel, 16)
         print(kernel["case"], one, sixteen)
-        assert sixteen[0] == one[0] < MEMORY_CYCLES, (kernel["case"], one)
+        # A row of the 350M in int8 has 1 kB: what is done once a row weighs more there.
+        most = MEMORY_CYCLES * (1.3 if kernel["int8"] else 1)
+        assert sixteen[0] == one[0] < most, (kernel["case"], one)
         assert sixteen[1] <= 1.3 * one[1], (kernel["case"], one, sixteen)
