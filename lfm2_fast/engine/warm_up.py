@@ -49,9 +49,11 @@ def _batches(engine: Engine, sampling: Collection[SamplingParams]) -> Iterator[l
     """Yield requests that run together; of each kind of work two, the second captures it."""
     vocabulary = engine.model.config.vocab_size
 
-    def request(start: int, length: int, new: int, params: SamplingParams, **more: int) -> Request:
+    def request(
+        start: int, length: int, new: int, params: SamplingParams, logprobs: int | None = None
+    ) -> Request:
         prompt = [(start + place) % vocabulary for place in range(length)]
-        return Request(prompt, params, max_tokens=new, **more)
+        return Request(prompt, params, max_tokens=new, logprobs=logprobs)
 
     longest = min(CONTEXT, engine.max_length - 1)
     yield [request(0, longest, 1, SamplingParams())]
