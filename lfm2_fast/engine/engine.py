@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from lfm2_fast.engine.scheduler import LEAST, MOST, Scheduler
 from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
 from lfm2_fast.engine.step_buffers import StepBuffers
-from lfm2_fast.engine.warm_up import warm_up
+from lfm2_fast.engine.warm_up import warm_up_requests
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams
 
@@ -226,10 +227,23 @@ class Engine:
 
         ``sampling`` are parameters by which they will choose tokens, beside greedy ones. It takes
         some tens of seconds where nothing was compiled on this machine, and does nothing on a CPU.
-        Raises RuntimeError while requests run, or when asleep.
+        Pages and counts are as before. Raises RuntimeError while requests run, or when asleep.
         """
         self._check_awake()
-        warm_up(self, sampling)
+        if not self.model.ops.captures:
+            return
+        if self.busy:
+            raise RuntimeError("warm_up() needs an engine without requests; call it before them")
+        kinds = dict.fromkeys([SamplingParams(), *sampling])
+        statistics = copy.deepcopy(vars(self.statistics))
+        vocab_size = self.model.config.vocab_size
+        for requests in warm_up_requests(self.max_rows, self.max_length, vocab_size, kinds):
+            for request in requests:
+                self.add(request)
+            while self.busy:
+                self.step()
+            self.clear_prefix_cache()
+        vars(self.statistics).update(statistics)
 
     def abandon(self) -> None:
         """Forget all requests, and count what their steps have run; slots keep what they hold."""
