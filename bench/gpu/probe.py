@@ -162,7 +162,7 @@ def threads(model: lfm2_fast.Lfm2ForCausalLM) -> dict[str, Any]:
 
 
 def plan(size: str, config: lfm2_fast.Config, copied: float, device: torch.device) -> list[Case]:
-    """What is measured of a size, the likeliest to be wrong first, the profiler and threads last.
+    """Return the cases of a size, the likeliest to be wrong first, the profiler and threads last.
 
     The profiler slows what follows it, and a thread whose capture fails may leave a broken process.
     """
