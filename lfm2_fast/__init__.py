@@ -43,7 +43,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lfm2_fast.cache.kv_cache import Cache, CacheError
-    from lfm2_fast.config import CheckpointError, Config
+    from lfm2_fast.config import Config
+    from lfm2_fast.config_values import CheckpointError
     from lfm2_fast.engine.async_engine import AsyncEngine
     from lfm2_fast.engine.decode import LogitsError
     from lfm2_fast.engine.engine import Engine
@@ -67,7 +68,7 @@ else:
             "BackendError": "ops.select",
             "Cache": "cache.kv_cache",
             "CacheError": "cache.kv_cache",
-            "CheckpointError": "config",
+            "CheckpointError": "config_values",
             "Config": "config",
             "HookError": "models.hooks",
             "LogitsError": "engine.decode",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
+
+from lfm2_fast.config_values import CheckpointError, Reader, read_json
 
 NOT_YET = {
     "lfm2_moe": "LFM2-MoE",
@@ -35,13 +35,7 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
     "proportional": ((SHARE,), ("factor",)),
 }
-# Advice for a file that is broken.
-FETCH_AGAIN = "replace it; force_download=True (--force-download) fetches it from the hub again"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used: what is wrong, where, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ class Config:
         the message calls the config. Weight formats are checked where weights are read.
         """
         _check_kind(raw, source)
-        read = _Reader(raw, source)
+        read = Reader(raw, source)
         hidden = read.count("hidden_size")
         heads = read.count("num_attention_heads", "num_heads")
         kv_heads = read.count("num_key_value_heads", default=heads)
@@ -205,84 +199,6 @@ class Config:
         }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises CheckpointError if it is missing, broken or no object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} does not exist; a checkpoint folder holds config.json and model.safetensors"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; {FETCH_AGAIN}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(found).__name__}")
-    return found
-
-
-class _Reader:
-    """Reads a config's values under any of several names, with errors that say where."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
-        self.raw = raw
-        self.source = source
-
-    def error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {message}")
-
-    def value(self, *names: str, default: Any = None) -> Any:
-        for name in names:
-            if self.raw.get(name) is not None:
-                return self.raw[name]
-        return default
-
-    def count(self, *names: str, default: int | None = None) -> int:
-        found = self.value(*names, default=default)
-        if found is None:
-            raise self.error(f"{names[0]} is missing")
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise self.error(f"{names[0]} must be a positive whole number, not {found!r}")
-        return found
-
-    def number(self, *names: str, default: float | None = None) -> float:
-        found = self.value(*names, default=default)
-        if found is None:
-            raise self.error(f"{names[0]} is missing")
-        if not _is_positive(found):
-            raise self.error(f"{names[0]} must be a positive number, not {found!r}")
-        return float(found)
-
-    def flag(self, *names: str, default: bool) -> bool:
-        found = self.value(*names, default=default)
-        if not isinstance(found, bool):
-            raise self.error(f"{names[0]} must be true or false, not {found!r}")
-        return found
-
-    def items(self, name: str) -> list[Any] | None:
-        found = self.value(name)
-        if found is not None and not isinstance(found, list):
-            raise self.error(f"{name} must be a list, not {found!r}")
-        return found
-
-    def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        found = self.items(name)
-        if found is None:
-            raise self.error(f"{name} is missing")
-        if len(found) != count or not all(map(_is_positive, found)):
-            raise self.error(f"{name} must be {count} positive numbers, not {found!r}")
-        return tuple(map(float, found))
-
-    def token(self, name: str) -> int | None:
-        found = self.value(name)
-        if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
-            raise self.error(f"{name} must be a token id, not {found!r}")
-        return found
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
-
-
 def _check_kind(raw: Mapping[str, Any], source: str) -> None:
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in NOT_YET:
@@ -311,7 +227,7 @@ def _check_kind(raw: Mapping[str, Any], source: str) -> None:
             )
 
 
-def _intermediate_size(read: _Reader) -> int:
+def _intermediate_size(read: Reader) -> int:
     """The real feed-forward size: two thirds, times a multiplier, rounded up, if so asked."""
     size = read.count("block_ff_dim", "intermediate_size")
     if read.flag("block_auto_adjust_ff_dim", default=True):
@@ -324,7 +240,7 @@ def _intermediate_size(read: _Reader) -> int:
     return size
 
 
-def _layer_types(read: _Reader) -> tuple[str, ...]:
+def _layer_types(read: Reader) -> tuple[str, ...]:
     layers = read.count("num_hidden_layers")
     types = read.items("layer_types")
     if types is None:
@@ -344,7 +260,7 @@ def _layer_types(read: _Reader) -> tuple[str, ...]:
     return tuple(types)
 
 
-def _rope(read: _Reader, head_dim: int) -> dict[str, Any]:
+def _rope(read: Reader, head_dim: int) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, understood as transformers' Lfm2 class does."""
     spelling = "rope_scaling" if read.raw.get("rope_scaling") else "rope_parameters"
     raw = read.value(spelling, default={})
@@ -358,7 +274,7 @@ def _rope(read: _Reader, head_dim: int) -> dict[str, Any]:
     values = {SHARE: read.value(SHARE, default=1.0), ORIGINAL: _longest(read)}
     values |= {name: value for name, value in raw.items() if value is not None}
     values[ORIGINAL] = read.value(ORIGINAL, default=values[ORIGINAL])
-    rope = _Reader(values, f"{read.source}: {spelling}")
+    rope = Reader(values, f"{read.source}: {spelling}")
     theta = rope.number("rope_theta", default=read.number("rope_theta", default=1e6))
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
@@ -391,18 +307,18 @@ def _rope(read: _Reader, head_dim: int) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": tuple(found.items())}
 
 
-def _longest(read: _Reader) -> int:
+def _longest(read: Reader) -> int:
     return read.count("max_position_embeddings", default=128_000)
 
 
-def _dtype(read: _Reader) -> str | None:
+def _dtype(read: Reader) -> str | None:
     found = read.value("dtype", "torch_dtype")
     if found is not None and found not in DTYPES:
         raise read.error(f"torch_dtype {found!r} is none of {', '.join(DTYPES)}")
     return found
 
 
-def _quantization(read: _Reader) -> str | None:
+def _quantization(read: Reader) -> str | None:
     found = read.value("quantization_config", default={})
     if not isinstance(found, dict):
         raise read.error(f"quantization_config must be an object, not {found!r}")
@@ -421,14 +337,14 @@ def _quantization(read: _Reader) -> str | None:
     return format
 
 
-def _formats(read: _Reader) -> tuple[tuple[str, str], ...]:
+def _formats(read: Reader) -> tuple[tuple[str, str], ...]:
     found = read.value("quantization_config", default={}).get("formats", {})
     if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
         raise read.error(f"quantization_config's formats must be names by matrix, not {found!r}")
     return tuple(found.items())
 
 
-def _eos_token_id(read: _Reader) -> int | tuple[int, ...] | None:
+def _eos_token_id(read: Reader) -> int | tuple[int, ...] | None:
     found = read.value("eos_token_id")
     if isinstance(found, list) and found and all(type(i) is int for i in found):
         return tuple(found)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 import lfm2_fast
 from lfm2_fast.cli.session import millions
-from lfm2_fast.config import OTHER_METHOD, Config, read_json
+from lfm2_fast.config import OTHER_METHOD, Config
+from lfm2_fast.config_values import read_json
 from lfm2_fast.hf.loading import find_device
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops

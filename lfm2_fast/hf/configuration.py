@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError, read_json
 from lfm2_fast.weights import hub
 from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import is_gguf, read_gguf

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lfm2_fast.config import OTHER_METHOD, CheckpointError, Config, read_json
+from lfm2_fast.config import OTHER_METHOD, Config
+from lfm2_fast.config_values import CheckpointError, read_json
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose

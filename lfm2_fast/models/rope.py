@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lfm2_fast.cache.batch import Batch
-from lfm2_fast.config import ORIGINAL, CheckpointError, Config
+from lfm2_fast.config import ORIGINAL, Config
+from lfm2_fast.config_values import CheckpointError
 
 
 class RopeFrequencies:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import hub
 from lfm2_fast.weights.adapter import is_adapter
 from lfm2_fast.weights.gguf_config import raw_config

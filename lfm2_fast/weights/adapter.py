@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lfm2_fast.config import FETCH_AGAIN, CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import FETCH_AGAIN, CheckpointError
 from lfm2_fast.weights import adapter_config
 from lfm2_fast.weights.adapter_config import AdapterConfig
 from lfm2_fast.weights.fusion import BASE, EMBEDDING, HEAD, Part, fusion_table

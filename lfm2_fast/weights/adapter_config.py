@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import CheckpointError, read_json
+from lfm2_fast.config_values import CheckpointError, read_json
 
 FILE = "adapter_config.json"
 HEAD_MODULE = "lm_head"

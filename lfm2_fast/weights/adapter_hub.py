@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import adapter, adapter_config
 from lfm2_fast.weights.hub_files import Repository
 

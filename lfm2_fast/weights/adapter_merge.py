@@ -8,7 +8,8 @@ from typing import Protocol
 
 import torch
 
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights.adapter import Adapter, LowRank
 from lfm2_fast.weights.formats import Format, Source
 from lfm2_fast.weights.fusion import BASE, EMBEDDING, HEAD

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from lfm2_fast.config import OTHER_METHOD as METHOD
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError, read_json
 from lfm2_fast.weights.checkpoint import fill_table, with_stored_head
 from lfm2_fast.weights.formats import DENSE, INT4, INT8, MIXED, Q4_1, Q8_0, Format, pack4
 from lfm2_fast.weights.fusion import EMBEDDING, Fused, fusion_table

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights.interleave import interleave, rows_of, take_rows
 
 # Name suffix of a tensor -> its shape, and its dtype or None for the model's.

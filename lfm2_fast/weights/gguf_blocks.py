@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import formats
 from lfm2_fast.weights.formats import Groups, pack4, unpack4
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights.checkpoint import fill_table
 from lfm2_fast.weights.formats import DENSE, MIXED, WIDE, Format
 from lfm2_fast.weights.fusion import Fused, formats_of, fusion_table

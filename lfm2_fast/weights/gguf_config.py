@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights.gguf_file import GGUFFile
 
 ARCHITECTURE = "lfm2"

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.config import CheckpointError, Config, read_json
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError, read_json
 from lfm2_fast.weights.checkpoint import GENERATION_CONFIG, complete, progress, with_stored_head
 from lfm2_fast.weights.fusion import EMBEDDING, HEAD, fusion_table
 from lfm2_fast.weights.gguf_checkpoint import gguf_names

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import FETCH_AGAIN, CheckpointError
+from lfm2_fast.config_values import FETCH_AGAIN, CheckpointError
 
 MAGIC = b"GGUF"
 # Codes of metadata values: numbers by their struct format, then the two of no fixed length.

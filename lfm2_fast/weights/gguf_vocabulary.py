@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import FETCH_AGAIN, CheckpointError, read_json
+from lfm2_fast.config_values import FETCH_AGAIN, CheckpointError, read_json
 
 # The pattern by which LFM2 splits a text into words, which GGUF calls "lfm2".
 PATTERN = (

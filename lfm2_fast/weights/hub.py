@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import adapter_config
 from lfm2_fast.weights.adapter_config import AdapterConfig
 from lfm2_fast.weights.adapter_hub import fetch_adapter

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 
 # The hub's answer to which files there are, as messages call it.
 LISTING = "the list of files"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lfm2_fast.config import FETCH_AGAIN, CheckpointError, Config, read_json
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import FETCH_AGAIN, CheckpointError, read_json
 from lfm2_fast.weights.formats import Format, find_format
 from lfm2_fast.weights.fusion import HEAD, Fused
 

@@ -11,7 +11,8 @@ import torch
 
 import lfm2_fast
 from lfm2_fast.cache.batch import Batch
-from lfm2_fast.config import ROPE_TYPES, CheckpointError, Config
+from lfm2_fast.config import ROPE_TYPES, Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.engine import model_runner
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.models.rope import RopeFrequencies

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import lfm2_fast
 from lfm2_fast.cli.environment import checkpoint_facts
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights.formats import DENSE, INT4, INT8, Q4_1, Q8_0, Format
 
 PROMPT = torch.arange(20, 60)[None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import formats, gguf_blocks
 from lfm2_fast.weights.formats import INT4
 

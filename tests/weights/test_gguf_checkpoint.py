@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import lfm2_fast
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.text.tokenizer import load_tokenizer
 from lfm2_fast.weights.fusion import fusion_table
 from lfm2_fast.weights.gguf_checkpoint import gguf_names

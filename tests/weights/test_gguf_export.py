@@ -16,7 +16,7 @@ import lfm2_fast
 from bench.cpu import llama_build
 from bench.cpu.llama_server import LlamaServer
 from lfm2_fast.__main__ import main
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.text.tokenizer import load_tokenizer
 from lfm2_fast.weights.gguf_export import export_gguf
 from lfm2_fast.weights.gguf_file import read_gguf

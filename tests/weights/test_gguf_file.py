@@ -15,7 +15,7 @@ import pytest
 
 import lfm2_fast
 from lfm2_fast.cli.environment import checkpoint_facts
-from lfm2_fast.config import CheckpointError
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.text.tokenizer import load_tokenizer
 from lfm2_fast.weights.gguf_file import read_gguf
 
