@@ -507,9 +507,18 @@ def test_the_other_rows_of_a_batch_are_settled(tiny: Path, plain, graphs) -> Non
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("which", ["plain", "ahead"])
 @pytest.mark.parametrize(
-    "at_a_time", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7)), 3]
+    ("which", "at_a_time"),
+    [
+        ("ahead", 3),
+        pytest.param("ahead", 1, marks=pytest.mark.slow),
+        pytest.param("plain", 2, marks=pytest.mark.slow),
+        *(
+            pytest.param(w, n, marks=pytest.mark.nightly)
+            for w in ("plain", "ahead")
+            for n in (7, 9)
+        ),
+    ],
 )
 def test_more_prompts_than_rows(
     plain, at_a_time: int, which: str, request: pytest.FixtureRequest

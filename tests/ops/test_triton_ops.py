@@ -31,8 +31,7 @@ CONV, ATTENTION = "conv", "full_attention"
 ODD = {"conv_L_cache": 5, "conv_bias": True, "head_dim": 24, "num_key_value_heads": 3}
 UNTIED = {"conv_L_cache": 2, "tie_word_embeddings": False}
 CHANGED = {
-    "plain": layers(CONV, CONV, ATTENTION),
-    "odd": {**ODD, **layers(CONV, ATTENTION, CONV)},
+    "odd": {**ODD, **layers(CONV, CONV, ATTENTION, CONV)},
     "attention_first": {**UNTIED, **layers(ATTENTION, ATTENTION, CONV)},
 }
 LONG = {"short_factor": [1.5] * 8, "long_factor": [2.0 + i for i in range(8)], "factor": 8.0}
