@@ -1,7 +1,7 @@
 """Requests that schemathesis makes of the OpenAPI document: whatever they are, none is a 5xx.
 
 ``LFM2_FAST_FUZZ`` is the number of requests of each endpoint that reads a body. Counts of answers
-are added to the JSON file ``LFM2_FAST_FUZZ_RECORD``; bench/results/fuzz.json has 10,000 requests.
+are added to the JSON file ``LFM2_FAST_FUZZ_RECORD``; bench/results/fuzz.json is one, which grows.
 """
 
 from __future__ import annotations
