@@ -187,7 +187,13 @@ void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
       STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " is none of ",
                       window.size(0));
       STD_TORCH_CHECK(position >= 0, "position ", position, " is negative");
-      sequences.push_back({slot, position, i, 1});
+      // Tokens that follow one another in a slot are a run of it, summed as single steps are.
+      if (!sequences.empty() && sequences.back().slot == slot &&
+          sequences.back().position + sequences.back().count == position) {
+        ++sequences.back().count;
+      } else {
+        sequences.push_back({slot, position, i, 1});
+      }
     }
     convolve(conv, sequences, count);
   });
@@ -293,41 +299,63 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
     const int64_t* slot = read<int64_t>(slots);
     const int32_t* length = read<int32_t>(lengths);
 
-    std::vector<Split> splits;
     int64_t keys = 0;
+    // Where the partials of a row begin, by splits; those of a head lie together.
+    std::vector<int64_t> begins(count + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
       STD_TORCH_CHECK(0 <= slot[i] && slot[i] < table.size(0), "slot ", slot[i], " is none of ",
                       table.size(0));
       STD_TORCH_CHECK(length[i] > 0, "a sequence of ", length[i], " tokens has nothing to attend to");
       expect_pages(op.k, k_pages.size(0), table.size(1), slot[i], 0, length[i]);
       keys += length[i] * kv_heads;
+      begins[i + 1] = begins[i] + splits_of(length[i]) * kv_heads;
+    }
+    std::vector<Split> splits;
+    int64_t most = 0;
+    for (int64_t i = 0, rows; i < count; i += rows) {
+      rows = 1;
+      while (i + rows < count && slot[i + rows] == slot[i] && length[i + rows] == length[i] + rows) {
+        ++rows;
+      }
+      most = std::max(most, rows);
+      const int64_t end = length[i] + rows - 1;
       for (int64_t head = 0; head < kv_heads; ++head) {
-        for (int64_t first = 0; first < length[i]; first += kSplit) {
-          splits.push_back({i, slot[i], head, first, std::min<int64_t>(first + kSplit, length[i])});
+        for (int64_t first = 0; first < end; first += kSplit) {
+          splits.push_back({i, rows, length[i], slot[i], head, first,
+                            std::min<int64_t>(first + kSplit, end)});
         }
       }
     }
     if (splits.empty()) return;
     const int64_t number_of_splits = static_cast<int64_t>(splits.size());
     const int64_t partial = partial_of(op.padded());
-    std::vector<float> partials(number_of_splits * group * partial);
+    std::vector<float> partials(begins[count] * group * partial);
+    const auto partials_of = [&](int64_t row, int64_t head, int64_t number) {
+      return &partials[(begins[row] + head * splits_of(length[row]) + number) * group * partial];
+    };
     const int64_t each = 2 * width * keys / number_of_splits;
     parallel_for(0, number_of_splits, grain(each), [&](int64_t first, int64_t last) {
-      std::vector<float> scratch(op.scratch());
+      std::vector<float> scratch(op.scratch(most));
       std::vector<T> padding(op.padding());
+      std::vector<float*> into(most);
       for (int64_t i = first; i < last; ++i) {
-        flash_decode(op, splits[i], scratch.data(), padding.data(), &partials[i * group * partial]);
+        const Split& split = splits[i];
+        for (int64_t n = 0; n < split.rows; ++n) {
+          if (split.first < length[split.row + n]) {
+            into[n] = partials_of(split.row + n, split.kv_head, split.first / kSplit);
+          }
+        }
+        flash_decode(op, split, scratch.data(), padding.data(), into.data());
       }
     });
     std::vector<float> sums(op.padded());
     const auto to = rows_of<T>(out);
-    for (int64_t first = 0, last; first < number_of_splits; first = last) {
-      const Split& split = splits[first];
-      last = first + (length[split.sequence] + kSplit - 1) / kSplit;
-      for (int64_t g = 0; g < group; ++g) {
-        combine(&partials[(first * group + g) * partial], last - first, group * partial, width,
-                op.padded(), sums.data(),
-                to[split.sequence] + (split.kv_head * group + g) * width);
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        for (int64_t g = 0; g < group; ++g) {
+          combine(partials_of(row, head, 0) + g * partial, splits_of(length[row]), group * partial,
+                  width, op.padded(), sums.data(), to[row] + (head * group + g) * width);
+        }
       }
     }
   });

@@ -1,4 +1,5 @@
-// Attention of one query token per sequence over its pages, all query heads of a KV head together.
+// Attention of one query per row over its pages, all query heads of a KV head together. Rows that
+// follow one another in a slot read its keys together, each up to its own length.
 //
 // A context is cut into splits of kSplit keys, wherever it ends and however many threads there are,
 // so that a row's sums depend on nothing but the row. A split leaves, for each query head, the
@@ -20,29 +21,34 @@ namespace lfm2 {
 constexpr int64_t kSplit = 512;
 constexpr int64_t kBlock = 64;  // keys whose scores are held at once
 
+inline int64_t splits_of(int64_t length) { return (length + kSplit - 1) / kSplit; }
+
 // Floats that a split leaves per query head, rows being `width` long.
 LFM2_INLINE int64_t partial_of(int64_t width) { return width + 2; }
 
 template <class T>
 struct FlashDecode {
-  Rows<const T> q;  // [sequences, heads * head_dim]
+  Rows<const T> q;  // [rows, heads * head_dim]
   Pages<const T> k;
   Pages<const T> v;
   int64_t group;  // query heads per KV head
 
   // Rows are computed as whole vectors, floats in their order; rows of other sizes are padded.
   int64_t padded() const { return (k.head_dim + kPair - 1) / kPair * kPair; }
-  int64_t scratch() const { return group * (padded() + kBlock); }
+  int64_t scratch(int64_t rows) const { return group * (rows * padded() + kBlock); }
   int64_t padding() const { return k.head_dim == padded() ? 0 : 2 * kBlock * padded(); }
 };
 
-// One part of one sequence's context, for one KV head.
+// One part of a slot's context, for one KV head and rows of that slot, each a token longer than the
+// one before.
 struct Split {
-  int64_t sequence;
+  int64_t row;     // the first
+  int64_t rows;
+  int64_t length;  // context of the first row
   int64_t slot;
   int64_t kv_head;
   int64_t first;
-  int64_t last;
+  int64_t last;  // of the last row
 };
 
 // scores[g, j] = q[g] . keys[j], for `Heads` heads and 8 / Heads keys from `first` on. Beyond `count`
@@ -139,28 +145,31 @@ LFM2_INLINE Rows<const T> pad(Rows<const T> rows, int64_t count, int64_t width, 
   return {to, padded};
 }
 
-// Leaves one partial_of(padded) per query head of the group in `partials`. `scratch` has scratch()
-// floats, `rows` has padding() numbers, which are 0.
+// Leaves one partial_of(padded) per query head of the group in `partials[i]` of each row i that sees
+// the split. `scratch` has scratch(rows) floats, `rows` has padding() numbers, which are 0.
 template <class T>
 LFM2_CLONES void flash_decode(const FlashDecode<T>& op, const Split& split, float* scratch, T* rows,
-                              float* partials) {
+                              float* const* partials) {
   const int64_t width = op.k.head_dim;
   const int64_t padded = op.padded();
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
-  float* q = scratch;
-  float* scores = scratch + op.group * padded;
-  const T* query = op.q[split.sequence] + split.kv_head * op.group * width;
-  for (int64_t g = 0; g < op.group; ++g) {
-    Rows<const T> row{query + g * width, width};
-    if (width != padded) row = pad(row, 1, width, padded, rows);
-    for (int64_t i = 0; i < padded; i += kPair) {
-      Lanes first, second;
-      load(row[0] + i, first, second);
-      store(first * scale, second * scale, q + g * padded + i);
+  float* scores = scratch + split.rows * op.group * padded;
+  for (int64_t n = 0; n < split.rows; ++n) {
+    if (split.length + n <= split.first) continue;
+    const T* query = op.q[split.row + n] + split.kv_head * op.group * width;
+    for (int64_t g = 0; g < op.group; ++g) {
+      Rows<const T> row{query + g * width, width};
+      if (width != padded) row = pad(row, 1, width, padded, rows);
+      float* q = scratch + (n * op.group + g) * padded;
+      for (int64_t i = 0; i < padded; i += kPair) {
+        Lanes first, second;
+        load(row[0] + i, first, second);
+        store(first * scale, second * scale, q + i);
+      }
+      float* partial = partials[n] + g * partial_of(padded);
+      std::fill_n(partial, padded + 1, 0.0f);
+      partial[padded + 1] = -std::numeric_limits<float>::infinity();
     }
-    float* partial = partials + g * partial_of(padded);
-    std::fill_n(partial, padded + 1, 0.0f);
-    partial[padded + 1] = -std::numeric_limits<float>::infinity();
   }
   for (int64_t position = split.first; position < split.last;) {
     const int64_t rest = op.k.page_size - position % op.k.page_size;
@@ -171,14 +180,19 @@ LFM2_CLONES void flash_decode(const FlashDecode<T>& op, const Split& split, floa
       keys = pad(keys, count, width, padded, rows);
       values = pad(values, count, width, padded, rows + kBlock * padded);
     }
-    int64_t g = 0;
-    for (; g + 2 <= op.group; g += 2) {
-      attend<2>(q + g * padded, keys, values, count, padded, scores + g * kBlock,
-                partials + g * partial_of(padded));
-    }
-    if (g < op.group) {
-      attend<1>(q + g * padded, keys, values, count, padded, scores + g * kBlock,
-                partials + g * partial_of(padded));
+    for (int64_t n = 0; n < split.rows; ++n) {
+      const int64_t seen = std::min(count, split.length + n - position);
+      if (seen <= 0) continue;
+      const float* q = scratch + n * op.group * padded;
+      int64_t g = 0;
+      for (; g + 2 <= op.group; g += 2) {
+        attend<2>(q + g * padded, keys, values, seen, padded, scores + g * kBlock,
+                  partials[n] + g * partial_of(padded));
+      }
+      if (g < op.group) {
+        attend<1>(q + g * padded, keys, values, seen, padded, scores + g * kBlock,
+                  partials[n] + g * partial_of(padded));
+      }
     }
     position += count;
   }

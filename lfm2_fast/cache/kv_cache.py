@@ -269,6 +269,10 @@ class Cache:
         """
         self._expected[slot] = length
 
+    def overwrite(self, slot: int, length: int) -> None:
+        """Note that a step writes the slot's conv rows up to ``length`` tokens, accepted or not."""
+        self._oldest[slot] = max(self._oldest[slot], length - self.ring)
+
     def commit_token(self, slot: int, token: int) -> None:
         """Count one more token that an expected step has run in ``slot``."""
         if len(self.history[slot]) == self.lengths[slot]:

@@ -46,6 +46,9 @@ def serve(
         list[str] | None, typer.Option(help="Origin of web pages that may call; repeatable.")
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Show a page at /.")] = True,
+    prompt_lookup: Annotated[
+        int, typer.Option(min=0, help="Tokens to draft out of the text; no text changes. Try 7.")
+    ] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     backend: opt.Backend = "auto",
@@ -97,6 +100,7 @@ def serve(
             timeout=timeout,
             max_body=max_body,
             page=page,
+            prompt_lookup=prompt_lookup,
         )
         service = app.state.service
         terminal.note(f"sampling: {service.defaults.words}")

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Protocol
 
 import torch
 
 from lfm2_fast.cache.batch import DecodeInputs, on_device
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.engine.logits import adjusted, log_probs, prepare
-from lfm2_fast.engine.request import LogProbs, Row
+from lfm2_fast.engine.assistant import Assistant
+from lfm2_fast.engine.launch import Launch, Written
+from lfm2_fast.engine.logits import adjusted, prepare, told_log_probs
+from lfm2_fast.engine.request import Row
+from lfm2_fast.engine.speculation import Speculation
 from lfm2_fast.engine.step_buffers import MAX_STEPS, StepBuffers, bucket
+from lfm2_fast.engine.verified_launch import VerifiedLaunch
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 
@@ -105,29 +109,6 @@ class Chooser(Protocol):
         """Return True if the row's newest token is its last. Asked after every token of a row."""
 
 
-@dataclass
-class Launch:
-    """Steps under way: ``tokens [steps, B]`` on the host, and a column of them for each row.
-
-    The tokens are there when the event ``copied`` has come, or at once if it is None. ``ran`` says
-    that the steps ran the rows' tokens before; those of prompts did not. ``read`` counts the steps
-    that were read. ``logprobs`` are those that rows asked for, of a launch of one step.
-    """
-
-    rows: list[tuple[Row, int]]
-    tokens: torch.Tensor
-    copied: Any
-    ran: bool
-    logprobs: dict[Row, LogProbs] = field(default_factory=dict)
-    read: int = 0
-
-    def unread_tokens(self) -> list[list[int]]:
-        """Wait for the tokens of the steps that were not read, and return them step by step."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.tokens[self.read :].tolist()
-
-
 class DecodeLoop:
     """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until done.
 
@@ -136,6 +117,7 @@ class DecodeLoop:
     called for the steps and rows of the text alone: their steps are not captured, and nothing runs
     ahead or fills a bucket. ``params`` are those of places that no row has had: steps of rows that
     choose alike are captured once if those choose so too. ``chooser`` chooses the tokens, if given.
+    ``prompt_lookup`` and ``assistant`` are those of ``Speculation``.
     """
 
     def __init__(
@@ -146,6 +128,8 @@ class DecodeLoop:
         *,
         params: SamplingParams | None = None,
         chooser: Chooser | None = None,
+        prompt_lookup: int = 0,
+        assistant: Assistant | None = None,
     ) -> None:
         self.model, self.cache, self.chooser = model, cache, chooser
         self.hooked = model.has_hooked_layers
@@ -153,7 +137,13 @@ class DecodeLoop:
         self.buffers = StepBuffers(model, cache) if buffers is None else buffers
         self.buffers.begin(cache, params or SamplingParams())
         self.places: list[Row | None] = []
-        self._unread: deque[Launch] = deque()
+        self.speculation: Speculation | None = None
+        # A hook and a chooser see the steps of the text alone.
+        if chooser is None and not self.hooked:
+            self.speculation = Speculation(
+                model, cache, self.buffers, prompt_lookup=prompt_lookup, assistant=assistant
+            )
+        self._unread: deque[Launch | VerifiedLaunch] = deque()
 
     @property
     def unread(self) -> int:
@@ -211,6 +201,12 @@ class DecodeLoop:
             return 0
         on_logits = self.on_logits
         assert not (on_logits and self._unread)
+        if self.speculation is not None:
+            self.speculation.count_step()
+            verified = None if self._unread else self.speculation.launch(going)
+            if verified is not None:
+                self._unread.append(verified)
+                return 1
         steps = 1 if on_logits else self._steps_of_launch(going)
         self.cache.make_room({row.slot: row.start + row.launched + steps - 1 for row, _ in going})
         for row, _ in going:
@@ -218,6 +214,7 @@ class DecodeLoop:
         if on_logits:
             prepare(row for row, _ in going)
         count, logits = self._rows_of_step(len(self.places)), None
+        begin = perf_counter()
         self.buffers.run_steps(
             self.model,
             self.cache,
@@ -226,6 +223,8 @@ class DecodeLoop:
             steps=steps,
             hooked=self.hooked,
         )
+        if self.speculation is not None and not self.lag:
+            self.speculation.costs.add(count, perf_counter() - begin)
         if on_logits:
             logits = self._choose(going, count)
         for row, _ in going:
@@ -237,6 +236,18 @@ class DecodeLoop:
     def on_logits(self) -> bool:
         """Return True if the next step stops at its logits: all launches before are read first."""
         return self.chooser is not None or any(row.needs_logits for row in self.rows)
+
+    @property
+    def reads_first(self) -> bool:
+        """Return True if all launches must be read before the next."""
+        drafts = self.speculation is not None and self.speculation.waits(self.rows)
+        return not self.lag or self.on_logits or drafts
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Return True if the next launch need not wait until the last one is read."""
+        last = self._unread[-1] if self._unread else None
+        return bool(self.lag) and not self.on_logits and not isinstance(last, VerifiedLaunch)
 
     def _steps_of_launch(self, going: list[tuple[Row, int]]) -> int:
         """Return the steps of the next launch: all that it writes is wanted and has a place."""
@@ -274,7 +285,7 @@ class DecodeLoop:
         chosen[at] = own
         return chosen
 
-    def read(self, keep: int) -> Iterator[tuple[list[Row], list[int], dict[Row, LogProbs]]]:
+    def read(self, keep: int) -> Iterator[Written]:
         """Yield the tokens of all launches but the last ``keep``: rows and tokens, step by step.
 
         They are the rows that were running. A row is marked as ended by its last token, or by
@@ -282,25 +293,9 @@ class DecodeLoop:
         """
         while len(self._unread) > keep:
             launch = self._unread[0]
-            for tokens in launch.unread_tokens():
-                rows = []
-                for row, column in launch.rows:
-                    if row.ended:
-                        continue
-                    # The step has run the token before; that of a text that was run did not.
-                    if launch.ran:
-                        self.cache.commit_token(row.slot, row.written[-1])
-                    token = tokens[column]
-                    row.written.append(token)
-                    row.ended = token in row.ends or token < 0 or len(row.written) == row.limit
-                    if row.ended:
-                        # Whatever is under way, the device has gone one token on at most.
-                        ran = min(row.launched - 1, len(row.written))
-                        self.cache.expect_length(row.slot, row.start + ran)
-                    rows.append(row)
-                launch.read += 1
-                if rows:  # steps that were under way when the last row ended have none
-                    yield rows, [row.written[-1] for row in rows], launch.logprobs
+            yield from launch.steps(self.cache)
+            if isinstance(launch, VerifiedLaunch) and self.speculation is not None:
+                self.speculation.note(launch)
             self._unread.popleft()
 
     def settle(self) -> None:
@@ -363,17 +358,10 @@ class DecodeLoop:
 
         Log-probabilities of ``logits [B, V]``, for rows that ask for them, are waited for.
         """
-        told = [(row, at) for row, at in rows if row.request.logprobs is not None]
-        logprobs: dict[Row, LogProbs] = {}
-        if told:
+        logprobs = {}
+        if any(row.request.logprobs is not None for row, _ in rows):
             assert logits is not None
-            places = [at for _, at in told]
-            chosen = tokens[0].tolist()
-            counts = [row.request.logprobs or 0 for row, _ in told]
-            # A row without a token to choose has the log-probability of token 0, which is NaN.
-            own = [max(chosen[at], 0) for at in places]
-            found = log_probs(logits[places], own, counts)
-            logprobs = dict(zip((row for row, _ in told), found, strict=True))
+            logprobs = told_log_probs(rows, tokens[0].tolist(), logits)
         if tokens.device.type != "cuda":
             self._unread.append(Launch(rows, tokens.clone(), None, ran, logprobs))
             return

@@ -13,6 +13,7 @@ from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_memory import PAGE_SIZE, pages_of
 from lfm2_fast.cache.page_pool import CacheError
+from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.decode import Chooser, DecodeLoop, sampling_state
 from lfm2_fast.engine.events import Events
 from lfm2_fast.engine.memory import pages_in
@@ -52,6 +53,10 @@ class Engine:
     Requests name their slots there. Slots keep what they hold, and requests go on from what they
     share with it. With ``chooser`` all rows begin together, and it chooses their tokens.
 
+    ``prompt_lookup`` is that of requests that say none. ``assistant`` is a smaller model of the
+    same vocabulary, which drafts tokens for requests; its cache is made as it is needed. Drafts
+    change no text.
+
     One thread drives an engine. Nothing in it depends on time but the length of chunks, deadlines
     and the statistics. Raises ValueError where the memory is too small for one page.
     """
@@ -70,7 +75,11 @@ class Engine:
         cache: Cache | None = None,
         buffers: StepBuffers | None = None,
         chooser: Chooser | None = None,
+        prompt_lookup: int = 0,
+        assistant: Lfm2 | Any | None = None,
     ) -> None:
+        if prompt_lookup < 0:
+            raise ValueError(f"prompt_lookup must be at least 0, got {prompt_lookup}")
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         if chunk is not None and chunk < 1:
@@ -98,6 +107,10 @@ class Engine:
         self._prefix_cache &= cache is None
         self._pages, self._chunk, self._chooser = pages, chunk, chooser
         self._memory, self._is_callers = memory, cache is not None
+        self._prompt_lookup, self._assistant = (
+            prompt_lookup,
+            getattr(assistant, "network", assistant),
+        )
         self.scheduler = self._new_scheduler()
         self.statistics = Statistics()
         self._next_id = self._arrivals = 0
@@ -116,7 +129,17 @@ class Engine:
         self.slots = Slots(cache, shares=self._prefix_cache)
         runner = ModelRunner(self.model, cache, buffers)
         self.prefill = Prefill(runner, self.slots, self.scheduler, self.statistics)
-        self.decode = DecodeLoop(self.model, cache, runner.buffers, chooser=self._chooser)
+        assistant = None
+        if self._assistant is not None:
+            assistant = Assistant(self._assistant, self.model, cache.slots, self.max_length)
+        self.decode = DecodeLoop(
+            self.model,
+            cache,
+            runner.buffers,
+            chooser=self._chooser,
+            prompt_lookup=self._prompt_lookup,
+            assistant=assistant,
+        )
         # Rows whose prompts have run, which begin together.
         self._held: list[tuple[Row, torch.Tensor]] = []
         self._awake = True
@@ -383,7 +406,7 @@ class Engine:
         """Launch a step of the rows that decode, and read what launches before it made."""
         launched = 0
         if self.decode.rows:
-            if self.decode.on_logits or not self.decode.lag:
+            if self.decode.reads_first:
                 self._read(0)
             while True:
                 try:
@@ -392,7 +415,7 @@ class Engine:
                 except CacheError:
                     if not self._preempt():
                         raise
-        ahead = launched and not self.decode.on_logits
+        ahead = launched and self.decode.runs_ahead
         self._read(self.decode.lag if ahead else 0)
 
     def _read(self, keep: int) -> None:
@@ -448,3 +471,6 @@ class Engine:
         statistics.waiting = len(self.scheduler.waiting)
         statistics.pages_free, statistics.pages_cached = pool.free, pool.cached
         statistics.pages_used = pool.used
+        if self.decode.speculation is not None:
+            statistics.drafted = self.decode.speculation.drafted
+            statistics.accepted = self.decode.speculation.accepted

@@ -9,6 +9,7 @@ import torch
 
 from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.config import Config
+from lfm2_fast.engine.model_runner import MOST_DRAFTED
 
 
 def free_memory(device: torch.device) -> int:
@@ -58,7 +59,8 @@ def pages_in(
     """
     taken = bytes_of(memory, device)
     page = config.cache_bytes(dtype.itemsize, PAGE_SIZE)
-    window = config.layer_types.count("conv") * (config.conv_L_cache + 2) * config.hidden_size
+    ring = config.conv_L_cache + MOST_DRAFTED + 1
+    window = config.layer_types.count("conv") * ring * config.hidden_size
     windows = (max_rows + 1) * window * dtype.itemsize
     pages = (taken - windows) // max(page, 1)
     if pages < 1:

@@ -15,15 +15,23 @@ from lfm2_fast.models.lfm2 import Lfm2
 # Tokens per forward pass of a prefill: enough to keep the matrices busy, few enough that the
 # feed-forward's intermediate values stay small beside the weights.
 CHUNK = 2048
+# Most tokens that are drafted for a row: a step of eight tokens is as many as pay.
+MOST_DRAFTED = 7
 
 
 def new_cache(
-    model: Lfm2, slots: int, max_length: int, *, spare: int = 1, pages: int | None = None
+    model: Lfm2,
+    slots: int,
+    max_length: int,
+    *,
+    spare: int = MOST_DRAFTED + 1,
+    pages: int | None = None,
 ) -> Cache:
     """Return an empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
 
-    ``spare`` and ``pages`` are those of ``Cache``. Where steps are captured, it has a dummy slot,
-    if sequences run together, and a conv row more for the step that is under way when a text ends.
+    ``spare`` and ``pages`` are those of ``Cache``; drafts of ``spare - 1`` tokens fit. Where steps
+    are captured, it has a dummy slot, if sequences run together, and a conv row more for the step
+    that is under way when a text ends.
     """
     captures = model.ops.captures
     return Cache(

@@ -48,7 +48,12 @@ class Request:
 
     Requests of lower ``priority`` run first, equal ones in their order. ``deadline`` is a moment of
     ``time.monotonic``. Only requests of equal ``salt`` share pages. ``stream`` says that each token
-    is wanted when it is there: its steps are then launched one by one. ``adapter`` names a LoRA
+    is wanted when it is there: its steps are then launched one by one.
+
+    ``prompt_lookup`` is the most tokens that are drafted at a time, 0 for none, or None for the
+    engine's: what came in the text behind the last ``lookup_ngram`` tokens, or fewer. ``assisted``
+    lets the engine's assistant draft, if it has one. One step then verifies a draft. The text stays
+    the same, and the engine drafts where that saves time. ``adapter`` names a LoRA
     adapter of the engine, which has none yet.
 
     An exception out of ``stop``, ``constraint`` or ``hook`` ends its continuation alone, whose last
@@ -75,6 +80,9 @@ class Request:
     deadline: float | None = None
     salt: bytes = b""
     stream: bool = False
+    prompt_lookup: int | None = None
+    lookup_ngram: int = 3
+    assisted: bool = True
     adapter: str | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +112,11 @@ class Request:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
+        if (self.prompt_lookup or 0) < 0 or self.lookup_ngram < 1:
+            raise ValueError(
+                f"prompt_lookup must be at least 0 and lookup_ngram at least 1, got "
+                f"{self.prompt_lookup} and {self.lookup_ngram}"
+            )
         if self.adapter is not None:
             raise ValueError(
                 f"adapter={self.adapter!r} is not there: this engine has none; merge it into the "

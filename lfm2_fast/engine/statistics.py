@@ -15,7 +15,8 @@ class Statistics:
 
     ``prefix_hits`` are tokens of prompts that were not run, ``prompt_tokens`` those that were asked
     for, both of admitted requests. ``first_token`` and ``between_tokens`` hold the latest times in
-    seconds; a first token's counts from the request's arrival.
+    seconds; a first token's counts from the request's arrival. ``drafted`` are tokens that were
+    guessed and checked, ``accepted`` those of them that were written.
     """
 
     running: int = 0
@@ -29,5 +30,7 @@ class Statistics:
     new_tokens: int = 0
     requests: int = 0
     steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
     first_token: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
     between_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))

@@ -24,12 +24,17 @@ class StepBuffers:
     ``inputs`` of ``size`` rows are those of the next step, and ``state`` says how its tokens are
     chosen. Unused rows are finished. ``written [MAX_STEPS, size]`` has the tokens that the last
     steps chose, the newest last, and NO_TOKEN where a row had none to choose.
+
+    ``drafts`` makes those of steps that verify drafts, of as many tokens, each a row.
     """
 
     # Not in a caller's inference mode: steps outside of it write to these tensors.
     @torch.inference_mode(False)
-    def __init__(self, model: Lfm2, cache: Cache, capture: Any = None) -> None:
-        device, size = model.device, bucket(cache.slots, cache)
+    def __init__(self, model: Lfm2, cache: Cache, capture: Any = None, *, drafts: int = 0) -> None:
+        device, size = model.device, drafts or bucket(cache.slots, cache)
+        # Counts of rows whose CPU graphs stay.
+        self._kept_counts = 4 if drafts else 1
+        self._drafts: StepBuffers | None = None
         self.size, self.vocab = size, model.config.vocab_size
         self.made_for = model.ops
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
@@ -60,7 +65,14 @@ class StepBuffers:
         """Bytes that the tensors take, without what the graphs' pool holds."""
         extra = [each for each in (self.logits, self.marks) if each is not None]
         steps = sum(each.nbytes for each in (self.written, *self.inputs, *extra))
-        return steps + sum(prompt.nbytes for prompt in self.prompts.values())
+        own = 0 if self._drafts is None else self._drafts.nbytes
+        return own + steps + sum(prompt.nbytes for prompt in self.prompts.values())
+
+    def of_drafts(self, model: Lfm2, cache: Cache, size: int) -> StepBuffers:
+        """Return the buffers of steps on the same cache that verify drafts, of ``size`` tokens."""
+        if self._drafts is None or self._drafts.size != size:
+            self._drafts = StepBuffers(model, cache, drafts=size)
+        return self._drafts
 
     def begin(self, cache: Cache, params: SamplingParams) -> None:
         """Mark all rows finished, without end tokens, and let them choose as ``params`` say."""
@@ -118,6 +130,23 @@ class StepBuffers:
         self.inputs.lengths[:count] = batch.lengths
         self.clear_rows(count, bucket(count, cache), cache)
 
+    def load_rows(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        cache: Cache,
+    ) -> None:
+        """Take one step's tokens from the host, with the slot and position of each."""
+        count, device = len(tokens), self.eos.device
+        at = on_device(positions, torch.int64, device)
+        self.inputs.tokens[:count] = on_device(tokens, torch.int64, device)
+        self.inputs.slots[:count] = on_device(slots, torch.int64, device)
+        self.inputs.positions[:count] = at
+        self.inputs.lengths[:count] = at + 1
+        self.inputs.finished[:count] = False
+        self.clear_rows(count, bucket(count, cache), cache)
+
     def batch(self, count: int, *, on_host: bool) -> Batch:
         """Return the next step of the first rows; ``on_host`` waits for their numbers."""
         inputs = self.inputs.first(count)
@@ -135,9 +164,11 @@ class StepBuffers:
         )
 
     def view(self, count: int) -> SamplingState:
-        """The state of the first rows; of one count at a time, since each makes numbers ahead."""
+        """The state of the first rows; of few counts at a time, since each makes numbers ahead."""
         if count not in self.views:
-            self.views = {count: self.state.first(count)}
+            if len(self.views) >= self._kept_counts:
+                self.views = {}
+            self.views[count] = self.state.first(count)
         return self.views[count]
 
     def run_steps(
@@ -149,16 +180,21 @@ class StepBuffers:
         choose: bool,
         steps: int = 1,
         hooked: bool = False,
+        verified: bool = False,
     ) -> None:
         """Run steps of the first ``count`` rows; without ``choose`` one step up to ``logits``.
 
-        ``hooked`` says that layers have hooks: then nothing is captured or replayed.
+        ``hooked`` says that layers have hooks: then nothing is captured or replayed. ``verified``
+        says that several rows may be tokens of one slot, in their order.
         """
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
             self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
         ops = model.ops if self.graphs is None or hooked else model.ops.for_capture
-        if not ops.captures and count not in self.views:
+        if verified:
+            ops = ops.for_verification
+        crowded = not self.views or len(self.views) >= self._kept_counts
+        if not ops.captures and count not in self.views and crowded:
             # CPU graphs keep all that they make: those of other counts would pile up.
             self.drop_graphs()
         state = self.view(count)

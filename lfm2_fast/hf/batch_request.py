@@ -31,6 +31,7 @@ NEEDS_ALL_ROWS = {
     "streamer",
     "num_beams",
     "max_time",
+    "assistant_model",
     "guidance_scale",
     "watermarking_config",
     "return_dict_in_generate",
@@ -137,6 +138,8 @@ class Maker:
             first_row=self._rows if seed is None else 0,
             n=count,
             hook=hook,
+            prompt_lookup=asked.prompt_lookup_num_tokens,
+            lookup_ngram=asked.max_matching_ngram_size,
         )
         request.check(self.model.network.config.vocab_size, most)
         self._rows += count if seed is None else 0

@@ -41,6 +41,7 @@ def generate(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     max_batch_size: int | None = None,
+    assistant_model: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Continue prompts, as Hugging Face's ``generate`` does.
@@ -71,6 +72,9 @@ def generate(
     ``max_batch_size`` bounds how many rows are written at a time: as one stops, the next prompt
     takes its place; the answer is in order, as ever, and progress is shown on a terminal. Callables
     and streamers, which follow all rows, need all of them at a time.
+    ``prompt_lookup_num_tokens``, with ``max_matching_ngram_size``, and ``assistant_model``, a model
+    of ``load`` or of transformers with the same vocabulary, draft tokens. They change no text.
+    Calls whose Python follows each step run without drafts, and so do steps of beams.
     ``seed``, else a number drawn from ``generator``, else from torch's own generator, decides
     every draw. With beams and neither of the two, torch's own generator draws as in Hugging Face's
     call: after ``torch.manual_seed`` the texts are its.
@@ -115,6 +119,9 @@ def generate(
         asked, criteria = resolve_criteria(asked, criteria, tokenizer, width)
         if not (asked.processed or of_the_call or beams):
             asked, processors = replace_by_processors(asked, processors)
+        assistant = None
+        if assistant_model is not None:
+            assistant = model.workspace.assistant(assistant_model)
         by_torch = beams and len(prompts) > 0 and seed is None and generator is None
         output = run_generate_loop(
             model,
@@ -127,6 +134,7 @@ def generate(
             streamer=streamer,
             most_rows=max_batch_size,
             of_the_call=of_the_call,
+            assistant=assistant,
         )
         output["sequences"] = output["sequences"].to(prompts.device or model.device)
         if not asked.return_dict_in_generate:

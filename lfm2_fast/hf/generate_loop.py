@@ -26,6 +26,7 @@ from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.hf.processors import logits_processors
 from lfm2_fast.hf.prompts import Prompts
 from lfm2_fast.hf.steps import Steps, sample_steps
+from lfm2_fast.models.lfm2 import Lfm2
 
 
 def run_generate_loop(
@@ -40,10 +41,12 @@ def run_generate_loop(
     streamer: Any,
     most_rows: int | None,
     of_the_call: Mapping[str, Any],
+    assistant: Lfm2 | None = None,
 ) -> dict[str, Any]:
     """Continue the prompts; the fields of Hugging Face's output.
 
-    ``of_the_call`` has what transformers' processors take beside the arguments. ``seed`` may be
+    ``of_the_call`` has what transformers' processors take beside the arguments. ``assistant``
+    drafts tokens where the engine chooses them. ``seed`` may be
     None with beams: torch's own generator draws then.
     """
     rows = len(prompts) * asked.copies
@@ -113,7 +116,9 @@ def run_generate_loop(
             output = call.run_steps(made, streamer, chooser)
             output["hidden_states"] = None if not hidden else tuple(steps.hidden_states or ())
         else:
-            engine = workspace.engine(model.network, cache, chunk=CHUNK, chooser=chooser)
+            engine = workspace.engine(
+                model.network, cache, chunk=CHUNK, chooser=chooser, assistant=assistant
+            )
             output = call.run(engine, streamer, chooser)
     except (torch.OutOfMemoryError, CacheError) as error:
         full = torch.OutOfMemoryError
@@ -237,6 +242,8 @@ class _Call:
                 first_row=number * self.copies,
                 n=self.copies,
                 stream=stream,
+                prompt_lookup=asked.prompt_lookup_num_tokens,
+                lookup_ngram=asked.max_matching_ngram_size,
             )
 
     def _output(self, written: list[list[int]], chooser: BatchChooser | None) -> dict[str, Any]:

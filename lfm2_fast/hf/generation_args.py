@@ -53,6 +53,8 @@ class GenerationArgs:
     output_hidden_states: bool
     token_healing: bool
     return_dict_in_generate: bool
+    prompt_lookup_num_tokens: int  # 0 without
+    max_matching_ngram_size: int
 
     @property
     def copies(self) -> int:
@@ -187,6 +189,8 @@ def resolve_args(
         output_hidden_states=check.flag("output_hidden_states"),
         token_healing=check.flag("token_healing"),
         return_dict_in_generate=check.flag("return_dict_in_generate"),
+        prompt_lookup_num_tokens=check.count("prompt_lookup_num_tokens", least=1) or 0,
+        max_matching_ngram_size=check.count("max_matching_ngram_size", least=1) or 2,
     )
 
 

@@ -35,6 +35,8 @@ SUPPORTED = {
     "pad_token_id",
     "bos_token_id",
     "max_time",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
 }
 # What a call alone may have: functions and tensors, for transformers' logits processors.
 OF_THE_CALL = ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask")
@@ -67,7 +69,7 @@ FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 _CACHE = "the cache is this package's own"
 _COMPILED = "the kernels are compiled already"
-_ASSISTED = "it is a setting of assisted generation, of which there is none"
+_ASSISTED = "drafts change no token, and are as long as they save time"
 _GROUPS = "it is a setting of beam groups, of which there are none"
 # What changes no token that is written here, each with the values that ask for nothing, and why.
 WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -91,11 +93,9 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_lookbehind": ((10,), _ASSISTED),
     "assistant_ensemble_weight": ((), _ASSISTED),
     "target_lookbehind": ((10,), _ASSISTED),
-    "max_matching_ngram_size": ((), _ASSISTED),
     "speculation_type": ((), _ASSISTED),
 }
 
-_SPECULATION = "it comes with speculation, and changes how fast tokens come: leave it out"
 _CONSTRAINED = "use prefix_allowed_tokens_fn or a logits_processor"
 # What is not supported, each with the values that ask for nothing, and what to use instead.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -109,10 +109,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "attention is fused: use transformers' class with attn_implementation='eager'",
     ),
-    "prompt_lookup_num_tokens": ((), _SPECULATION),
-    "assistant_model": ((), _SPECULATION),
-    "assistant_tokenizer": ((), _SPECULATION),
-    "assistant_early_exit": ((), _SPECULATION),
+    "assistant_tokenizer": ((), "give an assistant_model with the model's own tokenizer"),
+    "assistant_early_exit": ((), "give an assistant_model, or prompt_lookup_num_tokens"),
     "custom_generate": ((), "call your own function with the model"),
     "synced_gpus": ((False,), "the model lies on one device"),
     "position_ids": ((), "leave it out: positions follow from attention_mask"),

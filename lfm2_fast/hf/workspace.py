@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.decode import Chooser
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.hf.transformers_weights import fused_weights
 from lfm2_fast.models.lfm2 import Lfm2
 
 
@@ -24,6 +28,8 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: WeakKeyDictionary[Cache, StepBuffers] = WeakKeyDictionary()
         self._idle: list[Cache] = []
+        # Transformers' model that drafted last, and the network that was made of it.
+        self._assistant: tuple[Any, Lfm2] | None = None
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
         return Workspace, ()
@@ -42,10 +48,36 @@ class Workspace:
         *,
         chunk: int | None = None,
         chooser: Chooser | None = None,
+        assistant: Lfm2 | None = None,
     ) -> Engine:
         """Return an engine on a cache, with the cache's step buffers."""
-        buffers = self.buffers(model, cache)
-        return Engine(model, cache=cache, buffers=buffers, chunk=chunk, chooser=chooser)
+        return Engine(
+            model,
+            cache=cache,
+            buffers=self.buffers(model, cache),
+            chunk=chunk,
+            chooser=chooser,
+            assistant=assistant,
+        )
+
+    def assistant(self, model: Any) -> Lfm2:
+        """Return the network of an assistant: of a model of ours, or made of transformers'.
+
+        It is made once for calls that follow one another. Raises TypeError for what is no model,
+        and as ``from_transformers`` does.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "assistant_model must be a model of load() or of transformers, not "
+                f"{type(model).__name__}"
+            )
+        network = getattr(model, "network", None)
+        if isinstance(network, Lfm2):
+            return network
+        if self._assistant is None or self._assistant[0] is not model:
+            config, weights = fused_weights(model)
+            self._assistant = (model, Lfm2(config.to_internal(), weights))
+        return self._assistant[1]
 
     def nbytes(self, cache: Cache) -> int:
         """Return the bytes of a cache's step buffers, as far as there are any."""

@@ -219,6 +219,12 @@ class Lfm2(nn.Module):
         return self.embedding_norm.weight.dtype
 
     @property
+    def verified_tokens(self) -> int:
+        """Most tokens of a step by ``ops.for_verification``; 0 where there is none."""
+        parts = (part for part in self.modules() if isinstance(part, Projection))
+        return self.ops.verified_tokens({part.format for part in parts}, self.dtype)
+
+    @property
     def has_hooked_layers(self) -> bool:
         """Return True if layers run a caller's Python, so that a step is run and not replayed."""
         return any(is_hooked(each) or not isinstance(each, Block) for each in self.layers)

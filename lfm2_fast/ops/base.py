@@ -7,6 +7,8 @@ whole operations, for the small ones that they are made of, or for both.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -16,7 +18,7 @@ from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.sampling import SamplingState, best_tokens, sample_ref
-from lfm2_fast.weights.formats import Projection
+from lfm2_fast.weights.formats import Format, Projection
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,6 +64,8 @@ class Ops:
     cpu_graph_rows = 0
     # True if a decode step reads only device tensors of ``Batch``. Captured work needs this.
     device_only = False
+    # True if a projection multiplies each token by itself, whose bits then know no other token.
+    by_token = False
 
     @property
     def uses_graphs(self) -> bool:
@@ -72,6 +76,24 @@ class Ops:
     def for_capture(self) -> Ops:
         """The operations for captured work and its warm-up run: launch options may differ."""
         return self
+
+    @property
+    def for_verification(self) -> Ops:
+        """The operations for a step in which several tokens may be of one slot, in their order.
+
+        Each token gets the bits that it gets in a step of its own. PyTorch's products do not keep
+        them, so plain PyTorch multiplies token by token: this is right, and gains no time.
+        """
+        made = copy(self)
+        made.by_token = True
+        return made
+
+    def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
+        """Return the most tokens of a step by ``for_verification``, 0 where it has none.
+
+        ``formats`` are those of the model's matrices, and ``dtype`` is that of its activations.
+        """
+        return 16
 
     @property
     def settling(self) -> Ops:
@@ -152,7 +174,10 @@ class Ops:
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """A projection alone: ``[T, K] -> [T, N]``."""
-        return ref.linear_ref(x, linear.dequantized(x.dtype), linear.bias)
+        weight = linear.dequantized(x.dtype)
+        if not self.by_token:
+            return ref.linear_ref(x, weight, linear.bias)
+        return torch.cat([ref.linear_ref(each, weight, linear.bias) for each in x.split(1)])
 
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ _penalize = torch.ops.lfm2_fast.penalize_native.default
 _warp = torch.ops.lfm2_fast.warp_native.default
 _draw = torch.ops.lfm2_fast.draw_native.default
 _advance = torch.ops.lfm2_fast.advance_native.default
+
+
+# Most tokens of a step that verifies drafts: more take so long that no drafts pay for them.
+MOST_VERIFIED = 32
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -96,7 +101,8 @@ class NativeStepOps(Ops):
     def gated_conv(
         self, bcx: torch.Tensor, conv: TapsLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        if batch.max_query != 1:
+        # Its threads run tokens in any order, so tokens of one slot are not for it.
+        if batch.max_query != 1 or self.by_token:
             return super().gated_conv(bcx, conv, window, batch)
         tokens, size = bcx.shape
         out = bcx.new_empty(tokens, size // 3)
@@ -115,6 +121,14 @@ class NativeOps(PendingResidualOps):
     name = "native"
     cpu_graph_rows = 16
     device_only = True
+
+    @property
+    def for_verification(self) -> NativeOps:
+        return self
+
+    def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
+        """Return the fewest of the tokens that the extension multiplies by a matrix itself."""
+        return min([MOST_VERIFIED, *(few_tokens(format, dtype) for format in formats)])
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         if len(x) > few_tokens(linear.format, norm.weight.dtype):

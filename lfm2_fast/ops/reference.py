@@ -111,15 +111,17 @@ def gated_conv_step_ref(
     window: torch.Tensor,
     batch: Batch,
 ) -> torch.Tensor:
-    """``gated_conv_ref`` for one token per sequence: gathers each window, writes one row of it."""
+    """``gated_conv_ref`` for one token per sequence: writes one row of each window, gathers it.
+
+    Tokens that follow one another may be of one slot: a row is written before any is read. The ring
+    must then hold all that these tokens read and write.
+    """
     ring, past = window.shape[1], weight.shape[1] - 1
     b, c, x = bcx.chunk(3, dim=-1)
-    bx = b * x
-    before = batch.positions[:, None] - torch.arange(past, 0, -1, device=bx.device)
-    old = window[batch.slots[:, None], before % ring].masked_fill(before[..., None] < 0, 0)
-    out = _taps(torch.cat([old, bx[:, None]], dim=1).transpose(1, 2), weight, bias)
-    window[batch.slots, batch.positions % ring] = bx
-    return c * out
+    window[batch.slots, batch.positions % ring] = b * x
+    taps = batch.positions[:, None] - torch.arange(past, -1, -1, device=bcx.device)
+    rows = window[batch.slots[:, None], taps % ring].masked_fill(taps[..., None] < 0, 0)
+    return c * _taps(rows.transpose(1, 2), weight, bias)
 
 
 def _taps(history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

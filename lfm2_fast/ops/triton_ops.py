@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
@@ -32,7 +33,7 @@ from lfm2_fast.ops.base import AttentionLike, ConvLike, Rope, TapsLike, epsilon
 from lfm2_fast.ops.reference import linear_ref
 from lfm2_fast.ops.residual import PendingResidual, PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
-from lfm2_fast.weights.formats import DENSE, INT8, Projection
+from lfm2_fast.weights.formats import DENSE, INT8, Format, Projection
 
 # Weight formats that the kernels read.
 FORMATS = (DENSE, INT8)
@@ -75,6 +76,10 @@ class TritonOps(PendingResidualOps):
         weight = torch.empty(linear.weight.shape, dtype=x.dtype, device=x.device)
         embed_triton(None, linear.weight, linear.weight_scale, weight)
         return linear_ref(x, weight, linear.bias)
+
+    def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
+        """Return 0: a kernel reads no keys and windows that its own launch writes."""
+        return 0
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x, linear)

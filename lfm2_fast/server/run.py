@@ -55,6 +55,7 @@ def create_app(
     timeout: float | None = None,
     max_body: int = 16 * 2**20,
     page: bool = True,
+    prompt_lookup: int = 0,
     **loading: Any,
 ) -> FastAPI:
     """Return the service of a model as an application, to be run or mounted in another one.
@@ -67,6 +68,7 @@ def create_app(
     requests are refused with 503. ``preset`` names sampling for requests that set none;
     ``chat_template`` is the text of a template. Pages of ``cors_origins`` may call. A request that
     takes more than ``timeout`` seconds, or a body of more than ``max_body`` bytes, is refused.
+    ``prompt_lookup`` is the engine's.
 
     The application's ``state.service`` has a ``close``, which a server calls at its end; an
     application that this one is mounted in must call it. Raises ImportError without the extra
@@ -106,7 +108,12 @@ def create_app(
         page=page,
     )
     engine = Engine(
-        model, max_rows=max_rows, max_length=max_model_len, memory=memory, max_waiting=max_queue
+        model,
+        max_rows=max_rows,
+        max_length=max_model_len,
+        memory=memory,
+        max_waiting=max_queue,
+        prompt_lookup=prompt_lookup,
     )
     engine.warm_up([defaults.sampling])
     return application(Service(engine, tokenizer, defaults, options))

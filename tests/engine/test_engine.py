@@ -551,6 +551,8 @@ class Schedules(RuleBasedStateMachine):
         self.engine = Engine(
             self.model, max_rows=rows, pages=pages, chunk=chunk, prefix_cache=keeps
         )
+        # Whatever steps cost, drafts are made.
+        self.engine.decode.speculation.costs.of = lambda tokens: 1.0
         self.asked: dict[int, tuple[Any, Request]] = {}
         self.found: dict[tuple[int, int], list[int]] = {}
         self.cancelled: set[int] = set()
@@ -560,11 +562,13 @@ class Schedules(RuleBasedStateMachine):
         count=st.sampled_from([1, 2, 9, 9, 70]),
         kind=st.sampled_from(sorted(KINDS)),
         n=st.integers(1, 2),
+        drafts=st.sampled_from([0, 6]),
     )
-    def add(self, prompt: int, count: int, kind: str, n: int) -> None:
+    def add(self, prompt: int, count: int, kind: str, n: int, drafts: int) -> None:
         given = KINDS[kind]
         if given.get("min_tokens", 0) > count:
             return
+        given = {**given, "prompt_lookup": drafts, "lookup_ngram": 1}
         request = Request(PROMPTS[prompt], max_tokens=count, seed=prompt, n=n, **given)
         self.asked[self.engine.add(request)] = (prompt, count, kind), request
 
@@ -604,7 +608,8 @@ class Schedules(RuleBasedStateMachine):
         all_is_free(self.engine)
         for id, (key, request) in self.asked.items():
             if key not in self.known:
-                self.known[key] = alone(self.model, replace(request, n=2))
+                plain = replace(request, n=2, prompt_lookup=0)
+                self.known[key] = alone(self.model, plain)
             for index, wanted in enumerate(self.known[key][: request.n]):
                 found = self.found.get((id, index), [])
                 assert found == wanted[: len(found)]

@@ -41,13 +41,17 @@ def test_transformers_pipeline(tiny: Path, pair: Callable, caplog: Any) -> None:
     assert "is not supported for text-generation" not in caplog.text
 
 
-def test_an_assistant_of_the_pipeline_is_refused_by_name(tiny: Path) -> None:
+def test_an_assistant_of_the_pipeline_changes_no_text(tiny: Path) -> None:
+    """The pipeline loads the assistant as transformers' class, of which ours is made."""
     from transformers import pipeline
 
-    model = lfm2_fast.load(tiny, device="cpu")
-    made = pipeline("text-generation", model=model, tokenizer=str(tiny), assistant_model=str(tiny))
-    with pytest.raises(ValueError, match="assistant_model=.* it comes with speculation"):
-        made("The database server", max_new_tokens=2)
+    texts = []
+    for named in ({}, {"assistant_model": str(tiny)}):
+        model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+        made = pipeline("text-generation", model=model, tokenizer=str(tiny), **named)
+        texts.append(made("The database server", max_new_tokens=20))
+        assert (model.workspace._assistant is not None) == bool(named)
+    assert texts[0] == texts[1]
 
 
 def test_an_adapter_on_our_model_is_refused(tiny: Path) -> None:

@@ -183,8 +183,8 @@ def test_what_is_no_ids_is_told(ours, inputs: Any, message: str) -> None:
 
 
 def test_a_model_in_an_argument_takes_no_page(models) -> None:
-    with pytest.raises(ValueError, match="^assistant_model=<Lfm2ForCausalLM> is not supp") as told:
-        models[1].generate([[1]], assistant_model=models[0])
+    with pytest.raises(ValueError, match="^assistant_tokenizer=<Lfm2ForCausalLM> is not") as told:
+        models[1].generate([[1]], assistant_tokenizer=models[0])
     assert len(str(told.value).splitlines()) == 1
 
 

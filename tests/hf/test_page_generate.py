@@ -39,6 +39,7 @@ CALL = {
     "stopping_criteria",
     "streamer",
     "tokenizer",
+    "assistant_model",
     *OF_THE_CALL,
 }
 
@@ -160,8 +161,10 @@ SAME: dict[str, dict[str, Any]] = {
         "negative_prompt_attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
     },
 }
-# Those that have tests of their own: test_steps.py, test_continued.py, test_generate.py.
+# Those that have tests of their own: test_steps.py, test_continued.py, test_generate.py,
+# test_speculation.py.
 ELSEWHERE = {"token_healing", "inputs_embeds", "past_key_values", "streamer", "tokenizer"}
+ELSEWHERE |= {"prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_model"}
 
 
 def test_each_that_is_the_same_has_a_trial() -> None:

@@ -1,0 +1,152 @@
+"""Length of drafts: as long as what is likely accepted outweighs what it costs to check."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+
+# A draft must promise this many times the tokens a second of a step without.
+LEAST_GAIN = 1.05
+# Share of a step that another token of it costs, as long as none was measured.
+TOKEN_COST = 0.1
+# Draft tokens whose outcomes count; older ones fade.
+REMEMBERED = 8.0
+# Steps without a draft before a kind of draft is tried again: after the first refusal, and at most.
+FIRST_REST, LONGEST_REST = 16, 512
+
+
+class StepCosts:
+    """Seconds that steps take by their tokens: medians of the latest.
+
+    The first ``warm`` of each size are not counted: what is captured is made then.
+    """
+
+    def __init__(self, warm: int) -> None:
+        self._warm = warm
+        self._times: dict[int, deque[float]] = {}
+        self._seen: dict[int, int] = {}
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Note what a step of ``tokens`` took."""
+        self._seen[tokens] = self._seen.get(tokens, 0) + 1
+        if self._seen[tokens] > self._warm:
+            self._times.setdefault(tokens, deque(maxlen=5)).append(seconds)
+
+    def of(self, tokens: int) -> float:
+        """Return the seconds of a step of ``tokens``, or an estimate by those that are known."""
+        known = sorted(self._times)
+        if not known:
+            return 1.0 + TOKEN_COST * tokens
+        below = [each for each in known if each <= tokens]
+        above = [each for each in known if each >= tokens]
+        if not below:
+            return self._median(above[0])
+        low = below[-1]
+        if not above:
+            more = TOKEN_COST * self._median(low)
+            if len(below) > 1:
+                rise = self._median(low) - self._median(below[-2])
+                more = max(rise / (low - below[-2]), 0.0)
+            return self._median(low) + more * (tokens - low)
+        high = above[0]
+        share = 0.0 if high == low else (tokens - low) / (high - low)
+        return self._median(low) * (1 - share) + self._median(high) * share
+
+    def _median(self, tokens: int) -> float:
+        return median(self._times[tokens])
+
+
+def median(values: Collection[float]) -> float:
+    """Return the middle value, of two the larger; Python's module for it imports much."""
+    return sorted(values)[len(values) // 2]
+
+
+@dataclass
+class _Rate:
+    """Outcomes of one kind of drafts, and how long they have not been tried."""
+
+    accepted: float = 0.5
+    tried: float = 1.0
+    skipped: int = 0
+    rest: int = FIRST_REST
+
+
+@dataclass
+class Acceptance:
+    """Chance that a drafted token is accepted, by the kind of draft; ``of_all`` is where it begins.
+
+    A kind that does not pay is tried again after a rest, which doubles each time.
+    """
+
+    of_all: Acceptance | None = None
+    _rates: dict[Hashable, _Rate] = field(default_factory=dict)
+
+    def _rate(self, kind: Hashable) -> _Rate:
+        if kind not in self._rates:
+            known = 0.5 if self.of_all is None else self.of_all.measured(kind)
+            self._rates[kind] = _Rate(accepted=known)
+        return self._rates[kind]
+
+    def measured(self, kind: Hashable) -> float:
+        """Return the share of accepted tokens among those that were tried."""
+        rate = self._rate(kind)
+        return rate.accepted / rate.tried
+
+    def chance(self, kind: Hashable) -> float:
+        """Return the chance that a draft is planned by: one half where its rest is over."""
+        rate = self._rate(kind)
+        return max(self.measured(kind), 0.5) if rate.skipped >= rate.rest else self.measured(kind)
+
+    def skip(self, kind: Hashable) -> None:
+        """Note that a draft was there and was not tried."""
+        self._rate(kind).skipped += 1
+
+    def note(self, kind: Hashable, accepted: int, refused: int) -> None:
+        """Note how many tokens of a draft were accepted, and whether one was refused."""
+        rate = self._rate(kind)
+        rested, rate.skipped = rate.skipped >= rate.rest, 0
+        if accepted and not rested:
+            rate.rest = FIRST_REST
+        elif rested:
+            rate.rest = min(2 * rate.rest, LONGEST_REST)
+        kept = min(REMEMBERED / rate.tried, 1.0)
+        rate.accepted, rate.tried = rate.accepted * kept + accepted, rate.tried * kept
+        rate.tried += accepted + refused
+        if self.of_all is not None:
+            self.of_all.note(kind, accepted, refused)
+
+
+def draft_lengths(
+    costs: StepCosts,
+    rows: int,
+    chances: Sequence[float],
+    most: Sequence[int],
+    room: int,
+    drafting: float = 0.0,
+) -> list[int]:
+    """Return how many tokens to draft for each row that may: the most new tokens a second.
+
+    The step has ``rows`` in all, and room for ``room`` drafted tokens. A row's first drafted token
+    is accepted by its chance, each further one by its chance again; ``most`` bounds its draft. The
+    tokens of a step are a power of two, so that few sizes are captured. ``drafting`` are the
+    seconds of one more token of all drafts.
+    """
+    counts, best = [0] * len(chances), [0] * len(chances)
+    values, expected = list(chances), float(rows)
+    most_rate = LEAST_GAIN * rows / costs.of(rows)
+    for total in range(1, room + 1):
+        open_rows = [i for i, count in enumerate(counts) if count < most[i]]
+        if not open_rows:
+            break
+        row = max(open_rows, key=lambda i: values[i])
+        expected += values[row]
+        values[row] *= chances[row]
+        counts[row] += 1
+        tokens = rows + total
+        if tokens & (tokens - 1):
+            continue
+        rate = expected / (costs.of(tokens) + drafting * max(counts))
+        if rate > most_rate:
+            most_rate, best = rate, list(counts)
+    return best

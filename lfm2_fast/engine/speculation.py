@@ -1,0 +1,195 @@
+"""Speculation: which rows of a step get drafts, of which tokens, and what has come of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.page_pool import CacheError
+from lfm2_fast.engine.assistant import Assistant
+from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
+from lfm2_fast.engine.logits import prepare
+from lfm2_fast.engine.prompt_lookup import PromptLookup
+from lfm2_fast.engine.request import Row
+from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.engine.verified_launch import Drafted, VerifiedLaunch
+from lfm2_fast.models.lfm2 import Lfm2
+
+# On a GPU: steps without a draft after which the host runs ahead, and how often it then looks.
+IDLE, LOOK = 32, 16
+# The kind of drafts that the assistant makes; those of lookups are above.
+ASSISTED = 0
+
+
+@dataclass
+class _Drafting:
+    """A row's lookup, the fate of its drafts, and the steps since the last of them."""
+
+    lookup: PromptLookup
+    acceptance: Acceptance
+    idle: int = 0
+    kind: int = 0
+
+
+@dataclass
+class _Found:
+    """A draft that could be made: of a row, from a place of its text, or by the assistant."""
+
+    number: int
+    drafting: _Drafting
+    place: int | None
+    kind: int
+    most: int
+
+
+class Speculation:
+    """Drafts tokens of rows that ask for it, and has steps verify them.
+
+    The text stays what it is without. A step has at most the tokens whose bits do not depend on
+    one another, and a row's draft what the conv windows can take back. ``prompt_lookup`` is that of
+    rows that say none. ``assistant`` drafts where a lookup finds nothing. ``drafted`` and
+    ``accepted`` count tokens.
+    """
+
+    def __init__(
+        self,
+        model: Lfm2,
+        cache: Cache,
+        buffers: StepBuffers,
+        *,
+        prompt_lookup: int = 0,
+        assistant: Assistant | None = None,
+    ) -> None:
+        self._model, self._cache, self._buffers = model, cache, buffers
+        self._prompt_lookup, self._assistant = prompt_lookup, assistant
+        if assistant is not None and not assistant.size:
+            self._assistant = None
+        self._size, self._ahead = model.verified_tokens, model.ops.captures
+        self._most = cache.ring - cache.past - 1
+        self._rows: WeakKeyDictionary[Row, _Drafting] = WeakKeyDictionary()
+        self._acceptance = Acceptance()
+        self.costs = StepCosts(warm=2 if model.ops.uses_graphs else 0)
+        self.drafted = self.accepted = 0
+
+    def waits(self, rows: Sequence[Row]) -> bool:
+        """Return True if the next step of ``rows`` may have drafts, so that all must be read."""
+        return any(self._looks(row) for row in rows)
+
+    def _most_looked_up(self, row: Row) -> int:
+        asked = row.request.prompt_lookup
+        return self._prompt_lookup if asked is None else asked
+
+    def _looks(self, row: Row) -> bool:
+        assisted = self._assistant is not None and row.request.assisted
+        if not self._size or not self._most or not (assisted or self._most_looked_up(row)):
+            return False
+        drafting = self._rows.get(row)
+        if drafting is None or not self._ahead:
+            return True
+        return drafting.idle < IDLE or drafting.idle % LOOK == 0
+
+    def count_step(self) -> None:
+        """Note that a step is launched, with drafts or without."""
+        for drafting in self._rows.values():
+            drafting.idle += 1
+
+    def launch(self, going: Sequence[tuple[Row, int]]) -> VerifiedLaunch | None:
+        """Run a step of ``going``, rows and places, with drafts; None where none is worth it.
+
+        All launches before must have been read.
+        """
+        found = [each for each in map(self._find, range(len(going)), going) if each is not None]
+        counts, room = [0] * len(found), self._size - len(going)
+        if any(row.request.adapter is not None for row, _ in going):
+            # The rows of a verified step have the model's own adapter, if any.
+            room = 0
+        if found and room > 0:
+            chances = [each.drafting.acceptance.chance(each.kind) for each in found]
+            most, drafting = [each.most for each in found], 0.0
+            if self._assistant is not None and any(each.place is None for each in found):
+                drafting = self._assistant.seconds(self.costs.of(len(going)))
+            counts = draft_lengths(self.costs, len(going), chances, most, room, drafting)
+        drafted = [Drafted(row, place, ()) for row, place in going]
+        ends = {row.slot: row.length for row, _ in going}
+        for each, count in zip(found, counts, strict=True):
+            ends[drafted[each.number].row.slot] += count
+        try:
+            if any(counts):
+                self._cache.make_room(ends)
+        except CacheError:
+            # A plain step may have its pages.
+            counts = [0] * len(found)
+        for each, count in zip(found, counts, strict=True):
+            if not count:
+                each.drafting.acceptance.skip(each.kind)
+        if not any(counts):
+            return None
+        self._draft([(each, n) for each, n in zip(found, counts, strict=True) if n], drafted)
+        return self._run(drafted)
+
+    def _draft(self, found: Sequence[tuple[_Found, int]], drafted: Sequence[Drafted]) -> None:
+        """Put tokens, so many of each draft that was found, into the rows of ``drafted``."""
+        assisted = []
+        for each, count in found:
+            each.drafting.kind = each.kind
+            if each.place is None:
+                assisted.append((drafted[each.number], count))
+            else:
+                draft = each.drafting.lookup.draft(each.place, count)
+                drafted[each.number].draft = draft
+        if assisted:
+            assert self._assistant is not None
+            rows, counts = [each.row for each, _ in assisted], [count for _, count in assisted]
+            drafts = self._assistant.draft(rows, counts)
+            for (own, _), draft in zip(assisted, drafts, strict=True):
+                own.draft = draft
+
+    def _run(self, drafted: list[Drafted]) -> VerifiedLaunch:
+        prepare(each.row for each in drafted)
+        begin = time.perf_counter()
+        launch = VerifiedLaunch(self._model, self._buffers, drafted)
+        tokens = launch.run(self._cache, self._size)
+        self.costs.add(tokens, time.perf_counter() - begin)
+        return launch
+
+    def _find(self, number: int, going: tuple[Row, int]) -> _Found | None:
+        """Return the draft that a row could have, if it asks for drafts and there is one."""
+        row, _ = going
+        if not self._looks(row):
+            return None
+        request = row.request
+        drafting = self._rows.get(row)
+        if drafting is None:
+            lookup = PromptLookup(request.lookup_ngram)
+            drafting = self._rows[row] = _Drafting(lookup, Acceptance(self._acceptance))
+        # The last token that is wanted is chosen, and does not run.
+        most = min(self._most, row.limit - len(row.written) - 1)
+        if most < 1:
+            return None
+        asked = self._most_looked_up(row)
+        if asked:
+            drafting.lookup.follow(request.prompt, row.written)
+            found = drafting.lookup.find()
+            if found is not None:
+                # Tokens that fit, by powers of two: the more, the likelier is the next.
+                place, kind = found[0], found[1].bit_length()
+                return _Found(number, drafting, place, kind, min(most, asked))
+        if self._assistant is None or not request.assisted:
+            return None
+        most = min(most, self._assistant.max_length - row.length)
+        return _Found(number, drafting, None, ASSISTED, most) if most > 0 else None
+
+    def note(self, launch: VerifiedLaunch) -> None:
+        """Learn from a step that was read."""
+        for each in launch.drafted:
+            if each.draft:
+                drafting = self._rows[each.row]
+                # A row that ended has refused nothing.
+                refused = not each.row.ended and each.accepted < len(each.draft)
+                drafting.acceptance.note(drafting.kind, each.accepted, int(refused))
+                drafting.idle = 0
+                self.drafted += len(each.draft)
+                self.accepted += each.accepted

@@ -1,0 +1,278 @@
+"""Drafts change no text: each request gets what it gets without, whatever runs beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.model_runner import new_cache
+from lfm2_fast.engine.prompt_lookup import PromptLookup
+from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.ops.sampling import SamplingParams
+from tests.batches import events_by_request, text
+from tests.engine.capturing import Capturing
+
+DRAWN = SamplingParams(do_sample=True, temperature=0.7, top_k=8)
+LOOP = text(40) * 2
+
+
+class Only:
+    """A constraint: of the vocabulary's multiples of three, and only after what was accepted."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def prepare(self, written: Sequence[int]) -> None: ...
+
+    def allowed(self, written: Sequence[int]) -> torch.Tensor:
+        assert len(written) == len(self.asked), "a draft was shown, or a token was skipped"
+        self.asked.append(written[-1] if written else -1)
+        bits = torch.arange(4096) % 3 == 0
+        return (bits.view(-1, 32).long() << torch.arange(32)).sum(1).int()
+
+
+@pytest.fixture
+def known(monkeypatch) -> list[list[int]]:
+    """Whole texts that lookups know from the first; of five tokens they tell one wrong.
+
+    Steps cost nothing more for more tokens, so that drafts are always made.
+    """
+    found: list[list[int]] = []
+
+    def draft(self: PromptLookup, place: int, count: int) -> list[int]:
+        at = len(self._text)
+        texts = [each for each in found if each[:at] == self._text]
+        drafted = [*(texts[0][at:] if texts else []), *range(20, 30)][:count]
+        return [t + ((at + i) % 5 == 0) for i, t in enumerate(drafted)]
+
+    monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
+    monkeypatch.setattr(PromptLookup, "find", lambda self: (1, 4))
+    monkeypatch.setattr(PromptLookup, "draft", draft)
+    return found
+
+
+def requests() -> list[Request]:
+    """Requests of all kinds; some end by a token or a condition in the middle of a draft."""
+    seen: list[int] = []
+
+    def hook(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append(len(tokens))
+        assert seen == list(range(seen[0], seen[0] + len(seen)))
+        return logits.index_fill(0, torch.tensor([tokens[-40]]), 50.0)
+
+    return [
+        Request(LOOP, max_tokens=50),
+        Request(LOOP, DRAWN, max_tokens=40, seed=3, n=2),
+        Request(text(9, 2), max_tokens=20),
+        Request(LOOP, SamplingParams(repetition_penalty=1.2), max_tokens=40),
+        Request(LOOP, replace(DRAWN, repetition_penalty=1.1), max_tokens=40, seed=9),
+        Request(LOOP, frequency_penalty=0.3, presence_penalty=0.2, max_tokens=40),
+        Request(LOOP, constraint=Only, max_tokens=30),
+        Request(LOOP, max_tokens=30, logprobs=3),
+        Request(LOOP, DRAWN, max_tokens=60, stop=lambda new: len(new) == 13, logprobs=0),
+        Request(LOOP, max_tokens=30, hook=hook, eos=(LOOP[20],)),
+        Request(LOOP, max_tokens=40, eos=(5, 9), min_tokens=7, logit_bias={LOOP[3]: 2.0}),
+    ]
+
+
+Texts = list[list[tuple[Any, ...]]]
+
+
+def texts(events: Sequence[Sequence[Event]], *, told: bool = False) -> Texts:
+    """Tokens, ends and, if they are to be ``told``, log-probabilities of each request."""
+    return [
+        [
+            (event.index, event.token, event.finish_reason, event.logprobs if told else None)
+            for event in sorted(own, key=lambda event: event.index)
+        ]
+        for own in events
+    ]
+
+
+def drafting(request: Request) -> Request:
+    return replace(request, prompt_lookup=7)
+
+
+def same_with_drafts(model: Lfm2, known: list[list[int]], **options: Any) -> Engine:
+    """Run all requests without drafts, then with them in most; the latter's engine."""
+    plain = events_by_request(Engine(model, max_rows=6), requests())
+    for request, events in zip(requests(), plain, strict=True):
+        for index in range(request.n):
+            new = [event.token for event in events if event.index == index]
+            known.append([*request.prompt, *new])
+    engine = Engine(model, **options)
+    given = [each if i == 2 else drafting(each) for i, each in enumerate(requests())]
+    assert texts(events_by_request(engine, given)) == texts(plain)
+    statistics = engine.statistics
+    assert statistics.drafted - 60 > statistics.accepted > 120
+    pool = engine.cache.pool
+    assert pool.used == (engine.cache.dummy_slot is not None)
+    assert sorted(engine.slots.free) == list(range(engine.max_rows))
+    return engine
+
+
+def test_texts_are_those_without_drafts(native, known) -> None:
+    same_with_drafts(native, known, max_rows=6)
+
+
+def test_a_row_alone_has_the_same_bits(native, known) -> None:
+    """Log-probabilities included: prompts run alike, and steps are equal to the bit."""
+    for request, again in zip(requests(), requests(), strict=True):
+        engine = Engine(native, max_rows=1, prefix_cache=False)
+        plain = events_by_request(engine, [request])
+        new = [event.token for event in plain[0] if event.index == 0]
+        known[:] = [[*request.prompt, *new]]
+        engine = Engine(native, max_rows=1, prefix_cache=False)
+        found = events_by_request(engine, [drafting(again)])
+        assert texts(found, told=True) == texts(plain, told=True)
+        assert engine.statistics.accepted > 4
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_texts_stay_where_the_host_runs_ahead(tiny, known, max_rows) -> None:
+    """In buckets, with a dummy slot or without, as on a GPU; the eager bodies in float64."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager").network
+    model.ops = Capturing()
+    same_with_drafts(model, known, max_rows=max_rows)
+
+
+def test_preempted_rows_go_on_with_their_drafts(native, known, monkeypatch) -> None:
+    step, steps = Engine.step, itertools.count(1)
+
+    def interrupted(engine: Engine) -> list[Event]:
+        if next(steps) % 4 == 0:
+            engine._preempt()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    engine = same_with_drafts(native, known, max_rows=4)
+    assert engine.statistics.preemptions > 5
+
+
+def test_only_accepted_tokens_are_shared(native, known) -> None:
+    """A later prompt hits the pages of a text that had drafts, and goes on as from none."""
+    engine = Engine(native, max_rows=2)
+    first = drafting(Request(LOOP, max_tokens=120))
+    written = [event.token for event in events_by_request(engine, [first])[0]]
+    again = Request([*LOOP, *written, 5], max_tokens=20)
+    hit = events_by_request(engine, [again])[0]
+    assert hit[0].cached_tokens >= 128
+    assert texts([hit])[0] == texts(events_by_request(Engine(native, max_rows=1), [again]))[0]
+
+
+def test_a_cancelled_row_gives_all_back(native, known) -> None:
+    engine = Engine(native, max_rows=1, prefix_cache=False)
+    for steps in range(1, 12):
+        id = engine.add(drafting(Request(LOOP, max_tokens=200)))
+        for _ in range(steps):
+            engine.step()
+        engine.cancel(id)
+        while engine.busy:
+            engine.step()
+        assert engine.cache.pool.used == 0 and engine.slots.free == [0]
+
+
+def test_a_draft_takes_no_page_from_others(native, known) -> None:
+    """A row whose draft would need a page that is not there takes a plain step."""
+    engine = Engine(native, max_rows=1, pages=2)
+    request = Request(LOOP[:60] * 2, max_tokens=8)
+    plain = texts(events_by_request(Engine(native, max_rows=1), [request]))
+    assert texts(events_by_request(engine, [drafting(request)])) == plain
+
+
+def test_windows_that_drafts_overwrote_are_made_again(native, known) -> None:
+    """A caller's cache goes back behind a refused draft: what the ring lost is replayed."""
+    model = native
+    cache = new_cache(model, 1, 512)
+    engine = Engine(model, cache=cache)
+    request = Request(LOOP, max_tokens=40)
+    engine.add(drafting(request), [0])
+    run = [event for _ in range(60) if engine.busy for event in engine.step()]
+    assert len(run) == 40 and engine.statistics.drafted > engine.statistics.accepted
+    kept = cache.history[0][:95]
+    shorter = Request([*kept, 7], max_tokens=10)
+    engine = Engine(model, cache=cache)
+    engine.add(shorter, [0])
+    found = [event.token for _ in range(30) if engine.busy for event in engine.step()]
+    wanted = events_by_request(Engine(model, max_rows=1), [shorter])[0]
+    assert found == [event.token for event in wanted]
+
+
+def test_an_assistant_changes_no_text(native, tiny, known) -> None:
+    """Rows with an assistant, with a lookup and without drafts stand in the same steps."""
+    wanted = texts(events_by_request(Engine(native, max_rows=6), requests()))
+    other = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16").network
+    engine = Engine(native, max_rows=6, assistant=other)
+    given = [
+        replace(each, assisted=i != 2, prompt_lookup=7 if i == 3 else None)
+        for i, each in enumerate(requests())
+    ]
+    assert texts(events_by_request(engine, given)) == wanted
+    # The same model agrees where no penalty, constraint or hook has a say, drawn tokens too.
+    assert engine.statistics.accepted > 0.6 * engine.statistics.drafted > 100
+
+
+def test_an_assistant_of_another_vocabulary_is_refused(native, random_checkpoint) -> None:
+    other = lfm2_fast.load(random_checkpoint(), device="cpu")
+    with pytest.raises(ValueError, match="vocabulary of 307 tokens and the model one of 4096"):
+        Engine(native, assistant=other)
+
+
+def test_a_lookup_finds_the_longest_and_latest_place() -> None:
+    lookup = PromptLookup(3)
+    lookup.follow([1, 2, 3, 9, 5, 2, 3, 8, 6, 1, 2, 3], [])
+    # Of [1, 2, 3] there is one place, which is before the later one of [2, 3].
+    assert lookup.find() == (3, 3)
+    assert lookup.draft(3, 4) == [9, 5, 2, 3]
+    # The text goes on elsewhere than drafted: its end [8] is looked up anew.
+    lookup.follow([1, 2, 3, 9, 5, 2, 3, 8, 6, 1, 2, 3], [8])
+    assert lookup.find() == (8, 3)
+    assert PromptLookup(2).find() is None
+    # A text that repeats itself is drafted beyond its end.
+    lookup = PromptLookup(2)
+    lookup.follow([4, 5, 6, 4, 5], [])
+    assert lookup.draft(lookup.find()[0], 7) == [6, 4, 5, 6, 4, 5, 6]
+
+
+def test_drafts_are_as_long_as_they_pay() -> None:
+    costs = StepCosts(warm=0)
+    for tokens, seconds in ((1, 1.0), (2, 1.15), (8, 2.0), (16, 4.0)):
+        costs.add(tokens, seconds)
+    lengths = [draft_lengths(costs, 1, [chance], [15], 15)[0] for chance in (0.05, 0.3, 0.7, 0.95)]
+    assert lengths == [0, 1, 3, 7]
+    # What is slower with more tokens, as plain PyTorch is, is never worth it.
+    dear = StepCosts(warm=0)
+    dear.add(1, 1.0)
+    dear.add(2, 2.0)
+    assert draft_lengths(dear, 1, [0.99], [7], 15) == [0]
+    # Two rows share what is left of the step's tokens; the likelier gets more.
+    assert draft_lengths(costs, 2, [0.9, 0.6], [7, 7], 6) == [5, 1]
+    # An assistant that costs half a step drafts nothing that is worth it.
+    assert draft_lengths(costs, 1, [0.6], [7], 7, drafting=0.6) == [0]
+
+
+def test_a_kind_that_loses_is_left_and_tried_again() -> None:
+    acceptance, costs, tried = Acceptance(), StepCosts(warm=0), []
+    costs.add(1, 1.0)
+    costs.add(2, 1.15)
+    for step in range(2000):
+        if draft_lengths(costs, 1, [acceptance.chance(3)], [7], 7)[0]:
+            acceptance.note(3, 0, 1)
+            tried.append(step)
+        else:
+            acceptance.skip(3)
+    # The worst case: its drafts cost 15 percent of a step each.
+    assert len(tried) * 0.15 / 2000 < 0.03 and len([at for at in tried if at > 500]) >= 2
+    while not acceptance.chance(3) >= 0.5:
+        acceptance.skip(3)
+    acceptance.note(3, 7, 0)
+    assert draft_lengths(costs, 1, [acceptance.chance(3)], [7], 7)[0] > 0
