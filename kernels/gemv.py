@@ -278,9 +278,15 @@ def launch(
     assert norm is None or norm.dtype == x.dtype
     if tokens == 0:
         return
+    rows = tiling.block_n * triton.next_power_of_2(parts)
     least = 64 // weight.element_size() * tiling.warps
     assert tiling.block_k % least == 0, f"block_k must be a multiple of {least}, got {tiling}"
-    assert tiling.block_n * triton.next_power_of_2(parts) % 8 == 0, f"too few rows in {tiling}"
+    assert rows % 8 == 0, f"too few rows in {tiling}"
+    block_k = tiling.block_k
+    if x.dtype == torch.float32:
+        # These pass through shared memory, of which some GPUs have 99 kB for a program.
+        fitting = 16384 // (16 + rows)
+        block_k = max(least, min(block_k, 1 << (fitting.bit_length() - 1)))
     with torch.cuda.device_of(x):
         kernel[(tiling.programs,)](
             x_ptr=x,
@@ -294,7 +300,7 @@ def launch(
             ITEM=weight.element_size(),
             PARTS=parts,
             BLOCK_N=tiling.block_n,
-            BLOCK_K=tiling.block_k,
+            BLOCK_K=block_k,
             WARPS=tiling.warps,
             num_warps=tiling.warps,
             # The loop over K is staged by hand, through registers.
