@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	&& echo $$p && break; done)
 
 .PHONY: help demo test test-clients check nightly lint peers bench bench-report bench-gpu bench-gpu-peers probe-gpu first-gpu tune-gpu aot sanitize
-.PHONY: test-gpu wheel clean
+.PHONY: test-gpu test-arm wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -60,6 +60,9 @@ aot: $(READY) ## Compile the Triton kernels for GPUs that are not here; table th
 
 test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, memcheck, racecheck
 	PYTHON=$(PYTHON) bench/gpu/test_gpu.sh
+
+test-arm: $(READY) ## Cross-compile for AArch64; run the CPU code's tests and the package under emulation
+	PYTHON=$(abspath $(BIN))/python tests/arm/run.sh
 
 bench-gpu: ## On a GPU, offline, under nine minutes: the gate, then what decoding takes, as JSON
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.decode

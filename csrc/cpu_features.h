@@ -1,9 +1,27 @@
-// Which compilers can make code for newer x86-64 machines than the one that they build for, and
-// which instructions with files of their own, *_avx*.cpp, the machine at hand has.
+// Which compilers can make code for newer machines than the one that they build for, and which
+// instructions with files of their own, *_avx*.cpp and *_neon*.cpp, the machine at hand has.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define LFM2_GCC_X86
+#endif
+
+// On AArch64 GCC makes code for any machine; others for the one that they are told of.
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__)
+#define LFM2_GCC_ARM
+#endif
+#if defined(LFM2_GCC_ARM) || (defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD))
+#define LFM2_ARM_DOT
+#endif
+#if defined(LFM2_GCC_ARM) || (defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8))
+#define LFM2_ARM_I8MM
+#endif
+#if defined(LFM2_GCC_ARM) || (defined(__aarch64__) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define LFM2_ARM_BF16
+#endif
+
+#if defined(LFM2_GCC_ARM) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 // LFM2_NO_CLONES leaves those files aside, so that the plain bodies are tested on any machine.
@@ -20,4 +38,34 @@
 #define LFM2_HAS_AVX512VNNI false
 #define LFM2_HAS_AVXVNNI false
 #define LFM2_HAS_AVX2 false
+#endif
+
+// Every AArch64 has NEON.
+#if defined(__aarch64__) && !defined(LFM2_NO_CLONES)
+#define LFM2_HAS_NEON true
+#else
+#define LFM2_HAS_NEON false
+#endif
+#if defined(LFM2_GCC_ARM) && defined(__linux__) && !defined(LFM2_NO_CLONES)
+// By the kernel's numbers, which older headers do not name.
+#define LFM2_HAS_ARM_DOT ((getauxval(AT_HWCAP) >> 20 & 1) != 0)
+#define LFM2_HAS_ARM_I8MM ((getauxval(AT_HWCAP2) >> 13 & 1) != 0)
+#define LFM2_HAS_ARM_BF16 ((getauxval(AT_HWCAP2) >> 14 & 1) != 0)
+#else
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && !defined(LFM2_NO_CLONES)
+#define LFM2_HAS_ARM_DOT true
+#else
+#define LFM2_HAS_ARM_DOT false
+#endif
+#if defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8) && !defined(LFM2_NO_CLONES)
+#define LFM2_HAS_ARM_I8MM true
+#else
+#define LFM2_HAS_ARM_I8MM false
+#endif
+#if defined(__aarch64__) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && \
+    !defined(LFM2_NO_CLONES)
+#define LFM2_HAS_ARM_BF16 true
+#else
+#define LFM2_HAS_ARM_BF16 false
+#endif
 #endif

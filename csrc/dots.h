@@ -21,6 +21,14 @@ struct alignas(64) Line {
   char bytes[64];
 };
 
+// to[i] = the sum of the lanes of folded[i], of eight rows
+template <class V, class T>
+LFM2_INLINE void totals(const V* folded, T* to) {
+  V all;
+  sum_lanes(folded, all);
+  std::memcpy(to, &all, sizeof all);
+}
+
 // How numbers are multiplied, kNumbers at once: here in float, whatever they are. Of 8-bit integers
 // a lane's sum is exact up to 16,640 terms: it is less than 2^24 then.
 struct WideStep {
@@ -43,11 +51,13 @@ struct WideStep {
     load(from, into.first, into.second);
   }
   static LFM2_INLINE void add(const Row& row, const Packed& token, Sum& sum) {
-    const auto* numbers = reinterpret_cast<const LooseLanes*>(&token);
-    sum.first += row.first * numbers[0];
-    sum.second += row.second * numbers[1];
+    Row numbers;
+    load(reinterpret_cast<const float*>(&token), numbers.first, numbers.second);
+    sum.first += row.first * numbers.first;
+    sum.second += row.second * numbers.second;
   }
   static LFM2_INLINE void fold(const Sum& sum, Lanes& lanes) { lanes = sum.first + sum.second; }
+  static LFM2_INLINE void total(const Lanes* folded, float* to) { totals(folded, to); }
 };
 
 // The same sums of bfloat16 tokens that are widened where they are multiplied: of one or two tokens
@@ -184,11 +194,7 @@ LFM2_INLINE void dots_of_group(const typename Step::Packed* x, Rows<const W> wei
     for (; r < kLanes; ++r) {
       for (int m = 0; m < M; ++m) folded[m * kLanes + r] = typename Step::Folded{};
     }
-    for (int m = 0; m < M; ++m) {
-      typename Step::Folded all;
-      sum_lanes(folded + m * kLanes, all);
-      std::memcpy(sums + m * stride + n - first, &all, sizeof all);
-    }
+    for (int m = 0; m < M; ++m) Step::total(folded + m * kLanes, sums + m * stride + n - first);
   }
 }
 
@@ -237,5 +243,15 @@ void dots_avx512vnni(const Line* x, const int32_t* token_sums, int64_t tokens,
 
 void dots_avx2(const Line* x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
                int64_t first, int64_t last, int32_t* sums, int64_t stride);
+
+void dots_neonbf16(const Line* x, int64_t tokens, Rows<const bf16> weight, int64_t size,
+                   int64_t first, int64_t last, float* sums, int64_t stride);
+
+void dots_neondot(const Line* x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
+                  int64_t first, int64_t last, int32_t* sums, int64_t stride);
+
+// Tokens are packed by twos (`pack_pairs`).
+void dots_neoni8mm(const Line* x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
+                   int64_t first, int64_t last, int32_t* sums, int64_t stride);
 
 }  // namespace lfm2

@@ -48,6 +48,7 @@ struct SignStep {
   static LFM2_INLINE void fold(const Sum& sum, Places& lanes) {
     lanes = reinterpret_cast<Places>(sum.lanes);
   }
+  static LFM2_INLINE void total(const Places* folded, int32_t* to) { totals(folded, to); }
 };
 
 }  // namespace

@@ -39,6 +39,7 @@ struct PairStep {
     lanes = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
             __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
   }
+  static LFM2_INLINE void total(const Lanes* folded, float* to) { totals(folded, to); }
 };
 
 }  // namespace

@@ -41,6 +41,7 @@ struct QuadStep {
     lanes = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
             __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
   }
+  static LFM2_INLINE void total(const Places* folded, int32_t* to) { totals(folded, to); }
 };
 
 }  // namespace

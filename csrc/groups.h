@@ -119,7 +119,7 @@ LFM2_INLINE void byte_lanes(const uint8_t* from, int64_t second, Lanes& to) {
   } else {
     wide = second ? wide >> 8 : wide & 0xFF;
   }
-  to = __builtin_convertvector(wide, Lanes);
+  to_floats(wide, to);
 }
 
 // Scales of the groups of piece `p`, and their minimums: one of each, or of each half.
@@ -157,8 +157,8 @@ LFM2_INLINE void scales_of(const uint8_t* from, int64_t p, Lanes* scale, Lanes* 
         Isa::halves(here, scale[i]);
         if constexpr (F::kMinimums) Isa::halves(here + 2 * kLanes, minimum[i]);
       } else {
-        scale[i] = *reinterpret_cast<const LooseLanes*>(here);
-        minimum[i] = *reinterpret_cast<const LooseLanes*>(here + 4 * kLanes);
+        load(here, scale[i]);
+        load(here + 4 * kLanes, minimum[i]);
       }
     }
   }
@@ -171,10 +171,12 @@ LFM2_INLINE void add_piece(const typename Isa::Ints* rows, const Lanes* scale,
   const int8_t* token = x.numbers + at * kPiece;
   const float by = x.scales[at];
   Places products;
+  Lanes floats;
   if constexpr (F::kGroup == 16) {
     for (int i = 0; i < 2; ++i) {
       Isa::dots_of_sixteen(rows + 4 * i, token + 16 * i, products);
-      sum += __builtin_convertvector(products, Lanes) * (scale[i] * by);
+      to_floats(products, floats);
+      sum += floats * (scale[i] * by);
       if constexpr (F::kMinimums) sum += minimum[i] * x.half_sums[2 * at + i];
     }
   } else {
@@ -187,7 +189,8 @@ LFM2_INLINE void add_piece(const typename Isa::Ints* rows, const Lanes* scale,
       Isa::dots_of_sixteen(rows + 4, token + 16, more);
       products += more;
     }
-    sum += __builtin_convertvector(products, Lanes) * (scale[0] * by);
+    to_floats(products, floats);
+    sum += floats * (scale[0] * by);
     if constexpr (F::kMinimums) sum += minimum[0] * x.sums[at];
   }
 }
@@ -234,5 +237,7 @@ void groups_plain(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lane
 void groups_avx2(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
 void groups_avxvnni(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
 void groups_avx512vnni(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
+void groups_neon(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
+void groups_neondot(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
 
 }  // namespace lfm2

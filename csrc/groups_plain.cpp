@@ -17,15 +17,19 @@ struct Plain {
   };
 
   static LFM2_INLINE void halves(const uint8_t* from, Lanes& to) {
+    float each[kLanes];
     for (int r = 0; r < kLanes; ++r) {
       fp16 word;
       std::memcpy(&word, from + 2 * r, sizeof word);
-      to[r] = widen(word);
+      each[r] = widen(word);
     }
+    std::memcpy(&to, each, sizeof to);
   }
 
   static LFM2_INLINE void words(const uint8_t* from, Places& to) {
-    for (int r = 0; r < kLanes; ++r) to[r] = from[2 * r] | from[2 * r + 1] << 8;
+    int32_t each[kLanes];
+    for (int r = 0; r < kLanes; ++r) each[r] = from[2 * r] | from[2 * r + 1] << 8;
+    std::memcpy(&to, each, sizeof to);
   }
 
   static LFM2_INLINE void nibbles(const uint8_t* from, Ints* rows) {

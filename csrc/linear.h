@@ -49,6 +49,26 @@ LFM2_CLONES void scale(const P* products, const float* token_scales, const float
   }
 }
 
+// The bodies of dots.h that this machine runs fastest; null where it has none but the plain one.
+using Bf16Dots = void (*)(const Line* x, int64_t tokens, Rows<const bf16> weight, int64_t size,
+                          int64_t first, int64_t last, float* sums, int64_t stride);
+using Int8Dots = void (*)(const Line* x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
+                          int64_t first, int64_t last, int32_t* sums, int64_t stride);
+
+inline Bf16Dots bf16_dots() {
+  if (LFM2_HAS_AVX512BF16) return &dots_avx512bf16;
+  return LFM2_HAS_ARM_BF16 ? &dots_neonbf16 : nullptr;
+}
+
+// Of one or two tokens SDOT reads a row as fast as memory does, and needs no second row.
+inline bool by_pairs(int64_t tokens) { return LFM2_HAS_ARM_I8MM && tokens > 2; }
+
+inline Int8Dots int8_dots(int64_t tokens) {
+  if (LFM2_HAS_AVX2) return &dots_avx2;
+  if (by_pairs(tokens)) return &dots_neoni8mm;
+  return LFM2_HAS_ARM_DOT ? &dots_neondot : nullptr;
+}
+
 // Tokens and the matrix that multiplies them, both in floats of one type.
 template <class T>
 class Dense {
@@ -58,7 +78,7 @@ class Dense {
     lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
     if constexpr (std::is_same_v<T, bf16>) {
       constexpr int64_t kPairs = sizeof(Line) / sizeof(bf16);
-      if (LFM2_HAS_AVX512BF16) {
+      if (bf16_dots() != nullptr) {
         pack<kPairs>(x, tokens, size, kTogether, lines_.data());
         return;
       }
@@ -74,8 +94,8 @@ class Dense {
   void dots(int64_t first, int64_t last, float* sums) const {
     const Line* x = lines_.data();
     if constexpr (std::is_same_v<T, bf16>) {
-      if (LFM2_HAS_AVX512BF16) {
-        return dots_avx512bf16(x, tokens_, weight_, size_, first, last, sums, kChunk);
+      if (const Bf16Dots body = bf16_dots()) {
+        return body(x, tokens_, weight_, size_, first, last, sums, kChunk);
       }
       if (tokens_ <= NarrowStep::kTogether) {
         return wide_dots<NarrowStep>(x, tokens_, weight_, size_, first, last, sums);
@@ -100,13 +120,17 @@ class Int8 {
         tokens_(tokens),
         weight_(weight),
         row_scales_(row_scales),
-        size_(size) {
-    if (LFM2_HAS_AVX2) {
-      lines_.resize(tokens * steps_of(size, sizeof(Line)));
-      pack<sizeof(Line)>(x, tokens, size, kTogether, lines_.data());
-    } else {
-      lines_.resize(tokens * steps_of(size, WideStep::kNumbers));
+        size_(size),
+        body_(int8_dots(tokens)) {
+    const int64_t padded = by_pairs(tokens) ? (tokens + 1) / 2 * 2 : tokens;
+    const int64_t numbers = body_ == nullptr ? WideStep::kNumbers : sizeof(Line);
+    lines_.resize(padded * steps_of(size, numbers));
+    if (body_ == nullptr) {
       pack_wide(x, tokens, size, lines_.data());
+    } else if (by_pairs(tokens)) {
+      pack_pairs(x, tokens, size, lines_.data());
+    } else {
+      pack<sizeof(Line)>(x, tokens, size, kTogether, lines_.data());
     }
     if (LFM2_HAS_AVX512VNNI) {
       token_sums_.resize(tokens);
@@ -117,7 +141,7 @@ class Int8 {
   // sums[m * kChunk + n - first] = x[m] . weight[n], scaled
   void dots(int64_t first, int64_t last, float* sums) const {
     const Line* x = lines_.data();
-    if (!LFM2_HAS_AVX2) {
+    if (body_ == nullptr) {
       wide_dots<WideStep>(x, tokens_, weight_, size_, first, last, sums);
       return scale(sums, token_scales_, row_scales_, tokens_, first, last, sums);
     }
@@ -126,7 +150,7 @@ class Int8 {
       dots_avx512vnni(x, token_sums_.data(), tokens_, weight_, size_, first, last, products,
                       kChunk);
     } else {
-      dots_avx2(x, tokens_, weight_, size_, first, last, products, kChunk);
+      body_(x, tokens_, weight_, size_, first, last, products, kChunk);
     }
     scale(products, token_scales_, row_scales_, tokens_, first, last, sums);
   }
@@ -137,6 +161,7 @@ class Int8 {
   Rows<const int8_t> weight_;
   const float* row_scales_;
   int64_t size_;
+  Int8Dots body_;
   std::vector<Line> lines_;
   std::vector<int32_t> token_sums_;
 };
@@ -145,7 +170,9 @@ class Int8 {
 inline GroupDots group_dots() {
   if (LFM2_HAS_AVX512VNNI) return &groups_avx512vnni;
   if (LFM2_HAS_AVXVNNI) return &groups_avxvnni;
-  return LFM2_HAS_AVX2 ? &groups_avx2 : &groups_plain;
+  if (LFM2_HAS_AVX2) return &groups_avx2;
+  if (LFM2_HAS_ARM_DOT) return &groups_neondot;
+  return LFM2_HAS_NEON ? &groups_neon : &groups_plain;
 }
 
 // The same of a matrix in groups, and of tokens rounded in groups.

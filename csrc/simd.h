@@ -5,6 +5,11 @@
 
 #include "dtypes.h"
 
+// GCC for AArch64 keeps vectors in memory that are longer than a register: there they are pairs.
+#if defined(__aarch64__) && !defined(__clang__)
+#include "simd_pairs.h"
+#else
+
 // Lanes of two vectors, by number, those of the second after those of the first. GCC 11 knows its
 // own word alone, clang the other alone.
 #if defined(__clang__) || __GNUC__ >= 12
@@ -25,6 +30,14 @@ typedef int32_t LooseQuads __attribute__((vector_size(16), aligned(1), may_alias
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPair = 2 * kLanes;  // numbers that one load takes
+
+LFM2_INLINE void load(const void* from, Lanes& lanes) {
+  lanes = *reinterpret_cast<const LooseLanes*>(from);
+}
+
+LFM2_INLINE void to_floats(const Places& integers, Lanes& floats) {
+  floats = __builtin_convertvector(integers, Lanes);
+}
 
 // Sixteen numbers in two vectors, in the order that is cheapest for their type: 16-bit types come
 // as words of two neighbours, so the vectors hold those at even and those at odd places.
@@ -96,3 +109,4 @@ LFM2_INLINE void sum_lanes(const V* v, V& sums) {
 }
 
 }  // namespace lfm2
+#endif
