@@ -88,6 +88,12 @@ class LastTile {
   std::vector<uint8_t> scales_;
 };
 
+// A row's numbers are rounded before a minimum is added, as the formats say.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 // Row `row` of a matrix, as numbers.
 template <class T>
 void widen_row(const GroupMatrix& matrix, int64_t row, T* to) {
@@ -142,5 +148,9 @@ void widen_row(const GroupMatrix& matrix, int64_t row, T* to) {
     }
   });
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 }  // namespace lfm2
