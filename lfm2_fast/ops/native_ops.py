@@ -34,6 +34,7 @@ _flash_prefill = torch.ops.lfm2_fast.flash_prefill_native.default
 _norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
 _linear_add = torch.ops.lfm2_fast.linear_add_native.default
 _norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
+_low_rank = torch.ops.lfm2_fast.low_rank_native.default
 _quantize = torch.ops.lfm2_fast.quantize_native.default
 _finish_products = torch.ops.lfm2_fast.finish_products_native.default
 _best_tokens = torch.ops.lfm2_fast.best_tokens_native.default
@@ -93,6 +94,11 @@ def few_tokens(format: Format, dtype: torch.dtype) -> int:
     return 0
 
 
+# Most tokens whose low-rank changes the extension multiplies itself; PyTorch's products of more are
+# faster.
+FEW_ADAPTED = 32
+
+
 class NativeStepOps(Ops):
     """The GPU's body, of the convolution's step; all else is plain PyTorch."""
 
@@ -129,6 +135,16 @@ class NativeOps(PendingResidualOps):
     def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
         """Return the fewest of the tokens that the extension multiplies by a matrix itself."""
         return min([MOST_VERIFIED, *(few_tokens(format, dtype) for format in formats)])
+
+    def add_low_rank(
+        self, x: torch.Tensor, linear: Projection, product: torch.Tensor
+    ) -> torch.Tensor:
+        stack = linear.adapters
+        if self.entries is None or stack is None or len(x) > FEW_ADAPTED:
+            return super().add_low_rank(x, linear, product)
+        changes = stack.down, stack.up, stack.gain, stack.shift, stack.ends
+        _low_rank(x, self.entries, *changes, linear.bias, product)
+        return product
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         if len(x) > few_tokens(linear.format, norm.weight.dtype):

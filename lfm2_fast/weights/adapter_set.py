@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.config import CheckpointError, Config
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights.adapter import Adapter, LowRank, read_adapter
 from lfm2_fast.weights.adapter_stack import AdapterStack
 from lfm2_fast.weights.formats import DENSE, Projection
