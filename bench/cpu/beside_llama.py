@@ -22,7 +22,7 @@ from bench.cpu.peers import CASES, interleave
 from bench.cpu.references import ALLOWED
 from bench.gate import PROMPT, STEPS, wrong_logits
 from bench.report import results
-from bench.report.goals import goal_table, verdicts
+from bench.report.goals import GOALS, INT4_AT_1_2B, goal_table, verdicts
 from bench.report.results import Figure
 from bench.report.tables import figure_table
 from bench.shapes import SIZES, checkpoint, config_of
@@ -103,7 +103,8 @@ def main() -> None:
     found |= {"others": others.seen(), "figures": results.as_json(figures)}
     out = given.out or results.RESULTS / f"beside-{given.kind}-{given.size}.json"
     results.write(out, found)
-    print(f"{figure_table(figures, names)}\n\n{goal_table(verdicts(figures))}")
+    goals = GOALS if given.size == "350M" else [INT4_AT_1_2B]
+    print(f"{figure_table(figures, names)}\n\n{goal_table(verdicts(figures, goals))}")
     print(f"written: {out}; meanwhile: {found['others']}")
 
 

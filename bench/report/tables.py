@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.report import gpu_tables, http_table
 from bench.report.goals import OURS, goal_table, verdicts
+from bench.report.int4_table import int4_table
 from bench.report.markdown import markdown, number
 from bench.report.results import RESULTS, ROOT, Figure, commit_of, read
 from bench.report.stats import ratio
@@ -219,6 +220,7 @@ def tables() -> dict[str, Callable[[], str]]:
         if path.is_file():
             whole = json.loads(path.read_text(encoding="utf-8"))
             made[name] = lambda w=whole, t=table: t(w)
+    made["int4"] = lambda: int4_table(RESULTS)
     return made | gpu_tables.tables(RESULTS) | http_table.tables(RESULTS)
 
 

@@ -43,6 +43,9 @@ class Batch:
     step is a part of; None means ``lengths``. RoPE scaling that goes by the length takes these, so
     that a prompt in chunks has the frequencies of its whole length in each of them.
 
+    ``adapters [B]`` int64, on the device, are the sequences' entries in the stacks of adapters, 0
+    for none. None means that all have the model's active one.
+
     ``host`` has the same numbers on the host, for implementations that need them there. It is None
     for captured work, whose numbers are known on the device alone. Tokens after the last sequence
     are padding and touch nothing; a captured prompt has them, up to its fixed size.
@@ -56,6 +59,7 @@ class Batch:
     host: HostBatch | None = None
     final_lengths: torch.Tensor | None = None
     write_from: torch.Tensor | None = None
+    adapters: torch.Tensor | None = None
 
     @classmethod
     def prepare(

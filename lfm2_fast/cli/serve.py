@@ -14,7 +14,6 @@ REFUSED = {
     "tensor_parallel_size": "run as many servers, one a device, behind a router",
     "context_shift": "it drops the middle of a text unseen; ask for fewer tokens, or start anew",
     "embeddings": "load the checkpoint with sentence-transformers instead",
-    "adapter": "merge the adapter into the weights, and serve those",
 }
 LOOPBACK = ("127.", "localhost", "::1")
 
@@ -57,7 +56,13 @@ def serve(
     gguf_file: opt.GGUFFile = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
-    adapter: Annotated[str | None, typer.Option(hidden=True)] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="LoRA adapter that clients name; repeatable."),
+    ] = None,
+    load_adapters: Annotated[
+        bool, typer.Option("--load-adapters", help="Let clients load adapters from any path.")
+    ] = False,
     tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
     context_shift: Annotated[bool, typer.Option("--context-shift", hidden=True)] = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", hidden=True)] = False,
@@ -80,6 +85,7 @@ def serve(
     template = None if chat_template is None else opt.read_text(chat_template)
     loading = opt.loading_options(context)
     check_options(**loading)
+    adapters = dict(_named(each) for each in adapter or ())
     terminal = Terminal()
     # Whoever else has the port is told before the weights are loaded.
     bound = bound_socket(host, port)
@@ -101,6 +107,8 @@ def serve(
             max_body=max_body,
             page=page,
             prompt_lookup=prompt_lookup,
+            adapters=adapters,
+            load_adapters=load_adapters,
         )
         service = app.state.service
         terminal.note(f"sampling: {service.defaults.words}")
@@ -114,6 +122,14 @@ def serve(
 
         run(app, bound, drain, ready)
         terminal.note("left")
+
+
+def _named(adapter: str) -> tuple[str, str]:
+    """Return name and path of ``NAME=PATH``. Raises ValueError for what is none."""
+    name, _, path = adapter.partition("=")
+    if not name or not path:
+        raise ValueError(f"--adapter {adapter!r} is not NAME=PATH")
+    return name, path
 
 
 def _log_requests() -> None:

@@ -118,7 +118,15 @@ class Assistant:
         draws = any(row.request.sampling.do_sample for row in rows)
         size = bucket(len(tokens), cache)
         hooked = self._runner.hooked
-        own.run_steps(model, cache, size, choose=not draws, hooked=hooked, verified=True)
+        own.run_steps(
+            model,
+            cache,
+            size,
+            choose=not draws,
+            hooked=hooked,
+            verified=True,
+            adapted=own.adapted(model, slots),
+        )
         for row, run in zip(rows, runs, strict=True):
             for token in run:
                 cache.commit_token(row.slot, token)

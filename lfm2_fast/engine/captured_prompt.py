@@ -71,15 +71,19 @@ class CapturedPrompt:
         host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
         self.inputs.copy_(host, non_blocking=True)
 
+        adapters = buffers.adapters if buffers.adapted(model, [slot]) else None
+
         def body() -> None:
-            batch = self.batch(on_host=not model.ops.device_only)
+            batch = self.batch(on_host=not model.ops.device_only, adapters=adapters)
             padded = self.inputs[: self.size]
             self.logits.copy_(model(padded, batch, cache, batch.last_rows))
 
-        buffers.run_captured(model, cache, ("prompt", self.size), body)
+        buffers.run_captured(model, cache, ("prompt", self.size, adapters is None), body)
 
-    def batch(self, *, on_host: bool) -> Batch:
+    def batch(self, *, on_host: bool, adapters: torch.Tensor | None = None) -> Batch:
         """Return the prompt as a batch; ``on_host`` waits for its numbers.
+
+        ``adapters`` are those of every slot.
 
         Operations that capture read device tensors alone, so only tests ask for it.
         """
@@ -96,4 +100,5 @@ class CapturedPrompt:
             max_query=self.size,
             host=host,
             write_from=ends[4:].int(),
+            adapters=None if adapters is None else adapters.index_select(0, ends[2:3]),
         )

@@ -222,6 +222,7 @@ class DecodeLoop:
             choose=not on_logits,
             steps=steps,
             hooked=self.hooked,
+            adapted=self.buffers.adapted(self.model, (row.slot for row, _ in going)),
         )
         if self.speculation is not None and not self.lag:
             self.speculation.costs.add(count, perf_counter() - begin)

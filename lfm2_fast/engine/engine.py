@@ -186,6 +186,8 @@ class Engine:
         """
         self._check_awake()
         request.check(self.model.config.vocab_size, self.max_length)
+        adapters = self.model.adapters
+        adapter = adapters.active if request.adapter is None else adapters.find(request.adapter)
         waiting = len(self.scheduler.waiting) - len(self.slots.free)
         if self.max_waiting is not None and waiting >= self.max_waiting:
             raise QueueFull(
@@ -203,6 +205,7 @@ class Engine:
                 index=index,
                 limit=min(request.max_tokens or room, room),
                 arrival=self._arrivals,
+                adapter=adapter,
                 arrived=now,
                 pinned=None if slots is None else slots[index],
             )

@@ -74,7 +74,8 @@ class ModelRunner:
     """``prefill``, then ``step`` until done, over the slots of one cache.
 
     Every slot can be at another place in another sequence. The cache's ``history`` follows what
-    was run, so that a later call can tell which prefix it holds. ``buffers`` are those of steps on
+    was run, so that a later call can tell which prefix it holds. The texts have the model's active
+    adapter, unless ``buffers.set_adapter`` is told another. ``buffers`` are those of steps on
     the cache; new ones are made if none are given. Where layers have hooks, nothing
     is captured. Hooks are looked for once, here: HookError is raised for one that would never be
     called.
@@ -86,6 +87,9 @@ class ModelRunner:
         self.cache = cache
         self.buffers = StepBuffers(model, cache) if buffers is None else buffers
         self.hooked = model.has_hooked_layers
+        active = model.adapters.active
+        for slot in range(cache.slots):
+            self.buffers.set_adapter(slot, 0 if active is None else active.entry)
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Run each prompt, of at least one token, in its slot; logits ``[B, V]`` of the last ones.
@@ -128,7 +132,8 @@ class ModelRunner:
         cache.reserve(batch)
         buffers = self.buffers
         buffers.load_inputs(tokens, batch, cache)
-        buffers.run_steps(model, cache, bucket(count, cache), choose=False)
+        adapted = buffers.adapted(model, slots)
+        buffers.run_steps(model, cache, bucket(count, cache), choose=False, adapted=adapted)
         cache.commit_batch(batch)
         cache.record_tokens(batch, [[token] for token in tokens])
         assert buffers.logits is not None
@@ -161,6 +166,7 @@ class ModelRunner:
         prompt = CapturedPrompt.of(model, self.buffers, total) if alone else None
         device = model.device if prompt is None else "cpu"
         batch = cache.next_batch(counts, slots, device, ends, replays=replays)
+        batch = self.buffers.with_adapters(model, batch)
         if prompt is None:
             packed = on_device(
                 [token for chunk in chunks for token in chunk], torch.int64, model.device

@@ -49,6 +49,7 @@ class Prefill:
             if (others or scheduler.prefilling) and not self._fits(row, match):
                 return
             self.slots.take(row, match)
+            self.runner.buffers.set_adapter(row.slot, row.entry)
             scheduler.leave(row)
             scheduler.prefilling.append(row)
             self._count(row)
@@ -64,7 +65,7 @@ class Prefill:
         if self.slots.index is None or end >= len(text):
             return match
         for other in self.scheduler.prefilling:
-            if other.request.salt == row.request.salt and other.text[:end] == text[:end]:
+            if other.salt == row.salt and other.text[:end] == text[:end]:
                 return None
         return match
 
@@ -159,6 +160,7 @@ class Prefill:
                 continue
             if not self.slots.fork(row, sibling):
                 break
+            self.runner.buffers.set_adapter(sibling.slot, sibling.entry)
             self.scheduler.leave(sibling)
             self.scheduler.prefilling.append(sibling)
             if not sibling.admitted:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from lfm2_fast.ops.sampling import SamplingParams
+from lfm2_fast.weights.adapter_set import LoadedAdapter
 
 # Changes a row's logits ``[V]`` float32, given its text: prompt and new tokens.
 Hook = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
@@ -53,8 +54,9 @@ class Request:
     ``prompt_lookup`` is the most tokens that are drafted at a time, 0 for none, or None for the
     engine's: what came in the text behind the last ``lookup_ngram`` tokens, or fewer. ``assisted``
     lets the engine's assistant draft, if it has one. One step then verifies a draft. The text stays
-    the same, and the engine drafts where that saves time. ``adapter`` names a LoRA
-    adapter of the engine, which has none yet.
+    the same, and the engine drafts where that saves time.
+
+    ``adapter`` names a LoRA adapter that the model has loaded; None is the active one, if any is.
 
     An exception out of ``stop``, ``constraint`` or ``hook`` ends its continuation alone, whose last
     event has it.
@@ -117,11 +119,6 @@ class Request:
                 f"prompt_lookup must be at least 0 and lookup_ngram at least 1, got "
                 f"{self.prompt_lookup} and {self.lookup_ngram}"
             )
-        if self.adapter is not None:
-            raise ValueError(
-                f"adapter={self.adapter!r} is not there: this engine has none; merge it into the "
-                "weights, and load those"
-            )
         if self.min_tokens < 0 or self.min_tokens > (self.max_tokens or max_length):
             raise ValueError(
                 f"min_tokens must be from 0 to max_tokens={self.max_tokens}, got {self.min_tokens}"
@@ -157,7 +154,8 @@ class Row:
     has read; ``launched`` counts those whose steps were launched. ``pinned`` is the only slot that
     it may have, in a cache that a caller holds. ``finish_reason`` is "stop", "length", "cancelled",
     "deadline" or "error" at the end. ``admitted`` is True once the row has had a slot. ``digests``
-    are those of its text's first pages, as the prefix index hashes them. ``prompt_logprobs`` are
+    are those of its text's first pages, as the prefix index hashes them. ``adapter`` is the one
+    that it began with, which stays loaded until it ends. ``prompt_logprobs`` are
     those of the prompt's tokens so far, until an event has them.
     """
 
@@ -166,6 +164,7 @@ class Row:
     index: int
     limit: int
     arrival: int
+    adapter: LoadedAdapter | None = None
     slot: int = -1
     pinned: int | None = None
     written: list[int] = field(default_factory=list)
@@ -193,6 +192,17 @@ class Row:
         request = self.request
         early = request.min_tokens > self.launched
         return request.logprobs is not None or early or request.changes_every_step
+
+    @property
+    def entry(self) -> int:
+        """Entry of its adapter in the stacks, 0 for none."""
+        return 0 if self.adapter is None else self.adapter.entry
+
+    @property
+    def salt(self) -> bytes:
+        """Only texts of equal salt share pages: that of the request, and the adapter's number."""
+        number = 0 if self.adapter is None else self.adapter.number
+        return number.to_bytes(8, "little") + self.request.salt
 
     @property
     def start(self) -> int:

@@ -26,7 +26,7 @@ class Slots:
         """Return what the index has of a row's text, but for its last token."""
         if self.index is None:
             return Match()
-        return self.index.match(row.text[:-1], row.request.salt, row.digests)
+        return self.index.match(row.text[:-1], row.salt, row.digests)
 
     def take(self, row: Row, match: Match) -> None:
         """Give a row a slot that holds what ``match`` found of its text.
@@ -69,7 +69,7 @@ class Slots:
         if self.index is not None:
             slot = row.slot
             held = self.cache.history[slot][: self.cache.lengths[slot]]
-            self.index.enter(held, self.cache.pages(slot), row.request.salt)
+            self.index.enter(held, self.cache.pages(slot), row.salt)
 
     def give_back(self, row: Row) -> None:
         """Empty a row's slot, if it is no caller's; full pages stay in the index."""

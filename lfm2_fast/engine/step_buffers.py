@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ class StepBuffers:
 
     ``inputs`` of ``size`` rows are those of the next step, and ``state`` says how its tokens are
     chosen. Unused rows are finished. ``written [MAX_STEPS, size]`` has the tokens that the last
-    steps chose, the newest last, and NO_TOKEN where a row had none to choose.
+    steps chose, the newest last, and NO_TOKEN where a row had none to choose. ``adapters`` of the
+    cache's slots, a dummy slot included, are entries in the stacks of adapters, as ``entries`` on
+    the host.
 
     ``drafts`` makes those of steps that verify drafts, of as many tokens, each a row.
     """
@@ -59,6 +62,9 @@ class StepBuffers:
             capture = capture_cpu
         self.graphs = None if capture is None else Graphs(device, capture)
         self._reallocations = cache.reallocations
+        self.entries = [0] * cache.slots
+        self.adapters = torch.zeros(cache.slots + 1, dtype=torch.int64, device=device)
+        self._adapters_version = model.adapters.version
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +78,7 @@ class StepBuffers:
         """Return the buffers of steps on the same cache that verify drafts, of ``size`` tokens."""
         if self._drafts is None or self._drafts.size != size:
             self._drafts = StepBuffers(model, cache, drafts=size)
+            self._drafts.entries, self._drafts.adapters = self.entries, self.adapters
         return self._drafts
 
     def begin(self, cache: Cache, params: SamplingParams) -> None:
@@ -82,6 +89,24 @@ class StepBuffers:
         blank = SamplingState([params] * self.size, device=self.eos.device)
         self.set_sampling(range(self.size), blank)
         self.clear_rows(0, self.size, cache)
+
+    def set_adapter(self, slot: int, entry: int) -> None:
+        """Let the text in ``slot`` have the adapter of ``entry``, 0 for none."""
+        if self.entries[slot] != entry:
+            self.entries[slot] = entry
+            self.adapters[slot] = entry
+
+    def with_adapters(self, model: Lfm2, batch: Batch) -> Batch:
+        """Return ``batch`` with the adapters of its slots, if it has any."""
+        slots = batch.required_host.slots
+        if not self.adapted(model, slots):
+            return batch
+        entries = [self.entries[slot] for slot in slots]
+        return replace(batch, adapters=on_device(entries, torch.int64, batch.slots.device))
+
+    def adapted(self, model: Lfm2, slots: Iterable[int]) -> bool:
+        """Return True if steps of ``slots`` must be told their adapters, none included."""
+        return model.adapters.active is not None or any(self.entries[slot] for slot in slots)
 
     def set_eos(self, places: Sequence[int], eos: Sequence[Sequence[int]]) -> None:
         """Let each of ``eos`` end the row in its place."""
@@ -147,8 +172,11 @@ class StepBuffers:
         self.inputs.finished[:count] = False
         self.clear_rows(count, bucket(count, cache), cache)
 
-    def batch(self, count: int, *, on_host: bool) -> Batch:
-        """Return the next step of the first rows; ``on_host`` waits for their numbers."""
+    def batch(self, count: int, *, on_host: bool, adapted: bool = False) -> Batch:
+        """Return the next step of the first rows; ``on_host`` waits for their numbers.
+
+        ``adapted`` tells their adapters.
+        """
         inputs = self.inputs.first(count)
         host = None
         if on_host:
@@ -161,6 +189,7 @@ class StepBuffers:
             lengths=inputs.lengths,
             max_query=1,
             host=host,
+            adapters=self.adapters.index_select(0, inputs.slots) if adapted else None,
         )
 
     def view(self, count: int) -> SamplingState:
@@ -181,11 +210,13 @@ class StepBuffers:
         steps: int = 1,
         hooked: bool = False,
         verified: bool = False,
+        adapted: bool = False,
     ) -> None:
         """Run steps of the first ``count`` rows; without ``choose`` one step up to ``logits``.
 
         ``hooked`` says that layers have hooks: then nothing is captured or replayed. ``verified``
-        says that several rows may be tokens of one slot, in their order.
+        says that several rows may be tokens of one slot, in their order. ``adapted`` says that rows
+        have adapters.
         """
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
@@ -204,7 +235,7 @@ class StepBuffers:
         def body() -> None:
             inputs = self.inputs.first(count)
             for written in self.written[-steps:, :count]:
-                batch = self.batch(count, on_host=not ops.device_only)
+                batch = self.batch(count, on_host=not ops.device_only, adapted=adapted)
                 made = model(inputs.tokens, batch, cache, argmax=argmax, ops=ops)
                 if not choose:
                     assert self.logits is not None
@@ -215,15 +246,16 @@ class StepBuffers:
 
         captured = not hooked and (ops.captures or count <= ops.cpu_graph_rows)
         seen = self.state.seen is not None
-        key = (choose, count, steps, state.active, state.all_drawn, seen)
+        key = (choose, count, steps, state.active, state.all_drawn, seen, adapted)
         self.run_captured(model, cache, key if captured else None, body)
 
     def run_captured(
         self, model: Lfm2, cache: Cache, key: Hashable | None, body: Callable[[], None]
     ) -> None:
         """Run ``body``, captured under ``key`` where there are graphs and it has one."""
-        if self._reallocations != cache.reallocations:
-            self._reallocations = cache.reallocations
+        made_for = cache.reallocations, model.adapters.version
+        if (self._reallocations, self._adapters_version) != made_for:
+            self._reallocations, self._adapters_version = made_for
             self.drop_graphs()
         if self.graphs is None or key is None:
             body()

@@ -66,7 +66,8 @@ class VerifiedLaunch:
         own.load_rows(tokens, slots, positions, cache)
         greedy = not any(row.needs_logits or _draws(row) for row, _ in self.rows)
         size = bucket(len(tokens), cache)
-        own.run_steps(self._model, cache, size, choose=greedy, verified=True)
+        adapted = own.adapted(self._model, slots)
+        own.run_steps(self._model, cache, size, choose=greedy, verified=True, adapted=adapted)
         if greedy:
             self._chosen = own.written[-1, : len(tokens)].tolist()
         return size

@@ -13,6 +13,7 @@ from torch import nn
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config import Config
 from lfm2_fast.engine.model_runner import new_cache
+from lfm2_fast.hf.adapters import AdapterMethods
 from lfm2_fast.hf.compiling import is_own_method
 from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
@@ -30,7 +31,7 @@ from lfm2_fast.weights.hub import HUB_OPTIONS
 INFERENCE = "lfm2_fast is for inference: train with transformers' class, and load the result"
 
 
-class Lfm2PreTrainedModel(nn.Module):
+class Lfm2PreTrainedModel(AdapterMethods):
     """An LFM2 model, ready to run: ``network`` is LFM2 itself, ``config`` what callers read.
 
     ``config`` is any LFM2 config; the network is made of what it says now. ``weights`` are the
@@ -162,8 +163,10 @@ class Lfm2PreTrainedModel(nn.Module):
         """Give the vocabulary ``new_num_tokens``, and return the embedding.
 
         New rows are the mean of the old ones, or random without ``mean_resizing``. Raises
-        ValueError for quantized weights.
+        ValueError for quantized weights, and beside adapters.
         """
+        if len(self.network.adapters):
+            raise ValueError("resize_token_embeddings() comes first: unload_adapter() them all")
         made = resized(self.network, new_num_tokens, pad_to_multiple_of, mean=mean_resizing)
         # With their hooks.
         made.layers = self.network.layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _TRAINING = "this is for inference: train with transformers' class"
-_ADAPTER = "merge the adapter into the weights first: merge_and_unload() of PEFT"
+_ADAPTER = "use load_adapter(), set_adapter(None) or unload_adapter()"
 _DEVICES = "the model lies on one device"
 _HUB = "upload a saved folder with the hub's own command"
 _LOOP = "generate() is this package's own loop: call it"
@@ -19,7 +19,7 @@ _GROUPS = {
         gradient_checkpointing_disable gradient_checkpointing_enable is_activation_checkpointing""",
     _ADAPTER: """
         active_adapters add_adapter delete_adapter disable_adapters enable_adapters
-        enable_peft_hotswap get_adapter_state_dict load_adapter set_adapter""",
+        enable_peft_hotswap get_adapter_state_dict""",
     _DEVICES: """
         barrier_after_gathered_checkpoint_save ep_plan fsdp_plan fsdp_size
         gather_sharded_state_dict_for_save init_parallel_plans

@@ -20,6 +20,7 @@ from lfm2_fast.models.rope import RopeFrequencies
 from lfm2_fast.ops.base import Ops, Rope
 from lfm2_fast.ops.residual import settled
 from lfm2_fast.ops.select import choose
+from lfm2_fast.weights.adapter_set import AdapterSet
 from lfm2_fast.weights.formats import Projection
 from lfm2_fast.weights.fusion import formats_of, tie
 
@@ -104,7 +105,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Add the operator's output and the feed-forward's to ``x``, at ``rows`` alone if given."""
         if rows is not None:
-            y, x = y[rows], x[rows]
+            y, x, ops = y[rows], x[rows], ops.at(rows)
             if not len(rows):
                 return x
         x = ops.linear_add(y, out_proj, x)
@@ -185,6 +186,8 @@ class Lfm2(nn.Module):
                 module.store_as(formats[f"{path}.weight"])
         self.load_state_dict(tie(config, weights), strict=True, assign=True)
         self.tie_weights()
+        projections = {n: m for n, m in self.named_modules() if isinstance(m, Projection)}
+        self.adapters = AdapterSet(config, projections)
         self.requires_grad_(False).eval()
         self.backend = backend
         self._fit()
@@ -241,6 +244,23 @@ class Lfm2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.share(self.embed_tokens)
 
+    def adapted(self, ops: Ops, batch: Batch) -> Ops:
+        """Return ``ops`` for the adapters of the batch's tokens, ``ops`` itself if none has any."""
+        if ops.entries is not None:
+            return ops
+        if batch.adapters is None:
+            active = self.adapters.active
+            if active is None:
+                return ops
+            return ops.adapted(torch.full_like(batch.positions, active.entry))
+        if batch.max_query == 1:
+            return ops.adapted(batch.adapters)
+        bounds = batch.cu_seqlens[1:]
+        numbers = torch.arange(len(batch.positions), dtype=bounds.dtype, device=bounds.device)
+        # Padding after the last sequence counts as its.
+        which = torch.searchsorted(bounds, numbers, right=True).clamp_(max=len(bounds) - 1)
+        return ops.adapted(batch.adapters.index_select(0, which))
+
     @torch.no_grad()
     def run_blocks(
         self,
@@ -265,7 +285,7 @@ class Lfm2(nn.Module):
         where those are None. ``collected`` gets the embedding and every block's output ``[T, H]``.
         Hooks on layers are called; they see the stream with nothing pending, and may replace it.
         """
-        ops = ops or self.ops
+        ops = self.adapted(ops or self.ops, batch)
         hooked = self.has_hooked_layers
         if hooked:
             ops = ops.settling
@@ -296,8 +316,14 @@ class Lfm2(nn.Module):
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[R, V]`` of the residual stream ``x [T, H]`` at ``rows [R]``."""
-        return self.ops.norm_linear(x[rows], self.embedding_norm, self.lm_head)
+        """Return the logits ``[R, V]`` of the residual stream ``x [T, H]`` at ``rows [R]``.
+
+        The tokens have the active adapter, if there is one.
+        """
+        ops, active = self.ops, self.adapters.active
+        if active is not None:
+            ops = ops.adapted(torch.full_like(rows, active.entry))
+        return ops.norm_linear(x[rows], self.embedding_norm, self.lm_head)
 
     @torch.no_grad()
     def forward(
@@ -317,8 +343,9 @@ class Lfm2(nn.Module):
         not checked. Captured steps pass ``ops.for_capture``; where ``ops.device_only``, only
         tensors of ``batch`` are read and nothing waits for the device.
         """
-        ops = ops or self.ops
+        ops = self.adapted(ops or self.ops, batch)
         x = self.run_blocks(tokens, batch, cache, ops, rows=rows)
+        ops = ops.at(rows)
         head = ops.head_argmax if argmax else ops.norm_linear
         return head(x, self.embedding_norm, self.lm_head)
 

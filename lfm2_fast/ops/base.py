@@ -17,6 +17,7 @@ from torch import nn
 from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.ops import reference as ref
+from lfm2_fast.ops.low_rank import low_rank, low_rank_rows
 from lfm2_fast.ops.sampling import SamplingState, best_tokens, sample_ref
 from lfm2_fast.weights.formats import Format, Projection
 
@@ -66,6 +67,8 @@ class Ops:
     device_only = False
     # True if a projection multiplies each token by itself, whose bits then know no other token.
     by_token = False
+    # Entry of each token in the stacks of adapters, ``[T]`` int64; None if no token has an adapter.
+    entries: torch.Tensor | None = None
 
     @property
     def uses_graphs(self) -> bool:
@@ -99,6 +102,34 @@ class Ops:
     def settling(self) -> Ops:
         """The operations for a caller's Python between layers: none leaves an addition pending."""
         return self
+
+    def adapted(self, entries: torch.Tensor) -> Ops:
+        """The operations for tokens that have adapters, whose ``entries [T]`` are int64."""
+        made = copy(self)
+        made.entries = entries
+        return made
+
+    def at(self, rows: torch.Tensor | None) -> Ops:
+        """The operations for the packed tokens ``rows [R]`` alone; None is all of them."""
+        if self.entries is None or rows is None:
+            return self
+        return self.adapted(self.entries.index_select(0, rows))
+
+    def adapts(self, linear: Projection) -> bool:
+        """Return True if tokens have adapters, and some may change this projection."""
+        return self.entries is not None and linear.adapters is not None
+
+    def add_low_rank(
+        self, x: torch.Tensor, linear: Projection, product: torch.Tensor
+    ) -> torch.Tensor:
+        """``product [T, N]`` of tokens ``x [T, K]`` with what their adapters add."""
+        if self.entries is None or linear.adapters is None:
+            return product
+        stack, bias = linear.adapters, linear.bias
+        if not self.by_token:
+            return low_rank(x, product, self.entries, stack, bias)
+        each = zip(x.split(1), product.split(1), self.entries.split(1), strict=True)
+        return torch.cat([low_rank(*token, stack, bias) for token in each])
 
     def norm_linear(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         """RMSNorm, then a projection: ``[T, H] -> [T, N]``."""
@@ -175,15 +206,26 @@ class Ops:
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """A projection alone: ``[T, K] -> [T, N]``."""
         weight = linear.dequantized(x.dtype)
-        if not self.by_token:
-            return ref.linear_ref(x, weight, linear.bias)
-        return torch.cat([ref.linear_ref(each, weight, linear.bias) for each in x.split(1)])
+        if self.by_token:
+            rows = [ref.linear_ref(each, weight, linear.bias) for each in x.split(1)]
+            product = torch.cat(rows)
+        else:
+            product = ref.linear_ref(x, weight, linear.bias)
+        return self.add_low_rank(x, linear, product)
 
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
         """The tokens' rows of the embedding: ``[T] -> [T, H]``."""
-        return embedding.rows(tokens, dtype)
+        return self.add_low_rank_rows(tokens, embedding, embedding.rows(tokens, dtype))
+
+    def add_low_rank_rows(
+        self, tokens: torch.Tensor, embedding: Projection, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows ``[T, H]`` of the embedding with what the tokens' adapters add."""
+        if self.entries is None or embedding.adapters is None:
+            return rows
+        return low_rank_rows(tokens, rows, self.entries, embedding.adapters)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         """RMSNorm over the last axis."""

@@ -54,6 +54,10 @@ SCHEMAS = (
     # weight [2F, K], scales [2F], out [T, F]
     "norm_swiglu_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
     "Tensor(a!) out) -> ()",
+    # x [T, K], entries [T] int64, down [A, P, R, K], up [A, R, N], gain and shift [A, N], ends [P]
+    # int64, bias [N], out [T, N], which has the products before
+    "low_rank_native(Tensor x, Tensor entries, Tensor down, Tensor up, Tensor gain, Tensor shift, "
+    "Tensor ends, Tensor? bias, Tensor(a!) out) -> ()",
     # x [T, K], out [T, K] int8, scales [T] float32
     "quantize_native(Tensor x, Tensor(a!) out, Tensor(b!) scales) -> ()",
     # products [T, N] int32, token_scales [T] and row_scales [N] float32, bias [N], out [T, N]

@@ -34,6 +34,7 @@ _flash_prefill = torch.ops.lfm2_fast.flash_prefill_native.default
 _norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
 _linear_add = torch.ops.lfm2_fast.linear_add_native.default
 _norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
+_low_rank = torch.ops.lfm2_fast.low_rank_native.default
 _quantize = torch.ops.lfm2_fast.quantize_native.default
 _finish_products = torch.ops.lfm2_fast.finish_products_native.default
 _best_tokens = torch.ops.lfm2_fast.best_tokens_native.default
@@ -95,6 +96,11 @@ def few_tokens(format: Format, dtype: torch.dtype) -> int:
     return 0
 
 
+# Most tokens whose low-rank changes the extension multiplies itself; PyTorch's products of more are
+# faster.
+FEW_ADAPTED = 32
+
+
 class NativeStepOps(Ops):
     """The GPU's body, of the convolution's step; all else is plain PyTorch."""
 
@@ -132,6 +138,16 @@ class NativeOps(PendingResidualOps):
         """Return the fewest of the tokens that the extension multiplies by a matrix itself."""
         return min([MOST_VERIFIED, *(few_tokens(format, dtype) for format in formats)])
 
+    def add_low_rank(
+        self, x: torch.Tensor, linear: Projection, product: torch.Tensor
+    ) -> torch.Tensor:
+        stack = linear.adapters
+        if self.entries is None or stack is None or len(x) > FEW_ADAPTED:
+            return super().add_low_rank(x, linear, product)
+        changes = stack.down, stack.up, stack.gain, stack.shift, stack.ends
+        _low_rank(x, self.entries, *changes, linear.bias, product)
+        return product
+
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         if len(x) > few_tokens(linear.format, norm.weight.dtype):
             return super().norm_linear(x, norm, linear)
@@ -139,6 +155,8 @@ class NativeOps(PendingResidualOps):
         out = x.new_empty(len(x), len(linear.weight))
         matrix = linear.weight, linear.weight_scale, linear.bias
         _norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
+        if self.adapts(linear):
+            return self.add_low_rank(self.rms_norm(x, norm), linear, out)
         return out
 
     def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
@@ -146,12 +164,18 @@ class NativeOps(PendingResidualOps):
             return super().linear_add(y, linear, residual)
         residual = settled(residual)
         out = residual.new_empty(residual.shape)
-        _linear_add(y, linear.weight, linear.weight_scale, linear.bias, residual, out)
+        matrix = linear.weight, linear.weight_scale, linear.bias
+        if self.adapts(linear):
+            _linear_add(y, *matrix, torch.zeros_like(out), out)
+            return residual + self.add_low_rank(y, linear, out)
+        _linear_add(y, *matrix, residual, out)
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
         if len(x) > few_tokens(gate_up.format, norm.weight.dtype):
             return super().norm_swiglu(x, norm, gate_up)
+        if self.adapts(gate_up):
+            return self.swiglu(self.norm_linear(x, norm, gate_up))
         x = settled(x)
         out = x.new_empty(len(x), len(gate_up.weight) // 2)
         matrix = gate_up.weight, gate_up.weight_scale
@@ -166,6 +190,9 @@ class NativeOps(PendingResidualOps):
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """A projection of many tokens, by PyTorch's products."""
+        return self.add_low_rank(x, linear, self._product(x, linear))
+
+    def _product(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         if linear.format is INT8 and multiplies_int8():
             numbers = x.new_empty(x.shape, dtype=torch.int8)
             scales = x.new_empty(len(x), dtype=torch.float32)
@@ -175,7 +202,7 @@ class NativeOps(PendingResidualOps):
             _finish_products(products, scales, linear.weight_scale, linear.bias, out)
             return out
         if multiplies(x.dtype):
-            return super().linear(x, linear)
+            return ref.linear_ref(x, linear.dequantized(x.dtype), linear.bias)
         weight = linear.dequantized(x.dtype).float()
         bias = None if linear.bias is None else linear.bias.float()
         return ref.linear_ref(x.float(), weight, bias).to(x.dtype)
@@ -204,7 +231,7 @@ class NativeOps(PendingResidualOps):
         weight, width = embedding.weight, embedding.shape[1]
         out = weight.new_empty(len(tokens), width, dtype=dtype)
         _embed(tokens, weight, embedding.weight_scale, out)
-        return out
+        return self.add_low_rank_rows(tokens, embedding, out)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = x.new_empty(x.shape)

@@ -87,13 +87,15 @@ class TritonOps(PendingResidualOps):
             return super().norm_linear(x, norm, linear)
         out = few.new_empty(len(few), len(linear.weight))
         norm_linear_triton(few, *_norm(norm), *_linear(linear), out, pdl=self.pdl)
+        if self.adapts(linear):
+            return self.add_low_rank(self.rms_norm(few, norm), linear, out)
         return out
 
     def norm_conv(
         self, x: Any, norm: nn.RMSNorm, conv: ConvLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         few = _few(x, conv.in_proj)
-        if few is None or batch.max_query != 1:
+        if few is None or batch.max_query != 1 or self.adapts(conv.in_proj):
             return super().norm_conv(x, norm, conv, window, batch)
         taps, out = conv.conv, torch.empty_like(few)
         norm_conv_triton(
@@ -115,6 +117,9 @@ class TritonOps(PendingResidualOps):
         if few is None:
             return super().linear_add(y, linear, residual)
         out = torch.empty_like(few)
+        if self.adapts(linear):
+            linear_add_triton(y, *_linear(linear), torch.zeros_like(few), out, pdl=self.pdl)
+            return few + self.add_low_rank(y, linear, out)
         linear_add_triton(y, *_linear(linear), few, out, pdl=self.pdl)
         return out
 
@@ -122,6 +127,8 @@ class TritonOps(PendingResidualOps):
         few = _few(x, gate_up)
         if few is None:
             return super().norm_swiglu(x, norm, gate_up)
+        if self.adapts(gate_up):
+            return self.swiglu(self.norm_linear(few, norm, gate_up))
         out = few.new_empty(len(few), len(gate_up.weight) // 2)
         norm_swiglu_triton(few, *_norm(norm), *_linear(gate_up), out, pdl=self.pdl)
         return out
@@ -129,7 +136,7 @@ class TritonOps(PendingResidualOps):
     def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         """Two launches for a few tokens, whose logits are never written."""
         few = _few(x, linear)
-        if few is None:
+        if few is None or self.adapts(linear):
             return super().head_argmax(x, norm, linear)
         tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
         programs = head_tiling(linear.weight).programs
@@ -193,7 +200,7 @@ class TritonOps(PendingResidualOps):
         weight, scale = embedding.weight, embedding.weight_scale
         out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
         embed_triton(tokens, weight, scale, out, pdl=self.pdl)
-        return out
+        return self.add_low_rank_rows(tokens, embedding, out)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = torch.empty_like(x)

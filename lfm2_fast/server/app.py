@@ -14,6 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import lfm2_fast
+from lfm2_fast.server.adapters import (
+    LoadAdapterBody,
+    UnloadAdapterBody,
+    load_adapter,
+    unload_adapter,
+)
 from lfm2_fast.server.chat import chat_completion
 from lfm2_fast.server.completions import completion
 from lfm2_fast.server.errors import ApiError
@@ -34,8 +40,8 @@ REFUSED = {
     "/v1/audio/speech": "this model writes text alone",
     "/v1/audio/transcriptions": "this model reads text alone",
     "/v1/messages": "use /v1/chat/completions",
-    "/v1/load_lora_adapter": "merge the adapter into the weights, and serve those",
-    "/v1/unload_lora_adapter": "merge the adapter into the weights, and serve those",
+    "/v1/load_lora_adapter": "start the server with --load-adapters, or with --adapter NAME=PATH",
+    "/v1/unload_lora_adapter": "start the server with --load-adapters",
     "/v1/files": "use lfm2-fast batch on a file of requests",
     "/v1/batches": "use lfm2-fast batch on a file of requests",
 }
@@ -138,6 +144,9 @@ def _add_answers(app: FastAPI, service: Service, schemas: dict[str, Any]) -> Non
     plain("/tokenize", TokenizeBody, tokenize, "Token ids of a text.")
     plain("/detokenize", DetokenizeBody, detokenize, "Text of token ids.")
     plain("/apply-template", ChatBody, apply_template, "Messages in the chat template.")
+    if service.options.loads_adapters:
+        plain("/v1/load_lora_adapter", LoadAdapterBody, load_adapter, "Load an adapter.")
+        plain("/v1/unload_lora_adapter", UnloadAdapterBody, unload_adapter, "Unload an adapter.")
 
 
 def _post(
@@ -216,7 +225,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", summary="Return one model.", responses=FAILS)
     async def model(name: str) -> Response:
         service.check_model(name)
-        return JSONResponse((await models(service))["data"][service.options.names.index(name)])
+        return JSONResponse((await models(service))["data"][service.names.index(name)])
 
     @app.get("/metrics", summary="Return metrics for Prometheus.")
     async def metrics() -> Response:
@@ -230,7 +239,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, endpoint, methods=["POST"], include_in_schema=False)
 
     for path, advice in REFUSED.items():
-        refuse(path, advice)
+        if not (service.options.loads_adapters and "lora_adapter" in path):
+            refuse(path, advice)
 
 
 def _add_page(app: FastAPI) -> None:

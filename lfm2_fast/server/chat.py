@@ -76,7 +76,12 @@ class ChatReply(ChoicesReply):
 
     def __init__(self, service: Service, answers: Answers, body: ChatBody) -> None:
         super().__init__(
-            answers, "chatcmpl-", service.name, bool(body.stream), CHUNK, body.stream_options
+            answers,
+            "chatcmpl-",
+            service.served(body.model),
+            bool(body.stream),
+            CHUNK,
+            body.stream_options,
         )
         self._texts, self._body = service.texts, body
         self._thinks = body.include_reasoning is not False

@@ -96,7 +96,7 @@ class CompletionReply(ChoicesReply):
         super().__init__(
             answers,
             "cmpl-",
-            service.name,
+            service.served(body.model),
             bool(body.stream),
             "text_completion",
             body.stream_options,

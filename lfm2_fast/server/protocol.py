@@ -89,8 +89,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": (([],), "put them into a message"),
     "thinking_token_budget": ((), "bound the whole answer by max_completion_tokens"),
     "structural_tag": ((), "use response_format, structured_outputs or tools"),
-    "adapter": ((), "merge the adapter into the weights, and serve those"),
-    "lora": (([],), "merge the adapter into the weights, and serve those"),
+    "adapter": ((), "name the adapter as model"),
+    "lora": (([],), "name the adapter as model"),
     "kv_transfer_params": ((), "pages stay in this process"),
     "prompt_embeds": ((), "send text or token ids"),
 }

@@ -44,7 +44,7 @@ class ResponsesReply(Reply):
     done_mark = False
 
     def __init__(self, service: Service, answers: Answers, body: ResponsesBody) -> None:
-        super().__init__(answers, "resp_", service.name, bool(body.stream))
+        super().__init__(answers, "resp_", service.served(body.model), bool(body.stream))
         self._texts, self._body = service.texts, body
         self._items: list[dict[str, Any]] = []
         self._kind: str | None = None

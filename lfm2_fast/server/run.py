@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
 from lfm2_fast.text.tokenizer import load_tokenizer
+from lfm2_fast.weights.adapter_hub import find_adapter
 from lfm2_fast.weights.hub import hub_options
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def create_app(
     max_body: int = 16 * 2**20,
     page: bool = True,
     prompt_lookup: int = 0,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    load_adapters: bool = False,
     **loading: Any,
 ) -> FastAPI:
     """Return the service of a model as an application, to be run or mounted in another one.
@@ -69,6 +72,9 @@ def create_app(
     ``chat_template`` is the text of a template. Pages of ``cors_origins`` may call. A request that
     takes more than ``timeout`` seconds, or a body of more than ``max_body`` bytes, is refused.
     ``prompt_lookup`` is the engine's.
+
+    ``adapters`` are LoRA adapters by the name that clients ask for as ``model``: folders or hub
+    ids. With ``load_adapters`` clients may load others from any path, and unload them.
 
     The application's ``state.service`` has a ``close``, which a server calls at its end; an
     application that this one is mounted in must call it. Raises ImportError without the extra
@@ -106,7 +112,14 @@ def create_app(
         max_body=max_body,
         origins=tuple(cors_origins),
         page=page,
+        loads_adapters=load_adapters,
     )
+    network = model.network
+    for each, path in (adapters or {}).items():
+        if each in names:
+            raise ValueError(f"adapter {each!r} has the model's own name; give it another")
+        folder = find_adapter(path, **hub_options(loading))
+        network.adapters.load(folder, each, network.embedding_norm.weight)
     engine = Engine(
         model,
         max_rows=max_rows,

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lfm2_fast.engine.async_engine import AsyncEngine
@@ -21,6 +21,8 @@ from lfm2_fast.server.token_texts import TokenTexts
 from lfm2_fast.text.grammar import GrammarCompiler
 from lfm2_fast.text.markers import THINKING_PAIRS, template_of
 from lfm2_fast.text.messages import normalize_messages
+from lfm2_fast.weights.adapter_hub import find_adapter
+from lfm2_fast.weights.adapter_set import AdapterSet
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
@@ -55,7 +57,8 @@ class Options:
     ``names`` are those that clients may ask for, the first being the one that answers carry.
     ``seconds`` bounds a request, ``max_body`` its bytes. Whoever has no key of ``api_keys`` is
     refused, if there are any. ``origins`` are the web pages' origins that may call. ``page`` says
-    that the page to talk with the model is shown.
+    that the page to talk with the model is shown. With ``loads_adapters`` clients may load adapters
+    from any path or hub id, and unload them.
     """
 
     names: tuple[str, ...]
@@ -64,6 +67,7 @@ class Options:
     max_body: int = 16 * 2**20
     origins: tuple[str, ...] = ()
     page: bool = True
+    loads_adapters: bool = False
 
 
 class Service:
@@ -107,12 +111,52 @@ class Service:
         self.engine.close()
         self.compiler.close()
 
+    @property
+    def names(self) -> list[str]:
+        """Names that clients may ask for: the model's, then those of the loaded adapters."""
+        own = self.options.names
+        return [*own, *(each for each in self._adapters.names if each not in own)]
+
+    @property
+    def _adapters(self) -> AdapterSet:
+        return self.engine.engine.model.adapters
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """Return the adapter that a client means by the model's ``name``, None for none."""
+        return name if name not in (None, *self.options.names) else None
+
+    def served(self, name: str | None) -> str:
+        """Return the name that answers carry: the adapter's where a client asked for one."""
+        return self.adapter_of(name) or self.name
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load an adapter between two steps. Raises ApiError for what cannot be loaded."""
+        if name in self.names:
+            raise ApiError(
+                f"the name {name[:200]!r} is taken; choose another, or unload that adapter",
+                param="lora_name",
+                code="invalid_value",
+            )
+        like = self.engine.engine.model.embedding_norm.weight
+        try:
+            folder = await asyncio.to_thread(find_adapter, path)
+            await self.ask(lambda engine: engine.model.adapters.load(folder, name, like))
+        except ValueError as error:
+            raise of_value_error(error, "lora_path") from None
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload an adapter; requests that run with it end with it. Raises ApiError."""
+        try:
+            await self.ask(lambda engine: engine.model.adapters.unload(name))
+        except ValueError as error:
+            raise of_value_error(error, "lora_name") from None
+
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for a model that is not served."""
-        if name is not None and name not in self.options.names:
+        if name is not None and name not in self.names:
             raise ApiError(
                 f"the model {name[:200]!r} does not exist here; this server has "
-                + ", ".join(map(repr, self.options.names)),
+                + ", ".join(map(repr, self.names)),
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -216,9 +260,10 @@ class Service:
         Raises ApiError for what cannot be run, and where the queue is full.
         """
         seed, body = seed_of(asked.body), asked.body
+        adapter = self.adapter_of(body.model)
         try:
             requests = [
-                asked.of_prompt(prompt, place * asked.n, seed)
+                replace(asked.of_prompt(prompt, place * asked.n, seed), adapter=adapter)
                 for place, prompt in enumerate(prompts)
             ]
             stream = await self.engine.start(requests)

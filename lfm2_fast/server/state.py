@@ -25,10 +25,10 @@ async def models(service: Service) -> dict[str, Any]:
             "created": service.began,
             "owned_by": "lfm2_fast",
             "root": service.name,
-            "parent": None,
+            "parent": service.name if service.adapter_of(name) else None,
             "max_model_len": service.max_length,
         }
-        for name in service.options.names
+        for name in service.names
     ]
     return {"object": "list", "data": data}
 

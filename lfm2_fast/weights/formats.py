@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lfm2_fast.config_values import CheckpointError
+from lfm2_fast.weights.adapter_stack import AdapterStack
 from lfm2_fast.weights.interleave import interleave, rows_of, take_rows
 
 # Name suffix of a tensor -> its shape, and its dtype or None for the model's.
@@ -311,7 +312,8 @@ class Projection(nn.Module):
     """The matrix ``[N, K]`` of a projection or embedding in some ``format``.
 
     ``weight`` holds the numbers; the format's other parts are buffers, ``weight_scale`` of int8.
-    ``bias [N]`` or None is added to the product.
+    ``bias [N]`` or None is added to the product. ``adapters`` are changes beside the matrix, or
+    None; only a forward pass that is told the tokens' adapters adds them.
     """
 
     bias: nn.Parameter | None
@@ -322,6 +324,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = rows, columns
+        self.adapters: AdapterStack | None = None
         self.register_buffer("weight_scale", None)
         self.store_as(format)
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
@@ -369,4 +372,6 @@ class Projection(nn.Module):
         super()._apply(fn, recurse)
         for name, part in kept.items():
             self._buffers[name] = part.to(self.weight.device)
+        if self.adapters is not None:
+            self.adapters = self.adapters.apply(fn)
         return self

@@ -81,7 +81,6 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(client, capsys) 
         (["--tensor-parallel-size", "2"], "one a device"),
         (["--context-shift"], "drops the middle"),
         (["--embeddings"], "sentence-transformers"),
-        (["--adapter", "x"], "merge the adapter"),
     ],
     ids=str,
 )
@@ -90,6 +89,12 @@ def test_options_of_other_servers_are_refused_by_name(capsys, option: Any, advic
         main(["serve", "nowhere", *option])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and f"{option[0]} is not supported" in err and advice in err
+
+
+def test_adapters_are_named_with_their_paths(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "nowhere", "--adapter", "x"])
+    assert ended.value.code == 2 and "--adapter 'x' is not NAME=PATH" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_remedy_is_told(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

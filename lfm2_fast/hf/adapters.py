@@ -1,0 +1,56 @@
+"""Adapters beside a model's weights: loaded, chosen and unloaded by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.weights.adapter_hub import find_adapter
+
+
+class AdapterMethods(nn.Module):
+    """Methods of a model whose ``network`` may have LoRA adapters beside its weights."""
+
+    network: Lfm2
+
+    def load_adapter(
+        self, path: str | os.PathLike[str], name: str = "default", **hub_options: Any
+    ) -> None:
+        """Load the adapter in the folder or hub id ``path`` as ``name``, and make it active.
+
+        ``hub_options`` are those of ``load`` that say where on the hub it is. Raises ValueError for
+        a name that is taken, and CheckpointError, naming the tensor or the field, for what cannot
+        be applied.
+        """
+        folder = find_adapter(path, **hub_options)
+        network = self.network
+        made = network.adapters.load(folder, name, network.embedding_norm.weight)
+        network.adapters.active = made
+
+    def set_adapter(self, name: str | None) -> None:
+        """Let forward passes and requests that name no adapter run with ``name``, None for none.
+
+        What a cache holds already stays as it is. Raises ValueError for a name that is not loaded.
+        """
+        adapters = self.network.adapters
+        adapters.active = None if name is None else adapters.find(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Requests that run with it end with it.
+
+        Raises ValueError for a name that is not loaded.
+        """
+        self.network.adapters.unload(name)
+
+    def adapters(self) -> list[str]:
+        """Return the names of the loaded adapters, in the order in which they were loaded."""
+        return self.network.adapters.names
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the active adapter, or None."""
+        active = self.network.adapters.active
+        return None if active is None else active.name

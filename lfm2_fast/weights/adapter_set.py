@@ -1,0 +1,237 @@
+"""AdapterSet: the adapters that are loaded beside a model's weights, by name."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lfm2_fast.config import Config
+from lfm2_fast.config_values import CheckpointError
+from lfm2_fast.weights.adapter import Adapter, LowRank, read_adapter
+from lfm2_fast.weights.adapter_stack import AdapterStack
+from lfm2_fast.weights.formats import DENSE, Projection
+from lfm2_fast.weights.fusion import EMBEDDING, fusion_table
+
+# Ranks and entries are made in these steps, so that captured graphs, which point at the stacks,
+# seldom have to be captured anew.
+RANK_STEP, FIRST_ADAPTERS = 8, 4
+TABLE = EMBEDDING.removesuffix(".weight")
+
+
+@dataclass(eq=False)
+class LoadedAdapter:
+    """An adapter's ``entry`` in the stacks, which stays its own as long as anything holds this.
+
+    ``number`` is one that no other adapter of the set had or will have.
+    """
+
+    name: str
+    folder: Path
+    entry: int
+    number: int
+
+
+class AdapterSet:
+    """Loads adapters into stacks beside ``projections``, those of a model of ``config`` by name.
+
+    ``active`` is the adapter of tokens that are not told another, None for none. ``version`` counts
+    how often stacks were made or grew: captured graphs point at them.
+    """
+
+    def __init__(self, config: Config, projections: Mapping[str, Projection]) -> None:
+        self.config, self.projections = config, dict(projections)
+        self._places = _places(config)
+        self.active: LoadedAdapter | None = None
+        self.version = 0
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._numbers = itertools.count(1)
+        # Entries and rank of every stack; the first entry is zeros.
+        self._entries, self._rank = 1, 0
+        self._owners: list[weakref.ref[LoadedAdapter] | None] = [None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_owners"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._owners = [None] * self._entries
+        for each in self._loaded.values():
+            self._owners[each.entry] = weakref.ref(each)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the loaded adapters, in the order in which they were loaded."""
+        return list(self._loaded)
+
+    def find(self, name: str) -> LoadedAdapter:
+        """Return the adapter of that name. Raises ValueError, naming those that there are."""
+        if name not in self._loaded:
+            known = ", ".join(map(repr, self._loaded)) or "none"
+            raise ValueError(f"adapter {name!r} is not loaded; load_adapter() has loaded {known}")
+        return self._loaded[name]
+
+    def reserve(self, adapters: int, rank: int) -> None:
+        """Have room for ``adapters`` of at most ``rank`` each, in the stacks that there are.
+
+        A module that no adapter had so far gets its stack when one has.
+        """
+        entries, rank = adapters + 1, math.ceil(rank / RANK_STEP) * RANK_STEP
+        if entries <= self._entries and rank <= self._rank:
+            return
+        self._entries, self._rank = max(entries, self._entries), max(rank, self._rank)
+        self._owners += [None] * (self._entries - len(self._owners))
+        for name, projection in self.projections.items():
+            if projection.adapters is not None:
+                before = projection.adapters
+                projection.adapters = self._new_stack(name, before.up)
+                projection.adapters.take_over(before)
+        self.version += 1
+
+    # Not in a caller's inference mode: later loads write to these tensors outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load(self, folder: Path, name: str, like: torch.Tensor) -> LoadedAdapter:
+        """Load the adapter in ``folder`` as ``name``, in the dtype and on the device of ``like``.
+
+        Raises ValueError for a name that is taken, and CheckpointError as ``read_adapter`` does and
+        for what cannot stand beside the weights; nothing has changed then.
+        """
+        if name in self._loaded:
+            raise ValueError(f"adapter {name!r} is loaded already: unload_adapter() it first")
+        adapter = read_adapter(folder, self.config)
+        self._check_whole_tensors(adapter)
+        entry = self._free_entry()
+        most = max((len(change.down) for change in adapter.low_rank.values()), default=0)
+        adapters = self._entries - 1
+        if entry > adapters:
+            adapters = max(FIRST_ADAPTERS, 2 * adapters)
+        self.reserve(adapters, most)
+        for projection in self.projections.values():
+            if projection.adapters is not None:
+                projection.adapters.clear(entry)
+        for module, change in adapter.low_rank.items():
+            self._write(entry, module, change, like)
+        for tensor, bias in adapter.replaced.items():
+            self._write_bias(entry, tensor.removesuffix(".bias"), bias, like)
+        made = LoadedAdapter(name, folder, entry, next(self._numbers))
+        self._loaded[name], self._owners[entry] = made, weakref.ref(made)
+        return made
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Its entry serves another one when no request runs with it any more.
+
+        Raises ValueError for a name that is not loaded.
+        """
+        if self.active is self.find(name):
+            self.active = None
+        del self._loaded[name]
+
+    def _free_entry(self) -> int:
+        """Return the first entry that nothing holds, or the one after the last."""
+        for entry in range(1, self._entries):
+            owner = self._owners[entry]
+            if owner is None or owner() is None:
+                return entry
+        return self._entries
+
+    def _new_stack(self, name: str, like: torch.Tensor) -> AdapterStack:
+        rows = [(place.stop - place.start) for of, _, place in self._places.values() if of == name]
+        projection = self.projections[name]
+        return AdapterStack.empty(
+            self._entries,
+            self._rank,
+            tuple(rows),
+            projection.shape[1],
+            is_table=name == TABLE,
+            like=like,
+        )
+
+    def _check_whole_tensors(self, adapter: Adapter) -> None:
+        """Raise CheckpointError for a tensor that is no low-rank change and not the base's own."""
+        for name in adapter.replaced:
+            module = name.removesuffix(".bias")
+            if module == name or module not in self._places:
+                raise CheckpointError(
+                    f"{adapter.folder} replaces {name} (modules_to_save or bias), which cannot "
+                    "stand beside the base's: load the model with adapter=, which merges it"
+                )
+        for name, tensor in adapter.bases.items():
+            if not _holds(self.projections[self._places[name.removesuffix(".weight")][0]], tensor):
+                raise CheckpointError(
+                    f"{adapter.folder} was saved with a {name} that is not this base's: load the "
+                    "unquantized base with adapter=, which merges it"
+                )
+
+    def _write(self, entry: int, module: str, change: LowRank, like: torch.Tensor) -> None:
+        """Write a module's change into its stack, as one entry."""
+        name, part, rows = self._places[module]
+        projection = self.projections[name]
+        if projection.adapters is None:
+            projection.adapters = self._new_stack(name, like)
+            self.version += 1
+        stack, rank, up = projection.adapters, len(change.down), change.scale * change.up
+        device = stack.up.device
+        down, up = change.down.to(device), up.to(device)
+        is_table = name == TABLE
+        if is_table:
+            rows = slice(0, projection.shape[1])
+        if change.magnitude is not None:
+            weight = projection.dequantized(torch.float32)
+            whole = weight.T + up @ down if is_table else weight[rows] + up @ down
+            factor = change.magnitude.to(device) / whole.norm(dim=1)
+            stack.gain[entry, rows] = (factor - 1).to(stack.gain)
+            up = up * factor[:, None]
+        if is_table:
+            stack.down[entry, :, :rank] = down.T
+        else:
+            stack.down[entry, part, :rank] = down
+        stack.up[entry, :rank, rows] = up.T.to(stack.up)
+        if change.bias is not None:
+            stack.shift[entry, rows] = change.scale * change.bias.to(stack.shift)
+
+    def _write_bias(self, entry: int, module: str, bias: torch.Tensor, like: torch.Tensor) -> None:
+        """Write the difference of a module's own bias to the base's into its stack."""
+        name, _, rows = self._places[module]
+        projection = self.projections[name]
+        if projection.adapters is None:
+            projection.adapters = self._new_stack(name, like)
+            self.version += 1
+        assert projection.bias is not None
+        shift = projection.adapters.shift
+        shift[entry, rows] += bias.to(shift) - projection.bias
+
+
+def _places(config: Config) -> dict[str, tuple[str, int, slice]]:
+    """Return our projection, the part of it and its rows, by Hugging Face's name of a module."""
+    dense = replace(config, quantization=None, formats=(), tie_word_embeddings=False)
+    made = {}
+    for name, fused in fusion_table(dense).items():
+        if fused.is_matrix:
+            first = 0
+            for place, part in enumerate(fused.parts):
+                rows = slice(first, first + part.rows)
+                first = rows.stop
+                made[part.name.removesuffix(".weight")] = name.removesuffix(".weight"), place, rows
+    return made
+
+
+def _holds(projection: Projection, tensor: torch.Tensor) -> bool:
+    """Return True if the matrix of ``projection`` was made of the dense ``tensor``."""
+    format, parts = projection.format, projection.parts
+    if not format.from_dense:
+        return False
+    own = tensor.to(parts[0].device)
+    if format is DENSE:
+        return torch.equal(own.to(parts[0].dtype), parts[0])
+    stored = format.stored(parts)
+    return all(map(torch.equal, format.quantize(own), stored))

@@ -1,0 +1,204 @@
+"""Adapters beside a model's weights: PEFT's logits on every backend, and several in one step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lfm2_fast
+from bench.cpu.adapters import write_adapter
+from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.request import Request
+from lfm2_fast.ops.native_library import why_not
+from tests.adapters import ALL, IDS, make_adapter
+
+TABLES = ["embed_tokens", "lm_head"]
+BIASED = {"conv_bias": True}
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "all": (BIASED, {"target_modules": [*ALL, *TABLES], "rank_pattern": {"w1": 9}}),
+    "DoRA": (BIASED, {"target_modules": [*ALL, *TABLES], "use_dora": True}),
+    "biases": (BIASED, {"lora_bias": True, "target_modules": r".*(proj|w\d)"}),
+}
+BACKENDS = ["eager", "native"]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_beside_the_weights_as_peft_runs_it(
+    name: str, random_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A prompt in one pass, and token by token, in eager and native."""
+    changed, options = OPTIONS[name]
+    base = random_checkpoint(**changed)
+    made = make_adapter(base, tmp_path, **options)
+    for backend in BACKENDS:
+        if backend == "native" and why_not(torch.device("cpu")):
+            continue
+        model = lfm2_fast.load(base, device="cpu", dtype="float32", backend=backend)
+        before = model(IDS).logits
+        model.load_adapter(tmp_path)
+        made.check(model(IDS).logits)
+        made.check(model(IDS.repeat(1, 4)).logits[:, : IDS.shape[1]])
+        cache, steps = model.new_cache(1), []
+        for token in IDS[0]:
+            steps.append(model(token.view(1, 1), past_key_values=cache).logits)
+        made.check(torch.cat(steps, 1))
+        model.set_adapter(None)
+        assert torch.equal(model(IDS).logits, before)
+
+
+def run(model: Any, requests: list[Request], **options: Any) -> list[list[int]]:
+    """Return the new tokens of each request, all run together."""
+    engine = Engine(model, **options)
+    places = {engine.add(request): place for place, request in enumerate(requests)}
+    written: list[list[int]] = [[] for _ in requests]
+    while engine.busy:
+        for event in engine.step():
+            assert event.error is None
+            if event.token is not None:
+                written[places[event.id]].append(event.token)
+    return written
+
+
+@pytest.fixture(scope="module")
+def several(random_checkpoint: Callable[..., Path], tmp_path_factory: Any) -> dict[str, Any]:
+    """A base, and two adapters of different targets and ranks."""
+    base = random_checkpoint()
+    a, b = (tmp_path_factory.mktemp(name) for name in "ab")
+    make_adapter(base, a, target_modules=[*ALL, "lm_head"], r=3)
+    make_adapter(base, b, seed=1, target_modules=["in_proj", "w2", "embed_tokens"], r=12)
+    return {"base": base, "a": a, "b": b}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, Any]) -> None:
+    """Each request gets the tokens that it gets alone, and pages are shared within an adapter."""
+    if backend == "native" and why_not(torch.device("cpu")):
+        pytest.skip("the extension is not built")
+    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
+    prompt = IDS[0].tolist() * 7
+    names = ["a", "b", None, "a"]
+    count = 6
+    plain = Request(prompt, max_tokens=count)
+    alone = {None: run(model, [plain])[0]}
+    for name in "ab":
+        merged = lfm2_fast.load(
+            several["base"], device="cpu", dtype="float32", adapter=several[name]
+        )
+        alone[name] = run(merged, [plain])[0]
+        model.load_adapter(several[name], name)
+    model.set_adapter(None)
+    assert len({tuple(tokens) for tokens in alone.values()}) == 3, "the adapters change nothing"
+    requests = [Request(prompt, max_tokens=count, adapter=name) for name in names]
+    assert run(model, requests, chunk=32) == [alone[name] for name in names]
+    # One after another on one cache: what one adapter left is no other's.
+    engine = Engine(model, max_rows=1)
+    cached = []
+    for request in (*requests, plain):
+        engine.add(request)
+        events = []
+        while engine.busy:
+            events += engine.step()
+        assert [event.token for event in events] == alone[request.adapter]
+        cached.append(events[0].cached_tokens)
+    assert [tokens > 0 for tokens in cached] == [False, False, False, True, True]
+    model.set_adapter("b")
+    assert run(model, [plain])[0] == alone["b"]
+    assert (
+        model.generate(torch.tensor([prompt]), max_new_tokens=count)[0, -count:].tolist()
+        == (alone["b"])
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+def test_triton_gives_what_eager_gives(tmp_path: Path, quick_interpreter: None) -> None:
+    """A prompt, a step and a text, on a model of two layers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2}
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    config = lfm2_fast.Lfm2Config(
+        vocab_size=67, num_key_value_heads=1, block_auto_adjust_ff_dim=False, **sizes, **layers
+    )
+    torch.manual_seed(0)
+    made = lfm2_fast.Lfm2ForCausalLM(config)
+    made.save_pretrained(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", made.network.config, 4, 0, std=0.3)
+    ids, found = torch.tensor([[1, 4, 5]]), []
+    for backend in ("eager", "triton"):
+        model = lfm2_fast.load(tmp_path / "base", device="cpu", dtype="float32", backend=backend)
+        plain = model(ids).logits
+        model.load_adapter(adapter)
+        cache = model.new_cache(1)
+        logits = [model(each, past_key_values=cache).logits for each in (ids, ids[:, :1])]
+        assert (logits[0] - plain).abs().max() > 0.1
+        text = model.generate(ids, max_new_tokens=3, do_sample=False)
+        found.append((torch.cat(logits, 1), text))
+    (eager, text), (triton, again) = found
+    assert (triton - eager).abs().max() <= 2e-5 * eager.abs().max() and torch.equal(text, again)
+
+
+def test_adapters_come_and_go_while_requests_run(several: dict[str, Any]) -> None:
+    """A running request keeps its adapter, and captured steps see those that came later."""
+    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32")
+    model.load_adapter(several["a"], "a")
+    model.load_adapter(several["b"], "b")
+    model.set_adapter(None)
+    first, second = (Request(IDS[0].tolist(), max_tokens=12, adapter=name) for name in "ab")
+    alone = run(model, [first])[0], run(model, [second])[0]
+    engine, written = Engine(model), {}
+    ids = [engine.add(first)]
+    for step in range(40):
+        if step == 4:
+            model.unload_adapter("a")
+            version = model.network.adapters.version
+            model.load_adapter(several["b"], "again")
+            assert model.network.adapters.version == version, "captured steps were thrown away"
+            model.set_adapter(None)
+            ids.append(engine.add(Request(first.prompt, max_tokens=12, adapter="again")))
+        for event in engine.step():
+            written.setdefault(event.id, []).append(event.token)
+    assert (written[ids[0]], written[ids[1]]) == alone
+    with pytest.raises(ValueError, match="'a' is not loaded.*'b', 'again'"):
+        engine.add(first)
+    with pytest.raises(ValueError, match="'again' is loaded already"):
+        model.load_adapter(several["a"], "again")
+    # Its entry is free once the row that held it is gone.
+    del engine
+    entries = {model.network.adapters.find(name).entry for name in model.adapters()}
+    model.load_adapter(several["a"], "a")
+    assert model.network.adapters.find("a").entry not in entries
+    assert model.network.adapters.version == version and model.active_adapter == "a"
+    assert run(model, [Request(first.prompt, max_tokens=12)])[0] == alone[0]
+    copied = copy.deepcopy(model)
+    copied.set_adapter("b")
+    assert copied(IDS).logits.sub(model(IDS).logits).abs().max() > 0.01
+    assert torch.equal(copied.double()(IDS).logits.argmax(-1), copied(IDS).logits.argmax(-1))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_beside_quantized_weights(
+    quantization: str, several: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    """Nearer to the exact logits than the merge that is quantized, or as near."""
+    made = make_adapter(tiny, tmp_path, target_modules=[*ALL, *TABLES])
+    options = {"device": "cpu", "dtype": "float32", "quantization": quantization}
+    merged = lfm2_fast.load(tiny, adapter=tmp_path, **options)
+    beside = lfm2_fast.load(tiny, **options)
+    before = (beside(IDS).logits - made.exact).norm()
+    beside.load_adapter(tmp_path)
+    error, other = ((each(IDS).logits - made.exact).norm() for each in (beside, merged))
+    assert error < 1.5 * other and error < 0.5 * before
+
+
+def test_what_cannot_stand_beside_the_weights(tiny: Path, tmp_path: Path) -> None:
+    make_adapter(tiny, tmp_path, modules_to_save=["embedding_norm"])
+    model = lfm2_fast.load(tiny, device="cpu")
+    with pytest.raises(lfm2_fast.CheckpointError, match="replaces model.embedding_norm.weight"):
+        model.load_adapter(tmp_path)
+    assert model.adapters() == [] and model.active_adapter is None
+    with pytest.raises(ValueError, match="'x' is not loaded.*none"):
+        model.set_adapter("x")
