@@ -1,8 +1,8 @@
-"""Measurements of ``lfm2-fast bench``: how a model answers, over prompt, output and batch.
+"""Measurements of ``lfm2-fast bench``: times of a model by prompt, output and batch.
 
-Everything is a request of the engine, as a caller's text is. The floor of a step is what it must
-read at the least, every weight once and the keys and values of the context, over the speed of the
-device's memory: that of a copy or of a sum, whichever is faster there.
+Every case is a request of the engine, as in normal use. The floor of a step is the shortest time in
+which the memory can deliver its bytes: every weight once, and the keys and values of the context.
+The speed of the memory is that of a copy or of a sum; the faster one counts.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Case:
 
 
 class Sequences:
-    """Sequences that grow step by step, as requests on one cache that carries on."""
+    """Sequences that grow step by step, as requests on one cache."""
 
     def __init__(self, model: Lfm2ForCausalLM) -> None:
         self.model = model
         self.cache: Cache | None = None
 
     def start(self, prompts: Sequence[Sequence[int]], room: int) -> float:
-        """Forget all and run new prompts; seconds until each has its first new token.
+        """Start over with new prompts, and return the seconds until each has its first new token.
 
-        ``room`` is how many tokens each may come to write besides.
+        ``room`` is the number of further tokens that each may write.
         """
         self.texts = [list(ids) for ids in prompts]
         slots, length = len(prompts), len(prompts[0]) + 1 + room
@@ -59,13 +59,14 @@ class Sequences:
         return time.perf_counter() - begin
 
     def decode(self, steps: int) -> list[float]:
-        """Write ``steps`` tokens and one to each sequence; seconds of each step but the first,
-        which runs the last token of before."""
+        """Write ``steps + 1`` tokens to each sequence, and return the seconds of each step but the
+        first, which runs the last token of the call before.
+        """
         times = self._write(steps + 1)
         return [b - a for a, b in zip(times, times[1:], strict=False)]
 
     def _write(self, count: int) -> list[float]:
-        """Write ``count`` tokens to each sequence; the times at which each had one more."""
+        """Write ``count`` tokens to each sequence, and return the times of the tokens."""
         assert self.cache is not None
         engine = self.model.workspace.engine(self.model.network, self.cache)
         slots = {
@@ -86,12 +87,14 @@ class Sequences:
 
 
 def prompt(row: int, length: int, vocab_size: int) -> list[int]:
-    """Token ids of a prompt, another for each row."""
+    """Token ids of a prompt, different for each row."""
     return [(7 * row + 31 * i) % (vocab_size - 2) + 2 for i in range(length)]
 
 
 def bytes_read_per_step(model: Lfm2ForCausalLM) -> int:
-    """Bytes of weights that a step reads: all, but of an untied embedding only a row."""
+    """Bytes of weights that a step reads: all of them, except that it reads one row of an untied
+    embedding.
+    """
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     embedding = model.network.embed_tokens.weight
     tied = model.network.config.tie_word_embeddings
@@ -101,7 +104,7 @@ def bytes_read_per_step(model: Lfm2ForCausalLM) -> int:
 def cases(prompts: str, outputs: str, batches: str) -> list[Case]:
     """Every combination of the counts in texts like "1,4,16", short prompts first.
 
-    Raises ValueError, naming the command's option, for another text.
+    Raises ValueError, which names the command's option, for another text.
     """
     given = {"--prompt": prompts, "--output": outputs, "--batch": batches}
     prompt, output, batch = (counts(name, text) for name, text in given.items())
@@ -109,7 +112,7 @@ def cases(prompts: str, outputs: str, batches: str) -> list[Case]:
 
 
 def counts(name: str, text: str) -> list[int]:
-    """The counts in a text like "1,4,16", in order. Raises ValueError, which says ``name``."""
+    """Counts in a text like "1,4,16", in order. Raises ValueError, which says ``name``."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -128,9 +131,9 @@ def load_and_measure(
     threads: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """``measure`` of a checkpoint, with the seconds that it took to load; shows progress.
+    """Load and ``measure`` a checkpoint, with a progress bar. The result has the load time too.
 
-    ``options`` go to ``load``; ``threads`` is torch's number of them. Raises what those raise.
+    ``options`` go to ``load``. ``threads`` is torch's number of threads. Raises what those raise.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -153,10 +156,10 @@ def measure(
     rounds: int,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
-    """Run every case ``rounds`` times, in turns, after one warm-up each; figures, JSON-ready.
+    """Run every case ``rounds`` times, in turns, after a warm-up. Return figures, ready for JSON.
 
-    ``progress`` wraps the list of runs to come, to show how far they are. Raises ValueError for a
-    case that does not fit into the model's context.
+    ``progress`` wraps the list of runs, for a progress bar. Raises ValueError for a case that does
+    not fit into the model's context.
     """
     for case in wanted:
         if case.prompt + case.output + 2 > model.max_length:
@@ -169,7 +172,7 @@ def measure(
     steps: dict[Case, list[float]] = {case: [] for case in wanted}
     warm_up = 0.0
     others = Neighbours()
-    # A cache for each batch, with what was captured on it, as long as the longest case.
+    # One cache with its graphs for each batch size, as long as the longest case.
     by_batch = {case.batch: Sequences(model) for case in wanted}
     longest = max((case.prompt + case.output for case in wanted), default=0)
     for turn, case in progress([(turn, case) for turn in range(rounds + 1) for case in wanted]):
@@ -189,25 +192,6 @@ def measure(
     held = memory(device)  # before the copy's buffers are
     speed = memory_speed(device)
     bandwidth = max(speed.values())
-    rows = []
-    for case in wanted:
-        least = bytes_read_per_step(model)
-        item = model.dtype.itemsize
-        least += case.batch * model.network.config.cache_bytes(item, case.prompt + case.output // 2)
-        rate = len(steps[case]) / sum(steps[case])
-        rows.append(
-            {
-                **asdict(case),
-                "first_token_seconds": spread(first[case]),
-                "step_seconds": spread(steps[case]),
-                "tokens_per_second": case.batch * rate,
-                "prompt_tokens_per_second": case.batch * case.prompt / spread(first[case])["p50"],
-                "step_bytes": least,
-                "bandwidth_share": least * rate / bandwidth,
-                "floor_tokens_per_second": case.batch * bandwidth / least,
-                "doubts": doubts(steps[case], seen),
-            }
-        )
     return {
         "model": {
             "name": model.name_or_path,
@@ -229,5 +213,32 @@ def measure(
         "warm_up_seconds": warm_up,
         "memory": held,
         "others": seen,
-        "rows": rows,
+        "rows": [_row(model, case, first[case], steps[case], bandwidth, seen) for case in wanted],
+    }
+
+
+def _row(
+    model: Lfm2ForCausalLM,
+    case: Case,
+    first: list[float],
+    steps: list[float],
+    bandwidth: float,
+    others: dict[str, Any],
+) -> dict[str, Any]:
+    """Figures of one case, from the seconds to its first tokens and of its steps."""
+    least = bytes_read_per_step(model)
+    item = model.dtype.itemsize
+    least += case.batch * model.network.config.cache_bytes(item, case.prompt + case.output // 2)
+    rate = len(steps) / sum(steps)
+    to_first = spread(first)
+    return {
+        **asdict(case),
+        "first_token_seconds": to_first,
+        "step_seconds": spread(steps),
+        "tokens_per_second": case.batch * rate,
+        "prompt_tokens_per_second": case.batch * case.prompt / to_first["p50"],
+        "step_bytes": least,
+        "bandwidth_share": least * rate / bandwidth,
+        "floor_tokens_per_second": case.batch * bandwidth / least,
+        "doubts": doubts(steps, others),
     }

@@ -51,7 +51,7 @@ PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [
 
 
 def ends_at(model: Any, *steps: int) -> list[int]:
-    """Tokens that greedy decoding writes after so many steps, to stop rows at different times."""
+    """Tokens of greedy decoding at some steps, to stop rows at different times."""
     written = model.generate(PROMPTS, max_new_tokens=30, eos_token_id=None)[:, 7:]
     return [int(written[row, step]) for row, step in enumerate(steps)]
 
@@ -61,7 +61,7 @@ def ends_at(model: Any, *steps: int) -> list[int]:
 def test_a_step_ahead_writes_the_same(
     plain, ahead, sampling: dict[str, Any], captured: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Rows that end at different times, in buckets of 8, 4, 2 and 1."""
+    """Rows end at different times, in buckets of 8, 4, 2 and 1."""
     if captured:
         request.getfixturevalue("graphs")
     ends = ends_at(plain, 2, 5, 9, 14)
@@ -105,7 +105,7 @@ def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
 
 @pytest.mark.slow
 def test_graphs_stay_while_a_text_grows(ahead, graphs) -> None:
-    """Pages never move, so what points at them stays right."""
+    """Pages never move, so graphs that point at them stay valid."""
     cache = ahead.new_cache(1)
     ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
     before = dict(graphs[0]._graphs)
@@ -116,13 +116,13 @@ def test_graphs_stay_while_a_text_grows(ahead, graphs) -> None:
 
 @pytest.mark.slow
 def test_a_table_that_widens_drops_the_graphs(ahead, plain, graphs) -> None:
-    """On a GPU a table has the columns that are needed, for kernels launch programs for each."""
+    """On a GPU a table has only the needed columns, because kernels launch programs for each."""
     cache = ahead.new_cache(1)
-    cache._columns = 1
-    cache._lay_out()
+    cache._pages.columns = 1
+    cache._pages.lay_out()
     arguments = {"max_new_tokens": 200, "eos_token_id": None}
     found = ahead.generate([PROMPTS[0]], past_key_values=cache, **arguments)
-    assert cache.reallocations == 2 and cache._columns == 4
+    assert cache.reallocations == 2 and cache._pages.columns == 4
     assert torch.equal(found, plain.generate([PROMPTS[0]], **arguments))
 
 
@@ -158,7 +158,7 @@ def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, gra
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("outside", [False, True], ids=["steps", "with a processor"])
 def test_hooks_on_layers_see_the_text_and_no_graph(plain, ahead, graphs, rows, outside) -> None:
-    """Each step and row of it once: nothing is captured, runs ahead, or fills a bucket."""
+    """Hooks see each step and row once. Nothing is captured, runs ahead, or fills a bucket."""
     ends = ends_at(plain, 2, 5, 9, 14)
     kwargs = {"max_new_tokens": 30, "eos_token_id": ends}
     if outside:
@@ -195,7 +195,7 @@ def test_hooks_on_layers_see_the_text_and_no_graph(plain, ahead, graphs, rows, o
 
 
 def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
-    """A text that ended, then one that the streamer broke off: the cache says what it holds."""
+    """A text ended, then a streamer stopped one. The lengths in the cache are right."""
 
     class Stop(Exception):
         pass
@@ -229,7 +229,7 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
 
 @pytest.mark.parametrize("step", range(2, 2 + 2 * step_buffers.MAX_STEPS))
 def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: int) -> None:
-    """Wherever among the steps that are launched together a text ends: the next turn is right."""
+    """A text ends at any of the steps of one launch. The next turn is still right."""
     cache, reference = ahead.new_cache(1), plain.new_cache(1)
     for model, held in ((ahead, cache), (plain, reference)):
         text = model.generate(
@@ -247,8 +247,8 @@ def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: i
 
 
 @pytest.mark.parametrize("seen", range(1, 2 * step_buffers.MAX_STEPS + 1))
-def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
-    """Steps that were launched together are read one after another; the rest is counted later."""
+def test_a_reader_that_stops_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
+    """Steps of one launch are read one by one. The others are counted later."""
     cache = ahead.new_cache(1)
     row = Row(0, Request(PROMPTS[0]), 0, limit=30, arrival=0, slot=0)
     steps = DecodeLoop(ahead.network, cache)
@@ -265,7 +265,7 @@ def test_who_stops_reading_within_a_launch_loses_no_token(plain, ahead, seen: in
     assert cache.lengths == [4 + 2 * step_buffers.MAX_STEPS]
 
 
-def test_who_watches_gets_each_token_when_it_is_there(ahead, monkeypatch) -> None:
+def test_a_streamer_gets_each_token_at_once(ahead, monkeypatch) -> None:
     together = []
     run = StepBuffers.run_steps
 
@@ -303,8 +303,8 @@ class Puts:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_who_watches_sees_no_more_than_the_text(plain, ahead, rows: int) -> None:
-    """A step is under way when the last row ends: it has no rows, and is none of the text."""
+def test_a_streamer_sees_no_more_than_the_text(plain, ahead, rows: int) -> None:
+    """A step is running when the last row ends. It has no rows and does not belong to the text."""
     ends = ends_at(plain, 4, 7)[:rows]
     seen = {}
     for name, model in (("plain", plain), ("ahead", ahead)):
@@ -329,7 +329,9 @@ def test_parameters_may_change_on_a_kept_graph(plain, ahead, graphs) -> None:
     [(0, 2), (0, 31), (0, 32), (0, 33), (0, 512), (0, 513), (0, 1), (5, 40), (70, 3)],
 )
 def test_short_prompts_are_captured(plain, ahead, graphs, prefix: int, length: int) -> None:
-    """As they are, captured, and replayed, after a prefix too: padding touches nothing."""
+    """A prompt runs uncaptured, captured and replayed, also after a prefix. Padding changes
+    nothing.
+    """
     cache, expected = ahead.new_cache(2), plain.new_cache(2)
     chunks = [[1 + i % 97 for i in range(n)] for n in (prefix, length) if n]
     for chunk in chunks:
@@ -370,7 +372,7 @@ ROPES = {
 
 @pytest.fixture(params=ROPES)
 def scaled(tiny: Path, request: pytest.FixtureRequest) -> Any:
-    """Loads the checkpoint with frequencies that follow from the length, beyond 24 tokens."""
+    """Loads the checkpoint with frequencies that depend on the length, beyond 24 tokens."""
     config = lfm2_fast.Lfm2Config.from_pretrained(tiny)
     config.update({"max_position_embeddings": 24, "rope_parameters": ROPES[request.param]})
     return lambda dtype, backend: lfm2_fast.load(
@@ -379,7 +381,7 @@ def scaled(tiny: Path, request: pytest.FixtureRequest) -> Any:
 
 
 def test_captured_steps_pass_the_original_context(scaled, graphs) -> None:
-    """Each row at its own time, in the middle of what is replayed."""
+    """Each row passes it at another time, in the middle of replays."""
     plain, ahead = (scaled("float64", "eager") for _ in range(2))
     ahead.network.ops = Capturing()
     kwargs = {"max_new_tokens": 25, "eos_token_id": None}
@@ -389,7 +391,7 @@ def test_captured_steps_pass_the_original_context(scaled, graphs) -> None:
 
 
 def test_a_prompt_in_chunks_that_could_be_captured(scaled, graphs, monkeypatch) -> None:
-    """The first chunk has the frequencies of the whole prompt, so it is not what is captured."""
+    """The first chunk has the frequencies of the whole prompt, so its graph cannot be used."""
     plain, ahead = (scaled("float64", "eager") for _ in range(2))
     ahead.network.ops = Capturing()
     prompt = [1 + i % 97 for i in range(50)]
@@ -406,7 +408,7 @@ def test_a_prompt_in_chunks_that_could_be_captured(scaled, graphs, monkeypatch) 
 
 @pytest.mark.skipif(native_library.why_not(torch.device("cpu")) is not None, reason="no extension")
 def test_recorded_steps_pass_the_original_context(scaled) -> None:
-    """Each row has the bits that it has alone, unrecorded."""
+    """Each row has the same bits as alone, unrecorded."""
     model = scaled("bfloat16", "native")
     kwargs = {"max_new_tokens": 30, "eos_token_id": None}
     found = model.generate(PROMPTS[:3], **kwargs)[:, 7:].tolist()
@@ -416,7 +418,7 @@ def test_recorded_steps_pass_the_original_context(scaled) -> None:
 
 
 def same_contents(ours: Cache, theirs: Cache, slot: int) -> None:
-    """What two caches hold of a slot, as far as it may be read."""
+    """Check that two caches hold the same in a slot, as far as it may be read."""
     length = theirs.lengths[slot]
     held = range(max(length - theirs.past, 0), length)
     for a, b in zip(ours.layers, theirs.layers, strict=True):
@@ -430,7 +432,7 @@ def same_contents(ours: Cache, theirs: Cache, slot: int) -> None:
 
 
 def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
-    """The device failed: nothing is known of the slots, and so nothing is claimed."""
+    """The device failed, so the contents of the slots are unknown, and they are emptied."""
     cache = ahead.new_cache(1)
 
     def fail(self: StepBuffers, *args: Any, **kwargs: Any) -> None:
@@ -448,7 +450,7 @@ def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
 
 
 def breaks_after(tiny: Path, token: int) -> lfm2_fast.Lfm2ForCausalLM:
-    """As ``ahead``, but what follows ``token`` has NaN for logits."""
+    """Return a model like ``ahead``, with NaN as the logits after ``token``."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
     network = model.network
     network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.clone(), requires_grad=False)
@@ -462,7 +464,7 @@ def breaks_after(tiny: Path, token: int) -> lfm2_fast.Lfm2ForCausalLM:
 def test_a_row_without_a_token_among_steps_under_way(
     tiny: Path, plain, graphs, step: int, sampling: dict[str, Any]
 ) -> None:
-    """Wherever in a launch it is, the error names it, and the cache says what it holds."""
+    """The error names the row at any step of a launch, and the cache's lengths are right."""
     kwargs = {"max_new_tokens": 30, "eos_token_id": None, **sampling}
     text = plain.generate([PROMPTS[0]], **kwargs)[0].tolist()
     firsts = [place for place in range(4, len(text)) if text[place] not in text[:place]]
@@ -484,7 +486,7 @@ def test_a_row_without_a_token_among_steps_under_way(
 
 
 def test_the_other_rows_of_a_batch_are_settled(tiny: Path, plain, graphs) -> None:
-    """Their steps that were under way are counted, and they carry on."""
+    """Their running steps are counted, and they continue."""
     kwargs = {"max_new_tokens": 30, "eos_token_id": None, "do_sample": True, "seed": 5}
     written = plain.generate(PROMPTS, **kwargs)[:, 7:].tolist()
     texts = [prompt + row for prompt, row in zip(PROMPTS, written, strict=True)]
@@ -494,7 +496,7 @@ def test_the_other_rows_of_a_batch_are_settled(tiny: Path, plain, graphs) -> Non
     cache = model.new_cache(5)
     with pytest.raises(lfm2_fast.LogitsError, match=f"^row 2 .* at position {broken + 1}: "):
         model.generate(PROMPTS, past_key_values=cache, **kwargs)
-    # The row that broke holds what it has run; a step of the others was under way.
+    # The row that broke holds what it has run; a step of the others was running.
     ran = broken + 1 - len(PROMPTS[2])
     assert cache.lengths == [len(p) + ran + (row != 2) for row, p in enumerate(PROMPTS)]
     assert cache.history == [text[:n] for text, n in zip(texts, cache.lengths, strict=True)]
@@ -523,7 +525,7 @@ def test_the_other_rows_of_a_batch_are_settled(tiny: Path, plain, graphs) -> Non
 def test_more_prompts_than_rows(
     plain, at_a_time: int, which: str, request: pytest.FixtureRequest
 ) -> None:
-    """In order, each as if alone, whatever was in its slot before; as many rows as were asked."""
+    """Answers are in order, each as if alone, in slots that were used before."""
     model = request.getfixturevalue(which)
     prompts = PROMPTS + [list(reversed(prompt)) for prompt in PROMPTS] + [PROMPTS[0]]
     kwargs = {
@@ -538,7 +540,7 @@ def test_more_prompts_than_rows(
 
 
 def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahead) -> None:
-    """What those have written, though the host has not read it, is there on the new pages."""
+    """Tokens that these steps wrote, and the host has not read, are on the new pages."""
     prompts = [PROMPTS[0], PROMPTS[1], [1 + i % 97 for i in range(300)]]
     ends = ends_at(plain, 5)
     kwargs = {"max_new_tokens": 40, "eos_token_id": ends}
