@@ -1,5 +1,5 @@
 # `make demo` and `make test` work in a fresh clone: each sets up .venv first, and only once.
-# Others: `make help`. Another Python than the first suitable one: `make PYTHON=python3.12 test`.
+# Others: `make help`. To use another Python: `make PYTHON=python3.12 test`.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 HARNESS := $(VENV)/.harness
 CLIENTS := $(VENV)-clients/.ready
 PEERS := $(or $(LFM2_FAST_PEERS_DIR),build/peers)/.ready
-# On every core, whose workers take a thread each (tests/conftest.py) and tests from one another.
-# Python keeps what it has compiled even if the shell forbids that: tests start it a hundred times.
+# One worker with one thread on each core (tests/conftest.py); idle workers take tests of others.
+# Python keeps its compiled files, even if the shell forbids that: tests start it a hundred times.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -p no:benchmark -n auto --maxprocesses=16 --dist=worksteal
-# Folders of which `make check` runs nothing (MARKS in tests/conftest.py) and so imports nothing.
+# Folders without tests for `make check` (MARKS in tests/conftest.py), which it need not import.
 UNCOLLECTED := $(addprefix --ignore=tests/, bench kernels packaging)
 SIZE := 350M
 SANITIZER := -fsanitize=address,undefined
@@ -31,13 +31,13 @@ demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
 test: lint ## Check style and types, then run every test but the long proofs
 	$(PYTEST) -m "not nightly"
 
-check: lint ## In few minutes: the same without the slow, the interpreter, the builds and bench/
+check: lint ## Check style and types, then run the quick tests
 	$(PYTEST) -m "not (slow or interpreter or build or bench or nightly)" $(UNCOLLECTED)
 
-nightly: lint $(HARNESS) ## The same with the long proofs; outcomes go to bench/results/nightly.json
+nightly: lint $(HARNESS) ## Run all tests, long proofs too; write bench/results/nightly.json
 	PYTHONPATH=. $(PYTEST) -p bench.report.nightly --nightly-record bench/results/nightly.json
 
-test-clients: $(READY) $(CLIENTS) ## Serve the small checkpoint to clients that others wrote, in their own venv
+test-clients: $(READY) $(CLIENTS) ## Test the server with clients of other projects, in their own venv
 	LFM2_FAST_PYTHON=$(abspath $(BIN))/python $(VENV)-clients/bin/pytest -p no:cacheprovider --confcutdir=tests/clients tests/clients
 
 lint: $(READY) ## Check style and types
@@ -45,9 +45,9 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-peers: $(PEERS) ## Build llama.cpp's own server, bench, quantize and perplexity, once, for this processor
+peers: $(PEERS) ## Build llama.cpp's programs for this processor, once
 
-bench: $(PEERS) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
+bench: $(PEERS) ## Compare with Hugging Face and llama.cpp on the CPU; SIZE=1.2B for another shape
 	@echo "every case says how long it has left; larger shapes take as much longer as they are larger"
 	@$(BIN)/pip install -q -c constraints.txt gguf
 	$(BIN)/python -m bench.cpu.peers --size $(SIZE)
@@ -55,10 +55,10 @@ bench: $(PEERS) ## Time it beside Hugging Face and llama.cpp on the CPU; SIZE=1.
 bench-report: $(READY) ## Rewrite the tables of the documentation from bench/results
 	$(BIN)/python -m bench.report.tables
 
-aot: $(READY) ## Compile the Triton kernels for GPUs that are not here; table their registers
+aot: $(READY) ## Compile the Triton kernels without a GPU; print a table of their registers
 	$(BIN)/python bench/gpu/aot.py
 
-test-gpu: ## On a GPU, with the PYTHON at hand, offline: the kernels' tests, memcheck, racecheck
+test-gpu: ## On a GPU, offline, with PYTHON: the kernels' tests, memcheck, racecheck
 	PYTHON=$(PYTHON) bench/gpu/test_gpu.sh
 
 test-arm: $(READY) ## Cross-compile for AArch64; run the CPU code's tests and the package under emulation
@@ -80,12 +80,12 @@ first-gpu: ## On a GPU, offline, 40 minutes: the probe, the tests, tuning and be
 bench-gpu-peers: ## On a GPU, offline, under nine minutes: beside Hugging Face, eager and compiled
 	PYTHONPATH=. TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 timeout 530 $(PYTHON) -m bench.gpu.peers
 
-tune-gpu: ## On a GPU, offline, under nine minutes: measure tilings, write kernels/tuned.py anew
+tune-gpu: ## On a GPU, offline, under nine minutes: measure tilings, write kernels/tuned.py
 	PYTHONPATH=. TRITON_INTERPRET=0 timeout 530 $(PYTHON) -m bench.gpu.tune
 
 # Python itself is not instrumented, so the sanitizer's library must come first, and leaks are not
 # looked for.
-sanitize: $(READY) ## Run the tests of the C++ bodies under AddressSanitizer and UBSan
+sanitize: $(READY) ## Run the tests of the C++ code under AddressSanitizer and UBSan
 	PATH=$(abspath $(BIN)):$$PATH LDFLAGS="$(SANITIZER)" \
 	CFLAGS="$(SANITIZER) -fno-sanitize-recover=all -fno-omit-frame-pointer" LFM2_FAST_BUILD_EXT=1 \
 	$(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp

@@ -13,7 +13,7 @@ STEPS = 8
 
 
 def note(benchmark: Any, tokens: int, least: int, bandwidth: float) -> None:
-    """Beside the seconds: tokens a second, and the share of the memory's speed."""
+    """Store tokens a second, and the share of the memory's speed, beside the seconds."""
     seconds = benchmark.stats["median"]
     benchmark.extra_info |= {
         "tokens_per_second": tokens / seconds,
@@ -42,7 +42,7 @@ def bench_decode(
     benchmark.group = f"{size} decode, batch {batch}, context {context}"
     benchmark.pedantic(sequences.decode, (STEPS,), rounds=rounds, warmup_rounds=warm)
     cached = model.network.config.cache_bytes(model.dtype.itemsize, batch * context)
-    # A round begins with the last token of before, which is one more step.
+    # A round begins with the last token of the round before, which is one more step.
     steps = STEPS + 1
     note(benchmark, steps * batch, steps * (bytes_read_per_step(model) + cached), bandwidth)
 
@@ -51,7 +51,7 @@ def bench_decode(
 def bench_first_token(
     benchmark: Any, model_of: Any, bandwidth: float, size: str, backend: str, length: int
 ) -> None:
-    """A whole prompt and the choice of the token after it."""
+    """Time of a whole prompt and the choice of the token after it."""
     model = model_of(size, backend)
     if length + 2 > model.max_length:
         pytest.skip(f"the model's context is {model.max_length}")

@@ -1,4 +1,4 @@
-"""Each body of each operation against the others and against the memory's speed."""
+"""Time of each implementation of each operation, beside the others and the memory's speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from bench.gate import wrong_operation
 from bench.operations import OPERATIONS, Setup, least_bytes
 
-# What a step's tokens are: one after 1,024, one of each of eight sequences, a prompt.
+# Tokens of a step: one after 1,024, one of each of eight sequences, a prompt.
 STEPS = {
     "1 token": {"tokens": 1, "context": 1024},
     "8 sequences": {"tokens": 1, "sequences": 8, "context": 128},
@@ -21,7 +21,7 @@ STEPS = {
 FEW = 3
 
 
-@lru_cache(maxsize=2)  # both bodies, which take turns
+@lru_cache(maxsize=2)  # both implementations take turns
 def whole(size: str, step: str, backend: str) -> Setup:
     return Setup(size, backend=backend, **STEPS[step])
 

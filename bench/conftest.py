@@ -1,4 +1,4 @@
-"""Sizes by marker, the gate before every figure, and what stands beside the figures.
+"""Sizes by marker, the gate before every figure, and the facts beside the figures.
 
 ``pytest bench --benchmark-only`` runs 350M's shape and the small real checkpoint; ``-m size_1_2B``
 another size, ``-m "size_350M or size_1_2B"`` several.
@@ -58,13 +58,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
 
 @pytest.fixture(scope="session")
 def bandwidth() -> float:
-    """Bytes a second that the memory moves, just measured."""
+    """Measure the bytes a second that the memory moves."""
     return max(memory_speed(torch.device("cpu")).values())
 
 
 @pytest.fixture(params=["eager", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each body that can run here."""
+    """Implementations that can run here."""
     if lacking := why_not(request.param, torch.device("cpu"), torch.bfloat16):
         pytest.skip(f"{request.param}: {lacking}")
     return request.param
@@ -72,11 +72,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_of() -> Callable[[str, str], Any]:
-    """A loaded model of a size, which has passed the gate."""
+    """Load a model of a size, and check it with the gate."""
     return checked_model
 
 
-@lru_cache(maxsize=2)  # both bodies, which take turns
+@lru_cache(maxsize=2)  # both implementations take turns
 def checked_model(size: str, backend: str) -> Any:
     model = lfm2_fast.load(checkpoint(size), device="cpu", dtype="bfloat16", backend=backend)
     if wrong := wrong_logits(logits(model), *judges(size)):
@@ -86,7 +86,7 @@ def checked_model(size: str, backend: str) -> Any:
 
 @lru_cache(maxsize=4)
 def judges(size: str) -> tuple[np.ndarray, float]:
-    """The logits in float32, and how far those in bfloat16 may be off."""
+    """Compute logits in float32, and the allowed error of those in bfloat16."""
     exact, plain = (
         logits(lfm2_fast.load(checkpoint(size), device="cpu", dtype=dtype, backend="eager"))
         for dtype in ("float32", "bfloat16")

@@ -1,10 +1,10 @@
-"""Draws that fewer bits flip, on the small real checkpoint's held-out text, by two methods.
+"""Share of draws that fewer bits change, on the small checkpoint's held-out text, by two methods.
 
     python -m bench.draws
 
 Every position of the text draws its next token at temperature 1 from the logits of float32 and from
 those of another kind, with the same random numbers. A flip is a draw of another token. The package
-draws by Gumbel's max; the inverse of the distribution function is what that has replaced.
+draws by Gumbel's max, which replaced the inverse distribution function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks that come before every figure: nothing is timed that computes something else."""
+"""Checks before every figure: only correct code is timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rounding(exact: np.ndarray, plain: np.ndarray) -> float:
 
 
 def wrong_logits(found: np.ndarray, exact: np.ndarray, allowed: float) -> str | None:
-    """Why logits are not those of the reference in float32, relative to their size, or None."""
+    """Return why logits are not those of the reference in float32, by relative error, or None."""
     error = distance(found, exact)
     if error <= allowed:
         return None
@@ -31,10 +31,10 @@ def wrong_logits(found: np.ndarray, exact: np.ndarray, allowed: float) -> str | 
 
 
 def wrong_operation(out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> str | None:
-    """Why a body's result is not the operation's, or None.
+    """Return why a result is not the operation's, or None.
 
-    It may be twice as far from ``exact``, the reference in float64, as ``plain``, the reference in
-    the same dtype, plus one rounding step: the rule of the tests.
+    ``exact`` is the reference in float64, ``plain`` the reference in the same dtype. The error may
+    be twice that of ``plain``, plus one rounding step: the rule of the tests.
     """
     wide = exact.double()
     error = (out.double() - wide).abs().max()
@@ -46,7 +46,7 @@ def wrong_operation(out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor)
 
 
 def logits(model: Any, tokens: list[int] = PROMPT, steps: int = STEPS) -> np.ndarray:
-    """Logits of our model that ``wrong_logits`` judges: see ``engines.Engine.logits``."""
+    """Return our model's logits for ``wrong_logits``; see ``engines.Engine.logits``."""
     cache = model.new_cache(1, len(tokens) + steps)
     rows = []
     for _ in range(steps):

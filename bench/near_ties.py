@@ -1,8 +1,8 @@
 """Near-ties: where two runs of one request part, held against the model in float64.
 
 Two runs in other chunks round otherwise, so a token may differ where two logits are as good as
-equal. The first token that differs must be such a near-tie: in float64 it is no further below the
-best than the logits of the run alone are wrong.
+equal. The first token that differs must be a near-tie: in float64 it is no further below the best
+than the logits of the run alone are wrong.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lfm2_fast.models.lfm2 import Lfm2
 
 @dataclass(frozen=True)
 class Difference:
-    """The first new token that two greedy runs of a request choose otherwise.
+    """First new token that differs between two greedy runs of a request.
 
     ``place`` is its number among the new tokens, ``tokens`` has that of either run. ``gap`` is the
-    distance from the best logit in float64 to the lower one of theirs. ``error`` is the largest
-    error of a logit on this text, run alone.
+    distance from the best logit in float64 to the lower of the two tokens' logits. ``error`` is the
+    largest error of a logit on this text, run alone.
     """
 
     place: int

@@ -1,6 +1,6 @@
-"""Every operation at a model's true shapes, with the bytes that it must move at the least.
+"""Every operation at a model's true shapes, with the bytes that it must move.
 
-An operation is timed over all layers that have it, one after another, so that its weights come from
+An operation is timed over all layers that have it, one after another. So its weights come from
 memory and not from a cache, as in a step.
 """
 
@@ -21,9 +21,9 @@ Tensors = list[torch.Tensor]
 
 
 class Setup:
-    """A model and inputs for its operations: ``tokens`` of ``sequences`` after ``context`` each.
+    """Model, and inputs for its operations: ``tokens`` of ``sequences``, each after ``context``.
 
-    With ``layers`` only so many, whose numbers are those of the whole model's first ones. All is
+    ``layers`` limits the layers; they have the numbers of the whole model's first layers. All is
     drawn in bfloat16, so that every dtype gets the same values.
     """
 
@@ -72,7 +72,7 @@ class Setup:
         return made.to(self.dtype)
 
     def prepare(self, sequences: int, tokens: int) -> None:
-        """Let the step be so many tokens a sequence, and the cache have room for them."""
+        """Set the tokens of a step for each sequence, with room in the cache."""
         self.batch = self.cache.next_batch([tokens] * sequences, range(sequences), "cpu")
         self.cache.reserve(self.batch)
 

@@ -1,7 +1,7 @@
-"""The published shapes with random weights: configs, checkpoints, and what a step must read.
+"""Published shapes with random weights: configs, checkpoints, and a step's bytes.
 
-A checkpoint here is a folder as Hugging Face writes it, made once and kept under ``build/bench``,
-so that every engine runs the same numbers and each measures its own way of loading them.
+A checkpoint here is a folder as Hugging Face writes it, made once and kept under ``build/bench``.
+So every engine runs the same numbers, and each measures its own loading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIZES = ("350M", "700M", "1.2B", "2.6B")
 
 
 def config_of(size: str) -> lfm2_fast.Config:
-    """The published config of "350M", "700M", "1.2B" or "2.6B"."""
+    """Published config of "350M", "700M", "1.2B" or "2.6B"."""
     return lfm2_fast.Config.from_file(ROOT / "tests" / "data" / f"LFM2-{size}.json")
 
 
@@ -34,7 +34,7 @@ def random_weights(
 
 
 def checkpoint(size: str) -> Path:
-    """The folder of a bfloat16 checkpoint of that size, written where it is not there yet.
+    """Return the folder of a bfloat16 checkpoint of that size, and write it if it is missing.
 
     "tiny" is the small trained one that the package carries.
     """

@@ -8,10 +8,10 @@ allow this use. To train it again::
     pip install lxml          # beyond what the package itself needs
     OMP_NUM_THREADS=1 python bench/train_tiny.py python3.11-doc postgresql-doc-15
 
-It takes about an hour.
-Everything that is drawn comes from ``--seed``, and one thread computes. Three files of the
-folder are written by hand and only read here: the chat template, the licences, and the model card
-up to its measurements. Every ``--save-every`` steps everything else is written anew.
+It takes about an hour. Everything that is drawn comes from ``--seed``, and one thread computes.
+Three files of the folder are written by hand and only read here: the chat template, the licences,
+and the model card up to its measurements. Every ``--save-every`` steps everything else is written
+again.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Page:
 
 
 def plain(element: lxml.html.HtmlElement) -> str:
-    """The text of an element on one line, with the typographer's characters as ASCII."""
+    """Text of an element on one line, with the typographer's characters as ASCII."""
     text = element.text_content().translate(str.maketrans(ASCII))
     return " ".join(text.replace("¶", "").split())
 
@@ -176,7 +176,7 @@ def term(element: lxml.html.HtmlElement, text: str) -> tuple[str, str]:
 
 
 def shorten(answer: str, limit: int = 360) -> str:
-    """The whole sentences at the start of a description that fit in ``limit`` characters."""
+    """Whole sentences at the start of a description that fit in ``limit`` characters."""
     kept = ""
     for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", answer):
         if len(kept) + len(sentence) > limit or sentence.endswith(":"):
@@ -204,7 +204,7 @@ def read_corpus(folders: list[Path], seed: int) -> tuple[list[Page], str]:
     pages = [page for page in pages if page not in held_out]
     seen = {block for page in held_out for block in page.blocks}
     answers = {shorten(answer) for page in held_out for _, _, answer in page.facts}
-    for page in pages:  # a paragraph counts once, wherever the manuals repeat it
+    for page in pages:  # a paragraph counts once, also if the manuals repeat it
         page.blocks = [b for b in page.blocks if len(b) < 60 or not (b in seen or seen.add(b))]
         facts = [(kind, name, shorten(answer)) for kind, name, answer in page.facts]
         page.facts = [fact for fact in facts if fact[2] and fact[2] not in answers]
@@ -213,7 +213,7 @@ def read_corpus(folders: list[Path], seed: int) -> tuple[list[Page], str]:
 
 
 def conversations(pages: list[Page], rng: random.Random) -> Iterator[list[dict[str, str]]]:
-    """Chats of one to three turns, each about one page; the wording is drawn anew at each call."""
+    """Chats of one to three turns, each about one page. Each call draws other wording."""
     for page in [*pages, *[None] * 100]:
         turns = []
         for kind, name, answer in page.facts if page else []:
@@ -235,7 +235,7 @@ def conversations(pages: list[Page], rng: random.Random) -> Iterator[list[dict[s
 
 
 def train_tokenizer(pages: list[Page], chat_template: str) -> PreTrainedTokenizerBase:
-    """A byte-level BPE with LFM2's special tokens, ids and chat format."""
+    """Byte-level BPE with LFM2's special tokens, ids and chat format."""
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -281,7 +281,7 @@ def batches(
 
 
 def make_model(seed: int) -> Lfm2ForCausalLM:
-    """The untrained model: LFM2's two kinds of block in small, spelled as LFM2's configs are."""
+    """Make the untrained model: small blocks of both of LFM2's kinds."""
     config = Lfm2Config(
         vocab_size=VOCABULARY,
         hidden_size=192,

@@ -1,6 +1,6 @@
-"""An engine in a process of its own, which answers requests: JSON lines in, JSON lines out.
+"""Engine in its own process, which answers requests: JSON lines in, JSON lines out.
 
-Engines do not share a process, so that neither their threads nor their memory mix.
+Each engine has its own process, so that threads and memory do not mix.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 class EngineError(RuntimeError):
-    """An engine cannot run here, or has failed: why, and which."""
+    """Error of an engine that cannot run here, or has failed: its name, and the reason."""
 
     def __init__(self, why: str, engine: str) -> None:
         super().__init__(why)
@@ -50,7 +50,7 @@ class EngineError(RuntimeError):
 
 
 class Remote:
-    """An engine in another process, started by ``python``. Raises EngineError if it cannot be.
+    """Engine in another process, started by ``python``. Raises EngineError if it does not start.
 
     ``root`` is the checkout whose package and benchmarks run.
     """
@@ -71,7 +71,7 @@ class Remote:
         self.versions: dict[str, str] = self._answer()
 
     def ask(self, request: str, **arguments: Any) -> Any:
-        """The answer to a request of ``Service``. Raises EngineError where that failed."""
+        """Return the answer to a request of ``Service``. Raises EngineError if that failed."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, as the answer will say
             self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
@@ -103,7 +103,7 @@ class Remote:
 
 
 class Service:
-    """The requests, by name."""
+    """Requests, by name."""
 
     def __init__(self, name: str, *, gpu: bool = False) -> None:
         module, kind, options = (GPU_ENGINES if gpu else ENGINES | REFERENCES)[name]

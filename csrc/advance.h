@@ -1,4 +1,4 @@
-// The next step's inputs, of the tokens that this one chose; what they mean stands with advance_ref.
+// The next step's inputs, from the tokens that this step chose; advance_ref has their meaning.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 
 namespace lfm2 {
 
-// What a step's rows are, made anew in place.
+// Inputs of a step's rows, updated in place.
 struct StepInputs {
   int64_t* tokens;
   int64_t* slots;
@@ -15,7 +15,7 @@ struct StepInputs {
   bool* finished;
 };
 
-// `eos` has `ends` tokens a row. `scrap` is null where rows that have ended stay in their slots.
+// `eos` has `ends` tokens a row. `scrap` is null if ended rows stay in their slots.
 inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, const int64_t* scrap,
                     const StepInputs& inputs, int64_t rows, int64_t* written) {
   for (int64_t row = 0; row < rows; ++row) {

@@ -1,4 +1,4 @@
-// Checks of what a step reads and writes in the cache, made before it does.
+// Checks of a step's reads and writes in the cache, before they happen.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -48,8 +48,8 @@ Pages<T> pages_of(const Tensor& pages, const char* name, const Tensor& table) {
           pages.size(2),     pages.size(3),   read<int32_t>(table), table.stride(0)};
 }
 
-// Queries [tokens, heads, width], a token's heads side by side, pages of as wide heads which they
-// share, and out [tokens, heads * width].
+// Queries [tokens, heads, width], a token's heads side by side; pages with heads of the same width;
+// and out [tokens, heads * width].
 template <class T>
 void expect_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                       const Tensor& out) {
@@ -63,7 +63,7 @@ void expect_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pa
   STD_TORCH_CHECK(width < 2 || q.stride(1) == width, "q must hold a token's heads side by side");
 }
 
-// Positions from `first` to before `last` of `slot` must lie in pages that exist.
+// Positions from `first` to before `last` of `slot` must be in pages that exist.
 template <class T>
 void expect_pages(const Pages<T>& pages, int64_t count, int64_t per_slot, int64_t slot,
                   int64_t first, int64_t last) {

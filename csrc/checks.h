@@ -1,4 +1,4 @@
-// What every operation makes sure of before it reads or writes through a pointer.
+// Checks of every operation before it reads or writes through a pointer.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,8 +32,7 @@ constexpr ScalarType kType<int64_t> = ScalarType::Long;
 template <>
 constexpr ScalarType kType<bool> = ScalarType::Bool;
 
-// Fails unless `tensor` has this type and shape, -1 being any size, and numbers side by side in its
-// last dimension.
+// Fails unless `tensor` has this type and shape, and no gaps in its last dimension. -1 is any size.
 inline void expect(const Tensor& tensor, const char* name, ScalarType type,
                    std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has another type than is expected of it");
@@ -49,7 +48,7 @@ inline void expect(const Tensor& tensor, const char* name, ScalarType type,
                   " must be contiguous in its last dimension");
 }
 
-// Like `expect`, for what has no gaps.
+// Like `expect`, for tensors without gaps.
 inline void expect_packed(const Tensor& tensor, const char* name, ScalarType type,
                           std::initializer_list<int64_t> shape) {
   expect(tensor, name, type, shape);
@@ -75,13 +74,13 @@ T* data_of(const Tensor& tensor) {
   }
 }
 
-// A matrix, or one whose further dimensions follow each other without gaps.
+// A matrix, or a tensor whose other dimensions have no gaps.
 template <class T>
 Rows<T> rows_of(const Tensor& tensor) {
   return {data_of<T>(tensor), tensor.stride(0)};
 }
 
-// Calls `body` with a number of the type that `tensor` holds.
+// Calls `body` with a number of the tensor's type.
 template <class Body>
 void with_type(const Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {

@@ -1,5 +1,5 @@
-// The CPU's bodies between the projections: what is checked, how the work is shared among threads,
-// and the names that lfm2_fast/ops/native_library.py gives them. What they compute stands in the headers.
+// The CPU's operations between the projections: checks, the division of work among threads, and the
+// names of lfm2_fast/ops/native_library.py. The headers have the computations.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -187,7 +187,7 @@ void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
       STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " is none of ",
                       window.size(0));
       STD_TORCH_CHECK(position >= 0, "position ", position, " is negative");
-      // Tokens that follow one another in a slot are a run of it, summed as single steps are.
+      // Adjacent tokens of one slot are a run of it, summed as single steps are.
       if (!sequences.empty() && sequences.back().slot == slot &&
           sequences.back().position + sequences.back().count == position) {
         ++sequences.back().count;
@@ -204,7 +204,7 @@ void rope_native(const Tensor& positions, const Tensor& inv_freq, const Tensor& 
   with_type(cos, [&](auto number) {
     using T = decltype(number);
     const int64_t tokens = positions.numel();
-    const bool own = inv_freq.dim() == 2;  // every token has frequencies of its own
+    const bool own = inv_freq.dim() == 2;  // every token has its own frequencies
     const int64_t pairs = own ? inv_freq.size(1) : inv_freq.numel();
     expect_packed(positions, "positions", ScalarType::Long, {tokens});
     if (own) {

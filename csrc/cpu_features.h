@@ -1,5 +1,5 @@
 // Which compilers can make code for newer machines than the one that they build for, and which
-// instructions with files of their own, *_avx*.cpp and *_neon*.cpp, the machine at hand has.
+// instructions with files of their own, *_avx*.cpp and *_neon*.cpp, this machine has.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -24,7 +24,7 @@
 #include <sys/auxv.h>
 #endif
 
-// LFM2_NO_CLONES leaves those files aside, so that the plain bodies are tested on any machine.
+// LFM2_NO_CLONES ignores those files, so that the plain code is tested on any processor.
 #if defined(LFM2_GCC_X86) && !defined(LFM2_NO_CLONES)
 #define LFM2_HAS_AVX512BF16 \
   (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4"))

@@ -1,4 +1,4 @@
-// The GPU's body of the gated convolution's step; the CPU's are in cpu.cpp.
+// The GPU's gated convolution of one token; the CPU's is in cpu.cpp.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

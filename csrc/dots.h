@@ -1,11 +1,10 @@
-// Dot products of a few tokens with every row of a matrix, whose numbers are each read once.
+// Dot products of a few tokens with every row of a matrix. Each number of the matrix is read once.
 //
-// At one token these are as fast as memory is, if the matrix is read row after row and what comes
-// soon is asked for: processors fetch ahead too, but not far enough where memory is fast. Tokens are
-// made ready before (`pack.h`): a group of them lies together, step after step, in the form that is
-// multiplied. Lanes of eight rows are summed at once. The order in which a product's terms are
-// summed follows from its length alone, so a token's results do not depend on which others run
-// beside it.
+// With one token they run at the speed of the memory, if the matrix is read row after row with a
+// prefetch. Processors prefetch too, but not far enough if the memory is fast. Tokens are packed
+// before (`pack.h`): a group of them is stored step after step, in the form of the product. Lanes
+// of eight rows are summed at once. The length of a product alone decides the order of its terms.
+// So a token's results do not depend on other tokens.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +15,8 @@
 
 namespace lfm2 {
 
-// Where tokens are packed. A step multiplies 64 numbers of 8 bits, 32 of 16, or 16 floats of one.
+// Memory of packed tokens. A step multiplies 64 numbers of 8 bits, 32 of 16 bits, or 16 floats of
+// one token.
 struct alignas(64) Line {
   char bytes[64];
 };
@@ -29,8 +29,8 @@ LFM2_INLINE void totals(const V* folded, T* to) {
   std::memcpy(to, &all, sizeof all);
 }
 
-// How numbers are multiplied, kNumbers at once: here in float, whatever they are. Of 8-bit integers
-// a lane's sum is exact up to 16,640 terms: it is less than 2^24 then.
+// The product of kNumbers numbers at once: here in float for every type. With 8-bit integers a
+// lane's sum is exact up to 16,640 terms, where it is less than 2^24.
 struct WideStep {
   static constexpr int64_t kNumbers = kPair;
   // Tokens at once: their sums, two registers each, leave four of AVX2's.
@@ -60,8 +60,8 @@ struct WideStep {
   static LFM2_INLINE void total(const Lanes* folded, float* to) { totals(folded, to); }
 };
 
-// The same sums of bfloat16 tokens that are widened where they are multiplied: of one or two tokens
-// that costs less than to load twice the bytes.
+// The same sums with bfloat16 tokens, widened at the product. For one or two tokens this costs less
+// than loading twice the bytes.
 struct NarrowStep : WideStep {
   static constexpr int kTogether = 2;
   struct Packed {
@@ -76,11 +76,11 @@ struct NarrowStep : WideStep {
   }
 };
 
-// Tokens at once where a sum is one register.
+// Tokens at once, if a sum is one register.
 constexpr int kTogether = 8;
 
-// What is asked for lies so many bytes ahead, of a row at a time and of several: the best of 1, 2, 4,
-// 16 and 64 KB for one on a Zen 5, whose own fetching was too late where its memory was fast.
+// Distance of the prefetch in bytes, for one row at a time and for several. 2 KB was the best of 1,
+// 2, 4, 16 and 64 KB for one row on a Zen 5 with fast memory, where its own prefetch was too late.
 constexpr int64_t kBytesAheadOfOne = 2048;
 constexpr int64_t kBytesAhead = 16384;
 
@@ -88,14 +88,14 @@ LFM2_INLINE int64_t steps_of(int64_t size, int64_t numbers) {
   return (size + numbers - 1) / numbers;
 }
 
-// The tokens of group `g`, where `tokens` are split into as few groups of at most `most` as can be.
+// The tokens of group `g`, with `tokens` split into the fewest groups of at most `most`.
 LFM2_INLINE int64_t in_group(int64_t g, int64_t tokens, int64_t most) {
   const int64_t groups = (tokens + most - 1) / most;
   return tokens / groups + (g < tokens % groups);
 }
 
-// A step of M tokens and R rows. By recursion and not in loops: compilers keep arrays in registers
-// only where no index was ever a variable.
+// A step of M tokens and R rows. It uses recursion instead of loops, because compilers keep arrays
+// in registers only if all indices are constants.
 template <class Step, int M, int R, class W>
 struct Block {
   typename Step::Row rows[R];
@@ -109,7 +109,7 @@ struct Block {
     }
   }
 
-  // Asks for R steps from `ahead` on.
+  // Prefetches R steps from `ahead` on.
   template <int I = 0>
   LFM2_INLINE void take(Rows<const W> from, int64_t k, const W* ahead) {
     if constexpr (I < R) {
@@ -137,7 +137,7 @@ struct Block {
 };
 
 // folded[m * kLanes + r] = lanes whose sum is x[m] . rows[r], for M tokens and R rows of `size`
-// numbers. Asks for R rows from `ahead` on.
+// numbers. Prefetches R rows from `ahead` on.
 template <class Step, int M, int R, class W>
 LFM2_INLINE void dots_of_block(const typename Step::Packed* x, Rows<const W> rows, int64_t size,
                                const W* ahead, typename Step::Folded* folded) {
@@ -146,7 +146,7 @@ LFM2_INLINE void dots_of_block(const typename Step::Packed* x, Rows<const W> row
   Block<Step, M, R, W> block;
   block.clear();
   int64_t k = 0;
-  // A loop of one sum is so short that going round it shows.
+  // A loop over one sum is so short that its overhead matters.
   if constexpr (M * R == 1) {
     for (; k + 2 * kStep <= whole; k += 2 * kStep, x += 2) {
       block.take(rows, k, ahead);
@@ -198,8 +198,8 @@ LFM2_INLINE void dots_of_group(const typename Step::Packed* x, Rows<const W> wei
   }
 }
 
-// The same of all tokens, packed, a group at a time: the rows come from memory
-// once, and then from the cache.
+// The same for all packed tokens, a group at a time: rows come from memory once, and then from the
+// cache.
 template <class Step, class W>
 LFM2_INLINE void dots_with(const Line* x, int64_t tokens, Rows<const W> weight, int64_t size,
                            int64_t first, int64_t last, typename Step::Total* sums,
@@ -232,7 +232,7 @@ LFM2_INLINE void dots_with(const Line* x, int64_t tokens, Rows<const W> weight, 
   }
 }
 
-// The files dots_*.cpp, each for machines that have what it is named after. Of 8-bit integers
+// The files dots_*.cpp, each for processors with the instructions in its name. For 8-bit integers
 // `token_sums` are the sums of each token's numbers.
 void dots_avx512bf16(const Line* x, int64_t tokens, Rows<const bf16> weight, int64_t size,
                      int64_t first, int64_t last, float* sums, int64_t stride);

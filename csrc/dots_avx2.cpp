@@ -1,9 +1,9 @@
 // The dot products of dots.h of 8-bit integers by AVX2, exactly.
 //
-// Its instruction wants one side unsigned and sums pairs in 16 bits: |w| is multiplied by the
+// Its instruction needs one unsigned side and sums pairs in 16 bits. So |w| is multiplied by the
 // token's number with the sign of w, and two products of at most 128 * 127 fit. A token's numbers
-// are never -128, whose sign cannot be changed. As in the other files of this kind, everything here
-// is inlined.
+// are never -128, because its sign cannot be changed. As in the other files of this kind,
+// everything here is inlined.
 #include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86

@@ -1,7 +1,7 @@
 // The dot products of dots.h by AVX512_BF16, which multiplies pairs and sums them in float.
 //
-// The whole file is compiled for it, headers included, so it must hold nothing that the linker
-// could take for older machines: no function that is not inlined, but the one that bears its name.
+// The whole file is compiled for it, headers included. So it must have no function that the linker
+// could use on older processors: all are inlined, except the one with the file's name.
 #include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86

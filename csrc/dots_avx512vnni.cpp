@@ -1,7 +1,8 @@
 // The dot products of dots.h of 8-bit integers by AVX512_VNNI, exactly.
 //
-// Its instruction wants one side unsigned: w + 128 is multiplied, and 128 times the sum of the
-// token's numbers taken off again. As in the other file of this kind, everything here is inlined.
+// Its instruction needs one unsigned side: w + 128 is multiplied, and 128 times the sum of the
+// token's numbers is subtracted again. As in the other file of this kind, everything here is
+// inlined.
 #include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86
@@ -34,7 +35,7 @@ struct QuadStep {
   }
   static LFM2_INLINE void add(const Row& row, const Line& token, Sum& sum) {
     sum.lanes = _mm512_dpbusd_epi32(sum.lanes, row.unsigned_bytes, _mm512_load_si512(&token));
-    asm("" : "+v"(sum.lanes));  // stays where it is: GCC 12 copies all sums to and fro otherwise
+    asm("" : "+v"(sum.lanes));  // stays in its register: GCC 12 copies all sums otherwise
   }
   static LFM2_INLINE void fold(const Sum& sum, Places& lanes) {
     const Wide all = reinterpret_cast<Wide>(sum.lanes);

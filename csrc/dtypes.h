@@ -1,4 +1,4 @@
-// The numbers that tensors hold, and how loops over them are compiled.
+// The number types of tensors, and the compilation of loops over them.
 //
 // Every operation widens what it loads to float, computes, and narrows what it stores. `rounded`
 // marks the places where the reference rounds to the tensor's type in the middle of a formula.
@@ -9,9 +9,9 @@
 
 #include "cpu_features.h"
 
-// A function under LFM2_CLONES is compiled once for each instruction set, with everything that is
-// inlined into it, and the loader takes the best one that the machine has. LFM2_NO_CLONES leaves
-// that to -march, so that each instruction set can be tested alone.
+// A function under LFM2_CLONES is compiled once for each instruction set, with all inlined
+// functions, and the loader takes the best one for the processor. With LFM2_NO_CLONES -march
+// decides, so that each instruction set can be tested alone.
 #if defined(LFM2_GCC_X86) && defined(__gnu_linux__) && !defined(LFM2_NO_CLONES)
 #define LFM2_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -21,14 +21,14 @@
 #endif
 #endif
 
-// A call out of a clone would land in code for the oldest machine, so its helpers are inlined.
+// A call from a clone would reach code for the oldest processor, so its helpers are inlined.
 #ifdef __CUDACC__
 #define LFM2_INLINE __host__ __device__ inline __attribute__((always_inline))
 #else
 #define LFM2_INLINE inline __attribute__((always_inline))
 #endif
 
-// The same of a lambda, whose calls are not seen to be in a clone.
+// The same for a lambda: the compiler does not see that its calls are in a clone.
 #define LFM2_FLAT __attribute__((always_inline))
 
 namespace lfm2 {
@@ -101,13 +101,13 @@ LFM2_INLINE T narrowed(float value) {
   return stored;
 }
 
-// What is left of `value` after it has been stored as a T.
+// `value` after rounding to a T.
 template <class T>
 LFM2_INLINE float rounded(float value) {
   return widen(narrowed<T>(value));
 }
 
-// A matrix whose rows lie `stride` numbers apart.
+// A matrix with rows `stride` numbers apart.
 template <class T>
 struct Rows {
   T* data;

@@ -1,4 +1,4 @@
-// The tokens' rows of the embedding, widened and scaled where they are 8-bit integers.
+// Rows of the embedding for the tokens; 8-bit integers are widened and scaled.
 #pragma once
 
 #include <algorithm>

@@ -1,10 +1,10 @@
-// Attention of one query per row over its pages, all query heads of a KV head together. Rows that
-// follow one another in a slot read its keys together, each up to its own length.
+// Attention of one query per row over its pages, all query heads of a KV head together. Adjacent
+// rows of one slot read its keys together, each up to its own length.
 //
-// A context is cut into splits of kSplit keys, wherever it ends and however many threads there are,
-// so that a row's sums depend on nothing but the row. A split leaves, for each query head, the
-// weighted sum of its values, the sum of the weights and the largest score, which the weights are
-// relative to; `combine` adds the splits up. (Dao et al., 2023)
+// A context is cut into splits of kSplit keys, for any length and number of threads, so that a
+// row's sums depend only on the row. A split writes for each query head the weighted sum of its
+// values, the sum of the weights, and the largest score, to which the weights are relative.
+// `combine` adds the splits up. (Dao et al., 2023)
 #pragma once
 
 #include <algorithm>
@@ -19,11 +19,11 @@
 namespace lfm2 {
 
 constexpr int64_t kSplit = 512;
-constexpr int64_t kBlock = 64;  // keys whose scores are held at once
+constexpr int64_t kBlock = 64;  // keys whose scores are kept at once
 
 inline int64_t splits_of(int64_t length) { return (length + kSplit - 1) / kSplit; }
 
-// Floats that a split leaves per query head, rows being `width` long.
+// Floats of a split's result per query head, with rows of length `width`.
 LFM2_INLINE int64_t partial_of(int64_t width) { return width + 2; }
 
 template <class T>
@@ -33,7 +33,7 @@ struct FlashDecode {
   Pages<const T> v;
   int64_t group;  // query heads per KV head
 
-  // Rows are computed as whole vectors, floats in their order; rows of other sizes are padded.
+  // Rows are computed as whole vectors, with floats in their order. Rows of other sizes are padded.
   int64_t padded() const { return (k.head_dim + kPair - 1) / kPair * kPair; }
   int64_t scratch(int64_t rows) const { return group * (rows * padded() + kBlock); }
   int64_t padding() const { return k.head_dim == padded() ? 0 : 2 * kBlock * padded(); }
@@ -51,8 +51,8 @@ struct Split {
   int64_t last;  // of the last row
 };
 
-// scores[g, j] = q[g] . keys[j], for `Heads` heads and 8 / Heads keys from `first` on. Beyond `count`
-// keys the last is taken again, and these scores mean nothing.
+// scores[g, j] = q[g] . keys[j], for `Heads` heads and 8 / Heads keys from `first` on. Beyond
+// `count` keys the last key is used again; these scores are undefined.
 template <int Heads, class T>
 LFM2_INLINE void score(const float* q, Rows<const T> keys, int64_t first, int64_t count,
                        int64_t width, float* scores) {
@@ -99,7 +99,7 @@ LFM2_INLINE void weigh(const float* weights, Rows<const T> values, int64_t first
   }
 }
 
-// Scores become weights relative to the largest score yet; what was summed before is scaled down.
+// Scores become weights relative to the largest score so far. Earlier sums are scaled down.
 LFM2_INLINE void soften(float* scores, int64_t count, int64_t width, float* partial) {
   float& total = partial[width];
   float& best = partial[width + 1];

@@ -1,4 +1,4 @@
-// The CPU's attention of many tokens: what is checked, and how tiles are shared among threads.
+// The CPU's attention of many tokens: checks, and the division of tiles among threads.
 #include "flash_prefill.h"
 
 #include <torch/csrc/stable/library.h>
@@ -58,16 +58,17 @@ void flash_prefill_native(const Tensor& q, const Tensor& k_pages, const Tensor& 
   const auto tiles = tiles_of(sequences, kv_heads, op.group);
   const int64_t count = static_cast<int64_t>(tiles.size());
   if (count == 0) return;
-  int64_t work = 0;  // what a tile reads, as often as it has vectors of rows
+  int64_t work = 0;  // reads of a tile, once for each of its vectors of rows
   for (const Tile& tile : tiles) {
     work += 2 * width * tile.keys(tile.rows - 1, op.group) * ((tile.rows + 15) / 16);
   }
-  // Who is done takes the next one: tiles of a prompt's beginning see few keys, others many.
+  // A thread takes the next tile when it is done: tiles at a prompt's beginning see few keys, later
+  // ones many.
   std::atomic<int64_t> next{0};
   parallel_for(0, count, grain(work / count), [&](int64_t, int64_t) {
     std::vector<Line> scratch(op.scratch());
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
-      // Asked again, so that nothing refers to it where it was not compiled.
+      // Checked again, so that nothing refers to it if it was not compiled.
       if (LFM2_HAS_AVX512BF16) flash_prefill_avx512bf16(op, tiles[i], scratch.data());
     }
   });

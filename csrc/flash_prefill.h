@@ -1,11 +1,11 @@
 // Causal attention of many tokens per sequence over its pages, a KV head's query heads together.
 //
-// The queries of a KV head are rows: token after token, the group's heads of each. A tile is up to
-// kTileRows of them; it goes once through the keys that its last row sees, kTileKeys at a time from
-// position 0 on, and keeps for each row the weighted sum of the values, the sum of the weights and
-// the largest score yet, which the weights are relative to. (Dao, 2023) What a row sees, and in
-// what order it is summed, follow from its position, so of finite values its bits depend neither on
-// the other rows nor on how a prompt was cut into steps. (A weight of 0 times an infinity is NaN.)
+// The queries of a KV head are rows: token after token, with the heads of its group. A tile is up
+// to kTileRows rows. It runs once over the keys that its last row sees, kTileKeys at a time from
+// position 0 on. For each row it keeps the weighted sum of the values, the sum of the weights, and
+// the largest score so far, to which the weights are relative. (Dao, 2023) A row's position decides
+// its keys and the order of its sums. So, with finite values, its bits do not depend on other rows
+// or on the chunks of a prompt. (A weight of 0 times an infinity is NaN.)
 #pragma once
 
 #include "cpu_features.h"
@@ -17,7 +17,7 @@ namespace lfm2 {
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kTileKeys = 64;
 
-// As much as a cache line and a vector hold.
+// Size of a cache line and of a vector.
 struct alignas(64) Line {
   uint32_t words[16];
 };
@@ -32,7 +32,7 @@ struct FlashPrefill {
   LFM2_INLINE int64_t pairs() const { return k.head_dim / 2; }
   LFM2_INLINE int64_t padded() const { return (k.head_dim + 15) / 16 * 16; }
 
-  // Lines that a tile needs while it is computed.
+  // Lines of scratch memory for a tile.
   LFM2_INLINE int64_t scratch() const {
     constexpr int64_t kVectors = kTileRows / 16;
     const int64_t queries = pairs() * kVectors;
@@ -53,13 +53,13 @@ struct Tile {
   int64_t first;     // the first row of the tile, counted from that token's first head
   int64_t rows;
 
-  // How many keys row `row` of the tile sees.
+  // Number of keys that row `row` of the tile sees.
   LFM2_INLINE int64_t keys(int64_t row, int64_t group) const {
     return position + (first + row) / group + 1;
   }
 };
 
-// flash_prefill_avx512bf16.cpp, for machines that have what it is named after; nobody else has it.
+// flash_prefill_avx512bf16.cpp, for processors with its instructions; no other thread uses it.
 // Fills `out` of the tile's rows; `scratch` has scratch() lines.
 void flash_prefill_avx512bf16(const FlashPrefill& op, const Tile& tile, Line* scratch);
 

@@ -1,11 +1,11 @@
 // The tiles of flash_prefill.h by AVX512_BF16, which multiplies pairs and sums them in float.
 //
-// Rows lie side by side in the lanes of vectors, so that a row's largest score and its sums need no
-// exchange between lanes. A key's pairs are taken from where it lies, each for all rows at once;
-// only values are interleaved first, two keys at a time, to be pairs too.
+// Rows are side by side in the lanes of vectors, so that a row's largest score and its sums need no
+// exchange between lanes. A key's pairs are read from its page, each for all rows at once. Only
+// values are interleaved first, two keys at a time, to become pairs too.
 //
-// The whole file is compiled for it, headers included, so it must hold nothing that the linker
-// could take for older machines: no function that is not inlined, but the one that bears its name.
+// The whole file is compiled for it, headers included. So it must have no function that the linker
+// could use on older processors: all are inlined, except the one with the file's name.
 #include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86
@@ -78,8 +78,8 @@ LFM2_INLINE __mmask32 numbers_before(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// A tile of up to Vectors * 16 rows. For each vector of rows kResults scores or numbers are made at
-// once: as many sums as stay in registers, and a divisor of 16.
+// A tile of up to Vectors * 16 rows. For each vector of rows kResults scores or numbers are
+// computed at once: the most sums that fit into registers, and a divisor of 16.
 template <int Vectors>
 struct TileOf {
   static constexpr int kResults = Vectors == 3 ? 4 : 16 / Vectors;
@@ -95,8 +95,8 @@ struct TileOf {
   Line* sums;        // [padded][Vectors]: floats
   __m512 best[Vectors];
   __m512 totals[Vectors];
-  __m512 shrink[Vectors];  // what a block's scores have made of the sums before it
-  __m512i seen[Vectors];   // how many keys a row sees
+  __m512 shrink[Vectors];  // factors of the earlier sums from a block's scores
+  __m512i seen[Vectors];   // number of keys that a row sees
 
   LFM2_INLINE TileOf(const FlashPrefill& op, const Tile& tile, Line* scratch)
       : op(op), tile(tile), pairs(op.pairs()), padded(op.padded()) {
@@ -117,7 +117,7 @@ struct TileOf {
     for (int64_t i = 0; i < padded * Vectors; ++i) _mm512_store_ps(sums + i, _mm512_setzero_ps());
   }
 
-  // Where a row's head begins in q or out.
+  // Beginning of a row's head in q or out.
   template <class T>
   LFM2_INLINE T* head(Rows<T> rows, int64_t row) const {
     const int64_t at = tile.first + row;
@@ -145,7 +145,7 @@ struct TileOf {
     }
   }
 
-  // Rows of `pages` from `position` on. Beyond `count` the last is taken again.
+  // Rows of `pages` from `position` on. Beyond `count` the last row is used again.
   LFM2_INLINE void find(const Pages<const bf16>& pages, int64_t position, int64_t count,
                         const bf16** found) const {
     const bf16* row = nullptr;
@@ -158,8 +158,8 @@ struct TileOf {
     }
   }
 
-  // Scores of `count` keys from `position` on, and the largest ones. What a row does not see is
-  // -infinity, the keys beyond the last row's among it.
+  // Scores of `count` keys from `position` on, and the largest ones. Keys that a row does not
+  // see have -infinity, with those beyond the last row's.
   LFM2_INLINE void score(const bf16* const* keys, int64_t position, int64_t count) {
     const bool crosses = position + count > tile.keys(0, op.group);
     for (int64_t j = 0; j < count; j += kResults) {
@@ -196,7 +196,7 @@ struct TileOf {
     }
   }
 
-  // Scores become weights relative to the largest score yet, `before` being the one before them.
+  // Scores become weights relative to the largest score so far; `before` is the previous one.
   LFM2_INLINE void soften(const __m512 (&before)[Vectors], int64_t count) {
     const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(2 * pairs));
     const __m512 by = _mm512_set1_ps(scale);

@@ -9,7 +9,7 @@
 
 namespace lfm2 {
 
-// Channels that are computed together: their taps, as floats, stay in the first-level cache.
+// Channels that are computed together: their taps, as floats, fit into the first-level cache.
 constexpr int64_t kConvTile = 128;
 
 template <class T>
@@ -36,7 +36,7 @@ LFM2_INLINE void conv_taps(const GatedConv<T>& conv, int64_t channel, int64_t ti
   }
 }
 
-// All old rows of these channels are read before the first new one is written, and nobody else
+// All old rows of these channels are read before the first new one is written, and no other thread
 // touches them. `past` holds B * x of the last `width` positions, each at its position modulo that.
 template <class T>
 LFM2_INLINE void conv_sequence(const GatedConv<T>& conv, const Sequence& sequence, int64_t channel,

@@ -1,7 +1,7 @@
 // C * causal_conv(B * x) for one token per sequence on a GPU, moving the window in place.
 //
-// A thread computes `kEach` neighbouring channels of one sequence: as many as 16 bytes hold where
-// everything is aligned to that, else one. It alone reads and writes their window.
+// A thread computes `kEach` neighbouring channels of one sequence: those of 16 bytes if everything
+// is aligned to that, else one. No other thread touches their window.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ __global__ void gated_conv_step_kernel(const GatedConvStep<T> conv) {
   const int position = static_cast<int>(conv.positions[sequence]);
   T* window = conv.window + conv.slots[sequence] * conv.slot_stride + channel;
 
-  // What does not depend on the projection before comes first.
+  // Loads that do not depend on the previous projection come first.
   Pack<T, kEach> past[kWidth];
 #pragma unroll
   for (int tap = 0; tap < kWidth - 1; ++tap) {
@@ -56,7 +56,7 @@ __global__ void gated_conv_step_kernel(const GatedConvStep<T> conv) {
     past[tap] = {};
     if (source >= 0) past[tap] = load<T, kEach>(window + source % conv.ring * conv.ring_stride);
   }
-  // The taps of a thread's channels lie together: `kWidth` loads of `kEach` numbers.
+  // The taps of a thread's channels are together: `kWidth` loads of `kEach` numbers.
   Pack<T, kEach> taps[kWidth];
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {

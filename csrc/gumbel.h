@@ -1,4 +1,4 @@
-// Gumbel noise, a function of seed, row, position and token, as lfm2_fast/ops/sampling.py means it.
+// Gumbel noise, a function of seed, row, position and token, as in lfm2_fast/ops/sampling.py.
 #pragma once
 
 #include "dtypes.h"
@@ -6,14 +6,14 @@
 
 namespace lfm2 {
 
-// What the noise of a row's tokens is a function of.
+// Inputs of the noise of a row's tokens.
 struct Place {
   int64_t seed;
   int64_t row;
   int64_t position;
 };
 
-constexpr int64_t kNoiseBlock = 128;           // tokens whose noise is made together
+constexpr int64_t kNoiseBlock = 128;           // tokens whose noise is computed together
 constexpr int64_t kCounters = kNoiseBlock / 4;  // each gives four words
 // Beyond all noise: of the words 2^32 - 1 and 0 it is -3.130 and 22.874.
 constexpr float kLeastNoise = -3.131f;
@@ -25,7 +25,7 @@ LFM2_INLINE uint32_t upper_product(uint32_t a, uint32_t b) {
 
 // Words of the tokens from `first`, a multiple of 4, on: token t has word t % 4 of Philox-4x32-10
 // (Salmon et al., 2011) with the seed as key and counter (position, row, t / 4, 0). GCC 12 makes
-// faster code of halves that are multiplied apart than of one product that is taken apart.
+// faster code for two products of halves than for one product that is split.
 LFM2_INLINE void philox(const Place& place, int64_t first, uint32_t* words) {
   uint32_t c0[kCounters];
   uint32_t c1[kCounters];
@@ -61,9 +61,9 @@ LFM2_INLINE void philox(const Place& place, int64_t first, uint32_t* words) {
   }
 }
 
-// -ln(1 - u) of u = (word + 1/2) / 2^32, exponentially distributed. The least one decides a draw, so
-// of a small u no digit may be lost: what rounding 1 - u takes away is added again. Of a large u,
-// 1 - u is made of the inverted word.
+// -ln(1 - u) of u = (word + 1/2) / 2^32, exponentially distributed. The smallest one decides a
+// draw, so a small u must keep all its digits: the rounding error of 1 - u is added again. For a
+// large u, 1 - u is made from the inverted word.
 LFM2_INLINE float exponential_variate(uint32_t word) {
   const bool upper = word > 0x7FFFFFFFu;
   const int32_t lower = static_cast<int32_t>(upper ? ~word : word);

@@ -21,7 +21,8 @@ LFM2_CLONES void quantize(Rows<const T> x, int64_t width, Rows<int8_t> out, floa
     }
     const bool finite = largest < 0x7F800000u;
     const float most = from_bits(finite ? largest : 0);
-    // What is smaller would make the factor infinite, and is nothing beside the smallest normal.
+    // A smaller number would make the factor infinite, and is negligible beside the smallest
+    // normal.
     const float factor = most > 1e-35f ? 127.0f / most : 0.0f;
     scales[row] = finite ? most / 127.0f : from_bits(0x7FC00000u);
 #pragma omp simd

@@ -1,5 +1,5 @@
-// Projections of a few tokens, with the norm before them and the addition or SwiGLU after them; and
-// what 8-bit projections of many tokens need around the product.
+// Projections of a few tokens, with the norm before and the addition or SwiGLU after them; and the
+// work around the product of 8-bit projections of many tokens.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -19,7 +19,7 @@ namespace {
 using namespace lfm2;
 using MaybeTensor = std::optional<Tensor>;
 
-// Tokens to be multiplied: rows as they are, or their norms.
+// Tokens to be multiplied: unchanged rows, or their norms.
 template <class T>
 struct Source {
   Rows<const T> x;
@@ -27,7 +27,7 @@ struct Source {
   float eps;
   int64_t size;
 
-  // Rows from `m` on, in `made` where they have to be made.
+  // Rows from `m` on, in `made` if they have to be computed.
   Rows<const T> take(int64_t m, int64_t tokens, std::vector<T>& made) const {
     const Rows<const T> here{x[m], x.stride};
     if (norm == nullptr) return here;
@@ -46,7 +46,7 @@ Source<T> source_of(const Tensor& x, int64_t tokens, const Tensor* norm, double 
   return {rows_of<const T>(x), by, static_cast<float>(eps), size};
 }
 
-// Asks for the first rows, so that they come while the tokens are made ready.
+// Prefetches the first rows while the tokens are packed.
 template <class W>
 void fetch(const W* rows) {
   const char* from = reinterpret_cast<const char*>(rows);
@@ -54,9 +54,9 @@ void fetch(const W* rows) {
 }
 
 // Calls `work(factors, m, tokens, first, last)` for pieces of all tokens and rows, where
-// `factors.dots` multiplies tokens from `m` on. Rows are shared among threads, each of which makes
-// the tokens ready for itself: what waits for another thread waits longer. `split` of the
-// `rows` of the matrix are shared; `factors` reach them all.
+// `factors.dots` multiplies tokens from `m` on. Rows are divided among threads. Each thread packs
+// the tokens itself, which is faster than waiting for another thread. `split` of the `rows` of the
+// matrix are divided; `factors` reach them all.
 template <class T, class Work>
 void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
               const MaybeTensor& scales, int64_t rows, int64_t split, const Work& work) {
@@ -117,7 +117,7 @@ const T* bias_of(const MaybeTensor& bias, int64_t rows) {
   return read<T>(*bias);
 }
 
-// out = x @ weight.T + bias, with `residual` added where there is one.
+// out = x @ weight.T + bias, plus `residual` if there is one.
 template <class T>
 void linear(const Source<T>& source, const Tensor& weight, const MaybeTensor& scales,
             const MaybeTensor& bias, Rows<const T> residual, const Tensor& out) {

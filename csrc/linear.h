@@ -1,4 +1,4 @@
-// x @ weight.T for a few tokens, and what is done with each number while it is still at hand.
+// x @ weight.T for a few tokens, with further work on each number while it is in a register.
 #pragma once
 
 #include <type_traits>
@@ -166,7 +166,7 @@ class Int8 {
   std::vector<int32_t> token_sums_;
 };
 
-// The body of groups.h that this machine runs fastest.
+// The fastest code of groups.h for this processor.
 inline GroupDots group_dots() {
   if (LFM2_HAS_AVX512VNNI) return &groups_avx512vnni;
   if (LFM2_HAS_AVXVNNI) return &groups_avxvnni;
@@ -205,7 +205,7 @@ class Grouped {
   GroupDots dots_;
 };
 
-// out[m][n] = sums + bias; rounded, then added to `residual` where there is one.
+// out[m][n] = sums + bias, rounded, then added to `residual` if there is one.
 template <class T>
 LFM2_CLONES void finish_linear(const float* sums, int64_t tokens, const T* bias,
                                Rows<const T> residual, int64_t first, int64_t last, Rows<T> out) {

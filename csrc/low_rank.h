@@ -26,7 +26,7 @@ struct LowRank {
   LFM2_INLINE int64_t low() const { return parts * rank; }
 };
 
-// sums[i] = x . matrix[i], each added up in one order whatever `count` is
+// sums[i] = x . matrix[i], each added up in one order for every `count`
 template <class T>
 LFM2_INLINE void few_dots(const T* x, const T* matrix, int64_t count, int64_t size, float* sums) {
   Lanes made[kLowRows][2] = {};

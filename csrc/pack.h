@@ -1,4 +1,4 @@
-// Tokens made ready for dots.h: groups of them, step after step.
+// Tokens packed for dots.h: groups of them, step after step.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace lfm2 {
 
-// packed[m * steps + k * M + i] = step k of token m + i, for a group of M tokens from m on; as they
-// are, filled up with zeros. A step has kNumbers.
+// packed[m * steps + k * M + i] = step k of token m + i, for a group of M tokens from m on. Numbers
+// are unchanged and padded with zeros. A step has kNumbers.
 template <int64_t kNumbers, class T>
 void pack(Rows<const T> x, int64_t tokens, int64_t size, int64_t most, Line* packed) {
   const int64_t steps = steps_of(size, kNumbers);

@@ -1,4 +1,4 @@
-// Where the keys or values of a sequence lie: [pages, kv_heads, page_size, head_dim].
+// Pages of a sequence's keys or values: [pages, kv_heads, page_size, head_dim].
 #pragma once
 
 #include "dtypes.h"
@@ -13,7 +13,7 @@ struct Pages {
   int64_t row_stride;
   int64_t page_size;
   int64_t head_dim;
-  const int32_t* table;  // [slots, pages per slot]: which pages hold a slot's sequence, in order
+  const int32_t* table;  // [slots, pages per slot]: the pages of a slot's sequence, in order
   int64_t table_stride;
 
   LFM2_INLINE T* row(int64_t slot, int64_t head, int64_t position) const {

@@ -1,5 +1,5 @@
-// RMSNorm and rotation of q and k, head by head; k and v go into their pages, q into `q`. Of a token
-// that runs again, k and v are in their pages already and stay as they are.
+// RMSNorm and rotation of q and k, head by head. k and v are written to their pages, q to `q`. If a
+// token runs again, its k and v are in their pages already and do not change.
 #pragma once
 
 #include <algorithm>

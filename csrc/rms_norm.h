@@ -39,7 +39,7 @@ LFM2_CLONES void rms_norm(Rows<const T> x, const T* weight, float eps, int64_t w
   }
 }
 
-// The same of x + delta, which is kept in `total`; that may be `x` or `delta` itself.
+// The same of x + delta, which is written to `total`; that may be `x` or `delta` itself.
 template <class T>
 LFM2_CLONES void add_rms_norm(Rows<const T> x, Rows<const T> delta, const T* weight, float eps,
                               int64_t width, Rows<T> total, Rows<T> out, int64_t first,

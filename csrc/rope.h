@@ -1,4 +1,4 @@
-// Cosines and sines of rotary embedding, both halves of a head alike.
+// Cosines and sines of rotary embedding; both halves of a head are equal.
 #pragma once
 
 #include <cmath>

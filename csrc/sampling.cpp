@@ -1,5 +1,4 @@
-// The choice of tokens on the CPU, and what it makes of the next step: what is checked, and a task
-// for each row.
+// The choice of tokens on the CPU, and the next step's inputs: checks, and a task for each row.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -103,7 +102,7 @@ void draw_native(const Tensor& scores, const Tensor& seeds, const Tensor& number
   });
 }
 
-// PyTorch needs eight operations for it, whose code the weights have thrown out of the caches.
+// PyTorch needs eight operations for it, and the weights have evicted their code from the caches.
 void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64_t> scrap,
                     const Tensor& tokens, const Tensor& slots, const Tensor& positions,
                     const Tensor& lengths, const Tensor& finished, const Tensor& written) {

@@ -1,4 +1,4 @@
-// From logits to a token, one row of the vocabulary at a time, as lfm2_fast/ops/sampling.py means it.
+// From logits to a token, one row of the vocabulary at a time, as in lfm2_fast/ops/sampling.py.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace lfm2 {
 
-constexpr float kCut = -std::numeric_limits<float>::infinity();  // the score of what is cut off
+constexpr float kCut = -std::numeric_limits<float>::infinity();  // the score of dropped tokens
 constexpr int64_t kScan = 128;  // scores that are looked at together
 
 // The token of a row whose best score is NaN or infinite.
@@ -82,8 +82,8 @@ LFM2_INLINE void cut_below(float bound, int64_t count, float* scores) {
   for (int64_t i = 0; i < count; ++i) scores[i] = scores[i] < bound ? kCut : scores[i];
 }
 
-// Keeps the k best and what ties with the last of them. The k-th best of the blocks' best is no
-// better than the k-th best of all, so few scores are left to choose from where k is small.
+// Keeps the k best and all ties with the last of them. The k-th best of the blocks' best is no
+// better than the k-th best of all, so a small k leaves only a few scores to choose from.
 LFM2_INLINE void keep_top_k(int64_t k, int64_t count, float* scores) {
   if (k <= 0 || k >= count) return;
   std::vector<int32_t> blocks;
@@ -110,8 +110,8 @@ LFM2_INLINE void keep_top_k(int64_t k, int64_t count, float* scores) {
   for (int64_t i = 0; i < count; ++i) scores[i] = rank(scores[i]) < kth ? kCut : scores[i];
 }
 
-// Cuts the worst scores as long as all that is cut holds at most 1 - p of the mass; of equal scores
-// the first go first. Where the cut falls is bisected until few scores are left to sort.
+// Drops the worst scores, with at most 1 - p of the mass in all; of equal scores the first are
+// dropped first. Bisection finds the cut until a few scores are left to sort.
 LFM2_INLINE void keep_top_p(double p, int64_t count, float* scores) {
   constexpr int64_t kFew = 256;
   const float limit = static_cast<float>(1.0 - p);
@@ -129,7 +129,7 @@ LFM2_INLINE void keep_top_p(double p, int64_t count, float* scores) {
   // Only the comparison is in float, as Hugging Face's is: of ten equal scores, p = 0.9 cuts one.
   const auto goes = [=](double tail) { return static_cast<float>(tail / total) <= limit; };
 
-  // All scores below `low` go, not all below `high`; `below` is what those below `low` hold.
+  // All scores below `low` are dropped, not all below `high`. `below` is the mass below `low`.
   float low = worst;
   float high = std::nextafter(best, std::numeric_limits<float>::infinity());
   double below = 0;
@@ -183,11 +183,11 @@ LFM2_CLONES void warp(const T* logits, const Warp& by, int64_t count, float* sco
   }
 }
 
-// The first token whose score and noise are the largest sum, which draws by softmax; kNoToken where
-// softmax is undefined. Noise is bounded, and falls as words rise: a block whose best score is too
-// low needs no words, and one whose least word is too high no logarithms.
+// The first token with the largest sum of score and noise, which is a draw by softmax; kNoToken if
+// softmax is undefined. Noise is bounded, and larger words give smaller noise. So a block with a
+// low best score needs no words, and a block with only high words needs no logarithms.
 LFM2_CLONES inline int64_t draw(const float* scores, const Place& place, int64_t count) {
-  constexpr float kRounding = 1e-5f;  // more than the noise is off
+  constexpr float kRounding = 1e-5f;  // more than the error of the noise
   const float best = value_of(best_rank(scores, 0, count));
   if (!std::isfinite(best)) return kNoToken;
   uint32_t words[kNoiseBlock];

@@ -1,4 +1,4 @@
-// Which tokens of a step are a sequence's, and where they stand in it.
+// The tokens of a step that belong to a sequence, and their positions in it.
 #pragma once
 
 #include <cstdint>

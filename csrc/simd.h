@@ -1,5 +1,5 @@
 // Eight floats at a time, for sums that must stay in registers; the compiler turns these vectors
-// into whatever registers the machine has. They are passed by reference: by value, they would be
+// into the registers that the processor has. They are passed by reference: by value, they would be
 // part of a calling convention that differs between instruction sets.
 #pragma once
 
@@ -10,8 +10,8 @@
 #include "simd_pairs.h"
 #else
 
-// Lanes of two vectors, by number, those of the second after those of the first. GCC 11 knows its
-// own word alone, clang the other alone.
+// Lanes of two vectors, by number, those of the second after those of the first. GCC 11 has only
+// its own name for it, clang only the other one.
 #if defined(__clang__) || __GNUC__ >= 12
 #define LFM2_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -29,7 +29,7 @@ typedef uint32_t LooseWords __attribute__((vector_size(32), aligned(2), may_alia
 typedef int32_t LooseQuads __attribute__((vector_size(16), aligned(1), may_alias));
 
 constexpr int64_t kLanes = 8;
-constexpr int64_t kPair = 2 * kLanes;  // numbers that one load takes
+constexpr int64_t kPair = 2 * kLanes;  // numbers of one load
 
 LFM2_INLINE void load(const void* from, Lanes& lanes) {
   lanes = *reinterpret_cast<const LooseLanes*>(from);
@@ -39,8 +39,8 @@ LFM2_INLINE void to_floats(const Places& integers, Lanes& floats) {
   floats = __builtin_convertvector(integers, Lanes);
 }
 
-// Sixteen numbers in two vectors, in the order that is cheapest for their type: 16-bit types come
-// as words of two neighbours, so the vectors hold those at even and those at odd places.
+// Sixteen numbers in two vectors, in the cheapest order for their type. 16-bit types are loaded as
+// words of two neighbours, so one vector has the even places and one the odd places.
 LFM2_INLINE void load(const float* from, Lanes& first, Lanes& second) {
   first = *reinterpret_cast<const LooseLanes*>(from);
   second = *reinterpret_cast<const LooseLanes*>(from + kLanes);
@@ -68,10 +68,11 @@ LFM2_INLINE void load(const fp16* from, Lanes& even, Lanes& odd) {
   widen(words & 0xFFFF0000u, odd);
 }
 
-// Four come in a word, so a vector holds the first of every word and then the second, or the third
-// and then the fourth. GCC 12 makes some thirty instructions of converting eight bytes themselves.
+// A word has four numbers, so a vector has the first of every word and then the second, or the
+// third and then the fourth. A direct conversion of eight bytes takes some thirty instructions in
+// GCC 12.
 LFM2_INLINE void load(const int8_t* from, Lanes& first, Lanes& second) {
-  // A copy: through a reference it would be taken to be aligned.
+  // A copy: through a reference the compiler would assume alignment.
   const LooseQuads q = *reinterpret_cast<const LooseQuads*>(from);
   const Places words = {q[0], q[1], q[2], q[3], q[0], q[1], q[2], q[3]};
   first = __builtin_convertvector((words << Places{24, 24, 24, 24, 16, 16, 16, 16}) >> 24, Lanes);
@@ -83,7 +84,7 @@ LFM2_INLINE void store(const Lanes& first, const Lanes& second, float* to) {
   *reinterpret_cast<LooseLanes*>(to + kLanes) = second;
 }
 
-// Undoes the order of `load`: which of the sixteen numbers lane `i` of both vectors holds.
+// Inverse of the order of `load`: the place of lane `i` of both vectors among the sixteen numbers.
 template <class T>
 LFM2_INLINE constexpr int64_t place(int64_t i) {
   return sizeof(T) == sizeof(float) ? i : i < kLanes ? 2 * i : 2 * (i - kLanes) + 1;

@@ -1,6 +1,6 @@
 // The vectors of simd.h for GCC on AArch64: each is two registers.
 //
-// `load` gives numbers in their order, whatever their type.
+// `load` gives numbers of every type in their order.
 #pragma once
 
 #include <arm_neon.h>

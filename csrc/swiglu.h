@@ -1,4 +1,4 @@
-// silu(gate) * up, where a row holds its gates and then its ups.
+// silu(gate) * up; a row has its gates and then its ups.
 #pragma once
 
 #include "dtypes.h"

@@ -1,4 +1,4 @@
-// How work is shared among torch's threads.
+// Division of work among torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,8 +9,8 @@ namespace lfm2 {
 
 using torch::stable::parallel_for;
 
-// How many tasks a thread must get at least, if a task moves so many numbers: waking a thread costs
-// as much as a small operation, so a single token's stay on the calling thread.
+// Fewest tasks for a thread, if a task moves that many numbers. Waking a thread costs as much as a
+// small operation, so those of a single token stay on the calling thread.
 inline int64_t grain(int64_t numbers) {
   constexpr int64_t kWorthWaking = 32768;
   return std::max<int64_t>(1, kWorthWaking / std::max<int64_t>(1, numbers));

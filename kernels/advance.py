@@ -1,11 +1,11 @@
-"""The next decode step's inputs, of this one's and of the tokens that were chosen.
+"""Inputs of the next decode step, from this step's inputs and the chosen tokens.
 
 With S sequences: ``chosen, tokens, slots, positions, written [S]`` int64, ``lengths [S]`` int32,
-``finished [S]`` bool, ``eos [S, E]`` int64. A sequence goes one position on. If it chose one of
-its ``eos``, or a negative token, which is none, it is finished and goes no further; it runs on
-there, or, unless ``dummy_slot`` is negative, at position 0 of that slot. ``written`` gets the
-chosen tokens as they are, ``tokens`` 0 for what is none. Least bytes: a few per sequence; one
-launch instead of ten.
+``finished [S]`` bool, ``eos [S, E]`` int64. A sequence moves one position on. It is finished if it
+chose one of its ``eos``, or a negative token, which means none. A finished sequence moves to
+position 0 of ``dummy_slot``. If that is negative, it stays where it is. ``written`` gets the chosen
+tokens unchanged. ``tokens`` gets 0 in place of a negative token. Least bytes: a few per sequence;
+one launch instead of ten.
 """
 
 import torch

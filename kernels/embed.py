@@ -1,9 +1,8 @@
-"""The tokens' rows of the embedding, widened and scaled where they are int8.
+"""Rows of the embedding for the tokens; int8 rows are widened and scaled.
 
-With T tokens, V rows and K columns: ``tokens [T]`` int64, from 0 to V - 1, which is not checked, or
-None for all rows in their order, which widens a matrix; ``weight [V, K]``; ``scale [V]`` float32 of
-an int8 weight, or None; ``out [T, K]``. One product in float32, rounded once. Least bytes: 2TK
-elements.
+T tokens, V rows, K columns. ``tokens [T]`` int64, from 0 to V - 1 (not checked), or None for all
+rows in order, which widens a matrix. ``weight [V, K]``. ``scale [V]`` float32 of an int8 weight, or
+None. ``out [T, K]``. One product in float32, rounded once. Least bytes: 2TK elements.
 """
 
 import torch
@@ -27,7 +26,7 @@ def _embed_kernel(
     place = tl.program_id(0).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = offs_k < K
-    # The weight was there before, but the step before this one writes which of its rows to read.
+    # The weight does not change, but the previous step writes the row numbers to read.
     pdl_wait(PDL)
     token = place if tokens_ptr is None else tl.load(tokens_ptr + place)
     row = tl.load(weight_ptr + token * K + offs_k, mask=mask, other=0)
@@ -44,7 +43,7 @@ def embed_triton(
     *,
     pdl: bool = False,
 ) -> None:
-    """Fill ``out``, whose rows may stand apart; ``pdl`` as in norm_linear.py."""
+    """Fill ``out``, which may have gaps between rows; ``pdl`` as in norm_linear.py."""
     count, width = out.shape
     if tokens is None:
         assert len(weight) == count

@@ -1,18 +1,18 @@
 """``attend`` for one token per sequence: QK-norm, RoPE, k and v to their pages, attention.
 
-With S sequences, D head size and G query heads per KV head: ``qkv [S, (heads + 2 kv_heads) D]``
-holds all q heads, all k, all v; ``q_weight, k_weight [D]``; ``cos, sin [S, D/2]`` float32;
-``slots [S]`` int64; ``lengths [S]`` int32, this token included; ``out [S, heads D]``. ``k_pages,
-v_pages [pages, kv_heads, page_size, D]`` hold position p of a slot in row ``p % page_size`` of page
-``table[slot, p // page_size]``, int32; the token's row is written, earlier ones are read.
+S sequences, D head size, G query heads per KV head. ``qkv [S, (heads + 2 kv_heads) D]`` has all q
+heads, all k, all v. ``q_weight, k_weight [D]``. ``cos, sin [S, D/2]`` float32. ``slots [S]`` int64.
+``lengths [S]`` int32, this token included. ``out [S, heads D]``. Position p of a slot is row ``p %
+page_size`` of page ``table[slot, p // page_size]`` (int32) in ``k_pages, v_pages [pages, kv_heads,
+page_size, D]``. The token's row is written, earlier ones are read.
 
-A context is cut into splits, which programs share out (Dao et al., 2023). Where it is cut follows
-from its length alone, on the device: one grid serves all lengths, and neither the batch nor the
-grid changes the bits of a row. A split leaves the mean of its values in ``partials [S, kv_heads,
-splits, G, D]`` and the logarithm of its total weight in ``logsums [S, kv_heads, splits, G]``, both
-float32, of any content before; ``splits`` is ``most_splits`` of the context that the pages can
+A context is cut into splits, which are divided among programs (Dao et al., 2023). The cuts depend
+only on its length, on the device. So one grid works for all lengths, and neither the batch nor the
+grid changes the bits of a row. A split writes the mean of its values to ``partials [S, kv_heads,
+splits, G, D]`` and the logarithm of its total weight to ``logsums [S, kv_heads, splits, G]``, both
+float32 with any content before. ``splits`` is ``most_splits`` of the context that the pages can
 hold. ``arrivals [slots, kv_heads]`` int32 counts the programs that are done. It must be zero, and
-the last one leaves it so; launches that may overlap below their waits must not share it.
+the last program resets it to zero. Launches that may overlap after their waits must not share it.
 
 Least bytes: 2 kv_heads D elements a token of context. FLOPs: 4 heads D a token of context.
 """
@@ -77,8 +77,8 @@ def _flash_decode_kernel(
     sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_norm = _norm_weight(q_weight_ptr, HEAD_DIM, BLOCK_D)
     k_norm = _norm_weight(k_weight_ptr, HEAD_DIM, BLOCK_D)
-    # Above the loop over keys, which is pipelined, and above the early end: the step before writes
-    # the lengths, so who has nothing to do is known after the wait alone.
+    # Above the loop over keys, which is pipelined, and above the early exit. The previous step
+    # writes the lengths, so only after the wait does a program know if it has work.
     pdl_wait(PDL)
     past = tl.load(lengths_ptr + sequence) - 1
     size = tl.maximum(tl.cdiv(tl.cdiv(past, MOST), BLOCK_N) * BLOCK_N, SHORTEST)
@@ -99,8 +99,8 @@ def _flash_decode_kernel(
     sin = tl.where(offs_d < HEAD_DIM // 2, -1, 1) * tl.load(sin_ptr + angles)
     q_head = kv_head * GROUP + offs_m
     q = _norm_and_turn(qkv_ptr, q_head, mask_m, q_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
-    # Programs run in any order, so none may read what another writes: nobody takes the token's own
-    # k and v from the pages. The first split starts from those in qkv, and its program writes them.
+    # Programs run in any order, so none may read data of another one. So no program reads the
+    # token's own k and v from the pages. The first split takes them from qkv and writes them.
     first_split = tl.program_id(2) == 0
     k_head = HEADS + kv_head + tl.arange(0, 1)
     k = _norm_and_turn(qkv_ptr, k_head, first_split, k_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
@@ -156,11 +156,11 @@ def _flash_decode_kernel(
             tl.store(logsum_ptr + offs_m, best + tl.log2(total), mask=offs_m < GROUP)
 
     if splits > 1:
-        # Every thread's partial results come before the barrier, the barrier before the atomic that
-        # one thread does, and its release makes all of them visible to who acquires the count after
-        # it. The last to count acquires everybody's; the second barrier passes that on to all its
-        # threads. Nobody counts after the last, so it may reset; the next launch of the stream
-        # counts after its wait for the end of this one, and finds the zero.
+        # Every thread's partial results come before the barrier, and the barrier before the atomic
+        # of one thread. The atomic's release makes them visible to a program that acquires the
+        # count later. The last program acquires all results, and the second barrier passes them to
+        # all its threads. It then resets the counter. The next launch on this stream waits for this
+        # one first, so it reads zero.
         tl.debug_barrier()
         arrivals_ptr += slot * KV_HEADS + kv_head
         earlier = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
@@ -182,13 +182,13 @@ def _flash_decode_kernel(
 
 @triton.jit
 def _other(offs_d, HEAD_DIM: tl.constexpr):
-    """Element i turns with i + D/2, and that with i."""
+    """Return the rotation partner of element i: i + D/2, or i - D/2."""
     return tl.where(offs_d < HEAD_DIM // 2, offs_d + HEAD_DIM // 2, offs_d - HEAD_DIM // 2)
 
 
 @triton.jit
 def _norm_weight(weight_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A norm's weight ``[D]`` in float32, and that of the elements which they turn with."""
+    """Norm weight ``[D]`` in float32, and that of the rotation partners."""
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0)
@@ -208,7 +208,7 @@ def _norm_and_turn(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Heads ``[N, D]`` normed, turned, and rounded once; ``sin [D]`` is negative on its left."""
+    """Norm, rotate and round heads ``[N, D]``; the left half of ``sin [D]`` is negative."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_head & (offs_d < HEAD_DIM)[None, :]
     qkv_ptr += head[:, None] * HEAD_DIM
@@ -233,7 +233,7 @@ def _add_up(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The mean of the splits' means by their total weights, to ``out``."""
+    """Write the mean of the splits' means, weighted by their total weights, to ``out``."""
     offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     mask = (offs_g < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
     at = offs_g[:, None] * HEAD_DIM + offs_d[None, :]
@@ -282,9 +282,10 @@ def flash_decode_triton(
     *,
     pdl: bool = False,
 ) -> None:
-    """Fill ``out`` and the tokens' rows of the pages; rows of ``qkv`` and ``out`` may stand apart.
+    """Fill ``out`` and the tokens' rows of the pages; ``qkv`` and ``out`` may have gaps between
+    rows.
 
-    A slot stands in a launch once; one whose length is 1 may stand there more often. ``pdl``: as in
+    A slot may occur once in a launch; a slot of length 1 may occur several times. ``pdl``: as in
     norm_linear.py.
     """
     sequences, width = out.shape
@@ -355,13 +356,13 @@ def flash_decode_triton(
 
 
 def most_splits(context: int) -> int:
-    """The most splits that a context of up to so many tokens is cut into."""
+    """Return the largest number of splits of a ``context`` of that many tokens."""
     return min(max(triton.cdiv(context, SHORTEST_SPLIT), 1), MOST_SPLITS)
 
 
 def _programs(rows: int, splits: int) -> int:
-    """The programs that share out the splits of each of ``rows``: sequences times KV heads.
+    """Number of programs for the splits of each of ``rows``: sequences times KV heads.
 
-    Enough to fill a GPU when one long context stands among short ones. The rest leave at once.
+    They are enough to fill a GPU with one long context among short ones. The others exit at once.
     """
     return min(max(2048 // rows, 16), splits)

@@ -1,10 +1,10 @@
 """Causal attention of any number of tokens per sequence, over their pages.
 
-With T tokens of S sequences packed end to end, D head size and G query heads per KV head: ``q [T,
-heads, D]``; ``out [T, heads D]``; ``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64, ``lengths
-[S]`` int32 (context after this step, up to which the pages hold k and v, these tokens' included).
-``k_pages, v_pages [pages, kv_heads, page_size, D]`` hold position p of a slot in row ``p %
-page_size`` of page ``table[slot, p // page_size]``, int32.
+T tokens of S sequences packed end to end, D head size, G query heads per KV head. ``q [T, heads,
+D]``. ``out [T, heads D]``. ``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64. ``lengths [S]`` int32
+is the context after this step: the pages hold k and v up to it, these tokens included. Position p
+of a slot is row ``p % page_size`` of page ``table[slot, p // page_size]`` (int32) in ``k_pages,
+v_pages [pages, kv_heads, page_size, D]``.
 
 A tile is the G query heads of some tokens: keys and values are read once for all of them. Least
 bytes: 2 T heads D elements of q and out, 2 kv_heads D a token of context. FLOPs: 4 heads D for
@@ -53,7 +53,8 @@ def _flash_prefill_kernel(
     BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    # A sequence's last tiles see the most keys: they start first, and short ones fill the end.
+    # The last tiles of a sequence see the most keys. They start first, and short tiles fill the
+    # end.
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     sequence = sequence_of_tile(cu_seqlens_ptr, tile, sequences, BLOCK_T)
@@ -79,7 +80,8 @@ def _flash_prefill_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Every row sees the keys up to the tile's first token; the last of them may not fill a block.
+    # Every row sees the keys up to the tile's first token. The last block of them may be partly
+    # filled.
     seen = start + offs_t + 1
     common = (start + tile * BLOCK_T + 1) // BLOCK_N * BLOCK_N
     best, total, sums = attend_to_keys(
@@ -139,9 +141,9 @@ def flash_prefill_triton(
     out: torch.Tensor,
     most_tokens: int,
 ) -> None:
-    """Fill ``out``; the rows of ``q`` and ``out`` may stand apart.
+    """Fill ``out``; ``q`` and ``out`` may have gaps between rows.
 
-    ``most_tokens``, the tokens of the longest sequence, chooses the tile: one much larger idles.
+    ``most_tokens``, the length of the longest sequence, chooses the tile: a much larger one idles.
     """
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
@@ -193,7 +195,7 @@ def flash_prefill_triton(
 
 
 def _tile(rows: int, element_size: int) -> tuple[int, int]:
-    """The queries of a tile and its warps, where no sequence has over ``rows`` query heads."""
+    """Queries and warps of a tile, if no sequence has over ``rows`` query heads."""
     if element_size == 4:  # without matrix units, a larger tile spills
         return 32, 8
     if rows <= 16:

@@ -1,10 +1,10 @@
 """Gated short convolution of many tokens: ``C * (conv(B * x) + bias)``, causal and depthwise.
 
-With T tokens of S sequences packed end to end, H hidden and W width: ``bcx [T, 3H]`` holds B, C and
-x side by side; ``weight [H, W]``, newest tap last; ``bias [H]`` or None; ``out [T, H]``;
-``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64, ``lengths [S]`` int32 (context after this step).
-``window [slots, ring, H]`` gives the W - 1 rows of ``B * x`` before each sequence's first token,
-at their positions modulo ring, and takes the sequence's newest rows.
+T tokens of S sequences packed end to end, H hidden, W width. ``bcx [T, 3H]`` has B, C and x side by
+side. ``weight [H, W]``, newest tap last. ``bias [H]`` or None. ``out [T, H]``. ``cu_seqlens [S +
+1]`` int32, ``slots [S]`` int64, ``lengths [S]`` int32 (context after this step). ``window [slots,
+ring, H]`` has the W - 1 rows of ``B * x`` before each sequence's first token, at their positions
+modulo ring. The newest rows are written to it.
 
 Rounded to the dtype where Hugging Face rounds: after ``B * x``, the convolution and ``C * y``.
 Least bytes: 4TH elements of bcx and out, (W + 1)H of weights, SH(W - 1 + min(n, ring)) of window.
@@ -79,7 +79,8 @@ def _gated_conv_kernel(
     out = c.to(tl.float32) * y
     tl.store(out_ptr + row * stride_out_t + offs_h[None, :], out.to(c.dtype), mask=mask)
 
-    # A sequence's first tile alone has read its old rows. No thread may still be reading them.
+    # Only the first tile of a sequence reads its old rows. No thread may still be reading them
+    # here.
     if tile == 0:
         tl.debug_barrier()
         kept = tl.minimum(count, ring)
@@ -112,7 +113,7 @@ def gated_conv_triton(
     lengths: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Fill ``out`` and move ``window``; the rows of ``bcx`` may stand apart."""
+    """Fill ``out`` and update ``window``; ``bcx`` may have gaps between rows."""
     tokens, hidden = out.shape
     sequences, ring, width = slots.shape[0], window.shape[1], weight.shape[1]
     block_t, block_h = 32, 64

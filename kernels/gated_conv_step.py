@@ -1,9 +1,9 @@
 """Gated short convolution of one token per sequence: ``C * (conv(B * x) + bias)``.
 
-With S sequences, H hidden and W width: ``bcx [S, 3H]`` holds B, C and x side by side; ``weight
-[H, W]``, newest tap last; ``bias [H]`` or None; ``out [S, H]``; ``positions [S]`` and ``slots [S]``
-int64. ``window [slots, ring, H]`` gives the W - 1 rows of ``B * x`` before each token, at their
-positions modulo ring, and takes the token's own row: another than those that are read.
+S sequences, H hidden, W width. ``bcx [S, 3H]`` has B, C and x side by side. ``weight [H, W]``,
+newest tap last. ``bias [H]`` or None. ``out [S, H]``. ``positions [S]`` and ``slots [S]`` int64.
+``window [slots, ring, H]`` has the W - 1 rows of ``B * x`` before each token, at their positions
+modulo ring. The token's own row is written to another row of it.
 
 The sum runs in the order of ``gated_conv``, so that both give the same bits. Least bytes: 4SH
 elements of bcx and out, (W + 1)H of weights, SHW of window.
@@ -72,7 +72,7 @@ def gated_conv_step_triton(
     slots: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Fill ``out`` and move ``window``; the rows of ``bcx`` may stand apart."""
+    """Fill ``out`` and update ``window``; ``bcx`` may have gaps between rows."""
     sequences, hidden = out.shape
     ring, width = window.shape[1], weight.shape[1]
     assert bcx.shape == (sequences, 3 * hidden) and window.shape[2] == hidden

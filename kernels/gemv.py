@@ -1,21 +1,21 @@
-"""A few tokens times a weight: what the kernels that are made of such products share.
+"""Products of a few tokens and a weight: the shared parts of these kernels.
 
 Tokens are padded to 16, which is the height of a tensor core's tile, and multiply eight or more
 rows of the weight ``[N, K]`` at once. One token takes the instructions that sixteen take. A row's
 place among the 16 and the other rows do not change its sums, so neither do they change its bits.
 
 A thread loads 16 bytes of one row of the weight at a time, and they become its part of the tensor
-core's operand as they are, without an exchange between threads: the order of K is changed, in the
-same way for tokens and weight, until both fit. Each warp has a share of every BLOCK_K columns, and
-the warps' sums are added at the end of a row. While a tile is in use, the next is under way.
-`test_aot.py` counts the instructions: the compiler would turn another order into shuffles.
+core's operand without an exchange between threads. For this the order of K is changed, in the same
+way for tokens and weight. Each warp has a share of every BLOCK_K columns, and the warps' sums are
+added at the end of a row. While a tile is in use, the next one is loading. `test_aot.py` counts the
+instructions: the compiler would turn another order into shuffles.
 
-A weight of the tokens' dtype has no ``scale``. One of int8 has ``scale [N]`` float32, by which the
-sum of a row is multiplied in float32, so its numbers are used as they are. A kernel gets either as
+A weight of the tokens' dtype has no ``scale``. An int8 weight has ``scale [N]`` float32. The sum of
+a row is multiplied by it in float32, so the integers are used directly. A kernel gets either as
 32-bit words. Several matrices of one shape, stacked, are multiplied together (``PARTS``).
 
-The first tile, like the taps, is loaded above ``pdl_wait`` (pdl.py), so it is under way while the
-previous kernel still runs: without that, launching early would gain nothing.
+The first tile, like the taps, is loaded above ``pdl_wait`` (pdl.py), while the previous kernel
+still runs. That is the gain of an early launch.
 """
 
 from typing import Any
@@ -114,8 +114,8 @@ def _weight_operand(words, ITEM: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.con
 def _operand(tile):
     """Return ``[rows / 8, steps, parts, WARPS, 8, 4, EACH]`` as ``[WARPS, rows, K of a warp]``.
 
-    In an order of K in which thread ``t`` of a row's four has what the tensor core wants of it:
-    of 16-bit numbers, two words that a load leaves side by side.
+    The order of K gives each of a row's four threads the numbers that the tensor core needs from
+    it. With 16-bit numbers these are two adjacent words of one load.
     """
     S: tl.constexpr = tile.shape
     if S[6] == 8:

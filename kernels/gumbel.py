@@ -14,17 +14,17 @@ MOST_NOISE = tl.constexpr(22.875)
 
 @triton.jit
 def gumbel(seed, row, position, first, BLOCK_V: tl.constexpr):
-    """The noise of BLOCK_V tokens from ``first``, a multiple of 4, on: float32."""
+    """Noise of BLOCK_V tokens from ``first``, a multiple of 4, on: float32."""
     counter = first // 4 + tl.arange(0, BLOCK_V // 4)
     zero = counter * 0
     a, b, c, d = tl.philox(
         seed, zero + position.to(tl.int32), zero + row.to(tl.int32), counter, zero
     )
-    # Joined last axes count a and b as neighbours, then c and d.
+    # Joining the last axes puts a and b next to each other, then c and d.
     word = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_V])
 
-    # Of a small u no digit may be lost: what rounding 1 - u takes away is added again. Of a large
-    # u, 1 - u is made of the inverted word.
+    # A small u must keep all its digits: the rounding error of 1 - u is added again. For a large u,
+    # 1 - u is made from the inverted word.
     upper = word > 0x7FFFFFFF
     part = (tl.where(upper, word ^ 0xFFFFFFFF, word).to(tl.float32) + 0.5) * (1.0 / 4294967296)
     rest = tl.where(upper, part, 1 - part)

@@ -1,13 +1,13 @@
-"""The final norm, the head and the largest logit's token, in two launches and without the logits.
+"""Final norm, head, and the token of the largest logit, in two launches that write no logits.
 
 ``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``scale
-[N]`` of an int8 weight or None (gemv.py), ``tokens [T]`` int64: what ``argmax`` gives of the logits
-as ``norm_linear`` rounds them: the first of the largest, NaN being larger than any number. It is -1
-where the largest is NaN or infinite.
+[N]`` of an int8 weight or None (gemv.py). ``tokens [T]`` int64 gets the ``argmax`` of the logits of
+``norm_linear``: the first of the largest, where NaN is larger than any number. It is -1 if the
+largest is NaN or infinite.
 
-A logit and its row are one integer, whose order is theirs, so the largest is the same whoever
-compares first. ``best [programs, 16]`` int64 takes that of every program, and ``last_argmax`` the
-largest of those. Least bytes: NK elements.
+A logit and its row become one integer with the same order, so the result does not depend on the
+order of comparisons. Every program writes its largest to ``best [programs, 16]`` int64, and
+``last_argmax`` takes the largest of those. Least bytes: NK elements.
 """
 
 import torch
@@ -113,7 +113,7 @@ def head_argmax_triton(
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
-    """Fill ``best``; rows of ``x`` may stand apart.
+    """Fill ``best``; ``x`` may have gaps between rows.
 
     ``pdl``, ``tiling``: as in norm_linear.py.
     """
@@ -159,5 +159,5 @@ def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = 
 
 
 def head_tiling(weight: torch.Tensor) -> Tiling:
-    """The tiling for a head, whose ``programs`` are the rows of ``best``."""
+    """Choose the tiling for a head. Its ``programs`` are the rows of ``best``."""
     return choose_tiling("head_argmax", weight)

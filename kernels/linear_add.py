@@ -1,4 +1,4 @@
-"""A projection of a few tokens added to the residual stream: ``residual + (x @ weight.T + bias)``.
+"""Projection of a few tokens added to the residual stream: ``residual + (x @ weight.T + bias)``.
 
 ``x [T, K]`` of at most 16 tokens, ``weight [N, K]``, ``bias [N]`` or None, ``scale [N]`` of an int8
 weight or None (gemv.py), ``residual, out [T, N]``; ``out`` may be ``residual``. The projection is
@@ -65,7 +65,7 @@ def linear_add_triton(
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
-    """Fill ``out``; rows of all but the weight may stand apart.
+    """Fill ``out``; all tensors but the weight may have gaps between rows.
 
     ``pdl``, ``tiling``: as in norm_linear.py.
     """

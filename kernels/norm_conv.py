@@ -1,14 +1,14 @@
 """RMSNorm, in_proj and the gated short convolution of one token per sequence, in one launch.
 
-``C * (conv(B * x) + bias)`` with ``B, C, x = rms_norm(h) @ weight.T + in_bias``. With S sequences,
-at most 16, H channels and W width: ``h [S, K]``, ``norm [K]``, ``weight [3H, K]``, ``in_bias [3H]``
-or None; ``scale [3H]`` of an int8 weight or None (gemv.py); ``taps [H, W]``, newest last, ``bias
-[H]`` or None; ``window, positions, slots`` as in ``gated_conv_step.py``; ``out [S, H]``.
+``C * (conv(B * x) + bias)`` with ``B, C, x = rms_norm(h) @ weight.T + in_bias``. S sequences, at
+most 16, H channels, W width. ``h [S, K]``, ``norm [K]``, ``weight [3H, K]``, ``in_bias [3H]`` or
+None. ``scale [3H]`` of an int8 weight or None (gemv.py). ``taps [H, W]``, newest last, ``bias [H]``
+or None. ``window, positions, slots`` as in ``gated_conv_step.py``. ``out [S, H]``.
 
-A program has the three rows of a channel, so it has all that the channel's convolution needs:
-nothing is recomputed, in the projection's epilogue, and no other program reads or writes the
-channel's window. Before the out projection instead, every one of its programs would read all of B,
-C, x and the window, which at 16 tokens is twenty times its weights. Least bytes: 3HK elements.
+A program has the three rows of a channel, so it has all inputs of the channel's convolution.
+Nothing is computed twice, and no other program touches the channel's window. If the convolution
+were fused into out_proj, each of its programs would read all of B, C, x and the window. At 16
+tokens that is twenty times its weights. Least bytes: 3HK elements.
 """
 
 import torch
@@ -60,8 +60,8 @@ def _norm_conv_kernel(
     pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, ITEM, BLOCK_K, WARPS)
     offs_t, offs_w = tl.arange(0, 16), tl.arange(0, BLOCK_W)[None, None, :]
-    # The window is the chain's like all else that is not a weight: read and written below the wait,
-    # it needs no second copy, however many steps are under way.
+    # The window belongs to the chain, like all tensors that are not weights. It is read and written
+    # below the wait, so it needs no second copy for any number of running steps.
     is_token = offs_t < tokens
     position = tl.load(positions_ptr + offs_t, mask=is_token, other=0).to(tl.int32)
     slot = tl.load(slots_ptr + offs_t, mask=is_token, other=0).to(tl.int32) * stride_window_s
@@ -100,7 +100,7 @@ def _norm_conv_kernel(
 def _taps(
     taps_ptr, first, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    """The taps ``[BLOCK_N, BLOCK_W]`` of the channels from ``first`` on."""
+    """Taps ``[BLOCK_N, BLOCK_W]`` of the channels from ``first`` on."""
     offs_n, offs_w = first + tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_W)[None, :]
     mask = (offs_n < count) & (offs_w < WIDTH)
     return tl.load(taps_ptr + offs_n * WIDTH + offs_w, mask=mask, other=0)
@@ -123,9 +123,9 @@ def norm_conv_triton(
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
-    """Fill ``out`` and move ``window``; rows of ``h`` may stand apart.
+    """Fill ``out`` and update ``window``; ``h`` may have gaps between rows.
 
-    A slot stands in a launch once. ``pdl``, ``tiling``: as in norm_linear.py.
+    A slot may occur once in a launch. ``pdl``, ``tiling``: as in norm_linear.py.
     """
     tokens, size = out.shape
     ring, width = window.shape[1], taps.shape[1]

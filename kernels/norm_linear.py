@@ -1,8 +1,8 @@
 """RMSNorm and a projection of a few tokens in one launch: ``rms_norm(x) @ weight.T + bias``.
 
 ``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``scale
-[N]`` of an int8 weight or None (gemv.py), ``out [T, N]``. Every program norms the tokens anew: they
-are few and in the cache, and a launch costs more. Least bytes: NK elements. FLOPs: 2TNK.
+[N]`` of an int8 weight or None (gemv.py), ``out [T, N]``. Every program norms the tokens again:
+they are few and in the cache, and a launch costs more. Least bytes: NK elements. FLOPs: 2TNK.
 """
 
 import torch
@@ -65,9 +65,9 @@ def norm_linear_triton(
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
-    """Fill ``out``; rows of ``x`` and ``out`` may stand apart.
+    """Fill ``out``; ``x`` and ``out`` may have gaps between rows.
 
-    ``pdl`` lets the launch start while the one before it ends, ``tiling`` replaces the usual one.
+    ``pdl`` lets the kernel start while the previous one ends. ``tiling`` replaces the usual one.
     """
     assert out.shape == (len(x), len(weight)) and out.stride(1) == 1 and out.dtype == x.dtype
     tiling = tiling or choose_tiling("norm_linear", weight)

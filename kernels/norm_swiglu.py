@@ -2,8 +2,8 @@
 
 ``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [2F, K]`` with the gate's rows first,
 ``bias [2F]`` or None, ``scale [2F]`` of an int8 weight or None (gemv.py), ``out [T, F]``. A program
-has the gate's and up's rows of the same outputs. Rounded where the reference rounds. Least bytes:
-2FK elements. FLOPs: 4TFK.
+has the gate and up rows of the same outputs. It rounds where the reference rounds. Least bytes: 2FK
+elements. FLOPs: 4TFK.
 """
 
 import torch
@@ -68,7 +68,7 @@ def norm_swiglu_triton(
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
-    """Fill ``out``; rows of ``x`` and ``out`` may stand apart.
+    """Fill ``out``; ``x`` and ``out`` may have gaps between rows.
 
     ``pdl``, ``tiling``: as in norm_linear.py.
     """

@@ -1,13 +1,13 @@
-"""Attention to keys that are read block by block, for the kernels that are made of it.
+"""Attention to keys that are read block by block: the shared part of the attention kernels.
 
-A tile of M queries keeps, of the keys it has read: ``best [M]``, the largest score; ``total [M]``,
-the sum of the weights ``2 ** (score - best)``; ``sums [M, D]``, the sum of values times weights. A
-higher best scales the other two down. (Milakov and Gimelshein, 2018; Dao, 2023)
+A tile of M queries keeps three results of the keys so far. ``best [M]`` is the largest score.
+``total [M]`` is the sum of the weights ``2 ** (score - best)``. ``sums [M, D]`` is the sum of
+values times weights. A higher best scales the other two down. (Milakov and Gimelshein, 2018; Dao,
+2023)
 
-A score is ``q . k * scale``, and ``scale`` is ``log2(e) / sqrt(D)``: powers of two are what GPUs
-compute, and the factor between them and powers of e costs nothing here. All is float32, but for
-the weights, which are rounded to the values' dtype where they meet: the matrix units want both
-alike.
+A score is ``q . k * scale``, and ``scale`` is ``log2(e) / sqrt(D)``: GPUs compute powers of two,
+and the factor to powers of e costs nothing here. All numbers are float32, except the weights. They
+are rounded to the dtype of the values, because the matrix units need equal dtypes.
 """
 
 import math
@@ -39,11 +39,11 @@ def attend_to_keys(
     WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """``best, total, sums`` after the keys from ``begin`` to ``end``, of one KV head of a slot.
+    """Return ``best, total, sums`` after the keys ``begin`` to ``end`` of one KV head of a slot.
 
-    Row m sees the keys before ``seen[m]``. Not MASKED says that every row sees all of them, and
-    that they fill their blocks. Values are masked where they are loaded, not by their weights
-    alone: a weight of 0 does not silence a NaN. WHOLE says that one page holds the sequence.
+    Row m sees the keys before ``seen[m]``. Without MASKED every row sees all of them, and they fill
+    their blocks. Values are masked at the load, not only by their weights: NaN times 0 is NaN.
+    WHOLE means that one page has the whole sequence.
     """
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     if WHOLE:
@@ -85,20 +85,20 @@ def score_scale(head_dim: int) -> float:
 
 
 def keys_of_block(block_d: int, element_size: int) -> int:
-    """Eight kilobytes of keys; with as many of values, two blocks under way fit on any GPU."""
+    """Keys of eight kilobytes. With the same for values, two loading blocks fit on any GPU."""
     return min(max(8192 // (block_d * element_size), 16), 64)
 
 
 def stages(table: torch.Tensor) -> int:
-    """Stages of the loop over keys that keep two blocks of them under way.
+    """Number of stages of the loop over keys that keep two blocks loading.
 
-    Triton shares the stages out between the loads and those that these wait for, the table's.
+    Triton divides the stages between these loads and the loads of the table before them.
     """
     return 3 if table.shape[1] == 1 else 5
 
 
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor) -> None:
-    """Assert the layout that ``attend_to_keys`` reads, whose offsets in a page are 32 bits wide."""
+    """Assert the layout of ``attend_to_keys``. Its offsets in a page have 32 bits."""
     assert k_pages.shape == v_pages.shape and k_pages.stride() == v_pages.stride()
     assert k_pages.dtype == v_pages.dtype != torch.float64
     assert k_pages.stride(3) == table.stride(1) == 1 and table.dtype == torch.int32

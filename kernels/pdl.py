@@ -27,9 +27,9 @@ import triton.language as tl
 
 @triton.jit
 def pdl_wait(PDL: tl.constexpr):
-    """Let the next kernel start, and wait until what the previous ones wrote can be read."""
-    # Triton's, not assembler of ours: these count as reading and writing memory, so no access is
-    # moved across them.
+    """Let the next kernel start, and wait until the results of the previous ones can be read."""
+    # Triton's own functions, not inline assembler: Triton treats them as reads and writes of
+    # memory, so it moves no access across them.
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

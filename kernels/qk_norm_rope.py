@@ -1,15 +1,14 @@
 """RMSNorm and rotary embedding of q and k, and k and v into their pages, in one launch.
 
-With T tokens of S sequences packed end to end and head size D: ``qkv [T, (heads + 2 kv_heads) D]``
-holds all q heads, all k, all v; ``q_weight, k_weight [D]``; ``cos, sin [T, D/2]`` float32;
-``positions [T]`` int64, ``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64; ``q [T, heads, D]``;
-``k_pages, v_pages [pages, kv_heads, page_size, D]``. Position p of a slot lies in row ``p %
-page_size`` of page ``table[slot, p // page_size]``, int32. ``write_from [S]`` int32 or None is the
-first position whose k and v are written. Tokens after the last sequence are
-padding, whose ``q`` is not written.
+T tokens of S sequences packed end to end, D head size. ``qkv [T, (heads + 2 kv_heads) D]`` has all
+q heads, all k, all v. ``q_weight, k_weight [D]``. ``cos, sin [T, D/2]`` float32. ``positions [T]``
+int64, ``cu_seqlens [S + 1]`` int32, ``slots [S]`` int64. ``q [T, heads, D]``. ``k_pages, v_pages
+[pages, kv_heads, page_size, D]``. Position p of a slot is row ``p % page_size`` of page
+``table[slot, p // page_size]``, int32. ``write_from [S]`` int32 or None is the first position to
+write k and v. Tokens after the last sequence are padding; their ``q`` is not written.
 
-A head is normed, and turned pairing element i with i + D/2, in float32 and rounded once; v is
-copied. Least bytes: 2T(heads + 2 kv_heads)D elements, 4TD of cos and sin.
+A head is normed and rotated, element i with i + D/2, in float32 and rounded once; v is copied.
+Least bytes: 2T(heads + 2 kv_heads)D elements, 4TD of cos and sin.
 """
 
 import torch
@@ -49,7 +48,8 @@ def _qk_norm_rope_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Row n is one head of one token: whatever the head counts, only the last program has idle rows.
+    # Row n is one head of one token, so only the last program has idle rows, for any number of
+    # heads.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = (offs_n // (HEADS + 2 * KV_HEADS)).to(tl.int64)
     head = offs_n % (HEADS + 2 * KV_HEADS)
@@ -58,7 +58,7 @@ def _qk_norm_rope_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HALF
 
-    # All but the heads themselves does not depend on the projection that makes qkv: it comes first.
+    # Only the heads depend on the projection that makes qkv. All other loads come first.
     sequence = token
     if sequences < tokens:
         sequence = sequence_of_token(cu_seqlens_ptr, token, sequences)
@@ -102,7 +102,7 @@ def _qk_norm_rope_kernel(
 
 @triton.jit
 def _weight(q_weight_ptr, k_weight_ptr, is_q, offs_d, mask_d):
-    """Each row's norm weight in float32; that of v rows is not used."""
+    """Norm weight of each row in float32; that of v rows is not used."""
     q_weight = tl.load(q_weight_ptr + offs_d, mask=mask_d, other=0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + offs_d, mask=mask_d, other=0).to(tl.float32)
     return tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
@@ -124,7 +124,7 @@ def qk_norm_rope_triton(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
 ) -> None:
-    """Fill ``q`` and write the tokens' rows of the pages; the rows of ``qkv`` may stand apart."""
+    """Fill ``q`` and the tokens' rows of the pages; ``qkv`` may have gaps between rows."""
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
     sequences, half = slots.shape[0], head_dim // 2

@@ -52,12 +52,12 @@ def _add_rms_norm_kernel(
 
 @triton.jit
 def _normalised(x, size, eps):
-    """``x``, zero beyond ``size``, divided by the root of its mean square."""
+    """Divide ``x``, zero beyond ``size``, by the root of its mean square."""
     return x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """Fill ``out``; rows may stand apart."""
+    """Fill ``out``; tensors may have gaps between rows."""
     tokens, hidden = out.shape
     _check(weight, x, out)
     if tokens == 0:
@@ -85,7 +85,9 @@ def add_rms_norm_triton(
     total: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Fill ``total`` and ``out``; rows may stand apart. ``total`` may be ``x`` or ``delta``."""
+    """Fill ``total`` and ``out``; gaps between rows are allowed. ``total`` may be ``x`` or
+    ``delta``.
+    """
     tokens, hidden = out.shape
     _check(weight, x, delta, total, out)
     if tokens == 0:
@@ -118,5 +120,5 @@ def _check(weight: torch.Tensor, *rows: torch.Tensor) -> None:
 
 
 def _warps(block_h: int) -> int:
-    """Sixteen elements a thread, as far as eight warps go."""
+    """Number of warps for sixteen elements a thread, at most eight."""
     return min(max(block_h // 512, 1), 8)

@@ -1,9 +1,9 @@
-"""The cosines and sines of rotary embedding: ``scale * cos(position * frequency)``, in float32.
+"""Cosines and sines of rotary embedding: ``scale * cos(position * frequency)``, in float32.
 
-``positions [T]`` int64, ``inv_freq [D/2]`` float32, ``cos, sin [T, D/2]`` float32: halves, since
-both halves of a head turn by the same angles. ``inv_freq [T, D/2]`` gives each token frequencies of
-its own, which the step has made. Made once per step and read by every attention layer, for D
-elements a token; computed there they would cost each layer a range reduction up to 128,000.
+``positions [T]`` int64, ``inv_freq [D/2]`` float32, ``cos, sin [T, D/2]`` float32. They have D/2
+columns because both halves of a head rotate by the same angles. ``inv_freq [T, D/2]`` has separate
+frequencies for each token, made by the step. The result is computed once per step and read by every
+attention layer, D elements a token. In each layer, it would cost a range reduction up to 128,000.
 """
 
 import torch

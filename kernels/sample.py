@@ -2,17 +2,17 @@
 
 With S rows and V tokens: ``logits [S, V]``; ``seen [S, V]`` bool or None; ``do_sample [S]`` bool,
 ``top_k [S]`` int64, ``temperature, top_p, min_p, repetition_penalty [S]`` float64; ``seeds, rows,
-positions [S]`` int64; ``tokens [S]`` int64 is filled, ``seen`` marked, ``positions`` moved on.
-A row whose best score is NaN or infinite has the token -1.
+positions [S]`` int64; ``tokens [S]`` int64 is filled, ``seen`` is marked, ``positions`` advance. A
+row whose best score is NaN or infinite has the token -1.
 
-Two to four launches, none of which waits for the host. The first makes scores, and keys: of every
-block of 128 the best score's place among all floats above the token, so that the greatest key is
-the first of the best. Where a row keeps the best k or the mass p, the second finds what is cut
-(``sample_cut.py``). Where a row draws, the third finds the best sum of score and noise in every
-tile, and the last the best of all (``sample_draw.py``).
+Two to four launches, without a wait for the host. The first makes scores and a key for every block
+of 128. In a key the best score's rank among all floats is above the token, so the largest key is
+the first of the best tokens. If a row has a top-k or top-p, the second launch finds the cut
+(``sample_cut.py``). If a row draws, the third finds the best sum of score and noise in every tile.
+The last finds the best of all (``sample_draw.py``).
 
-Scores are float32 and divided as IEEE says; the masses of top-p are float64, so that their order of
-summation decides no token. Least bytes: SV elements.
+Scores are float32 with IEEE division. The masses of top-p are float64, so that the order of
+summation does not change a token. Least bytes: SV elements.
 """
 
 import math
@@ -30,20 +30,20 @@ TILE = 2048
 
 
 class Scratch(NamedTuple):
-    """Tensors that the launches hand on, of any content before."""
+    """Tensors between the launches, with any content before."""
 
     keys: torch.Tensor  # [S, blocks] int64
     scores: torch.Tensor  # [S, V] float32
-    few: torch.Tensor  # [S, V] int64: places that may become the cut, each above its token
+    few: torch.Tensor  # [S, V] int64: ranks that may become the cut, each above its token
     few_masses: torch.Tensor  # [S, V] float64: their masses
     picked: torch.Tensor  # [S, blocks] int32: the blocks that hold them
-    cuts: torch.Tensor  # [S] int32: the place of the least score that stays
-    firsts: torch.Tensor  # [S] int32: the first token that stays of those that have it
-    sums: torch.Tensor  # [S, tiles] int64: as keys, of score and noise
+    cuts: torch.Tensor  # [S] int32: the rank of the smallest kept score
+    firsts: torch.Tensor  # [S] int32: the first kept token with this score
+    sums: torch.Tensor  # [S, tiles] int64: as keys, of the sum of score and noise
 
     @classmethod
     def empty(cls, logits: torch.Tensor, *, draws: bool, cuts: bool) -> "Scratch":
-        """Scratch for one choice; only draws, and what is cut off before, need more than keys."""
+        """Allocate scratch for one choice. Only draws and cuts need more than keys."""
         rows, vocab = logits.shape
         blocks, tiles = triton.cdiv(vocab, BLOCK.value), triton.cdiv(vocab, TILE)
         keys = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
@@ -86,7 +86,8 @@ def _sample_scores_kernel(
     offs_b = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     offs_v = offs_b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = offs_v < vocab
-    # A row's parameters may have been written just before the step, so they too are read below.
+    # A row's parameters may have been written just before the step, so they are read below the
+    # wait.
     pdl_wait(PDL)
     logits_ptr += row * stride_logits_s
     score = tl.load(logits_ptr + offs_v, mask=mask, other=0).to(tl.float32)
@@ -125,10 +126,10 @@ def sample_triton(
     cuts: bool,
     pdl: bool = False,
 ) -> None:
-    """Fill ``tokens``, mark ``seen``, move ``positions`` on; rows of ``logits`` may stand apart.
+    """Fill ``tokens``, mark ``seen``, advance ``positions``; ``logits`` may have gaps between rows.
 
-    ``draws`` says that some row samples, ``cuts`` that some row has a top-k or top-p. Without them
-    these parameters are not looked at. ``pdl``: as in norm_linear.py.
+    ``draws`` is True if a row samples, ``cuts`` if a row has a top-k or top-p. Otherwise these
+    parameters are not read. ``pdl``: as in norm_linear.py.
     """
     sequences, vocab = logits.shape
     blocks, tiles = triton.cdiv(vocab, BLOCK.value), triton.cdiv(vocab, TILE)

@@ -1,10 +1,10 @@
-"""Scores that top-k and top-p leave: the least that stays, and the first token that has it.
+"""Top-k/top-p cut: the smallest kept score, and the first kept token with this score.
 
-A score is looked for by its place among all floats, an integer of the same order, so halving an
-interval of integers finds it in at most 32 steps, and nothing is sorted. The best of every block of
-128 scores bound the k-th best of all from below; so few scores have to be looked at where k is
-small. Below ``log((1 - p) / V)`` under the best, all scores together have less than 1 - p of the
-mass, and go without being looked at again.
+The rank of a score among all floats is an integer with the same order. So bisection over integers
+finds a score in at most 32 steps, without sorting. The best scores of the blocks of 128 are a lower
+bound of the k-th best score. So a small k needs few scores. All scores lower than the best plus
+``log((1 - p) / V)`` have together less than 1 - p of the mass. They are dropped without another
+look.
 """
 
 import triton
@@ -17,21 +17,21 @@ LEAST = tl.constexpr(-(2**31))
 NAN = tl.constexpr(2**31 - 1)
 # Below all keys.
 NO_KEY = tl.constexpr(-(2**63))
-# The places of infinity and of its negative.
+# The ranks of infinity and of its negative.
 INFINITY = tl.constexpr(0x7F800000)
 NOTHING = tl.constexpr(-0x7F800001)
 
 
 @triton.jit
 def place_of(score):
-    """The place of a float32 among all, int32: -0 is 0, and NaN is above all."""
+    """Rank of a float32 among all floats, int32: -0 is 0, and NaN is above all."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(score != score, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
 def score_at(place):
-    """The float32 that has this place."""
+    """Float32 of this rank."""
     return (place ^ ((place >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -43,13 +43,15 @@ def mass_of(score, best):
 
 @triton.jit
 def is_defined(best):
-    """Return True if softmax is, by the best place: no NaN, infinity or nothing but -infinity."""
+    """Return True if the best rank shows that softmax is defined: no NaN, no infinity, not only
+    -inf.
+    """
     return (best > NOTHING) & (best < INFINITY)
 
 
 @triton.jit
 def best_key(keys_ptr, blocks, BLOCK_B: tl.constexpr):
-    """The greatest of a row's keys, whose upper half is a place, and all the places."""
+    """Largest of a row's keys (the upper half of a key is a rank), and all the ranks."""
     offs_b = tl.arange(0, BLOCK_B)
     keys = tl.load(keys_ptr + offs_b, mask=offs_b < blocks, other=NO_KEY)
     return tl.max(keys, axis=0), (keys >> 32).to(tl.int32)
@@ -92,7 +94,7 @@ def _sample_cut_kernel(
     if (tl.load(do_sample_ptr + row) == 0) | (not is_defined(best)) | (not (has_k | has_p)):
         return
 
-    # One more unit is left for rounding.
+    # One more unit is a margin for rounding.
     worth = best_score.to(tl.float64) + tl.log(tl.where(has_p, 1 - p, 1)) - log_vocab - 1
     worthless = tl.where(has_p, place_of(worth.to(tl.float32)), LEAST)
     bound = worthless
@@ -100,8 +102,8 @@ def _sample_cut_kernel(
         least = tl.min(tl.where(tl.arange(0, BLOCK_B) < blocks, places, NAN), axis=0)
         bound = tl.where(k <= blocks, _kth_best(places, least, best, k), LEAST)
 
-    # The blocks that hold a score of at least the bound, and then the places and masses of these
-    # scores, in order. Where there is no k, the mass of what is below the bound counts.
+    # Collect the blocks with a score of at least the bound, and then the ranks and masses of these
+    # scores, in order. Without a k, the mass below the bound counts too.
     offs_b = tl.arange(0, BLOCK_B)
     holds = (offs_b < blocks) & ((places >= bound) | (not has_k))
     tl.store(picked_ptr + tl.cumsum(holds.to(tl.int32), axis=0) - 1, offs_b, mask=holds)
@@ -137,7 +139,7 @@ def _sample_cut_kernel(
     if has_p:
         limit = (1 - p).to(tl.float32)
         share = 1 / (rest + _mass(few_ptr, few_masses_ptr, few, cut, NAN, BLOCK_C * BLOCK))
-        # All below `low` go. So do not all below `high + 1`.
+        # All scores below `low` are dropped. Not all below `high + 1` are.
         low, high = tl.maximum(cut, worthless).to(tl.int64), best.to(tl.int64)
         while low < high:
             middle = low + (high - low + 1) // 2
@@ -145,7 +147,8 @@ def _sample_cut_kernel(
             goes = (under * share).to(tl.float32) <= limit
             low = tl.where(goes, middle, low)
             high = tl.where(goes, high, middle - 1)
-        # Of those that equal the least that stays, the first go too, as long as one is left.
+        # Of the tokens that equal the smallest kept score, the first are dropped too; one always
+        # stays.
         under = rest + _mass(few_ptr, few_masses_ptr, few, cut, low, BLOCK_C * BLOCK)
         cut = low.to(tl.int32)
         each = mass_of(score_at(cut), best_score)
@@ -164,7 +167,7 @@ def _sample_cut_kernel(
 
 @triton.jit
 def _token_behind(few_ptr, count, place, skip, BLOCK_N: tl.constexpr):
-    """The token behind the first ``skip`` of those that have ``place``."""
+    """Token after the first ``skip`` of the tokens with rank ``place``."""
     found, token = skip * 0, skip * 0
     for first in range(0, count, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
@@ -179,7 +182,7 @@ def _token_behind(few_ptr, count, place, skip, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _kth_best(places, least, best, k):
-    """The k-th greatest of ``places``, which lie between ``least`` and ``best``."""
+    """Return the k-th largest of ``places``, which are between ``least`` and ``best``."""
     low, high = least.to(tl.int64), best.to(tl.int64)
     while low < high:
         middle = low + (high - low + 1) // 2
@@ -203,7 +206,7 @@ def _how_many(few_ptr, count, low, high, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _mass(few_ptr, masses_ptr, count, low, high, BLOCK_N: tl.constexpr):
-    """The mass of what has a place from ``low`` to below ``high``."""
+    """Mass of the scores with a rank from ``low`` to below ``high``."""
     total = tl.sum(tl.zeros([BLOCK_N], tl.float64), axis=0)
     for first in range(0, count, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)

@@ -1,8 +1,8 @@
-"""Drawing a token of what is left: the first whose score and Gumbel noise are the largest sum.
+"""Draw of a token: the first one with the largest sum of score and Gumbel noise.
 
-One launch finds the best sum of every tile of the vocabulary, the next the best of all, and what
-the choice leaves to the next step. Where a row does not draw, its token is the first of the best;
-where softmax is undefined, it is -1.
+One launch finds the best sum of every tile of the vocabulary. The next finds the best of all, and
+updates the state for the next step. A row that does not draw gets the first of its best tokens. If
+softmax is undefined, the token is -1.
 """
 
 import triton
@@ -38,7 +38,7 @@ def _sample_draw_kernel(
     best = (key >> 32).to(tl.int32)
     if (tl.load(do_sample_ptr + row) == 0) | (not is_defined(best)):
         return
-    # Further below the best, no noise makes a sum the largest.
+    # A score further below the best cannot have the largest sum with any noise.
     cut = place_of(score_at(best) - (MOST_NOISE - LEAST_NOISE))
     first = cut * 0
     min_p = tl.load(min_p_ptr + row)
@@ -93,5 +93,5 @@ def _sample_last_kernel(
     tl.store(tokens_ptr + row, token)
     tl.store(positions_ptr + row, tl.load(positions_ptr + row) + 1)
     if seen_ptr is not None:
-        # A row without a token is over, and its marks are not read again.
+        # A row without a token has ended, and its marks are not read again.
         tl.store(seen_ptr + row * stride_seen_s + tl.maximum(token, 0), 1)

@@ -25,7 +25,7 @@ def _swiglu_kernel(
 
 
 def swiglu_triton(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """Fill ``out``; rows may stand apart."""
+    """Fill ``out``; tensors may have gaps between rows."""
     tokens, size = out.shape
     assert gate_up.shape == (tokens, 2 * size)
     assert gate_up.stride(1) == out.stride(1) == 1

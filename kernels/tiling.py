@@ -1,10 +1,10 @@
 """Tilings of the products of a few tokens: rows and columns of a tile, warps, programs.
 
-Memory is kept busy by bytes under way: on an H100 about 23 kB on each of its processors to cover
-the latency (the bandwidth times it), more to cover the gap between two kernels. So a thread has 128
-bytes of a tile in registers, the next tile is loaded meanwhile, and the programs of a processor
-have up to 32 kB of tiles: a grid is at most one resident wave. Two programs of four warps mostly
-do, which leave room for the next kernel's. Where a weight has few rows, one program of eight warps
+Full memory speed needs enough bytes in flight. On an H100 that is about 23 kB on each
+multiprocessor (SM): bandwidth times latency. The gap between two kernels needs more. So a thread
+has 128 bytes of a tile in registers, and the next tile loads meanwhile. The programs of an SM have
+up to 32 kB of tiles, and a grid is at most one resident wave. Two programs of four warps mostly do,
+which leave room for the next kernel's. Where a weight has few rows, one program of eight warps
 takes twice the columns instead.
 """
 
@@ -21,7 +21,7 @@ from lfm2_fast.kernels.tuned import TUNED
 
 THREAD_BYTES = 128
 PROCESSOR_BYTES = 32768
-# With four warps, two programs take half of a processor's registers.
+# With four warps, two programs take half of an SM's registers.
 REGISTERS = 128
 MOST_WARPS = 16
 # The rows of a weight that a tensor core takes at once, of 16-bit tokens.
@@ -40,7 +40,7 @@ TOKENS_SHARE = 0.125
 
 @dataclass(frozen=True)
 class Tiling:
-    """``programs`` share out tiles of ``block_n`` rows of outputs, with ``warps`` each.
+    """Division of the outputs: tiles of ``block_n`` rows for ``programs`` with ``warps`` each.
 
     They go through the columns of a tile's rows ``block_k`` at a time.
     """
@@ -52,14 +52,15 @@ class Tiling:
 
 
 def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Tiling:
-    """The tiling for a weight ``[N, K]`` of ``parts`` stacked matrices.
+    """Tiling for a weight ``[N, K]`` of ``parts`` stacked matrices.
 
-    It does not depend on how many tokens there are, so neither do the bits of a result.
+    It does not depend on the number of tokens, so the bits of a result do not either. ``block_k``
+    columns are loaded at a time.
     """
     name, processors = chip(weight.device)
     rows, columns = len(weight) // parts, weight.shape[1]
     item = weight.element_size()
-    if processors == 0:  # the interpreter takes its time for every tile, whatever its size
+    if processors == 0:  # in the interpreter every tile takes the same time, of any size
         block_k = max(triton.next_power_of_2(columns), 64 // item)
         most = tl.TRITON_MAX_TENSOR_NUMEL // (4 * block_k)
         block_n = max(LEAST_ROWS, min(triton.next_power_of_2(rows), most))
@@ -72,7 +73,7 @@ def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Ti
 
 @lru_cache
 def chip(device: torch.device) -> tuple[str, int]:
-    """A GPU's name and how many streaming multiprocessors it has: none where Triton interprets."""
+    """Return a GPU's name and its number of SMs, which is 0 in Triton's interpreter."""
     if device.type == "cpu":
         return "interpreter", 0
     properties = torch.cuda.get_device_properties(device)
@@ -84,8 +85,8 @@ def candidates(
 ) -> Iterator[tuple[float, Tiling]]:
     """Yield the tilings that fit, each with the time that its busiest processor should take.
 
-    The time grows with a processor's rows, padded columns included, and where too few bytes are
-    under way, with the lack. Tokens are read anew for each tile, so larger tiles take less.
+    The time grows with a processor's rows, padded columns included, and with the lack of bytes in
+    flight if there are too few. Tokens are read again for each tile, so larger tiles take less.
     """
     stacked = triton.next_power_of_2(parts)
     most_k = MOST_COLUMNS // (2 if normed else 1)
@@ -121,6 +122,6 @@ def candidates(
 def default_tiling(
     rows: int, columns: int, parts: int, item: int, processors: int, *, normed: bool
 ) -> Tiling:
-    """The tiling whose busiest processor should be done first, of equals that with fewest warps."""
+    """Tiling whose busiest processor should be done first, of equals that with fewest warps."""
     found = candidates(rows, columns, parts, item, processors, normed=normed)
     return min(found, key=lambda each: (each[0], each[1].warps * each[1].programs))[1]

@@ -1,4 +1,4 @@
-"""Finding one's place among sequences that are packed end to end."""
+"""Positions of programs and tokens among sequences that are packed end to end."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def sequence_of_token(cu_seqlens_ptr, token, sequences):
-    """The sequence that holds the packed ``token``, a scalar or a vector of them.
+    """Return the sequence of the packed ``token``, a scalar or a vector of them.
 
-    Every sequence has a token; so there is nothing to search where there are as many of both. For
-    a token after the last sequence it is the last.
+    Every sequence has a token, so equal numbers of both need no search. A token after the last
+    sequence gets the last one.
     """
     found = token * 0
     width = sequences
@@ -23,7 +23,7 @@ def sequence_of_token(cu_seqlens_ptr, token, sequences):
 
 @triton.jit
 def sequence_of_tile(cu_seqlens_ptr, tile, sequences, BLOCK_T: tl.constexpr):
-    """The sequence that ``tile`` works on, where sequence i begins at tile ``tile_of_sequence``."""
+    """Return the sequence of ``tile``. Sequence i begins at tile ``tile_of_sequence``."""
     found = tile * 0
     width = sequences
     while width > 1:
@@ -36,14 +36,14 @@ def sequence_of_tile(cu_seqlens_ptr, tile, sequences, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def tile_of_sequence(cu_seqlens_ptr, sequence, BLOCK_T: tl.constexpr):
-    """The first tile of ``sequence``, each tile being BLOCK_T tokens of one sequence.
+    """Return the first tile of ``sequence``. A tile has BLOCK_T tokens of one sequence.
 
-    A sum over the earlier sequences' lengths rounded up would need a scan; this bound does not,
-    leaves every sequence its tiles, and at most one more. ``tiles`` counts all.
+    The sum of the earlier lengths, each rounded up, would need a scan. This bound does not. It
+    gives every sequence its tiles and at most one more. ``tiles`` is the total.
     """
     return tl.load(cu_seqlens_ptr + sequence) // BLOCK_T + sequence
 
 
 def tiles(tokens: int, sequences: int, block_t: int) -> int:
-    """Tiles that ``tokens`` of ``sequences`` take, empty ones included."""
+    """Number of tiles for ``tokens`` of ``sequences``, empty ones included."""
     return tokens // block_t + sequences

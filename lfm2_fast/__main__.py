@@ -1,4 +1,4 @@
-"""Runs a command: ``python -m lfm2_fast``, and what ``lfm2-fast`` starts."""
+"""Entry point of ``python -m lfm2_fast`` and of ``lfm2-fast``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lfm2_fast.cli.app import app
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit; what goes wrong is one line on stderr and exit code 2."""
+    """Run a command and exit. An error is one line on stderr, with exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
     _complete_streams()
     try:
         code = app(given, prog_name="lfm2-fast", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        code = 1  # whoever read has left; Typer does the same while a command runs
+        code = 1  # The reader of the pipe has stopped. Typer does the same while a command runs.
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
@@ -31,13 +31,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        # Python would try once more at exit, and complain.
+        # Python would write once more at exit, and report an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def _complete_streams() -> None:
-    """Stand in for streams that the caller closed; replace what cannot be read or written."""
+    """Replace streams that the caller closed, and characters that cannot be read or written."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))

@@ -15,14 +15,14 @@ NOT_YET = {
     "lfm2-vl": "LFM2-VL",
     "lfm2_audio": "LFM2-Audio",
 }
-# Classes whose weights these are, without regard to case; the second has no head of its own.
+# Classes with these weights, in lower case. The second has no head of its own.
 CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # The quant_method of checkpoints that save_pretrained wrote; "format" names a weight format.
 OWN_METHOD = "lfm2_fast"
 # Another's that is read; ``weights.compressed_tensors`` knows which of its formats.
 OTHER_METHOD = "compressed-tensors"
-# RoPE types that scale, and what `rope_parameters` must and may say for each: those of
-# transformers that turn whole heads.
+# RoPE types that scale, with the required and optional fields of `rope_parameters`. They are
+# transformers' types that rotate whole heads.
 ORIGINAL, SHARE = "original_max_position_embeddings", "partial_rotary_factor"
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -40,15 +40,15 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Config:
-    """Description of an LFM2 checkpoint's model, under the names that Hugging Face uses.
+    """Sizes and settings of an LFM2 checkpoint's model, under Hugging Face's names.
 
-    ``intermediate_size`` is the size that the feed-forward matrices really have: the rounding
-    that ``block_auto_adjust_ff_dim`` asks for is already done. ``layer_types`` names every layer
-    "conv" or "full_attention". ``quantization`` names the weight format of the matrices; None is
-    dense. Of "mixed" ones ``formats`` has name and format of every matrix that is not dense.
+    ``intermediate_size`` is the real size of the feed-forward matrices: the rounding of
+    ``block_auto_adjust_ff_dim`` is already done. ``layer_types`` names every layer "conv" or
+    "full_attention". ``quantization`` names the weight format of the matrices; None is dense. If it
+    is "mixed", ``formats`` has the name and format of every matrix that is not dense.
 
-    ``rope_scaling`` is empty for plain RoPE. Else it has the name and value of everything that
-    `ROPE_TYPES` lists for the type, defaults filled in, the ``rope_type`` first.
+    ``rope_scaling`` is empty for plain RoPE. Else it has name and value of every field that
+    `ROPE_TYPES` lists for the type. Defaults are filled in, and ``rope_type`` comes first.
     """
 
     vocab_size: int
@@ -89,20 +89,20 @@ class Config:
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """The weight format as a config.json has it."""
+        """Weight format as a config.json has it."""
         formats = {"formats": dict(self.formats)} if self.formats else {}
         return {"quant_method": OWN_METHOD, "format": self.quantization, **formats}
 
     @property
     def context_length(self) -> int:
-        """The longest context: ``max_position_embeddings``, or what RoPE scaling makes of it."""
+        """Longest context: ``max_position_embeddings``, or its value after RoPE scaling."""
         scaling = dict(self.rope_scaling)
         original = scaling.get(ORIGINAL, self.max_position_embeddings)
         return max(self.max_position_embeddings, int(original * scaling.get("factor", 1)))
 
     @property
     def rope_follows_length(self) -> bool:
-        """Say if the frequencies of rotary embedding depend on the length of the context."""
+        """Return True if the frequencies of rotary embedding depend on the context's length."""
         return dict(self.rope_scaling).get("rope_type") in ("dynamic", "longrope")
 
     def cache_bytes(self, item: int, tokens: int = 1) -> int:
@@ -112,16 +112,17 @@ class Config:
 
     @classmethod
     def from_file(cls, path: Path) -> Config:
-        """Read ``config.json``. Raises CheckpointError, which names the file, for what is wrong."""
+        """Read ``config.json``. Raises CheckpointError, which names the file and the fault."""
         return cls.from_dict(read_json(path), source=str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> Config:
-        """Understand a config of either generation of Hugging Face's spellings.
+        """Read a config in the spelling of transformers 4 or 5.
 
-        Raises CheckpointError for another model's config, a value that is missing, of the wrong
-        type or out of range, and a feature that this package does not have; ``source`` is what
-        the message calls the config. Weight formats are checked where weights are read.
+        ``source`` is the config's name in messages. Raises CheckpointError for the config of
+        another model, and for a feature that this package does not have. It also raises for a value
+        that is missing, of the wrong type or out of range. Weight formats are checked when the
+        weights are read.
         """
         _check_kind(raw, source)
         read = Reader(raw, source)
@@ -161,12 +162,12 @@ class Config:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that Hugging Face reads, in the spellings of transformers 4 and 5."""
+        """Return a config.json for Hugging Face, in the spellings of transformers 4 and 5."""
         eos = self.eos_token_id
         quantized = {}
         if self.quantization is not None:
             quantized = {"quantization_config": self.quantization_config}
-        # The older spelling, which goes first where both are read.
+        # The older spelling, which counts if both are present.
         scaled = {"rope_scaling": self.rope_parameters} if self.rope_scaling else {}
         return {
             "architectures": ["Lfm2ForCausalLM"],
@@ -228,7 +229,7 @@ def _check_kind(raw: Mapping[str, Any], source: str) -> None:
 
 
 def _intermediate_size(read: Reader) -> int:
-    """The real feed-forward size: two thirds, times a multiplier, rounded up, if so asked."""
+    """Real feed-forward size: if the config says so, two thirds, times a multiplier, rounded up."""
     size = read.count("block_ff_dim", "intermediate_size")
     if read.flag("block_auto_adjust_ff_dim", default=True):
         size = int(2 * size / 3)
@@ -261,7 +262,7 @@ def _layer_types(read: Reader) -> tuple[str, ...]:
 
 
 def _rope(read: Reader, head_dim: int) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, understood as transformers' Lfm2 class does."""
+    """Read ``rope_theta`` and ``rope_scaling`` as transformers' Lfm2 class does."""
     spelling = "rope_scaling" if read.raw.get("rope_scaling") else "rope_parameters"
     raw = read.value(spelling, default={})
     if not isinstance(raw, dict):
@@ -283,7 +284,7 @@ def _rope(read: Reader, head_dim: int) -> dict[str, Any]:
         known = ", ".join(("default", *ROPE_TYPES))
         raise read.error(f"rope_type {kind!r} is not supported; lfm2_fast knows {known}")
     if kind == "yarn":
-        # What transformers takes a null for.
+        # Default of transformers for null.
         nulls = {"factor": _longest(read) / rope.count(ORIGINAL), "truncate": False}
         values |= {name: v for name, v in nulls.items() if name in raw and raw[name] is None}
     if values[SHARE] != 1 and (kind != "proportional" or not 0 < rope.number(SHARE) <= 1):
@@ -314,7 +315,7 @@ def _longest(read: Reader) -> int:
 def _dtype(read: Reader) -> str | None:
     found = read.value("dtype", "torch_dtype")
     if found is not None and found not in DTYPES:
-        raise read.error(f"torch_dtype {found!r} is none of {', '.join(DTYPES)}")
+        raise read.error(f"torch_dtype {found!r} is not one of {', '.join(DTYPES)}")
     return found
 
 

@@ -13,11 +13,11 @@ FETCH_AGAIN = "replace it; force_download=True (--force-download) fetches it fro
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used: what is wrong, where, and what to do about it."""
+    """Checkpoint cannot be used: what is wrong, where, and what to do about it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises CheckpointError if it is missing, broken or no object."""
+    """JSON object in ``path``. Raises CheckpointError if it is missing, broken or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from lfm2_fast.engine.request import Event, Request
 def batch_of(
     lengths: Sequence[int], counts: Sequence[int], slots: Sequence[int], device: torch.device | str
 ) -> Batch:
-    """Continue each of ``slots``, which hold ``lengths`` tokens, by so many of ``counts``."""
+    """Continue each of ``slots``, which hold ``lengths`` tokens, by ``counts`` tokens."""
     return Batch.prepare(counts, [lengths[slot] for slot in slots], slots, device)
 
 

@@ -29,7 +29,7 @@ if not (CUDA or INTERPRETED):
     raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and torch sees none")
 
 if not INTERPRETED:
-    # Every new example may compile a kernel anew: the same ones each time, and none to shrink one.
+    # Every new example may compile a kernel again: the same ones each time, and none to shrink one.
     settings.register_profile("gpu", derandomize=True, phases=(Phase.explicit, Phase.generate))
     settings.load_profile("gpu")
 
@@ -140,7 +140,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
 @pytest.fixture(scope="session")
 def breaking(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes the small checkpoint such that a token, or all, break a text from there on.
+    """Writes the small checkpoint so that a token, or any token, breaks a text from there on.
 
     Their embedding is NaN, beside a head of its own: what comes before keeps its logits.
     """
@@ -161,7 +161,7 @@ def breaking(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 @pytest.fixture(scope="session")
 def pair() -> Callable[..., Pair]:
-    """Loads a folder in both classes, in float32 on the CPU unless told otherwise."""
+    """Loads a folder in both classes, by default in float32 on the CPU."""
 
     def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Pair:
         from transformers import Lfm2ForCausalLM
@@ -176,10 +176,10 @@ def pair() -> Callable[..., Pair]:
 def within_budget() -> Callable[..., None]:
     """The design's rule for a computed result, largest error against largest error.
 
-    ``out`` may be twice as far from ``exact``, the ``*_ref`` in float64, as ``plain``, the same
-    ``*_ref`` in the working dtype, plus one rounding step of that dtype at the size of ``exact``.
-    Where ``plain`` overflows, ``out`` is not judged. ``by_row`` judges every row of the last axis
-    alone, so that large rows cannot hide errors in small ones.
+    ``exact`` is the ``*_ref`` in float64, and ``plain`` is the same ``*_ref`` in the working dtype.
+    The error of ``out`` may be twice that of ``plain``, plus one rounding step of that dtype at the
+    size of ``exact``. If ``plain`` overflows, ``out`` is not judged. ``by_row`` judges every row of
+    the last axis alone, so that large rows cannot hide errors in small ones.
     """
 
     def check(
@@ -214,7 +214,7 @@ def within_budget() -> Callable[..., None]:
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """What the C++ bodies compute in."""
+    """Dtypes of the C++ code."""
     return request.param
 
 
@@ -229,13 +229,13 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter without what it does in vain or again.
+    """Make Triton's interpreter skip useless and repeated work.
 
-    It computes whether each sum, difference or product of integers overflows, and then asserts that
-    only with its option ``debug``, which is off. At each launch it looks through all of Triton's
-    language for what to replace, and at each call of a function inside of a kernel, though the
-    launch has replaced the same already. And it makes a table of dtypes at each look into it, and
-    the constants of a shape for each tensor.
+    It checks every sum, difference and product of integers for overflow, but uses the result only
+    with the option ``debug``, which is off. At each launch, and at each call of a function inside
+    of a kernel, it searches all of Triton's language for functions to replace. The launch has
+    replaced them already. It also makes a table of dtypes at each access, and the constants of a
+    shape for each tensor.
 
     Its products of several matrices are added up in one order for every row. The library's depend
     on a row's place among the others, which those of a tensor core do not.
@@ -307,7 +307,7 @@ def quick_interpreter() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kernel_device(quick_interpreter: None) -> torch.device:
-    """Where Triton kernels run: on the GPU, or in the interpreter on the CPU."""
+    """Device of Triton kernels: the GPU, or the CPU with the interpreter."""
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
@@ -324,7 +324,7 @@ def kernel_dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module", params=["in_order", "reversed"] if INTERPRETED else ["on_gpu"])
 def grid_order(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In the interpreter, programs run one after another: from the first on, then from the last."""
+    """Order of programs in the interpreter, which runs them one by one: forward, then backward."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "reversed":
             from triton.runtime.interpreter import interpreter_builder as builder
@@ -356,7 +356,7 @@ def framed() -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def intact() -> Callable[[torch.Tensor], bool]:
-    """Whether the NaN around a ``framed`` tensor is untouched."""
+    """Return True if the NaN around a ``framed`` tensor is untouched."""
 
     def check(inside: torch.Tensor) -> bool:
         assert inside._base is not None
@@ -402,7 +402,7 @@ def paged() -> Callable[..., KVPages]:
 
 @pytest.fixture(scope="session")
 def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
-    """Whether two tensors are equal to the bit, NaN included."""
+    """Return True if two tensors are bit-identical, NaN included."""
 
     def check(a: torch.Tensor, b: torch.Tensor) -> bool:
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -443,9 +443,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
 def as_close_to_fp32() -> Callable[..., None]:
     """Assert the design's rule for 16 bits: ``ours`` is at most 1.1 times as far off as ``theirs``.
 
-    The distance to the float32 model ``exact`` is the mean KL divergence, and how often the
-    likeliest token differs. The second counts near-ties, as many as luck has it: ``batches`` of ids
-    ``[B, T]`` are read until the sums so far keep to the rule, and all of them before it fails.
+    The distance to the float32 model ``exact`` is the mean KL divergence, and the number of
+    different most likely tokens. The second depends on the chance number of near-ties. So
+    ``batches`` of ids ``[B, T]`` are read until the sums keep to the rule, and all of them before
+    it fails.
     """
 
     def distance(logits: torch.Tensor, exact: torch.Tensor) -> tuple[float, int]:

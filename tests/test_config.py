@@ -138,7 +138,9 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
     ],
 )
 def test_scaling_is_read_as_hugging_face_reads_it(changed: dict[str, Any]) -> None:
-    """In either spelling, or both, of which the older goes first; saved again, they read it too."""
+    """Scaling is in either spelling, or in both, and then the older one counts. Transformers reads
+    the saved config.
+    """
     from transformers import Lfm2Config
     from transformers.models.lfm2.modeling_lfm2 import Lfm2RotaryEmbedding
 
@@ -159,7 +161,7 @@ def test_scaling_is_read_as_hugging_face_reads_it(changed: dict[str, Any]) -> No
 
 
 def test_a_null_is_read_as_hugging_face_reads_it() -> None:
-    """Of yarn's factor it is the ratio of the contexts, and a truncate that is null is false."""
+    """A null factor of yarn is the ratio of the contexts, and a null truncate is false."""
     rope = {"rope_type": "yarn", "factor": None, ORIGINAL: 1000, "truncate": None, "mscale": None}
     config = Config.from_dict(published(rope_parameters=rope))
     wanted = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 128.0, ORIGINAL: 1000}

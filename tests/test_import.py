@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, *args: str | Path) -> str:
-    """What ``code`` prints, run by a fresh interpreter that must succeed."""
+    """Return the output of ``code`` in a new interpreter, which must succeed."""
     command = [sys.executable, "-c", code, *args]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
     assert done.returncode == 0
@@ -128,7 +128,7 @@ def arrows() -> set[tuple[str, str]]:
                 found.add((name, other))
             else:
                 assert name.startswith(("cli.", "server.")), (
-                    f"{name} imports {other!r}, which is no file"
+                    f"{name} imports {other!r}, which is not a file"
                 )
     return found
 

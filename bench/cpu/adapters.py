@@ -3,8 +3,8 @@
     python -m bench.cpu.adapters --size 350M
 
 Random adapters of one rank change all projections of the layers. Three models of the same random
-weights take turns in one process: with one adapter merged, with eight beside the weights, and the
-eight's model with no row asking for one. A sample is the median of a turn's steps.
+weights take turns in one process. One has a merged adapter, one has eight beside the weights. In
+the third, also with eight, no row uses an adapter. A sample is the median of a turn's steps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_adapter(folder: Path, config: Config, rank: int, seed: int, std: float
 
 
 def steps_of(model: Any, rows: int, entries: list[int]) -> Callable[[int], float]:
-    """Return what runs so many steps of rows, and gives the median of their seconds.
+    """Return a function that runs some steps of rows, and returns their median seconds.
 
     ``entries`` are the rows' adapters, 0 for none.
     """

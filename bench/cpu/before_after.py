@@ -73,7 +73,7 @@ def main() -> None:
     before, folder = given.before.resolve(), checkpoint(given.size).resolve()
     names = given.cases.split(",")
     if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--cases {unknown[0]!r} is none of {', '.join(CASES)}")
+        parser.error(f"--cases {unknown[0]!r} is not one of {', '.join(CASES)}")
     found = results.header(
         f"LFM2-{given.size}'s shape on a CPU, this commit beside an older one",
         {

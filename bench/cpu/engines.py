@@ -1,4 +1,4 @@
-"""The engines that are Python, each driven in its own best way through the same few calls.
+"""Engines in Python, each used in its fastest way through the same few calls.
 
 ``lfm2_fast`` is called through its public ``generate``; Hugging Face through the model's forward
 call, to which its own ``generate`` only adds time. llama.cpp is a program: ``llama_bench.py``.
@@ -15,34 +15,36 @@ import numpy as np
 
 
 class Engine(Protocol):
-    """A program that is measured. Its constructor raises ImportError where that is missing."""
+    """Program to measure. Its constructor raises ImportError if it is missing."""
 
     def load(self, folder: Path, threads: int) -> None:
         """Read the checkpoint, ready to run."""
 
     def start(self, batch: int, context: int, room: int) -> float:
-        """Forget all and run a prompt of ``context`` tokens in each of ``batch`` sequences.
+        """Start over with a prompt of ``context`` tokens in each of ``batch`` sequences.
 
-        Each may grow by ``room`` tokens. Gives the seconds until all have their first new token.
+        Each may grow by ``room`` tokens. Returns the seconds until all have their first new token.
         """
 
     def decode(self, steps: int) -> list[float]:
-        """Continue every sequence greedily by ``steps`` tokens; the seconds of each step."""
+        """Continue every sequence greedily by ``steps`` tokens, and return the seconds of each
+        step.
+        """
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
-        """``[steps, vocabulary]`` float32: what follows ``tokens``, then each of so many ones."""
+        """Return logits ``[steps, vocabulary]`` float32 after ``tokens`` and after each token 1."""
 
     def versions(self) -> dict[str, str]:
-        """The packages that the figures depend on."""
+        """Packages that the figures depend on."""
 
 
 def prompt(row: int, length: int) -> list[int]:
-    """Token ids of a prompt, another for each row."""
+    """Token ids of a prompt, different for each row."""
     return [2 + (7 * row + 31 * i) % 4001 for i in range(length)]
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """The versions of packages."""
+    """Versions of packages."""
     return {name: importlib.metadata.version(name) for name in packages}
 
 
@@ -95,7 +97,8 @@ class HuggingFace:
         kind = self.package.Lfm2ForCausalLM
         self.model = kind.from_pretrained(folder, dtype=self.torch.bfloat16).eval()
         for weight in self.model.parameters():
-            # From the mapped file into memory of its own, which nobody takes back between turns.
+            # From the mapped file into the process's memory, which the system does not evict
+            # between turns.
             weight.data = weight.data.clone()
         self.step = self.model.forward
 
@@ -151,7 +154,7 @@ class HuggingFaceCompiled(HuggingFace):
         self.step = self.torch.compile(self.model.forward, dynamic=False, fullgraph=True)
 
     def new_cache(self, batch: int, length: int) -> Any:
-        """The one cache of that size, emptied: compiled code holds on to its tensors."""
+        """Return the one cache of that size, emptied: compiled code keeps its tensors."""
         size = (batch, -(-length // 128) * 128)
         if size not in self.caches:
             self.caches[size] = self.package.StaticCache(self.model.config, max_cache_len=size[1])

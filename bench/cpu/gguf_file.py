@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file, for llama.cpp's programs.
+"""Checkpoint as a GGUF file, for llama.cpp's programs.
 
 The package writes BF16. Files of other kinds are made by llama.cpp's own quantiser from that.
 Checkpoints of random weights have no vocabulary, so one is made up: callers pass token ids.
@@ -18,7 +18,7 @@ LONGEST = 900
 
 
 class GGUFError(RuntimeError):
-    """A GGUF file cannot be made: the reason, and the remedy."""
+    """Error of a GGUF file that cannot be made: the reason, and the remedy."""
 
 
 def made_up(size: int) -> Vocabulary:
@@ -27,10 +27,10 @@ def made_up(size: int) -> Vocabulary:
 
 
 def gguf_file(folder: Path, kind: str, quantiser: Path) -> Path:
-    """Path of a checkpoint's GGUF file of a kind of ``KINDS``, made beside it where it is missing.
+    """Return a checkpoint's GGUF file of a kind of ``KINDS``, and make it if it is missing.
 
-    ``quantiser`` is the program ``llama-quantize``. Without it BF16 and Q8_0 are written by the
-    package ``gguf``. Raises GGUFError where the file cannot be made.
+    ``quantiser`` is the program ``llama-quantize``. Without it the package ``gguf`` writes BF16 and
+    Q8_0. Raises GGUFError if the file cannot be made.
     """
     path = folder / f"{folder.name}-{kind}.gguf"
     if path.is_file():

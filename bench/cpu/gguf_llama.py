@@ -48,7 +48,7 @@ PROMPTS, STEPS, WRITTEN = 6, 6, 48
 ENDS = [2, 7]
 # Share by which an error may be larger than what explains it: llama.cpp also keeps keys in float16.
 SLACK = 1.25
-# Takes any tokenizer for LFM2's, since the converter knows published ones by a hash of theirs.
+# Takes any tokenizer for LFM2's, since the converter knows published ones by their hash.
 CONVERT = """
 import runpy, sys
 sys.path[:0] = [{root!r}, {root!r} + "/gguf-py"]
@@ -64,9 +64,9 @@ class Found:
     """Distances of logits from the exact ones, relative to their size; of tokens, those equal.
 
     ``rounded`` is the error of llama.cpp's rounding of activations alone. ``ours`` is in float32,
-    ``ours_bfloat16`` as ``load`` does it. ``written`` has how many greedy tokens of each prompt are
-    equal, of ``WRITTEN``; ``gaps`` how far apart the exact logits of two tokens are where they
-    first differ, and ``noise`` the largest error of both engines' logits together.
+    ``ours_bfloat16`` as ``load`` does it. ``written`` has the number of equal greedy tokens of each
+    prompt, of ``WRITTEN``. ``gaps`` has the distance of the exact logits at the first different
+    token. ``noise`` is the largest error of both engines' logits together.
     """
 
     types: dict[str, int]

@@ -2,10 +2,10 @@
 
     python -m bench.cpu.grammar_cost --size 350M --quantization int8
 
-Weights are random, so what is written means nothing, but every token is one that the schema allows.
-The schema has no end that is reached, so that all steps are masked. Both sides take turns on one
-engine. A sample is the mean of a turn's steps, so that a rare slow mask counts. The vocabulary of
-65,536 tokens is trained on Python's own standard library, as no published one is at hand.
+Weights are random, so the texts mean nothing, but the schema allows every token in them. No text
+reaches the end of the schema, so all steps are masked. Both sides take turns on one engine. A
+sample is the mean of a turn's steps, so that a rare slow mask counts. The vocabulary of 65,536
+tokens is trained on Python's standard library, because no published one was available.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SCHEMA = {
 
 
 def trained_tokenizer(vocab_size: int) -> Any:
-    """Return a byte-level tokenizer of that many tokens, trained where it is not there yet."""
+    """Return a byte-level tokenizer of that many tokens, and train it if it does not exist."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -39,10 +39,10 @@ SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000}
 
 
 def with_tokenizer(folder: Path) -> Path:
-    """A folder of the same checkpoint with a tokenizer, which random weights lack.
+    """Return a folder of the same checkpoint with a tokenizer, which random weights lack.
 
-    It is the small checkpoint's, and every id beyond it has a text of its own, as a stream's event
-    needs one.
+    It is the small checkpoint's. Every further id has its own text, because a stream's event needs
+    one.
     """
     if (folder / "tokenizer.json").is_file():
         return folder
@@ -66,7 +66,7 @@ def with_tokenizer(folder: Path) -> Path:
 
 
 async def stream(port: int, ids: list[int], new: int, more: dict[str, Any]) -> list[float]:
-    """Seconds from the request to each event that has text."""
+    """Return the seconds from the request to each event with text."""
     fields = {"prompt": ids, "max_tokens": new, "ignore_eos": True, "temperature": 0}
     body = json.dumps({**fields, "stream": True, **more}).encode()
     reader, writer = await asyncio.open_connection(HOST, port)
@@ -81,7 +81,7 @@ async def stream(port: int, ids: list[int], new: int, more: dict[str, Any]) -> l
                 told = json.loads(line[6:])
                 if "error" in told:
                     raise RuntimeError(told["error"]["message"])
-                # An event without text may stand for a token whose character is not whole.
+                # An event without text may be a token with an incomplete character.
                 times.append(time.perf_counter() - begin)
             elif line.startswith(b"data: [DONE]"):
                 return times
@@ -93,14 +93,14 @@ async def stream(port: int, ids: list[int], new: int, more: dict[str, Any]) -> l
 async def together(
     port: int, prompts: list[list[int]], new: int, more: dict[str, Any]
 ) -> tuple[float, list[float]]:
-    """Seconds until all have ended, and the time to each one's first token."""
+    """Return the seconds until all have ended, and the time to each one's first token."""
     begin = time.perf_counter()
     found = await asyncio.gather(*(stream(port, ids, new, more) for ids in prompts))
     return time.perf_counter() - begin, [times[0] for times in found]
 
 
 def ours(folder: Path, options: dict[str, Any], length: int | None) -> tuple[Any, int]:
-    """Start our server; its process and port."""
+    """Start our server, and return its process and port."""
     command = [sys.executable, "-m", "lfm2_fast", "serve", str(folder), "--port", "0"]
     command += ["--device", "cpu", "--max-rows", str(ROWS), "--preset", "greedy"]
     command += [f"--{key}={value}" for key, value in options.items()]

@@ -1,4 +1,4 @@
-"""llama.cpp as an engine: its own ``llama-bench``, after a look at the logits of its server.
+"""llama.cpp as an engine: its own ``llama-bench``, after a check of its server's logits.
 
 The options and the fields of its JSON are those of llama.cpp's ``tools/llama-bench/README.md``.
 """
@@ -23,10 +23,10 @@ LONGEST = 900
 
 
 class LlamaBench:
-    """The program on a checkpoint's GGUF file of one kind, which is made where it is missing.
+    """Run of the program on a checkpoint's GGUF file of one kind, which is made if it is missing.
 
-    ``programs`` is the folder of llama.cpp's programs. Each turn is a run of its own, which loads
-    the file anew. Raises EngineError where the program or the file cannot be had.
+    ``programs`` is the folder of llama.cpp's programs. Each turn is a separate run, which loads the
+    file again. Raises EngineError if the program or the file is missing.
     """
 
     def __init__(self, programs: Path, kind: str, folder: Path, threads: int) -> None:
@@ -41,9 +41,9 @@ class LlamaBench:
             raise EngineError(str(error), self.name) from error
 
     def inspect(self, size: int) -> tuple[np.ndarray, float, dict[str, int]]:
-        """Logits ``[STEPS, size]`` of ``gate.PROMPT``, seconds to load the file, memory in bytes.
+        """Return logits ``[STEPS, size]`` of ``gate.PROMPT``, the load time, and memory in bytes.
 
-        All three are the server's, which runs the file as ``llama-bench`` does, and shows logits.
+        All three come from the server. It runs the file as ``llama-bench`` does, and shows logits.
         """
         program, length = self.programs / "llama-server", len(PROMPT) + STEPS
         with LlamaServer(program, self.file, self.threads, 1, length, self.name) as server:
@@ -51,10 +51,12 @@ class LlamaBench:
             return logits, server.seconds, memory(pid=server.process.pid)
 
     def rate(self, context: int, steps: int) -> float:
-        """Tokens a second of one run: ``steps`` after ``context``, or with no steps, of these."""
+        """Return tokens a second of one run: of ``steps`` after ``context``, or of the context
+        without steps.
+        """
         prompt, depth = (0, context) if steps else (context, 0)
         wanted = {"n_prompt": prompt, "n_depth": depth, "n_gen": steps, "n_threads": self.threads}
-        # Weights lie in memory of the process, as other engines have them.
+        # Weights are in memory of the process, as in the other engines.
         options = ["-m", self.file, "-t", self.threads, "-ngl", 0, "-lm", "none"]
         options += ["-p", prompt, "-d", depth, "-n", steps, "-r", 1, "-o", "json"]
         found = self._run([str(self.program), *map(str, options)])
@@ -69,10 +71,10 @@ class LlamaBench:
         return float(samples[0])
 
     def close(self) -> None:
-        """Nothing runs between turns."""
+        """Do nothing: no process runs between turns."""
 
     def _run(self, command: list[str]) -> Any:
-        """Run the program; the object of its one test."""
+        """Run the program, and return the object of its one test."""
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
         except (OSError, subprocess.TimeoutExpired) as error:

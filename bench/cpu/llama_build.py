@@ -2,9 +2,9 @@
 
     python -m bench.cpu.llama_build
 
-The version is the one that ``constraints.txt`` pins. The programs lie in ``build/peers/bin``
-afterwards, and the sources in ``build/peers/llama.cpp``, with ``convert_hf_to_gguf.py`` among them.
-``$LFM2_FAST_PEERS_DIR`` names another folder than ``build/peers``, which checkouts can share.
+The version is the one that ``constraints.txt`` pins. The programs are in ``build/peers/bin``
+afterwards, and the sources in ``build/peers/llama.cpp``, with ``convert_hf_to_gguf.py``.
+``$LFM2_FAST_PEERS_DIR`` replaces ``build/peers``, so that checkouts can share a folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OPTIONS = {
 
 
 class BuildError(RuntimeError):
-    """The programs cannot be built here: the reason, and the remedy."""
+    """Error of programs that cannot be built here: the reason, and the remedy."""
 
 
 def program(name: str) -> Path:
@@ -49,7 +49,7 @@ def program(name: str) -> Path:
 
 
 def pinned(package: str) -> str:
-    """Version of a package in ``constraints.txt``. Raises BuildError where there is none."""
+    """Version of a package in ``constraints.txt``. Raises BuildError if there is none."""
     found = re.search(rf"^{re.escape(package)}==(\S+)", CONSTRAINTS.read_text("utf-8"), re.M)
     if found is None:
         raise BuildError(f"constraints.txt pins no {package}; add a line {package}==VERSION")
@@ -57,14 +57,14 @@ def pinned(package: str) -> str:
 
 
 def built() -> bool:
-    """Return true where all programs of the pinned version are there."""
+    """Return True if all programs of the pinned version exist."""
     stamp = PEERS / ".ready"
     known = stamp.read_text("utf-8").strip() if stamp.is_file() else ""
     return known == pinned(PACKAGE) and all(program(name).is_file() for name in PROGRAMS)
 
 
 def run(command: Sequence[str], missing: str) -> None:
-    """Run a command, its output shown. Raises BuildError with ``missing`` where it fails."""
+    """Run a command and show its output. Raises BuildError with ``missing`` if it fails."""
     print("+", *command, flush=True)
     try:
         code = subprocess.run(command).returncode
@@ -88,7 +88,7 @@ def tool(name: str) -> str:
 
 
 def check_compiler() -> None:
-    """Raise BuildError where there is no C++ or no C compiler."""
+    """Raise BuildError if there is no C++ or no C compiler."""
     for variable, names in (("CC", ("cc", "gcc", "clang")), ("CXX", ("c++", "g++", "clang++"))):
         asked = os.environ.get(variable, "").split()[:1]
         if not any(shutil.which(name) for name in asked or names):
@@ -109,7 +109,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack llama.cpp alone out of the sdist, in place of what ``folder`` held; its folder."""
+    """Unpack only llama.cpp from the sdist, replace ``folder`` by it, and return its folder."""
     out = folder / "llama.cpp"
     shutil.rmtree(out, ignore_errors=True)
     with tarfile.open(archive) as file:
@@ -143,7 +143,7 @@ def build(source: Path, cmake: str, ninja: str) -> None:
 
 
 def main() -> int:
-    """Build what is not built yet. Returns the exit code."""
+    """Build the missing programs. Returns the exit code."""
     try:
         if built():
             print(f"llama.cpp's programs are built: {program('')}")

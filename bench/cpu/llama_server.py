@@ -1,4 +1,4 @@
-"""llama.cpp's ``llama-server`` on one GGUF file: its logits, and requests that come at once.
+"""llama.cpp's ``llama-server`` on one GGUF file: its logits, and many requests at once.
 
 Its options and the fields of its JSON are those of llama.cpp's ``tools/server/README.md``.
 """
@@ -27,33 +27,33 @@ from bench.worker import EngineError
 HOST = "127.0.0.1"
 # Seconds: for a file to be loaded, and for the slowest of many requests.
 START, LONGEST = 120.0, 1800.0
-# Far above any logit, so that the biased token is the next one.
+# Far above every logit, so that the biased token is the next one.
 FORCED = 1e6
 
 
 def free_port() -> int:
-    """Port that is free now."""
+    """Free port."""
     with socket.socket() as made:
         made.bind((HOST, 0))
         return int(made.getsockname()[1])
 
 
 class LlamaServer:
-    """The program in a process of its own, with ``rows`` slots of ``length`` tokens.
+    """Program in its own process, with ``rows`` slots of ``length`` tokens.
 
-    It ends with the ``with`` block. Raises EngineError, with the program's last line, where it does
-    not start or a request fails; ``name`` is the engine's in these.
+    It ends with the ``with`` block. Raises EngineError, with the program's last line, if it does
+    not start or a request fails. ``name`` is the engine's name in these errors.
     """
 
     def __init__(
         self, program: Path, file: Path, threads: int, rows: int, length: int, name: str
     ) -> None:
         self.name, self.port = name, free_port()
-        # Without a proxy, whatever the environment says.
+        # Without a proxy, also if the environment has one.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         if not program.is_file():
             raise EngineError(f"there is no program {program}: run `make peers`", name)
-        # The prompt cache keeps states between requests, which none of these asks for.
+        # The prompt cache keeps states between requests, which these measurements do not use.
         options = ["-m", file, "--host", HOST, "--port", self.port, "--no-ui"]
         options += ["-t", threads, "-tb", threads, "-ngl", 0, "-lm", "none", "--cache-ram", 0]
         options += ["--parallel", rows, "-c", rows * (-(-(length + 1) // 256) * 256)]
@@ -97,9 +97,9 @@ class LlamaServer:
         self.log.close()
 
     def together(self, prompts: Sequence[Sequence[int]], new: int) -> float:
-        """Return the seconds until requests that come at once have all ended, greedily.
+        """Return the seconds until many greedy requests at once have all ended.
 
-        Raises EngineError where one has not ``new`` tokens, or its prompt is not run whole.
+        Raises EngineError if one does not have ``new`` tokens, or did not run its whole prompt.
         """
         bodies = [self._body(ids, new) for ids in prompts]
         with ThreadPoolExecutor(len(bodies)) as threads:
@@ -117,10 +117,10 @@ class LlamaServer:
         return seconds
 
     def logits(self, tokens: Sequence[int], steps: int, size: int) -> np.ndarray:
-        """Logits ``[steps, size]`` after ``tokens``, then after each of ``steps - 1`` ones.
+        """Return logits ``[steps, size]`` after ``tokens``, then after ``steps - 1`` tokens 1.
 
-        The server has log-probabilities, which differ from logits by a number of each row: rows are
-        shifted to a mean of 0.
+        The server shows log-probabilities. They differ from logits by one number for each row, so
+        rows are shifted to a mean of 0.
         """
         body = self._body(tokens, steps) | {"n_probs": size, "logit_bias": [[1, FORCED]]}
         rows = self._complete(body).get("completion_probabilities", [])
@@ -178,7 +178,7 @@ class LlamaServer:
             time.sleep(0.01)
 
     def _said(self) -> str:
-        """Last line of the program's output, for a message."""
+        """Return the last line of the program's output, for a message."""
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         return f"it said: {lines[-1] if lines else 'nothing'}"

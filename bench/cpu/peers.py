@@ -3,8 +3,8 @@
     python -m bench.cpu.peers [--size 350M]
 
 All engines run one checkpoint of random weights, in turns A B C ... C B A, each in a process of its
-own. Before anything is timed an engine's logits are held against the reference in float32: what
-computes something else is not timed. llama.cpp's programs are those that ``make peers`` builds.
+own. Before it is timed, an engine's logits are compared with the reference in float32. An engine
+with wrong logits is not timed. llama.cpp's programs are those that ``make peers`` builds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NAMES = (*ENGINES, *(PREFIX + kind for kind in KINDS if kind != "Q4_K_M"))
 
 @dataclass(frozen=True)
 class Opened:
-    """Facts of an engine that has loaded a checkpoint: seconds and bytes that it took for it."""
+    """Seconds and bytes that an engine needed to load a checkpoint."""
 
     logits: np.ndarray
     seconds: float
@@ -51,9 +51,9 @@ class Opened:
 
 @dataclass(frozen=True)
 class Workload:
-    """``steps`` tokens after ``context``, in each of ``batch`` sequences; no steps: the prompt.
+    """``steps`` tokens after ``context``, in each of ``batch`` sequences; without steps the prompt.
 
-    ``fresh`` cases start anew every turn; others go on from where the last turn ended.
+    ``fresh`` cases start over every turn. Others continue from the end of the last turn.
     """
 
     batch: int
@@ -68,12 +68,12 @@ CASES = {
     "decode, batch 8": Workload(8, 64, 8),
     "decode after 8k": Workload(1, 8192, 16, fresh=False),
 }
-# Compiling takes a minute for each case, and changes none but single steps.
+# Compiling takes a minute for each case, and only changes single steps.
 COMPILED_CASES = ("decode",)
 
 
 def why_not(engine: Engine, name: str) -> str | None:
-    """Why an engine does not run the case of that name, or None."""
+    """Return why an engine does not run the case of that name, or None."""
     if engine.name == "transformers compiled" and name not in COMPILED_CASES:
         return "compiling takes a minute for each case"
     if isinstance(engine, LlamaBench) and CASES[name].batch > 1:
@@ -82,7 +82,7 @@ def why_not(engine: Engine, name: str) -> str | None:
 
 
 def turn(engine: Engine, case: Workload, room: int) -> float:
-    """Tokens a second in one turn."""
+    """Return tokens a second in one turn."""
     if isinstance(engine, LlamaBench):
         return engine.rate(case.context, case.steps)
     if case.fresh:
@@ -96,7 +96,7 @@ def turn(engine: Engine, case: Workload, room: int) -> float:
 def interleave(
     engines: Sequence[Engine], name: str, rounds: int, told: Callable[[str], None]
 ) -> list[Figure]:
-    """The case of that name on all engines, in turns, after one turn each that does not count.
+    """Run the case of that name on all engines, in turns, after one turn each that does not count.
 
     ``told`` gets a line before every round, with an estimate of what is left. Raises EngineError.
     """
@@ -121,7 +121,9 @@ def interleave(
 def measure(
     engines: list[Engine], name: str, rounds: int, skipped: dict[str, str], told: Any
 ) -> list[Figure]:
-    """``interleave`` of those that can; who fails is taken out, and the others begin anew."""
+    """``interleave`` the engines that run here. One that fails is removed, and the others start
+    over.
+    """
     while True:
         able = []
         for engine in engines:
@@ -140,7 +142,7 @@ def measure(
 
 
 def import_seconds(rounds: int) -> Figure:
-    """Time that importing all public names of the package adds to importing torch."""
+    """Return the time that importing all public names adds to importing torch."""
     code = (
         "import time, torch; begin = time.perf_counter(); from lfm2_fast import *; "
         "print(time.perf_counter() - begin)"
@@ -154,7 +156,7 @@ def import_seconds(rounds: int) -> Figure:
 
 
 def open_remote(name: str, folder: Path, threads: int) -> tuple[Remote, Opened]:
-    """Load an engine in a process of its own, and run the gate's prompt."""
+    """Load an engine in its own process, and run the gate's prompt."""
     engine = Remote(name)
     try:
         empty = memory(pid=engine.process.pid).get("resident", 0)
@@ -182,7 +184,7 @@ def open_llama(
 def open_engines(
     names: Sequence[str], folder: Path, threads: int, programs: Path, right: Reference
 ) -> tuple[list[Engine], list[Figure], dict[str, str]]:
-    """The engines that run here and are right, their load times, and why others are left out.
+    """Open the engines. Return the correct ones, their load times, and the reasons for the others.
 
     ``programs`` is the folder of llama.cpp's.
     """

@@ -1,12 +1,12 @@
-"""Time of a CPU's decode step by operation, in eager PyTorch and on the native bodies.
+"""Time of a CPU's decode step by operation, in eager PyTorch and in the native code.
 
     python -m bench.cpu.profile_decode --size 350M
 
-Both backends share one set of random weights. They take turns, a few steps each, so that whatever
-else the machine does falls on both. Whole steps and single operations are timed in separate turns,
-since timing every operation costs time itself. Operations are the fused ones, with what they call,
-or what a CPU graph replays. What is left of a step when they are taken out is Python between them:
-the model, the batch, the cache.
+Both backends share one set of random weights. They take turns, a few steps each, so that other load
+of the machine affects both. Whole steps and single operations are timed in separate turns, since
+timing every operation costs time itself. Operations are the fused ones, with what they call, or
+what a CPU graph replays. What is left of a step when they are taken out is Python between them: the
+model, the batch, the cache.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Side:
             self.steps.append(time.perf_counter() - begin)
 
     def profiled_turn(self, steps: int) -> None:
-        """The same, timing what the operations take of each step."""
+        """Run a turn, and time the operations of each step."""
         self._rewind()
         self._step()  # which may record a CPU graph
         for _ in range(steps):
@@ -80,7 +80,7 @@ class Side:
 
 
 def timed(body: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    """``body``, noting its seconds in ``times``."""
+    """Wrap ``body``, to note its seconds in ``times``."""
 
     def call(*args: Any, **named: Any) -> Any:
         begin = time.perf_counter()

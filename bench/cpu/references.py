@@ -1,4 +1,4 @@
-"""The logits that engines are held against before they are timed."""
+"""Reference logits, with which engines are compared before they are timed."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Reference:
     rounded: float
 
     def wrong(self, name: str, logits: np.ndarray) -> str | None:
-        """Reason why logits are not right for the engine of that name, or None."""
+        """Return why logits are wrong for the engine of that name, or None."""
         return wrong_logits(logits, self.exact, ALLOWED.get(name.split()[-1], self.rounded))
 
     def centred(self) -> Reference:
-        """Return it with rows shifted to a mean of 0, as ``LlamaServer.logits`` has them."""
+        """Return a copy with rows shifted to a mean of 0, as in ``LlamaServer.logits``."""
         return Reference(self.exact - self.exact.mean(-1, keepdims=True), self.rounded)
 
 
 def reference(folder: Path, threads: int) -> Reference:
-    """Run the references on a checkpoint, each in a process that ends with it."""
+    """Run the references on a checkpoint, each in its own process."""
     found = []
     for name in REFERENCES:
         engine = Remote(name)

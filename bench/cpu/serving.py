@@ -3,9 +3,9 @@
     python -m bench.cpu.serving --size 350M --quantization int8 --requests 32 --before ../before
 
 ``llama-server`` reads the same weights in BF16, or in Q8_0 beside int8; ``make peers`` builds it.
-Figures: output tokens a second of requests that come all at once; the first token of a prompt whose
-beginning is cached over one whose is not; how long rows that write wait for a token while a long
-prompt runs; and what a step costs beside the model. Weights are random, so texts mean nothing.
+Its figures are the output tokens a second of many requests at once, and the time to a first token
+with a cached beginning over that without. It also measures how long rows wait for a token while a
+long prompt runs, and a step's cost beside the model. Weights are random, so texts mean nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Q8_0, MUST, AIM = "llama-server Q8_0", 2.4, 3.0
 
 
 def drain(engine: lfm2_fast.Engine) -> list[float]:
-    """Step until every request has ended; the seconds of each step."""
+    """Step until every request has ended, and return the seconds of each step."""
     times = []
     while engine.busy:
         begin = time.perf_counter()
@@ -68,7 +68,7 @@ def drain(engine: lfm2_fast.Engine) -> list[float]:
 
 
 def together(model: Any, prompts: list[list[int]], new: int, rows: int) -> float:
-    """Seconds until requests that come at once have all ended."""
+    """Return the seconds until many requests at once have all ended."""
     engine = lfm2_fast.Engine(model, max_rows=rows)
     for ids in prompts:
         engine.add(lfm2_fast.Request(ids, max_tokens=new))
@@ -76,7 +76,7 @@ def together(model: Any, prompts: list[list[int]], new: int, rows: int) -> float
 
 
 def before(root: Path, folder: Path, threads: int, rows: int, given: str, options: str) -> float:
-    """Seconds that the other checkout's ``generate`` takes for the same prompts."""
+    """Return the seconds of the other checkout's ``generate`` for the same prompts."""
     python = str(root / ".venv" / "bin" / "python")
     call = [python, "-c", BEFORE, str(folder), str(threads), str(rows), given, options]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=root)
@@ -86,7 +86,7 @@ def before(root: Path, folder: Path, threads: int, rows: int, given: str, option
 def llama_server(path: Path, folder: Path, threads: int, length: int, kind: str) -> LlamaServer:
     """Start ``llama-server`` on the checkpoint's file of a kind, with room for ``ROWS`` requests.
 
-    Raises EngineError where its logits are not the reference's.
+    Raises EngineError if its logits are not the reference's.
     """
     name = f"llama-server {kind}"
     right = reference(folder, threads).centred()
@@ -109,7 +109,7 @@ def interleave(
     rounds: int,
     tell: Callable[[str, Any], None],
 ) -> dict[str, list[float]]:
-    """Output tokens a second of every side, in turns, back and forth; told after each round."""
+    """Return output tokens a second of every side, in turns, with a line after each round."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds):
         for name in sides if i % 2 == 0 else reversed(sides):
@@ -119,7 +119,7 @@ def interleave(
 
 
 def verdict(ours: list[float], theirs: list[float], name: str) -> dict[str, Any]:
-    """Ratio of medians with its interval, and beside Q8_0 the goal that it reaches."""
+    """Return the ratio of medians with its interval and, beside Q8_0, the reached goal."""
     found = ratio(ours, theirs, paired=True)
     if name != Q8_0:
         return dict(zip(("value", "low", "high"), found, strict=True))
@@ -127,7 +127,7 @@ def verdict(ours: list[float], theirs: list[float], name: str) -> dict[str, Any]
 
 
 def first_token(model: Any, length: int, cached: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds to the first token of prompts, the first ``cached`` tokens known or not, in turns."""
+    """Return seconds to a first token, with ``cached`` tokens known or not, in turns."""
     found: dict[str, list[float]] = {"hit": [], "miss": []}
     engine = lfm2_fast.Engine(model, max_rows=1)
     stem = prompt(0, cached)
@@ -165,7 +165,7 @@ def waits(model: Any, rows: int, length: int) -> dict[str, float]:
 
 
 def own_time(model: Any, rows: int, steps: int) -> dict[str, float]:
-    """The engine's share of a step of ``rows``: all but the model's run and choice of tokens."""
+    """Return the engine's share of a step of ``rows``, without the model's run and the choice."""
     engine = lfm2_fast.Engine(model, max_rows=rows)
     for row in range(rows):
         engine.add(lfm2_fast.Request(prompt(row, 16), max_tokens=steps + 30))

@@ -1,12 +1,12 @@
-"""Soak: an engine under mixed traffic at a bounded rate, for long, with its memory watched.
+"""Soak: an engine under mixed traffic at a limited rate for a long time; its memory is recorded.
 
     python -m bench.cpu.soak --minutes 30 --rate 4
 
-Clients come at random moments (Poisson), at times a crowd of them at once, and ask for what
-``traffic.py`` draws, on the small checkpoint. Memory, pages and rates are noted every second.
-Afterwards every page must be free or cached, and a sample of greedy answers must be what each
-request gets alone, near-ties apart. Ctrl-C ends it early with all that there is. The exit code is 1
-where something failed.
+Clients arrive at random times (Poisson), sometimes many at once. ``traffic.py`` draws their
+requests on the small checkpoint. Memory, pages and rates are noted every second. Afterwards every
+page must be free or cached. A sample of greedy answers must equal those of each request alone,
+except for near-ties. Ctrl-C ends it early with the results so far. The exit code is 1 if something
+failed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from lfm2_fast.engine.request import Event
 from lfm2_fast.models.lfm2 import Lfm2
 
 MIB = 2**20
-# Seconds that clients have to end after the last has come.
+# Seconds that clients have to end after the last one has arrived.
 PATIENCE = 120
-# One moment in ten brings a crowd, so that rows wait and pages run out.
+# One arrival in ten is a crowd, so that rows wait and pages run out.
 CROWD, CROWDED = 8, 0.1
 SERIES = (
     "seconds",
@@ -60,14 +60,14 @@ SERIES = (
 
 
 class Soak:
-    """One soak of ``engine``: its clients, the series that are noted, and what went wrong.
+    """One soak of ``engine``: its clients, the recorded series, and the failures.
 
-    ``kept`` holds greedy answers for a check, at most ``checks``, each as likely as any other.
+    ``kept`` has at most ``checks`` greedy answers for a check, chosen with equal probability.
     """
 
     def __init__(self, engine: Engine, traffic: Traffic, checks: int) -> None:
         self.engine, self.traffic, self.checks = engine, traffic, checks
-        # Arrays: what is noted must not look like a leak.
+        # Arrays, so that the recorded numbers do not look like a leak.
         self.series = {name: array("d") for name in SERIES}
         self.ends: Counter[str] = Counter()
         self.requests = 0
@@ -78,7 +78,7 @@ class Soak:
         self._keep = random.Random(1)
 
     async def run(self, minutes: float, rate: float, seed: int) -> bool:
-        """Serve clients for ``minutes``; False where Ctrl-C ended it before."""
+        """Serve clients for ``minutes``. Return False if Ctrl-C ended it before."""
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def interrupt() -> None:
@@ -150,7 +150,7 @@ class Soak:
                 self._keep_some(ask, tokens[0])
 
     async def _leave_at_once(self, events: AsyncIterator[Event]) -> None:
-        """Ask, and go away before there is an event, most likely."""
+        """Send a request, and disconnect before the first event, most likely."""
         self.ends["left at once"] += 1
         try:
             await asyncio.wait_for(anext(events), 0.001)
@@ -158,7 +158,7 @@ class Soak:
             return
 
     def _keep_some(self, ask: Ask, tokens: list[int]) -> None:
-        """Keep an answer for the check, or not: a reservoir."""
+        """Keep an answer for the check, or not, by reservoir sampling."""
         self._plain += 1
         if len(self.kept) < self.checks:
             self.kept.append((ask, tokens))
@@ -166,7 +166,7 @@ class Soak:
             self.kept[place] = (ask, tokens)
 
     async def _watch(self, begin: float, seconds: float) -> None:
-        """Note the series every second, and show a line every ten."""
+        """Record the series every second, and show a line every ten seconds."""
         loop, statistics = asyncio.get_running_loop(), self.engine.statistics
         for number in range(sys.maxsize):
             await asyncio.sleep(max(0, begin + number - loop.time()))
@@ -187,7 +187,7 @@ class Soak:
                 )
 
     async def _drain(self, clients: set[asyncio.Task[None]]) -> None:
-        """Wait for the clients that are there, and for what they left behind."""
+        """Wait for the present clients, and for the work that they left behind."""
         if clients:
             _, late = await asyncio.wait(clients, timeout=PATIENCE)
             if late:
@@ -197,7 +197,7 @@ class Soak:
             await asyncio.sleep(0.01)
 
     def _account(self) -> None:
-        """Look for every page and row of an engine that has nothing to do."""
+        """Check every page and row of an idle engine."""
         pool, cache = self.engine.cache.pool, self.engine.cache
         self.pages = {"limit": pool.memory.limit, "used": pool.used}
         self.pages |= {"cached": pool.cached, "free": pool.free}
@@ -247,7 +247,7 @@ def memory_of(series: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def report(soak: Soak, found: dict[str, Any], finished: bool) -> None:
-    """Add to a result what a soak has found so far."""
+    """Add a soak's findings so far to a result."""
     series, statistics = soak.series, soak.engine.statistics
     found["finished"] = finished
     found["requests"] = soak.requests

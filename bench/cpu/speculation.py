@@ -3,10 +3,10 @@
     python -m bench.cpu.speculation --size 350M
 
 Weights are random, so texts are scripts: the head runs and chooses, and the script's token then
-takes the place of its choice, on both sides alike. Texts: one that repeats four fifths of its
-prompt, in runs; one without repetition, of a vocabulary whose tokens are as unequal as words are;
-one whose beginnings repeat and whose continuations never do; and one that an assistant guesses.
-Then the time of a step that checks eight tokens of a long context, over that of one.
+takes the place of its choice, on both sides alike. There are four texts. One repeats four fifths of
+its prompt, in runs. One has no repetition, and tokens as unequal as words. In one the beginnings
+repeat, but never the continuations. One is guessed by an assistant. Then the time of a step that
+checks eight tokens of a long context, over that of one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COPIED, FRESH = 32, 8
 
 
 class Scripted(NativeOps):
-    """The native bodies, whose greedy choice at a position is the script's next token."""
+    """Native bodies, whose greedy choice at a position is the script's next token."""
 
     def __init__(self, script: list[int]) -> None:
         self.script = torch.tensor(script)
@@ -56,13 +56,13 @@ class Scripted(NativeOps):
 
 
 def fresh(count: int, seed: int, vocab: int) -> list[int]:
-    """Tokens drawn as unequally as words are: the n-th likeliest 1/n times as often."""
+    """Tokens drawn as unequally as words: the n-th has 1/n of the first one's probability."""
     weights = [1 / n for n in range(1, vocab - 9)]
     return random.Random(seed).choices(range(10, vocab), weights, k=count)
 
 
 def repeating(vocab: int) -> list[int]:
-    """A prompt, and a text that copies runs of it."""
+    """Prompt, and a text that copies runs of it."""
     draw, text = random.Random(1), fresh(PROMPT, 1, vocab)
     while len(text) < PROMPT + NEW + 1:
         first = draw.randrange(PROMPT - COPIED)
@@ -72,12 +72,12 @@ def repeating(vocab: int) -> list[int]:
 
 
 def misleading() -> list[int]:
-    """A text of so few tokens that each has been there, and none tells the next."""
+    """Text of so few tokens that each has been there, and none tells the next."""
     return random.Random(2).choices(range(10, 42), k=PROMPT + NEW + 1)
 
 
 def small(target: Lfm2, hidden: int, layers: int) -> Lfm2:
-    """An assistant of the target's vocabulary, with random weights."""
+    """Assistant of the target's vocabulary, with random weights."""
     config = replace(
         target.config,
         quantization=None,

@@ -1,8 +1,8 @@
-"""Cut half of many concurrent streams off at random, and hold the others to what each is alone.
+"""Cut off half of many concurrent streams at random, and compare the others with runs alone.
 
     python -m bench.cpu.streams --streams 500 --out bench/results/streams.json
 
-The server is a process of its own, of the small checkpoint in float32. Memory is its resident set.
+The server is a separate process with the small checkpoint in float32. Memory is its resident set.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fields(place: int, tokens: int) -> dict[str, Any]:
-    """A request, which draws by a seed of its own."""
+    """Return a request with its own seed."""
     prompt = f"{'To create a new table, ' * (1 + place % 7)}{place}"
     return {"prompt": prompt, "max_tokens": tokens, "seed": place, "temperature": 1.0}
 
 
 async def ask(port: int, place: int, tokens: int, cut: int | None, **more: str) -> str | None:
-    """The text of a stream, None where it was cut off after ``cut`` events."""
+    """Return the text of a stream, or None if it was cut off after ``cut`` events."""
     body = json.dumps({**fields(place, tokens), **more, "stream": True}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -56,7 +56,7 @@ async def ask(port: int, place: int, tokens: int, cut: int | None, **more: str) 
 
 
 async def run(port: int, count: int, tokens: int, seed: int) -> dict[str, Any]:
-    """Run all streams at once; half are cut off. Raises where an answer differs from that alone."""
+    """Run all streams at once; half are cut off. Raises if an answer differs from the run alone."""
     pick = random.Random(seed)
     cuts = [pick.randint(1, tokens // 2) if place % 2 else None for place in range(count)]
     begin = time.perf_counter()
@@ -79,7 +79,7 @@ async def run(port: int, count: int, tokens: int, seed: int) -> dict[str, Any]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has."""
+    """Bytes of memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * 4096
 

@@ -1,8 +1,8 @@
-"""Traffic: requests as a mixed crowd of clients sends them, the same ones for the same seed.
+"""Traffic: requests of many different clients, the same ones for the same seed.
 
 Prompts are pieces of a text: new conversations on a few shared beginnings, later turns, edits in
-the middle, and prompts that nobody has seen. Some clients leave before the end, and some requests
-have a deadline that passes.
+the middle, and new prompts. Some clients leave before the end, and some requests have a deadline
+that passes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from lfm2_fast.engine.request import Request
 from lfm2_fast.ops.sampling import SamplingParams
 
-# Most tokens of a prompt, and of what a later turn adds.
+# Most tokens of a prompt, and of a later turn.
 LONGEST, TURN = 600, 60
-# Conversations that are remembered. A bound, so that their growth is no leak.
+# Number of remembered conversations. The limit keeps their growth from looking like a leak.
 REMEMBERED = 200
 # The small checkpoint's end of a text and of a turn.
 ENDS = (2, 7)
@@ -28,10 +28,10 @@ ENDS = (2, 7)
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, and what its client does.
+    """Request, and the behaviour of its client.
 
     ``leaves_after`` counts the events after which the client goes away, None if it stays. An answer
-    is ``plain`` where the likeliest tokens alone make it, up to its own end.
+    is ``plain`` if it is greedy, up to its own end.
     """
 
     request: Request
@@ -40,9 +40,9 @@ class Ask:
 
 
 class Traffic:
-    """Draws requests with ``next``, whose conversations go on as ``answered`` tells.
+    """Draws requests with ``next``. ``answered`` continues their conversations.
 
-    ``ids`` is the text that prompts are made of. ``kinds`` counts what was asked for.
+    ``ids`` is the text of the prompts. ``kinds`` counts the kinds of requests.
     """
 
     def __init__(self, seed: int, ids: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class Traffic:
         self._chats: deque[list[int]] = deque(maxlen=REMEMBERED)
 
     def next(self) -> Ask:
-        """Return what the next client asks for."""
+        """Return the next client's request."""
         prompt = self._prompt()
         most = 300 if self._comes(0.12, "long answer") else self._size(120)
         fields: dict[str, Any] = {"max_tokens": most, "eos": ENDS}
@@ -123,7 +123,7 @@ class Traffic:
         return found
 
     def _size(self, most: int) -> int:
-        """Draw a length from 1 to ``most``, each order of magnitude as often."""
+        """Draw a length from 1 to ``most``; all orders of magnitude have equal probability."""
         return round(math.exp(self.pick.uniform(0, math.log(most))))
 
     def _piece(self, count: int) -> list[int]:
@@ -132,5 +132,5 @@ class Traffic:
 
 
 def _stop(rest: int) -> Callable[[Sequence[int]], bool]:
-    """Return a condition on new tokens that some text meets, at no place known before."""
+    """Return a condition on new tokens that some texts meet, at an unknown place."""
     return lambda new: len(new) > 3 and sum(new[-3:]) % 40 == rest

@@ -1,8 +1,8 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and table what they take.
+"""Compile the Triton kernels ahead of time, without a GPU, and print a table of their resources.
 
-The launchers themselves run, on CPU tensors in the shapes of the published sizes, with Triton's
-driver replaced by one that only names the target: so what is compiled is what a launch compiles.
-Exits with 1 if a kernel spills registers.
+The real launchers run on CPU tensors, in the shapes of the published sizes. Triton's driver is
+replaced by one that only names the target. So the compiled kernels are those of a launch. Exits
+with 1 if a kernel spills registers.
 
     python bench/gpu/aot.py --arch 90 --dtype bfloat16
 """
@@ -112,8 +112,8 @@ def compiling(
 ) -> Iterator[list[tuple[str, Any, str]]]:
     """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log.
 
-    Where ``only`` names any kernels, others are passed over. Not ``anew``, those that Triton has
-    kept are not compiled again, and have no log.
+    Where ``only`` names any kernels, others are passed over. Kernels in Triton's cache are compiled
+    again only with ``anew``; otherwise they have no log.
     """
     launches: list[tuple[str, Any, str]] = []
     run, chip = triton.runtime.jit.JITFunction.run, tiling.chip
@@ -216,7 +216,7 @@ def launch_few(
 ) -> None:
     """Every kernel of few tokens in each of its shapes.
 
-    With a ``bias`` wherever one may be, and with matrices of int8, if asked for.
+    ``bias`` adds a bias where one is possible; matrices may be int8.
     """
     hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
 
@@ -263,7 +263,7 @@ def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
 def launch_sample(
     vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False, most: bool = False
 ) -> None:
-    """The choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after.
+    """Choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after.
 
     Or the choice alone that asks for ``most``, and so for every kernel.
     """

@@ -3,11 +3,11 @@
     python -m bench.gpu.decode --seconds 480
 
 First a gate: on trained weights, captured steps give the tokens of uncaptured ones, and both those
-of plain PyTorch. Without it there are no figures, but what differs is written. Then what the GPU
-can do at the most (``limits.py``), and twice through the sizes, most telling first, until the
-time is up: once for the targets (``bench/report/gpu_goals.py``), once for the rest. What was
-measured is written after each. A size has a process of its own each time, and a fresh one after
-what failed, for a fault of a kernel stays with its process.
+of plain PyTorch. Without it there are no figures, but what differs is written. Then come the limits
+of the GPU (``limits.py``). Then all sizes run twice, the most important first, until the time is
+up: once for the targets (``bench/report/gpu_goals.py``), once for the rest. What was measured is
+written after each. A size has a process of its own each time, and a fresh one after what failed,
+for a fault of a kernel stays with its process.
 
 ``--device cpu --config FILE`` runs the same code on a small model, to see that it runs.
 """
@@ -37,7 +37,7 @@ from lfm2_fast.ops.select import has_dependent_launch
 CONTEXTS = (128, 2048, 8192, 32768)
 BATCHES = (64, 16, 2, 4, 8, 32)
 PROMPTS = (32, 128, 512, 2048, 8192)
-# What a text of the gate has at the most.
+# Longest text of the gate.
 GATE_TOKENS = 60
 # The sizes for which goals are set in the first token and the largest batch, and in int8.
 TELLING, INT8 = "1.2B", "2.6B"
@@ -67,7 +67,7 @@ def gate(device: torch.device) -> dict[str, Any]:
                 if found := first_difference(fast.generate(given, **kwargs), expected):
                     wrong[name] = {"run": run, **found}
                     break
-        except Exception as error:  # of whatever kind: the other cases help to tell why
+        except Exception as error:  # any kind of error: the other cases help to find the reason
             wrong[name] = why(error)
         right[name] = name not in wrong
     return {
@@ -78,7 +78,7 @@ def gate(device: torch.device) -> dict[str, Any]:
 
 
 def first_difference(found: torch.Tensor, expected: torch.Tensor) -> dict[str, Any] | None:
-    """The first place, row by row, where tokens differ, and both; None where a text has ended."""
+    """First place, row by row, where tokens differ, and both; None where a text has ended."""
     rows = zip_longest(found.tolist(), expected.tolist(), fillvalue=[])
     for row, pair in enumerate(rows):
         for column, (ours, theirs) in enumerate(zip_longest(*pair)):

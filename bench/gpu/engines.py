@@ -1,4 +1,4 @@
-"""The engines that are compared on a GPU: the same three calls as those of ``engines.py``.
+"""Engines that are compared on a GPU: the same three calls as those of ``engines.py``.
 
 Each makes its model of a config alone: a generator with a seed gives the same random weights in
 every process, so nothing is written to a disk. The seconds of steps are the device's, between
@@ -39,7 +39,7 @@ class Ours:
         self.model = self.package.Lfm2ForCausalLM(config, weights)
 
     def start(self, batch: int, context: int, room: int) -> float:
-        """As ``Engine.start``, but the seconds are those of steps that warm up, too."""
+        """Start as ``Engine.start`` does; the seconds include steps for the warm-up."""
         clock = self.limits.DeviceClock(self.model.device)
         clock.mark()
         if self.shape == (batch, context, room):
@@ -55,7 +55,7 @@ class Ours:
         return [us / 1e6 for us in self.decoding.run(steps)]
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
-        """Of captured steps, where there are any: the first is run, the second captured."""
+        """Logits of captured steps, if there are any: the first runs, the second is captured."""
         cache = self.model.new_cache(1, len(tokens) + steps)
         runner = self.runner(self.model.network, cache)
         rows = [runner.prefill([tokens], [0])]
@@ -110,10 +110,10 @@ class HuggingFaceCompiled(HuggingFace):
     """transformers' class with its static cache; a step compiled, and replayed as one CUDA graph.
 
     Inductor's own graphs ("reduce-overhead", what ``generate`` asks for) check and copy on the host
-    at every step. The step is captured here as a whole instead, with the choice of the token, so
-    that the host only asks for a replay: nothing but the kernels is timed. Coordinate descent
-    makes Inductor write kernels of its own for products with one token, and tunes them. Where the
-    capture fails, "reduce-overhead" is what is timed, and ``how`` says so.
+    at every step. Here the whole step is captured instead, with the choice of the token. The host
+    only starts a replay, so the time is that of the kernels. Coordinate descent makes Inductor
+    write kernels of its own for products with one token, and tunes them. Where the capture fails,
+    "reduce-overhead" is what is timed, and ``how`` says so.
 
     On a CPU nothing is compiled but traced, to see that this runs.
     """
@@ -137,7 +137,7 @@ class HuggingFaceCompiled(HuggingFace):
         return self.torch.compile(forward, dynamic=False, fullgraph=True, **how)
 
     def new_cache(self, batch: int, length: int) -> Any:
-        """The one cache of that size, emptied: graphs hold on to its tensors."""
+        """One cache of that size, emptied: graphs hold on to its tensors."""
         size = (batch, -(-length // 256) * 256)
         if size not in self.caches:
             self.caches[size] = self.package.StaticCache(self.model.config, max_cache_len=size[1])
@@ -172,7 +172,7 @@ class HuggingFaceCompiled(HuggingFace):
         return np.stack([row[0].float().cpu().numpy() for row in rows])
 
     def _captured(self) -> Step:
-        """A step on this cache, ready to run; making it leaves the cache further on."""
+        """Step on this cache, ready to run; making it leaves the cache further on."""
         torch = self.torch
         step = Step(self.compiled, self.tokens, self.cache)
         if self.device == "cpu":

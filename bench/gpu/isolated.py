@@ -104,10 +104,10 @@ def measured(measure: Callable[[], dict[str, Any]], device: torch.device) -> Any
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return {**measure(), "peak_bytes": memory(device).get("peak")}
-    except Exception as error:  # of whatever kind: the others' figures are worth having
+    except Exception as error:  # any kind of error: the others' figures are still useful
         return f"not measured: {why(error)}"
 
 
 def why(error: Exception) -> str:
-    """An error in one line."""
+    """Error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -96,7 +96,7 @@ def empty_kernels(device: torch.device) -> dict[str, Any]:
 
 
 def told_by_driver() -> str:
-    """The GPU's name, driver, clocks and power limit, as its driver tells them."""
+    """GPU's name, driver, clocks and power limit, as its driver tells them."""
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -2,10 +2,11 @@
 
     python -m bench.gpu.peers --seconds 500
 
-Engines have a process each, for a compiler's settings, graphs and memory pools belong to a process,
-and what crashes takes no other along; the GPU is theirs in turns. Size by size, most telling first:
-an engine whose logits are not those of the reference in float32 is left out. This package and eager
-Hugging Face are timed before the third is compiled, and all three after: a cut leaves whole rows.
+Each engine has its own process, because a compiler's settings, graphs and memory pools belong to a
+process. A crash then affects no other engine. They use the GPU in turns. Size by size, most telling
+first: an engine whose logits are not those of the reference in float32 is left out. This package
+and eager Hugging Face are timed before the third is compiled, and all three after: a cut leaves
+whole rows.
 
 ``--device cpu --config FILE`` runs the same code on a small model, to see that it runs.
 """
@@ -48,7 +49,7 @@ def turn(engine: Remote) -> list[float]:
 
 
 def in_turns(engines: Sequence[Remote], rounds: int, until: float) -> dict[str, list[list[float]]]:
-    """The turns of each engine, back and forth; fewer than ``rounds`` when it is ``until``."""
+    """Turns of each engine, back and forth; fewer than ``rounds`` when it is ``until``."""
     found: dict[str, list[list[float]]] = {engine.name: [] for engine in engines}
     for engine in engines:
         turn(engine)
@@ -61,7 +62,7 @@ def in_turns(engines: Sequence[Remote], rounds: int, until: float) -> dict[str, 
 
 
 def judges(path: Path, device: str) -> tuple[np.ndarray, float]:
-    """The reference's logits in float32, and how far those in bfloat16 may be off."""
+    """Reference's logits in float32, and how far those in bfloat16 may be off."""
     config = lfm2_fast.Config.from_file(path)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -114,7 +115,7 @@ class Size:
     def measure(self, rounds: int, until: float) -> None:
         """Time the engines that are there, in turns; a result replaces an earlier one.
 
-        An engine that fails is left out, and the others begin anew.
+        An engine that fails is left out, and the others start over.
         """
         turns: dict[str, list[list[float]]] = {}
         while self.engines:

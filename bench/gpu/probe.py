@@ -148,7 +148,7 @@ def threads(model: lfm2_fast.Lfm2ForCausalLM) -> dict[str, Any]:
             tokens = model.generate(prompt, max_new_tokens=2, eos_token_id=[])[0, -2:].tolist()
             after = str(torch.cuda.current_stream()) if torch.cuda.is_available() else ""
             found[name] = {"tokens": tokens, "stream_stays": before == after}
-        except Exception as error:  # of whatever kind: it is the finding
+        except Exception as error:  # any kind of error: it is the finding
             found[name] = f"{type(error).__name__}: {error}"
         done.set()
         held.wait(120)
@@ -162,7 +162,7 @@ def threads(model: lfm2_fast.Lfm2ForCausalLM) -> dict[str, Any]:
 
 
 def plan(size: str, config: lfm2_fast.Config, copied: float, device: torch.device) -> list[Case]:
-    """Return the cases of a size, the likeliest to be wrong first, the profiler and threads last.
+    """Return the cases of a size: the least certain ones first, the profiler and threads last.
 
     The profiler slows what follows it, and a thread whose capture fails may leave a broken process.
     """

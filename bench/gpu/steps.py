@@ -1,4 +1,4 @@
-"""A model's work on a GPU in pieces that can be timed: its steps, prompts and first tokens."""
+"""Model's work on a GPU in pieces that can be timed: its steps, prompts and first tokens."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lfm2_fast.weights.formats import INT8
 from lfm2_fast.weights.fusion import fusion_table
 
 STEPS = 100
-# Steps as they are, the capture, and some to warm up: as all counts here, some launches of four.
+# Uncaptured steps, the capture, and some for the warm-up; some launches have four steps.
 WARM = 12
-# Comparisons: turns of so many steps.
+# Comparisons: number of turns, and steps of a turn.
 TURNS, TURN_STEPS = 10, 48
 # What the checkpoints' own generation_config asks for.
 SEEDS_SAMPLING = SamplingParams(
@@ -61,7 +61,7 @@ class Decoding:
         self.begin()
 
     def begin(self) -> None:
-        """Forget all, run the prompt anew, and warm up; what was captured stays."""
+        """Start over with the prompt, and warm up; what was captured stays."""
         device, context = self.model.device, self.context
         self.end()
         self.cache.reset()
@@ -112,7 +112,7 @@ class Decoding:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a step reads at the least: every weight, and the context's keys and values."""
+        """Fewest bytes that a step reads: every weight, and the context's keys and values."""
         config, item = self.model.network.config, self.model.dtype.itemsize
         return bytes_read_per_step(self.model) + config.cache_bytes(item, self.batch * self.context)
 
@@ -153,7 +153,7 @@ def kernels(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[
 
 
 def compare(first: Decoding, second: Decoding) -> dict[str, Any]:
-    """The steps of ``first`` over those of ``second``, in turns that swap their order."""
+    """Steps of ``first`` over those of ``second``, in turns that swap their order."""
     samples: dict[str, list[float]] = {"first": [], "second": []}
     sides = (("first", first), ("second", second))
     for turn in range(TURNS):
@@ -207,7 +207,7 @@ def narrow_of(model: lfm2_fast.Lfm2ForCausalLM) -> lfm2_fast.Lfm2ForCausalLM:
 def quantized(
     config: lfm2_fast.Config, weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The weights with their matrices in 8-bit integers, as loading makes them."""
+    """Weights with their matrices in 8-bit integers, as loading makes them."""
     made = dict(weights)
     for name, fused in fusion_table(config).items():
         if fused.is_matrix:

@@ -1,9 +1,10 @@
-"""Measure tilings of the few-token operations on the GPU at hand, and rewrite ``kernels/tuned.py``.
+"""Measure tilings of the few-token operations on this machine's GPU, and rewrite
+``kernels/tuned.py``.
 
     python -m bench.gpu.tune --seconds 500
 
-For every shape that a published size uses, those that read most first: a graph of launches over
-weights that do not fit into the cache together, one graph a tiling, in turns. The fastest tiling
+It covers every shape of the published sizes, largest first. A tiling is timed as one graph of
+launches, over weights that do not all fit into the cache. The graphs take turns. The fastest tiling
 takes turns with the rule's own once more, and is kept only if it wins by more than chance and
 MARGIN. Tables and timings are written after each shape. A tiling whose result is wrong is not
 timed.
@@ -120,7 +121,7 @@ def fields(tiling: Tiling) -> list[int]:
 
 
 def table_text(text: str, table: Table) -> str:
-    """The file's text with its table replaced, in ruff's form."""
+    """File's text with its table replaced, in ruff's form."""
     lines = []
     for name in sorted(name for name in table if table[name]):
         lines.append(f'    "{name}": {{')

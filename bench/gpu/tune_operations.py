@@ -1,4 +1,4 @@
-"""The few-token operations that are tuned: shapes, launches, and the gate before a timing."""
+"""Few-token operations that are tuned: shapes, launches, and the gate before a timing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_TRIED = 16
 
 @dataclass(frozen=True)
 class Key:
-    """An operation and the ``[N, K]`` of its weight, as in ``kernels/tuned.py``."""
+    """Operation and the ``[N, K]`` of its weight, as in ``kernels/tuned.py``."""
 
     operation: str
     rows: int
@@ -52,7 +52,7 @@ class Key:
         return default_tiling(*shape, normed=self.normed)
 
     def candidates(self, processors: int, item: int) -> list[Tiling]:
-        """The rule's tiling, then others in the order in which it would take them."""
+        """Rule's tiling, then others in the order in which it would take them."""
         shape = (self.outputs, self.columns, self.parts, item, processors)
         found = candidates(*shape, normed=self.normed)
         order = sorted(found, key=lambda each: each[0])
@@ -131,7 +131,7 @@ class OneTokenRun:
             self.launch(weight, tiling, pdl)
 
     def wrong(self, tiling: Tiling) -> str | None:
-        """Why a tiling's result is not the operation's, or None."""
+        """Return why a tiling's result is not the operation's, or None."""
         self.out.fill_(float("nan"))
         self.launch(self.weights[0], tiling, False)
         exact, plain = (self.meaning(dtype) for dtype in (torch.float64, self.x.dtype))

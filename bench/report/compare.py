@@ -33,7 +33,7 @@ class Change:
 
 
 def changes(before: Sequence[Figure], after: Sequence[Figure]) -> list[Change]:
-    """The change of each figure that both have; above 1 is slower, or bigger."""
+    """Return the change of each figure in both results; above 1 is slower, or bigger."""
     old = {(figure.engine, figure.name): figure for figure in before}
     found = []
     for new in after:
@@ -45,12 +45,12 @@ def changes(before: Sequence[Figure], after: Sequence[Figure]) -> list[Change]:
 
 
 def slower(found: Sequence[Change], least: float) -> list[Change]:
-    """Those that got slower by ``least`` at the least, whatever chance did; the worst first."""
+    """Return changes that are slower by ``least`` or more, chance excluded; the worst first."""
     return sorted((c for c in found if c.low > 1 + least), key=lambda c: -c.factor)
 
 
 def faster(found: Sequence[Change], least: float) -> list[Change]:
-    """Those that got faster, likewise."""
+    """Return changes that are faster in the same way."""
     return sorted((c for c in found if c.high < 1 / (1 + least)), key=lambda c: c.factor)
 
 

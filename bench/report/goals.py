@@ -59,7 +59,7 @@ INT8_AS_BEFORE = Goal(
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal with what was measured for it."""
+    """Goal with its measured value."""
 
     what: str
     must: float
@@ -78,7 +78,7 @@ def judged(
     *,
     more_is_better: bool,
 ) -> Verdict:
-    """The verdict on a value and its range."""
+    """Return the verdict on a value and its range."""
     reached = "no"
     for name, mark in (("must", must), ("aim", aim)):
         if measured[0] >= mark if more_is_better else measured[0] <= mark:
@@ -87,7 +87,7 @@ def judged(
 
 
 def verdicts(figures: Sequence[Figure], goals: Sequence[Goal] = GOALS) -> list[Verdict]:
-    """Verdicts on these figures; goals of engines that did not run are left out."""
+    """Return verdicts on these figures. Goals of engines that did not run are left out."""
     known = {(figure.engine, figure.name): figure for figure in figures}
     found = []
     for goal in goals:

@@ -1,4 +1,4 @@
-"""The tables of what a GPU was seen to do, from bench/results/gpu.json and gpu-peers.json."""
+"""Tables of a GPU's figures, from bench/results/gpu.json and gpu-peers.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENGINES = {
 
 
 def us(row: dict[str, Any]) -> list[str]:
-    """The median of a row's microseconds, and from where to where."""
+    """Format the median of a row's microseconds, and their range."""
     times = row["us"]
     return [number(times["p50"]), f"{number(times['p10'])} to {number(times['p90'])}"]
 
@@ -45,7 +45,7 @@ def kernels(found: dict[str, Any], size: str, case: str) -> str:
 
 
 def decode_table(found: dict[str, Any]) -> str:
-    """A row a size and context."""
+    """Write a table with one row for each size and context."""
     rows = [
         [
             size,
@@ -63,7 +63,7 @@ def decode_table(found: dict[str, Any]) -> str:
 
 
 def batch_table(found: dict[str, Any]) -> str:
-    """A row a size and batch, smallest first."""
+    """Write a table with one row for each size and batch, smallest first."""
     rows = [
         [
             size,
@@ -80,7 +80,7 @@ def batch_table(found: dict[str, Any]) -> str:
 
 
 def first_token_table(found: dict[str, Any]) -> str:
-    """A row a size and length of prompt."""
+    """Write a table with one row for each size and length of prompt."""
     rows = [
         [size, case, *us(row), number(row["over_floor"])]
         for size, case, row in measured(found, "first token")
@@ -142,7 +142,9 @@ def limits(found: dict[str, Any]) -> str:
 
 
 def peers_table(found: dict[str, Any], figures: Sequence[Figure]) -> str:
-    """A row a size and engine; the last column is how many times as fast ours is."""
+    """Write a table with one row for each size and engine. The last column is our speed over
+    theirs.
+    """
     rows = []
     for size, engines in found["sizes"].items():
         known = {f.engine: f for f in figures if f.name == f"decode {size}"}
@@ -175,7 +177,7 @@ def peers_conditions(found: dict[str, Any]) -> str:
 
 
 def tables(folder: Path) -> dict[str, Callable[[], str]]:
-    """The blocks that can be written from the result files in ``folder``."""
+    """Return the blocks for the result files in ``folder``."""
     made: dict[str, Callable[[], str]] = {}
     alone, beside = folder / "gpu.json", folder / "gpu-peers.json"
     gpu: dict[str, Any] = {}

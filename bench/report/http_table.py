@@ -1,4 +1,4 @@
-"""The table of the server over HTTP, from the files http-SIZE-KIND.json in bench/results."""
+"""Table of the server over HTTP, from the files http-SIZE-KIND.json in bench/results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OURS, INT8, INT4 = "lfm2-fast serve", "llama-server Q8_0", "llama-server Q4_0"
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of a measured row over the same figure of ``peer``, and how much it must be.
+    """Ratio of a measured row's figure to the same figure of ``peer``, with its goal.
 
     Where one side of the row is the other's baseline, ``figure`` and ``peer`` are their names.
     """

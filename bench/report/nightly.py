@@ -1,4 +1,4 @@
-"""A pytest plugin that records a run of ``make nightly``: how every long proof ended, as JSON.
+"""Pytest plugin that records a run of ``make nightly``: outcomes of all long proofs, as JSON.
 
 pytest -p bench.report.nightly --nightly-record bench/results/nightly.json
 """

@@ -1,6 +1,6 @@
 """Result files: what was measured, where, by which commit and protocol, as JSON.
 
-A figure is a name, a unit and its samples, so that whoever reads it can judge its spread.
+A figure is a name, a unit and its samples, so that a reader can judge its spread.
 pytest-benchmark's own files are read as well.
 """
 
@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def made_here() -> Path:
-    """The folder that a run leaves its files in: ``$OUT``, where another machine is lent for it."""
+    """Return the folder for a run's files: ``$OUT`` if it is set."""
     return Path(os.environ.get("OUT") or RESULTS)
 
 
@@ -61,10 +61,10 @@ def header(
 
 
 def commit() -> dict[str, Any]:
-    """The commit that is run, and how many of its files were changed, None where git is not asked.
+    """Return the commit that runs, and the number of changed files, None without git.
 
-    A copy without ``.git`` is told by ``$LFM2_FAST_COMMIT``, which is what ``git describe --always
-    --dirty`` says where the copy is from; else its commit is "unknown".
+    For a copy without ``.git``, ``$LFM2_FAST_COMMIT`` has the result of ``git describe --always
+    --dirty`` in the original. Without it the commit is "unknown".
     """
     if told := os.environ.get("LFM2_FAST_COMMIT"):
         return {"commit": told, "changed_files": None}
@@ -76,7 +76,7 @@ def commit() -> dict[str, Any]:
 
 
 def commit_of(found: dict[str, Any]) -> str:
-    """The commit that a result file is of, for a sentence."""
+    """Write the commit of a result file, for a sentence."""
     changed = found["changed_files"]
     return f"commit {found['commit']}" + (f" with {changed} files changed" if changed else "")
 
@@ -96,7 +96,7 @@ def as_json(figures: list[Figure]) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[Figure]:
-    """The figures of a result file, or of pytest-benchmark's ``--benchmark-json``."""
+    """Figures of a result file, or of pytest-benchmark's ``--benchmark-json``."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if "benchmarks" in found:
         return [
@@ -107,7 +107,7 @@ def read(path: Path) -> list[Figure]:
 
 
 def git(*command: str) -> str:
-    """Output of git, or nothing without a repository or git."""
+    """Return the output of git, or "" without a repository or git."""
     try:
         done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
     except FileNotFoundError:

@@ -77,7 +77,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Draw a result file anew."""
+    """Draw a result file again."""
     path = Path(sys.argv[1]) if sys.argv[1:] else RESULTS / "soak.json"
     draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".svg"))
 

@@ -38,7 +38,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
-    """A row an engine, with its median, its spread, and ours over it with the interval."""
+    """Write a row for each engine: its median and spread, and our ratio to it with the interval."""
     rows = []
     for name in names:
         mine = next((f for f in figures if (f.engine, f.name) == (OURS, name)), None)
@@ -61,7 +61,7 @@ def figure_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
 
 
 def summary_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
-    """A row an engine, a column a case: the median tokens a second."""
+    """Write the median tokens a second: one row for each engine, one column for each case."""
     known = {(f.engine, f.name): number(f.median) for f in figures}
     engines = dict.fromkeys(f.engine for f in figures if f.name in names)
     rows = [
@@ -72,7 +72,7 @@ def summary_table(figures: Sequence[Figure], names: Sequence[str]) -> str:
 
 
 def memory_table(figures: Sequence[Figure]) -> str:
-    """Load times and memory, a row an engine."""
+    """Write load times and memory, one row for each engine."""
     known = {(f.engine, f.name): f.median for f in figures}
     engines = dict.fromkeys(f.engine for f in figures if f.name == "load")
     rows = [
@@ -88,7 +88,7 @@ def memory_table(figures: Sequence[Figure]) -> str:
 
 
 def floor_table(speed: dict[str, float]) -> str:
-    """Bytes that a step reads at the least, and tokens a second at the memory's faster speed."""
+    """Fewest bytes that a step reads, and tokens a second at the memory's faster speed."""
     how = max(speed, key=lambda name: speed[name])
     bandwidth = speed[how]
     rows = []
@@ -112,7 +112,7 @@ def floor_table(speed: dict[str, float]) -> str:
 
 
 def profile_table(found: dict[str, Any]) -> str:
-    """Shares of a decode step's time, a column a backend."""
+    """Write the shares of a decode step's time, one column for each backend."""
     sides = [name for name in ("eager", "native") if name in found]
     names = list(dict.fromkeys(name for side in sides for name in found[side]["operations"]))
     rows = []
@@ -192,7 +192,7 @@ def conditions(found: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, Callable[[], str]]:
-    """The blocks that can be written from the result files that are there."""
+    """Return the blocks for the existing result files."""
     made: dict[str, Callable[[], str]] = {}
     for path in sorted(RESULTS.glob("cpu-*.json")):
         name = path.stem.removeprefix("cpu-")
@@ -225,7 +225,7 @@ def tables() -> dict[str, Callable[[], str]]:
 
 
 def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:
-    """``text`` with every block whose table is known written anew."""
+    """Return ``text`` with all known tables written again."""
 
     def block(match: re.Match[str]) -> str:
         table = made.get(match[2])

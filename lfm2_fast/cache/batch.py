@@ -12,10 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Numbers of a batch on the host, one of each for every sequence.
+    """Numbers of a batch on the host, one for each sequence.
 
-    ``slots`` names a sequence's slot in the cache, ``starts`` the position of its first token,
-    ``query_lengths`` counts its tokens in this step, ``write_from`` is as in ``Batch``.
+    ``slots`` is a sequence's slot in the cache, ``starts`` the position of its first token in this
+    step, ``query_lengths`` its number of tokens in this step. ``write_from`` is as in ``Batch``.
     """
 
     slots: tuple[int, ...]
@@ -32,23 +32,23 @@ class HostBatch:
 class Batch:
     """Tokens of one forward pass, packed end to end without padding.
 
-    With T tokens of B sequences: ``positions [T]`` int64 is each token's place in its sequence,
-    ``cu_seqlens [B + 1]`` int32 where each sequence starts in the packed axis, ``slots [B]`` int64
-    its slot in the cache, ``lengths [B]`` int32 its context after this step. All four lie on the
-    model's device. ``max_query`` is the most tokens that any sequence runs in this step.
-    ``write_from [B]`` int32 is the first position whose key and value are written: those of tokens
-    that run again are there already. None means all are written.
+    With T tokens of B sequences: ``positions [T]`` int64 is each token's place in its sequence.
+    ``cu_seqlens [B + 1]`` int32 is the start of each sequence in the packed axis. ``slots [B]``
+    int64 is its slot in the cache, ``lengths [B]`` int32 its context after this step. All four are
+    on the model's device. ``max_query`` is the largest number of tokens of one sequence in this
+    step. ``write_from [B]`` int32 is the first position whose key and value are written. Tokens
+    before it run again, and their keys and values exist already. None means that all are written.
 
-    ``final_lengths [B]`` int32, on the device, are the contexts at the end of the call that this
-    step is a part of; None means ``lengths``. RoPE scaling that goes by the length takes these, so
-    that a prompt in chunks has the frequencies of its whole length in each of them.
+    ``final_lengths [B]`` int32, on the device, are the contexts at the end of the whole call; None
+    means ``lengths``. RoPE scaling that depends on the length uses them. So every chunk of a prompt
+    has the frequencies of the whole prompt.
 
     ``adapters [B]`` int64, on the device, are the sequences' entries in the stacks of adapters, 0
     for none. None means that all have the model's active one.
 
     ``host`` has the same numbers on the host, for implementations that need them there. It is None
-    for captured work, whose numbers are known on the device alone. Tokens after the last sequence
-    are padding and touch nothing; a captured prompt has them, up to its fixed size.
+    for captured work, which has its numbers only on the device. Tokens after the last sequence are
+    padding and change nothing. A captured prompt is padded to its fixed size.
     """
 
     positions: torch.Tensor
@@ -74,17 +74,17 @@ class Batch:
     ) -> Batch:
         """Run ``query_lengths[i]`` tokens of the sequence in ``slots[i]`` from ``starts[i]`` on.
 
-        ``final_lengths[i]`` is its context at the end of the call (default: after this step), and
-        ``write_from[i]`` the first position to write (default: the first that runs). Sequences that
-        run no token are left out. Raises ValueError for a slot that is named twice, a negative
-        length, and final lengths that this step passes.
+        ``final_lengths[i]`` is its context at the end of the call (default: after this step).
+        ``write_from[i]`` is the first position to write (default: the first that runs). Sequences
+        without tokens are left out. Raises ValueError for a repeated slot, a negative length, and a
+        final length that is shorter than this step.
         """
         if not len(query_lengths) == len(slots) == len(starts):
             raise ValueError(f"{len(query_lengths)} query lengths for {len(slots)} slots")
         if min(query_lengths, default=0) < 0:
             raise ValueError(f"query lengths must not be negative, got {list(query_lengths)}")
         if len(set(slots)) != len(slots):
-            raise ValueError(f"a slot may stand in a batch once, got slots {list(slots)}")
+            raise ValueError(f"a batch may have each slot once, got slots {list(slots)}")
         live = [place for place, n in enumerate(query_lengths) if n]
         ends = [starts[place] + query_lengths[place] for place in live]
         finals = ends
@@ -117,17 +117,17 @@ class Batch:
 
     @property
     def required_host(self) -> HostBatch:
-        """``host``. Raises RuntimeError where the numbers are on the device alone."""
+        """Return ``host``. Raises RuntimeError if the numbers are only on the device."""
         if self.host is None:
             raise RuntimeError(
-                "this batch has its numbers on the device alone, but the implementation needs them "
+                "this batch has its numbers on the device only, but the implementation needs them "
                 "on the host: it cannot run captured work"
             )
         return self.host
 
     @property
     def last_rows(self) -> torch.Tensor:
-        """``[B]``: the packed index of every sequence's last token."""
+        """Packed index ``[B]`` of every sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
 
 
@@ -135,7 +135,7 @@ class DecodeInputs(NamedTuple):
     """Inputs of a decode step, a row for each of B sequences, on the device.
 
     ``tokens, slots, positions [B]`` int64, ``lengths [B]`` int32, which is the position plus one,
-    and ``finished [B]`` bool. A finished row runs on without effect.
+    and ``finished [B]`` bool. A finished row still runs, without effect.
     """
 
     tokens: torch.Tensor
@@ -160,7 +160,7 @@ def on_device(
 def host_by_default() -> Iterator[None]:
     """Make new tensors on the host unless a device is named, despite ``set_default_device``.
 
-    torch does this with a mode that every operation goes through, so only where it is needed.
+    torch's mode for this slows every operation, so it is entered only if it is needed.
     """
     host = torch.get_default_device().type == "cpu"
     with nullcontext() if host else torch.device("cpu"):

@@ -1,4 +1,4 @@
-"""Memory for the pages of a KV cache: it grows, and where graphs point at it, it never moves."""
+"""Memory for the pages of a KV cache: it grows, and never moves if graphs point at it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 PAGE_SIZE = 64
 # Linux's flag for address space that is not counted as memory until it is written to.
 _NORESERVE = 0x4000
-# Least bytes that a device is asked for at a time.
+# Smallest allocation on a device, in bytes.
 _LEAST = 2**26
 
 
 class PageMemory:
     """Pages ``[pages, 2 * layers, kv_heads, PAGE_SIZE, head_dim]``: k and v of each layer.
 
-    All that a page holds lies together. ``layer(i)`` gives the views of one layer that bodies
-    index by page number. ``limit`` bounds the pages.
+    All layers of a page are next to each other. ``layer(i)`` gives the views of one layer, which
+    implementations index by page number. ``limit`` is the largest number of pages.
 
     ``kind`` says how they grow. "reserved", on a CPU: the whole address space is reserved at once,
     and pages take memory when they are written. "slabs", on a device with ``in_place``: a page's
@@ -59,8 +59,8 @@ class PageMemory:
     def grow(self, pages: int) -> list[int]:
         """Take memory for at least ``pages`` more and return the numbers of the new pages.
 
-        There may be fewer where ``limit`` is near, and more where that saves growing soon again.
-        Raises torch.OutOfMemoryError as torch does.
+        There may be fewer if ``limit`` is near, and more to avoid growing again soon. Raises
+        torch.OutOfMemoryError as torch does.
         """
         first = self.count
         if self.kind == "reserved":
@@ -89,7 +89,7 @@ class PageMemory:
             place = number - self._number(slab)
             if 0 <= place < len(slab):
                 return slab[place]
-        raise IndexError(f"page {number} is none of this memory's")
+        raise IndexError(f"page {number} is not in this memory")
 
     @property
     def nbytes(self) -> int:

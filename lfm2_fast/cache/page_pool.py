@@ -11,14 +11,15 @@ from lfm2_fast.cache.page_memory import PageMemory
 
 
 class CacheError(RuntimeError):
-    """The cache cannot do what was asked: no room left, or the state needed is gone."""
+    """Error of a cache: it has no room left, or the state that a call needs is gone."""
 
 
 class PagePool:
-    """The owners of each page of ``memory``.
+    """Pages of ``memory`` with their owners.
 
-    A page with owners is theirs; one that ``keep`` marked stays after its last owner, cached, until
-    another page is needed and it is the one least recently used. ``on_evict`` is told then.
+    A page with owners belongs to them. A page that ``keep`` marked stays cached after its last
+    owner. When pages are needed, the least recently used cached page is evicted, and ``on_evict``
+    is called.
     """
 
     def __init__(self, memory: PageMemory) -> None:
@@ -53,8 +54,9 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """Own ``count`` pages, of any content.
 
-        Raises CacheError, with nothing changed, where fewer are available: by the limit, or because
-        the device has no more memory. The limit is what the device gave, then.
+        Raises CacheError, with nothing changed, if fewer are available: because of the limit, or
+        because the device has no more memory. In the second case the limit becomes the present
+        number of pages.
         """
         if count > self.available:
             raise CacheError(
@@ -83,9 +85,9 @@ class PagePool:
             self._owners[page] = self._owners.get(page, 0) + 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take an owner from each page; without owners it is free, or cached where it was kept.
+        """Take an owner from each page. Without owners a page is free, or cached if it was kept.
 
-        ``pages`` are in the order of their text: the last are the first to be evicted.
+        ``pages`` are in the order of their text. The last are evicted first.
         """
         for page in reversed(pages):
             left = self._owners.pop(page) - 1
@@ -109,7 +111,7 @@ class PagePool:
         return self._owners.get(page, 0) > 1 or page in self._kept
 
     def forget(self, page: int) -> None:
-        """Keep the content of an owned page no longer than its last owner."""
+        """Undo ``keep``: an owned page will be free after its last owner."""
         self._kept.discard(page)
 
     def drop_cached(self) -> None:
@@ -118,14 +120,16 @@ class PagePool:
             self._evict()
 
     def _grow(self, count: int) -> None:
-        """Take memory for as many of ``count`` pages as are not there; else cached ones must do."""
+        """Take memory for the pages that are missing from ``count``. If there is none, evict cached
+        pages.
+        """
         short = min(count - len(self._free), self.memory.limit - self.memory.count)
         if short <= 0:
             return
         try:
             self._free.extend(reversed(self.memory.grow(short)))
         except torch.OutOfMemoryError as error:
-            # Without the frames that it came through, which hold tensors.
+            # Drop the frames of the error's traceback, which hold tensors.
             self.memory.limit, self._refused = self.memory.count, error.with_traceback(None)
             if count > self.available:
                 raise CacheError(
@@ -135,7 +139,7 @@ class PagePool:
                 ) from error
 
     def _evict(self) -> None:
-        """Free the cached page that was used longest ago."""
+        """Free the least recently used cached page."""
         page, _ = self._cached.popitem(last=False)
         self._kept.discard(page)
         self.on_evict(page)

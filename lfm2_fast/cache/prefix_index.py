@@ -1,4 +1,4 @@
-"""PrefixIndex: full pages found again by the text that they and those before them hold."""
+"""PrefixIndex: full pages, found by their text and the text before them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfm2_fast.cache.page_pool import PagePool
 
 @dataclass(frozen=True)
 class Match:
-    """The indexed part of a text: whole ``pages``, then ``rows`` tokens of page ``partial``."""
+    """Indexed part of a text: whole ``pages``, then ``rows`` tokens of page ``partial``."""
 
     pages: tuple[int, ...] = ()
     partial: int | None = None
@@ -35,9 +35,9 @@ class _Entry:
 class PrefixIndex:
     """Pages of ``pool`` by a hash chain over their tokens: each hash includes the one before.
 
-    Only full pages are entered, once their keys and values are launched. They stay as long as the
-    pool keeps them. ``salt`` separates texts that must not share pages: of other adapters, or
-    other tenants.
+    Only full pages are entered, as soon as the launch that fills them is made. They stay as long as
+    the pool keeps them. ``salt`` separates texts that must not share pages, for example of two
+    adapters or two tenants.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -55,8 +55,8 @@ class PrefixIndex:
     ) -> Match:
         """Return the longest indexed part of a text's beginning.
 
-        ``digests`` are those of the text's first full pages, as far as they are known. The list is
-        extended, so that a text that is looked up again is not hashed again.
+        ``digests`` are the known digests of the text's first full pages. The list is extended, so
+        that a later look-up need not hash them again.
         """
         digests = [] if digests is None else digests
         parent, pages = _root(salt), []
@@ -79,9 +79,9 @@ class PrefixIndex:
         return Match(tuple(pages), partial, rows)
 
     def enter(self, tokens: Sequence[int], pages: Sequence[int], salt: bytes = b"") -> None:
-        """Enter the full pages of a text, which ``pages`` hold from its beginning on.
+        """Enter the full pages of a text. ``pages`` hold it from its beginning on.
 
-        A page whose text is indexed already, in another page, is left out.
+        A page is left out if another page with its text is indexed already.
         """
         parent = _root(salt)
         for number, page in enumerate(pages):
@@ -97,7 +97,7 @@ class PrefixIndex:
             parent = digest
 
     def clear(self) -> None:
-        """Forget every text, and free the pages that have no owner."""
+        """Remove every text, and free the pages without owner."""
         self.pool.drop_cached()
         for page in list(self._digests):
             self.pool.forget(page)

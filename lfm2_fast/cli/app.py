@@ -1,6 +1,6 @@
-"""The command line: ``lfm2-fast chat``, ``serve`` and the others.
+"""Command line: ``lfm2-fast chat``, ``serve`` and the others.
 
-Commands import torch as they run, not before, so that ``--help`` comes at once.
+Commands import torch only when they run, so that ``--help`` is fast.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ def batch(
     context: typer.Context,
     model: opt.Model,
     requests: Annotated[
-        Path, typer.Argument(metavar="REQUESTS", help="Requests, a JSON object a line.")
+        Path, typer.Argument(metavar="REQUESTS", help="File of requests: one JSON object a line.")
     ],
     output: Annotated[
-        Path, typer.Option(help="File of the answers; what it has is not asked again.")
+        Path, typer.Option(help="File of the answers. Requests that it answers do not run again.")
     ],
     shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Every Nth line from the Ith on.")
+        str, typer.Option(metavar="I/N", help="Take every Nth line, from the Ith on.")
     ] = "1/1",
     served_model_name: opt.ServedModelName = None,
     max_rows: opt.MaxRows = 16,
@@ -39,10 +39,10 @@ def batch(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
-    """Answer the requests of a file in OpenAI's batch format, a line each as it is done.
+    """Answer the requests of a file in OpenAI's batch format, and write each answer as a line.
 
-    Needs the extra "server": pip install 'lfm2-fast[server]'. The same command goes on after a
-    crash: nothing is lost and nothing asked twice. Lines that are no requests get an error.
+    Needs the extra "server": pip install 'lfm2-fast[server]'. After a crash, run the same command
+    again: it continues, and runs no request twice. A line that is not a request gets an error.
     """
     from lfm2_fast.cli.terminal import Terminal
     from lfm2_fast.hf.loading import check_options
@@ -53,7 +53,7 @@ def batch(
 
     part = shard_of(shard)
     if not requests.is_file():
-        raise ValueError(f"{requests} is no file")
+        raise ValueError(f"{requests} is not a file")
     template = None if chat_template is None else opt.read_text(chat_template)
     loading = opt.loading_options(context)
     check_options(**loading)
@@ -91,7 +91,7 @@ def batch(
         try:
             summary = asyncio.run(work())
         except KeyboardInterrupt:
-            terminal.note(f"stopped; the same command goes on, {output} has what is done")
+            terminal.note(f"stopped; the same command continues {output}")
             raise
         finally:
             service.close()

@@ -1,4 +1,4 @@
-"""``lfm2-fast bench``: how fast a checkpoint runs here."""
+"""``lfm2-fast bench``: measures how fast a checkpoint runs here."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def bench(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
-    """Measure how fast a checkpoint runs here, and how near to the memory's speed.
+    """Measure how fast a checkpoint runs here, also as a share of the memory's speed.
 
-    Lengths and batches are numbers with commas between them; every combination runs.
+    Give lengths and batches as numbers with commas. Every combination runs.
     """
     from lfm2_fast.cli.benchmark import cases, load_and_measure
     from lfm2_fast.cli.benchmark_report import check_plot, show

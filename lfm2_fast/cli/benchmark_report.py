@@ -1,4 +1,4 @@
-"""Shows what ``benchmark.measure`` found: a table on stdout, and a picture."""
+"""Output of ``benchmark.measure``'s figures: a table on stdout, and a picture."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lfm2_fast.cli.environment import readable
 
 COLUMNS = ("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "of")
 
-# Columns for a table of the largest figures.
+# Columns that a table of the largest figures needs.
 WIDE = 160
 
 
 def show(found: dict[str, Any], *, as_json: bool = False) -> None:
-    """The figures of a run as JSON, or as a table with what is to be said above and below it."""
+    """Print the figures of a run as JSON, or as a table with notes above and below it."""
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -31,7 +31,7 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     words = {"resident": "memory", "peak": "at most"}
     held = (f", {words[k]} {readable('bytes', known[k])}" for k in words if k in known)
     lines = [
-        f"{model['name']}, {numbers}, {model['backend']} bodies, {device.get('name')}{threads}",
+        f"{model['name']}, {numbers}, backend {model['backend']}, {device.get('name')}{threads}",
         f"weights {readable('weight_bytes', model['weight_bytes'])}{''.join(held)}; a copy moves "
         f"{speed['copy']}/s, a sum reads {speed['read']}/s",
         f"load {found['load_seconds']:.2f} s, warm-up {found['warm_up_seconds']:.2f} s",
@@ -44,7 +44,7 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     table.add_column("")
     for row in found["rows"]:
         table.add_row(*cells(row), "unsafe" if row["doubts"] else "")
-    # A narrow terminal breaks the lines itself: figures that are cut off tell nothing.
+    # A narrow terminal wraps the lines: it must not cut a figure off.
     Console(highlight=False, width=WIDE).print(table)
     console.print(
         "first: from the call to the first token; p50, p90, p99: of the steps after it; of: the "
@@ -58,7 +58,7 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of figures as text, in the order of ``COLUMNS``."""
+    """Format a row of figures, in the order of ``COLUMNS``."""
     steps = row["step_seconds"]
     return [
         *(str(row[name]) for name in ("prompt", "output", "batch")),
@@ -70,7 +70,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def company(others: dict[str, Any]) -> str:
-    """Other programs that ran, in words."""
+    """Describe the other programs that ran."""
     busiest = ", ".join(f"{name} {share:.2f}" for name, share in others["busiest"].items())
     return (
         f"other programs used {others['processors_used_by_others']:.2f} processors"
@@ -80,7 +80,7 @@ def company(others: dict[str, Any]) -> str:
 
 
 def warnings(rows: list[dict[str, Any]]) -> list[str]:
-    """Every doubt once, with the cases that it is about, unless it is about all."""
+    """List every doubt once, with its cases unless it concerns all of them."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for doubt in row["doubts"]:
@@ -92,9 +92,9 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """A PNG: tokens a second over context and over batch, each with the floor's.
+    """Write a PNG: tokens a second by context and by batch, each with the floor's.
 
-    Raises ValueError where matplotlib is missing, OSError as the file system does.
+    Raises ValueError if matplotlib is missing, and OSError if the file cannot be written.
     """
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -126,7 +126,7 @@ def check_plot(path: Path) -> None:
 
 
 def _lines(axes: Any, rows: list[dict[str, Any]], x: str, by: str, label: str, tail: int) -> None:
-    """A line for each value of ``by``, with the spread of its steps, and dashed its floor."""
+    """Draw a line for each value of ``by``, with the spread of its steps, and its floor dashed."""
     shift = tail // 2 if x == "prompt" else 0
     for group in sorted({row[by] for row in rows}):
         mine = sorted((row for row in rows if row[by] == group), key=lambda row: row[x])

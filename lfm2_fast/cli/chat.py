@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lfm2_fast.text.conversation import Conversation
 
 HELP = """\
-/reset          start anew, with the same system prompt
-/system TEXT    start anew with this system prompt, or with none
+/reset          start again, with the same system prompt
+/system TEXT    start again with this system prompt, or with none
 /help           this list
 /exit           leave, as Ctrl-D does
 A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
@@ -29,7 +29,7 @@ def chat(
     model: opt.Model,
     system: opt.System = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most; else the context.")
+        int | None, typer.Option(min=1, help="Largest number of new tokens in an answer.")
     ] = None,
     preset: opt.Preset = None,
     do_sample: opt.DoSample = None,
@@ -50,7 +50,7 @@ def chat(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
-    """Talk with a checkpoint; /help lists what can be typed besides messages.
+    """Talk with a checkpoint. /help lists the commands.
 
     Without a terminal, every line of stdin is a message.
     """
@@ -68,7 +68,7 @@ def chat(
 
 
 def converse(conversation: Conversation, terminal: Terminal, messages: Iterable[str]) -> None:
-    """Answer messages, and do what those that begin with a slash and a word say."""
+    """Answer messages, and run commands: messages that are a slash and a word."""
     for message in messages:
         command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", message, re.DOTALL)
         match command and command[1]:
@@ -89,7 +89,7 @@ def converse(conversation: Conversation, terminal: Terminal, messages: Iterable[
 
 
 def _answer(conversation: Conversation, terminal: Terminal, message: str) -> None:
-    """Answer a message. Where nobody types, Ctrl-C and errors end the conversation: they raise."""
+    """Answer a message. Without a terminal, Ctrl-C and errors end the conversation: they raise."""
     from lfm2_fast.cli.terminal import interruptible
 
     typing = sys.stdin.isatty()
@@ -98,7 +98,7 @@ def _answer(conversation: Conversation, terminal: Terminal, message: str) -> Non
             answer = conversation.ask(message, terminal.show, stopped)
     except KeyboardInterrupt:
         terminal.finish()
-        terminal.note("stopped; the message is taken back")
+        terminal.note("stopped; the message is removed")
         if not typing:
             raise
     except (ValueError, RuntimeError) as error:

@@ -18,7 +18,7 @@ def demo(
     prompt: Annotated[
         str, typer.Argument(metavar="[PROMPT]", callback=opt.text, help="The text to continue.")
     ] = "The database server",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws another text.")] = 0,
 ) -> None:
     """Continue a text with the small LFM2 that this package carries."""
@@ -29,7 +29,7 @@ def demo(
     from lfm2_fast.text.tokenizer import load_tokenizer
 
     terminal = Terminal()
-    terminal.note("A small LFM2, trained on manuals, continues a text: style it has, no knowledge.")
+    terminal.note("A small LFM2 continues a text. It imitates manuals and knows no facts.")
     folder = min(str(TINY), os.path.relpath(TINY), key=len)
     model, tokenizer = lfm2_fast.load(folder), load_tokenizer(folder)
     arguments = {

@@ -1,4 +1,4 @@
-"""Facts for ``lfm2-fast info``: the machine, the body of each operation, and a checkpoint."""
+"""Facts for ``lfm2-fast info``: the machine, the backend of each operation, and a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 
 Facts = dict[str, dict[str, Any]]
 
-# Fused operations. They are made of the others where a backend has no body for the whole of one.
+# Fused operations. A backend without its own version of one composes it from the others.
 FUSED = ("norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "head_argmax")
-# The instructions that make a difference to the CPU's bodies, as Linux calls them.
+# The instructions that make the CPU code faster, as Linux calls them.
 FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
 
 
 def machine_facts(device: str = "auto", backend: str = "auto") -> Facts:
-    """Versions, the device, which body each operation will use, and which backends run.
+    """Collect versions, the device, the backend of each operation, and the backends that run.
 
-    Raises ValueError or BackendError for a device or a backend that is not there.
+    Raises ValueError or BackendError for a device or a backend that does not exist here.
     """
     where = find_device(device)
     chosen = choose(backend, where, torch.bfloat16)
@@ -53,12 +53,12 @@ def machine_facts(device: str = "auto", backend: str = "auto") -> Facts:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Facts of ``device``, and of what makes a difference to speed there."""
+    """Facts about ``device`` that decide its speed."""
     return {"device": str(device), **(_cpu() if device.type == "cpu" else _gpu(device))}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that matter."""
+    """Versions of Python and the main packages."""
     found = {"lfm2_fast": lfm2_fast.__version__, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "safetensors"):
         try:
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def bodies(chosen: Ops) -> dict[str, str]:
-    """The name of the backend whose body each operation of ``chosen`` is."""
+    """Name of the backend that runs each operation of ``chosen``."""
     lines = [cls for cls in type(chosen).__mro__ if issubclass(cls, Ops)]
     found = {}
     for name, value in vars(Ops).items():
@@ -84,7 +84,7 @@ def bodies(chosen: Ops) -> dict[str, str]:
 
 
 def backends(device: torch.device) -> dict[str, str]:
-    """For every backend "yes", or what it lacks to run, or to run fast, on ``device``."""
+    """Say for every backend "yes", or why it does not run, or not fast, on ``device``."""
     names = [name for name in BACKENDS if name != "auto"]
     found = {
         name: f"no: {lacking}" if (lacking := why_not(name, device, torch.float32)) else "yes"
@@ -96,7 +96,7 @@ def backends(device: torch.device) -> dict[str, str]:
 
 
 def checkpoint_facts(name: str, **options: Any) -> Facts:
-    """Return what a checkpoint's config says, and its bytes, if it tells the dtype.
+    """Return the facts in a checkpoint's config, and its bytes if the dtype is known.
 
     ``options`` are those of the hub. Raises CheckpointError.
     """
@@ -136,7 +136,7 @@ def checkpoint_facts(name: str, **options: Any) -> Facts:
 
 
 def gguf_facts(file: GGUFFile) -> dict[str, Any]:
-    """Return what a GGUF file is made of: types of its tensors by count and bytes, tokenizer."""
+    """Return the types of a GGUF file's tensors, with count and bytes, and its tokenizer."""
     found = file.metadata
     sizes: dict[str, list[int]] = {}
     for tensor in file.tensors.values():
@@ -185,7 +185,7 @@ def show(facts: Facts, *, as_json: bool = False) -> None:
 
 
 def readable(key: str, value: Any) -> str:
-    """A fact for people: bytes in units, large counts in words, and "-" for what is not there."""
+    """Format a fact for people: bytes in units, large counts in words, "-" for None."""
     if value is None:
         return "-"
     if key.endswith(("bytes", "bytes_per_token", "bytes_per_sequence")):

@@ -1,4 +1,4 @@
-"""``lfm2-fast eval``: how well a checkpoint predicts a text."""
+"""``lfm2-fast eval``: measures how well a checkpoint predicts a text."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def eval(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
-    """Tell how well a checkpoint predicts a text, and what fewer bits lose.
+    """Measure how well a checkpoint predicts a text, and what fewer bits lose.
 
-    With --reference: KL divergence from it, and how often both find the same token likeliest.
+    With --reference: KL divergence from it, and the share of equal most likely tokens.
     """
     words = opt.read_text(text)
     from lfm2_fast.cli.environment import show

@@ -24,7 +24,8 @@ class Quality:
     """Means over the predicted ``tokens`` of a text.
 
     ``loss`` is in nats. ``kl`` is the divergence of the model's distributions from the reference's,
-    in nats, ``agreement`` how often both find the same token likeliest; None without a reference.
+    in nats. ``agreement`` is the share of tokens where both have the same most likely token. Both
+    are None without a reference.
     """
 
     tokens: int
@@ -35,7 +36,7 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """Number of tokens that the model wavers between: ``exp(loss)``."""
+        """Perplexity: ``exp(loss)``."""
         return math.exp(self.loss)
 
 
@@ -50,11 +51,11 @@ def load_and_evaluate(
     quantization: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """``evaluate`` of a checkpoint on a text; what it found, JSON-ready.
+    """Load and ``evaluate`` a checkpoint on a text. Return the result, ready for JSON.
 
     ``reference`` is the dtype of the same weights to compare with. All other options go to
-    ``load``. Raises what that and ``evaluate`` raise, and ValueError for an empty text and for a
-    reference that would be no wider.
+    ``load``. Raises what ``load`` and ``evaluate`` raise, and ValueError for an empty text or a
+    reference that is not wider.
     """
     if not text:
         raise ValueError("the text is empty")
@@ -62,7 +63,7 @@ def load_and_evaluate(
     if reference is not None:
         check_options(dtype=reference, **options)
     tokenizer = load_tokenizer(name, **hub_options(options))
-    # Pieces are short; that the whole text is longer than the context does not matter.
+    # Only pieces run, so the whole text may be longer than the context.
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
     model = load(name, dtype=dtype, quantization=quantization, **options)
     terminal.note(summary(model))
@@ -85,11 +86,11 @@ def evaluate(
     window: int,
     reference: Lfm2ForCausalLM | None = None,
 ) -> Quality:
-    """Teacher-forced over ``ids [T]``, in pieces of ``window`` tokens that know nothing of others.
+    """Evaluate ``ids [T]`` teacher-forced, in independent pieces of ``window`` tokens.
 
-    Each piece predicts all its tokens but the first; what does not fill a piece is left out. Shows
-    progress on a terminal where it takes long. Raises ValueError for a text that is too short, and
-    LogitsError for a loss that is NaN or infinite, saying of which piece.
+    Each piece predicts all its tokens but the first. An incomplete last piece is left out. A
+    terminal shows progress. Raises ValueError for a text that is too short, and LogitsError, which
+    names the piece, for a loss that is NaN or infinite.
     """
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
@@ -127,5 +128,5 @@ def _check_losses(losses: torch.Tensor, model: Lfm2ForCausalLM, window: int) -> 
 
 
 def _log_probabilities(model: Lfm2ForCausalLM, piece: torch.Tensor) -> torch.Tensor:
-    """``[1, T - 1, V]`` float32: of every token after the first."""
+    """Return ``[1, T - 1, V]`` float32, for every token after the first."""
     return model(piece[None]).logits[:, :-1].float().log_softmax(-1)

@@ -19,7 +19,7 @@ def generate(
         typer.Argument(metavar="[PROMPT]", callback=opt.text, help="Else --file, else stdin."),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 512,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Ask in the chat template, or continue.")
     ] = None,
@@ -43,10 +43,10 @@ def generate(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
-    """Answer a prompt, or continue it, as the text comes.
+    """Answer a prompt, or continue it, and show the text token by token.
 
-    A checkpoint with a chat template answers, unless its name says Base; --raw continues the prompt
-    as it stands, and shows every marker.
+    A checkpoint with a chat template answers, unless its name has Base in it. --raw continues the
+    prompt without a template, and shows every marker.
     """
     text = _prompt(prompt, file)
     if system is not None:
@@ -70,14 +70,14 @@ def generate(
                 answer = session.continuation(text, terminal.write, max_new_tokens, stopped)
                 terminal.write("\n")
     finally:
-        terminal.finish()  # an error in the middle of a text stands on a line of its own
+        terminal.finish()  # an error in the middle of a text gets its own line
     terminal.note(str(answer))
     if answer.stopped:
         raise typer.Exit(130)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
-    """Return the prompt from wherever it was given, without the line feed that ends a file."""
+    """Return the prompt from the argument, file or pipe, without a file's last line feed."""
     if prompt is not None and file is not None:
         raise ValueError("give the prompt as an argument or with --file, not both")
     if file is not None:

@@ -1,4 +1,4 @@
-"""``lfm2-fast info``: what runs here, and what a checkpoint is."""
+"""``lfm2-fast info``: facts about this machine and about a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lfm2_fast.cli import options as opt
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder to tell about.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder to describe.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
     device: opt.Device = "auto",
@@ -21,7 +21,7 @@ def info(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:
-    """Tell what runs here: versions, device, the body of each operation, and why no faster one.
+    """Show versions, device, the backend of each operation, and why a faster one does not run.
 
     Of MODEL, only the config is read, or the header of a GGUF file.
     """

@@ -1,4 +1,4 @@
-"""Facts that a benchmark tells beside its times: spread, the memory's speed, who else was there."""
+"""Facts beside a benchmark's times: spread, the memory's speed, other programs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 # Far larger than any cache, and small beside the memory of a machine that runs these models.
 COPIED = 1 << 28
 PROC = Path("/proc")
-# From here on a figure is called unsafe: the slow tenth of the times over their median, and the
-# processors that other programs took meanwhile.
+# A figure is called unsafe from here on: the slow tenth of the times over their median, and the
+# processors that other programs used meanwhile.
 WIDE = 1.25
 BUSY = 0.15
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The ``q``-quantile, interpolated between neighbours."""
+    """``q``-quantile, interpolated between neighbours."""
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     low = int(place)
@@ -34,15 +34,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked for."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def memory_speed(device: torch.device, rounds: int = 15) -> dict[str, float]:
-    """Bytes a second of a copy from memory to memory, both ways counted, and of a sum, which reads.
+    """Bytes a second of a copy in memory (reads and writes counted) and of a sum (reads only).
 
-    Medians. Decoding reads, and on many machines reading is the faster of the two.
+    Both are medians. Decoding only reads, and on many machines reading is faster.
     """
     source = torch.ones(COPIED // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
@@ -62,9 +62,9 @@ def memory_speed(device: torch.device, rounds: int = 15) -> dict[str, float]:
 
 
 def memory(device: torch.device | None = None, pid: int | None = None) -> dict[str, int]:
-    """Bytes that this process, or another, holds and has held at most; on a GPU what torch took.
+    """Bytes that a process holds and its peak; on a GPU the bytes that torch took.
 
-    On a CPU from Linux's /proc; elsewhere it is empty.
+    On a CPU they come from Linux's /proc. Elsewhere the result is empty.
     """
     if device is not None and device.type == "cuda":
         return {
@@ -82,10 +82,10 @@ def memory(device: torch.device | None = None, pid: int | None = None) -> dict[s
 
 
 class Neighbours:
-    """Work of the processors between its making and ``seen``, besides the processes in ``own``.
+    """Work of other processes between construction and ``seen``; ``own`` are the measured ones.
 
-    Programs that these started and that have ended are their own too. Reads Linux's /proc;
-    elsewhere it sees nothing.
+    Ended children of the measured processes belong to them. Reads Linux's /proc; elsewhere the
+    result is empty.
     """
 
     def __init__(self, own: Iterable[int] | None = None) -> None:
@@ -95,7 +95,9 @@ class Neighbours:
         self.each = _processes(self.own)
 
     def seen(self) -> dict[str, Any]:
-        """Processors that others used on average, those the host took away, and who used most."""
+        """Processors that others used on average, those that the host took, and the busiest
+        programs.
+        """
         if not self.each:
             return {}
         ticks = os.sysconf("SC_CLK_TCK") * (time.perf_counter() - self.begin)
@@ -118,7 +120,7 @@ class Neighbours:
 
 
 def doubts(times: Sequence[float], others: dict[str, Any]) -> list[str]:
-    """Why a figure from these times should not be trusted; empty if it may be."""
+    """Reasons not to trust a figure from these times; empty if there are none."""
     found = []
     middle = quantile(times, 0.5)
     slow = quantile(times, 0.9) / middle
@@ -135,7 +137,7 @@ def doubts(times: Sequence[float], others: dict[str, Any]) -> list[str]:
 
 
 def _processors() -> tuple[int, int]:
-    """Ticks that all processors worked, and that the host of a virtual machine took."""
+    """Ticks that all processors worked, and ticks that the host of a virtual machine took."""
     path = PROC / "stat"
     if not path.is_file():
         return 0, 0
@@ -145,7 +147,7 @@ def _processors() -> tuple[int, int]:
 
 
 def _processes(parents: Container[int]) -> dict[int, tuple[str, int]]:
-    """Name and ticks of every process that lives, of ``parents`` with those of ended children."""
+    """Name and ticks of every living process; for ``parents`` with the ticks of ended children."""
     found = {}
     for path in PROC.glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""The options that several commands have in common."""
+"""Options that several commands have in common."""
 
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -9,7 +9,7 @@ T = TypeVar("T", str | None, list[str] | None)
 
 
 def text(value: T) -> T:
-    """Return the text. Bytes that are not UTF-8, lone surrogates in Python, are refused."""
+    """Return the text. Raises for bytes that are not UTF-8, which are lone surrogates in Python."""
     for each in value if isinstance(value, list) else [value or ""]:
         try:
             each.encode()
@@ -31,9 +31,9 @@ Preset = Annotated[
 ]
 DoSample = Annotated[bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens, or not.")]
 Temperature = Annotated[float | None, typer.Option(help="Sharper below 1; 0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that make up p.")]
-MinP = Annotated[float | None, typer.Option(help="Draw from those above p times the likeliest.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the most likely tokens with total p.")]
+MinP = Annotated[float | None, typer.Option(help="Draw from tokens above p times the best one.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids repetition.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="The same seed draws the same text.")]
 Stop = Annotated[
@@ -41,7 +41,7 @@ Stop = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
-Backend = Annotated[str, typer.Option(help="Which bodies run; lfm2-fast info lists them.")]
+Backend = Annotated[str, typer.Option(help="Implementation; lfm2-fast info lists them.")]
 Quantization = Annotated[
     str | None,
     typer.Option(help="int8 or int4: integer matrices, half or a third of bfloat16's memory."),
@@ -54,7 +54,7 @@ MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tok
 ServedModelName = Annotated[
     list[str] | None, typer.Option(help="Name that requests may ask for; repeatable.")
 ]
-MaxRows = Annotated[int, typer.Option(min=1, help="Texts that are written at once.")]
+MaxRows = Annotated[int, typer.Option(min=1, help="Texts that are written at the same time.")]
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", min=1, help="Bound of the context in tokens.")
 ]
@@ -62,12 +62,10 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
 ]
-ChatTemplate = Annotated[
-    Path | None, typer.Option(help="File of a chat template, in place of the checkpoint's.")
-]
+ChatTemplate = Annotated[Path | None, typer.Option(help="File with another chat template.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
 ForceDownload = Annotated[
-    bool, typer.Option("--force-download", help="Download again what the cache has.")
+    bool, typer.Option("--force-download", help="Download files again that the cache has.")
 ]
 
 # The parameters of a command that are arguments of ``load``.

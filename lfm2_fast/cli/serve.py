@@ -9,10 +9,10 @@ import typer
 
 from lfm2_fast.cli import options as opt
 
-# Options of other servers that this one refuses, and the advice.
+# Options of other servers that this one refuses, with advice.
 REFUSED = {
-    "tensor_parallel_size": "run as many servers, one a device, behind a router",
-    "context_shift": "it drops the middle of a text unseen; ask for fewer tokens, or start anew",
+    "tensor_parallel_size": "run several servers, one for each device, behind a router",
+    "context_shift": "it drops the middle of a text; ask for fewer tokens, or start a new text",
     "embeddings": "load the checkpoint with sentence-transformers instead",
 }
 LOOPBACK = ("127.", "localhost", "::1")
@@ -22,7 +22,7 @@ def serve(
     context: typer.Context,
     model: opt.Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="LFM2_FAST_API_KEY", help="Key that clients must send; repeatable."),
@@ -35,7 +35,7 @@ def serve(
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds that a request may take.")
     ] = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 16 * 2**20,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request in bytes.")] = 16 * 2**20,
     drain: Annotated[
         int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")
     ] = 60,
@@ -69,8 +69,8 @@ def serve(
 ) -> None:
     """Serve a checkpoint to OpenAI's clients, until Ctrl-C or SIGTERM.
 
-    Needs the extra "server": pip install 'lfm2-fast[server]'. Without --api-key all that reach the
-    address may call.
+    Needs the extra "server": pip install 'lfm2-fast[server]'. Without --api-key, every program that
+    reaches the address may call.
     """
     for name, advice in REFUSED.items():
         value = context.params[name]
@@ -87,7 +87,7 @@ def serve(
     check_options(**loading)
     adapters = dict(_named(each) for each in adapter or ())
     terminal = Terminal()
-    # Whoever else has the port is told before the weights are loaded.
+    # A port in use is an error before the weights are loaded.
     bound = bound_socket(host, port)
     with bound:
         loaded, tokenizer = load_both(terminal, model, **loading)
@@ -133,7 +133,7 @@ def _named(adapter: str) -> tuple[str, str]:
 
 
 def _log_requests() -> None:
-    """Write the access log, and what the server's library warns of, to stderr."""
+    """Write the access log, and warnings of the server's library, to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for name, level in (("lfm2_fast.server", logging.INFO), ("uvicorn", logging.WARNING)):

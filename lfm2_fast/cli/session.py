@@ -1,4 +1,4 @@
-"""A checkpoint as the commands use it: model, tokenizer and sampling, loaded and told about."""
+"""Checkpoint as the commands use it: model, tokenizer and sampling, loaded and described."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lfm2_fast.weights.hub import hub_options
 
 @dataclass
 class Session:
-    """A model with its tokenizer, and the sampling arguments for ``generate``."""
+    """Model with its tokenizer, and the sampling arguments for ``generate``."""
 
     model: Lfm2ForCausalLM
     tokenizer: Any
     arguments: dict[str, Any]
 
     def conversation(self, system: str | None, max_new_tokens: int | None) -> Conversation:
-        """A new conversation. Raises ValueError where there is no chat template."""
+        """Start a new conversation. Raises ValueError if there is no chat template."""
         return Conversation(
             self.model,
             self.tokenizer,
@@ -46,7 +46,7 @@ class Session:
         max_new_tokens: int,
         stopped: Callable[[], bool],
     ) -> Answer:
-        """Continue a text as it stands; see ``stream_answer``."""
+        """Continue a text without a template; see ``stream_answer``."""
         return stream_answer(
             self.model,
             self.tokenizer,
@@ -69,11 +69,11 @@ def open_session(
     seed: int | None = None,
     **options: Any,
 ) -> Session:
-    """Load a checkpoint, telling what is loaded and how it will draw.
+    """Load a checkpoint, and write notes about the model and its sampling.
 
     ``preset`` and ``given`` are as in ``presets.sampling``, ``options`` go to ``load``; ``seed`` is
-    torch's. What is wrong with the options is raised before the checkpoint is looked for, and what
-    the tokenizer lacks, which for ``chat`` is a template too, before the weights are loaded.
+    torch's. Wrong options raise before the checkpoint is looked up. A missing tokenizer raises
+    before the weights are loaded; for ``chat``, so does a missing template.
     """
     arguments, _ = sampling(name, preset=preset, given=given)
     if stop:
@@ -94,10 +94,10 @@ def open_session(
 def load_both(
     terminal: Terminal, name: str, *, chat: bool = False, **options: Any
 ) -> tuple[Lfm2ForCausalLM, Any]:
-    """Return a checkpoint's model and tokenizer, telling what is loaded.
+    """Return a checkpoint's model and tokenizer, and write a note about the model.
 
-    ``options`` go to ``load``. What the tokenizer lacks, which for ``chat`` is a template too, is
-    raised before the weights are loaded.
+    ``options`` go to ``load``. A missing tokenizer raises before the weights are loaded; for
+    ``chat``, so does a missing template.
     """
     terminal.note(f"loading {name}")
     tokenizer = load_tokenizer(name, **hub_options(options))
@@ -109,7 +109,7 @@ def load_both(
 
 
 def summary(model: Lfm2ForCausalLM) -> str:
-    """A model in a line: its size, and where and how it runs."""
+    """Describe a model in a line: its size, its device and its backend."""
     dtype = str(model.dtype).removeprefix("torch.")
     size = millions(model.num_parameters())
     numbers = (
@@ -117,16 +117,16 @@ def summary(model: Lfm2ForCausalLM) -> str:
         if model.network.config.quantization
         else dtype
     )
-    return f"{size} parameters in {numbers}, on {model.device} with {model.ops.name} bodies"
+    return f"{size} parameters in {numbers}, on {model.device} with backend {model.ops.name}"
 
 
 def millions(count: int) -> str:
-    """A count of parameters in words: "3.6 million"."""
+    """Write a count of parameters in words: "3.6 million"."""
     return f"{count / 1e6:.3g} million" if count < 999.5e6 else f"{count / 1e9:.3g} billion"
 
 
 def session_of(terminal: Terminal, context: typer.Context, *, chat: bool) -> Session:
-    """Open the session that a command's options ask for."""
+    """Open a session with a command's options."""
     asked = context.params
     return open_session(
         terminal,

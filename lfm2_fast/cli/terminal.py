@@ -15,12 +15,12 @@ from lfm2_fast.text.reply_parser import Delta
 from lfm2_fast.text.tool_calls import written_calls
 
 STYLES = {"text": "", "reasoning": "dim italic", "tool_call": "cyan"}
-# What a terminal would act on, but for line feeds and tabs.
+# Control characters of a terminal, except line feeds and tabs.
 CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class Terminal:
-    """Writes notes and streamed replies; plain text wherever no terminal is.
+    """Writes notes and streamed replies, as plain text if there is no terminal.
 
     Thinking goes to stderr, so that stdout has the answer alone. A tool call in a pipe has markers
     around it, by which programs find it; one that was cut off is text.
@@ -33,11 +33,11 @@ class Terminal:
         self._in_line = False
 
     def note(self, text: str) -> None:
-        """A line about what happens, on stderr."""
+        """Write a note on stderr."""
         self.err.print(text, style="dim", markup=False)
 
     def show(self, delta: Delta) -> None:
-        """A piece of a reply, in the manner of its kind."""
+        """Write a piece of a reply, in the style of its kind."""
         if delta.kind != self._kind or delta.kind == "tool_call":
             self.finish()
             self._kind = delta.kind
@@ -51,13 +51,13 @@ class Terminal:
             self._write(delta.text)
 
     def finish(self) -> None:
-        """End the line of what was shown last."""
+        """End the line of the last shown piece."""
         if self._kind is not None or self._in_line:
             self._write("\n")
         self._kind, self._in_line = None, False
 
     def write(self, text: str, style: str = "") -> None:
-        """Text as it is, on stdout."""
+        """Write text unchanged on stdout."""
         _write(self.out, text, style)
         self._in_line = not text.endswith("\n")
 
@@ -91,9 +91,9 @@ def show_loading_notes() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C was pressed.
+    """Give a function that returns True after Ctrl-C.
 
-    Until it is first called, and from the second time on, Ctrl-C raises KeyboardInterrupt as ever.
+    Before its first call, and from the second Ctrl-C on, KeyboardInterrupt is raised as usual.
     """
     asked = pressed = False
 

@@ -13,20 +13,21 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Event, Request
 
 T = TypeVar("T")
-# Events, an error that ends them, or None, which only wakes whoever waits.
+# Events, an error that ends them, or None, which only wakes a waiting coroutine.
 EventQueue = asyncio.Queue["Event | BaseException | None"]
 # A coroutine's loop, and its queue.
 Consumer = tuple[asyncio.AbstractEventLoop, EventQueue]
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no more requests: it was closed, or could not be made anew after a fault."""
+    """Error of an engine that was closed, or that could not be reset after a fault."""
 
 
 class Stream:
     """Events of requests that the engine has taken, with their ``ids``.
 
-    ``close`` it in the end, which cancels what has not ended. One coroutine uses it.
+    ``close`` it at the end, which cancels continuations that have not ended. Only one coroutine may
+    use it.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Stream:
         return not self._left
 
     async def next(self) -> list[Event]:
-        """Wait, and return all events that are there; none after ``wake`` and after the end.
+        """Wait for events and return them; none after ``wake`` and after the end.
 
         Raises what a step raised, and EngineStopped.
         """
@@ -61,7 +62,7 @@ class Stream:
             event = self._events.get_nowait()
 
     def wake(self) -> None:
-        """Have ``next`` return without waiting. Called in the stream's loop."""
+        """Let ``next`` return without waiting. Called in the stream's loop."""
         self._events.put_nowait(None)
 
     def cancel(self, id: int, index: int) -> None:
@@ -69,19 +70,19 @@ class Stream:
         self._engine.cancel(id, index)
 
     def close(self) -> None:
-        """Cancel what has not ended. A second call does nothing."""
+        """Cancel continuations that have not ended. A second call does nothing."""
         if self._left:
             self._left = 0
             self._engine.forget(self.ids)
 
 
 class AsyncEngine:
-    """Drives ``engine`` in a thread; nothing else may use it meanwhile.
+    """Runs ``engine`` in a thread. Nothing else may use the engine meanwhile.
 
-    ``generate`` is an asynchronous iterator over a request's events, ``start`` gives those of
-    several requests. A consumer that goes away cancels its requests. An exception out of a step
-    reaches every consumer, and the engine begins anew for the next request. Used as ``async with``,
-    it is closed at the end.
+    ``generate`` is an asynchronous iterator over a request's events. ``start`` returns the events
+    of several requests. If a consumer stops reading, its requests are cancelled. An exception in a
+    step reaches every consumer; the engine is then reset for the next request. ``async with``
+    closes it at the end.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -105,7 +106,7 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """Yield the events of a request, until each of its continuations has ended.
 
-        Raises what ``Engine.add`` raises, what a step raised meanwhile, and EngineStopped.
+        Raises the exceptions of ``Engine.add`` and of steps, and EngineStopped.
         """
         stream = await self.start([request])
         try:
@@ -118,7 +119,7 @@ class AsyncEngine:
     async def start(self, requests: Sequence[Request]) -> Stream:
         """Return the events of all requests, once the engine has taken each of them.
 
-        Raises what ``Engine.add`` raises for any of them, with none taken, and EngineStopped.
+        Raises EngineStopped, and the exceptions of ``Engine.add``; then no request is taken.
         """
         loop = asyncio.get_running_loop()
         events: EventQueue = asyncio.Queue()
@@ -134,7 +135,7 @@ class AsyncEngine:
         return Stream(self, ids, sum(request.n for request in requests), events)
 
     async def between_steps(self, function: Callable[[Engine], T]) -> T:
-        """Return what a quick function of the engine gives, called while no step runs.
+        """Call a quick function of the engine while no step runs, and return its result.
 
         Raises what the function raises, and EngineStopped.
         """
@@ -165,7 +166,7 @@ class AsyncEngine:
             self._tell(lambda: self.engine.cancel(id, index))
 
     def forget(self, ids: Sequence[int]) -> None:
-        """End requests whose consumer has gone: it gets no more events."""
+        """End requests whose consumer has stopped reading: it gets no more events."""
 
         def cancel() -> None:
             for id in ids:
@@ -176,7 +177,7 @@ class AsyncEngine:
             self._tell(cancel)
 
     def close(self) -> None:
-        """End all requests and the thread, and give the engine's memory back.
+        """End all requests and the thread, and free the engine's memory.
 
         Consumers get EngineStopped. A second call does nothing.
         """
@@ -191,7 +192,7 @@ class AsyncEngine:
         command: Callable[[], None],
         adding: tuple[asyncio.Future[list[Any]], Consumer] | None = None,
     ) -> None:
-        """Have the thread do something before its next step. Raises EngineStopped when closed."""
+        """Let the thread call a function before its next step. Raises EngineStopped when closed."""
         with self._wake:
             if self._fault is not None:
                 raise EngineStopped(_why(self._fault)) from self._fault
@@ -220,7 +221,7 @@ class AsyncEngine:
         self._call(consumer[0], _settle, added, ids, None)
 
     def _drive(self) -> None:
-        """Step while there is work, and sleep while there is none."""
+        """Step while there is work, and wait while there is none."""
         while True:
             with self._wake:
                 while not (self._closed or self._commands or self.engine.busy):
@@ -241,7 +242,7 @@ class AsyncEngine:
         self.engine.close()
 
     def _begin_anew(self, error: BaseException) -> bool:
-        """Tell everyone of a fault and empty the engine; False if that fails too."""
+        """Send a fault to all consumers and reset the engine. Return False if that fails too."""
         self._end_all(error)
         try:
             self.engine.reset(error if isinstance(error, Exception) else None)
@@ -253,7 +254,7 @@ class AsyncEngine:
         return True
 
     def _stop(self, error: EngineStopped) -> None:
-        """Refuse what was asked and not begun, and end what runs."""
+        """Refuse requests that were not begun, and end those that run."""
         with self._wake:
             adding = list(self._adding.items())
             self._adding.clear()
@@ -263,7 +264,7 @@ class AsyncEngine:
         self._end_all(error)
 
     def _hand_out(self, events: list[Event]) -> None:
-        """Give each consumer its events, and wake a loop once for all of its consumers."""
+        """Give each consumer its events, and wake each loop once for all its consumers."""
         given: dict[asyncio.AbstractEventLoop, list[tuple[EventQueue, Event]]] = {}
         for event in events:
             consumer = self._consumers.get(event.id)
@@ -285,7 +286,7 @@ class AsyncEngine:
     def _call(
         self, loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *arguments: Any
     ) -> None:
-        """Call a function in a loop, if that still runs."""
+        """Call a function in a loop, if the loop still runs."""
         try:
             loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
@@ -299,7 +300,7 @@ def _put(pairs: list[tuple[EventQueue, Event]]) -> None:
 
 
 def _why(fault: BaseException) -> str:
-    return f"the engine does not begin anew: {fault}"
+    return f"the engine cannot be reset: {fault}"
 
 
 def _settle(

@@ -19,12 +19,12 @@ MOST_PADDED = 512
 
 
 class CapturedPrompt:
-    """The tensors of a prompt of up to ``size`` tokens in one slot, the rest padding.
+    """Tensors of a prompt of up to ``size`` tokens in one slot, the rest padding.
 
-    ``inputs`` int64 has the ``size`` tokens, their positions, where the prompt begins and ends
-    among them, its slot, its context after it, and the first position that it writes: all that
-    differs from prompt to prompt, so that one copy brings it. ``logits [1, V]`` are those of the
-    last token.
+    ``inputs`` int64 has the ``size`` tokens and their positions. After them come the prompt's start
+    and end among them, its slot, its context afterwards, and the first position that it writes. All
+    that differs between prompts is in this tensor, so one copy moves it. ``logits [1, V]`` are
+    those of the last token.
     """
 
     def __init__(self, model: Lfm2, size: int) -> None:
@@ -37,7 +37,7 @@ class CapturedPrompt:
     def of(cls, model: Lfm2, buffers: StepBuffers, tokens: int) -> CapturedPrompt | None:
         """Return the tensors for a prompt of ``tokens``, or None if it is not captured."""
         size = min((size for size in SIZES if size >= tokens), default=0)
-        # One token is a step's.
+        # A single token is a decode step.
         if not model.ops.captures or tokens < 2 or not size:
             return None
         if tokens < size and size > MOST_PADDED:
@@ -62,7 +62,9 @@ class CapturedPrompt:
         start: int,
         write_from: int,
     ) -> None:
-        """Fill ``logits``, going on from ``start`` in ``slot``; write from ``write_from`` on."""
+        """Run the prompt from position ``start`` of ``slot``, and fill ``logits``. Positions before
+        ``write_from`` are not written.
+        """
         count = len(tokens)
         rest = [0] * (self.size - count)
         ends = (0, count, slot, start + count, write_from)
@@ -85,7 +87,7 @@ class CapturedPrompt:
 
         ``adapters`` are those of every slot.
 
-        Operations that capture read device tensors alone, so only tests ask for it.
+        Captured operations read only device tensors, so only tests use ``on_host``.
         """
         positions, ends = self.inputs[self.size :].split((self.size, 5))
         host = None

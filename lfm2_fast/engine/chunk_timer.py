@@ -22,7 +22,7 @@ class ChunkTimer:
 
     @contextmanager
     def time(self, rows: Sequence[Row], tokens: int) -> Iterator[None]:
-        """Time what the body launches: a chunk of ``tokens`` in all, of these rows."""
+        """Time the launches of the body: a chunk of ``tokens`` in all, of these rows."""
         begin = self._mark()
         yield
         self._pending.append((list(rows), tokens, begin, self._mark()))

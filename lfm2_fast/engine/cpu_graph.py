@@ -1,7 +1,7 @@
 """CpuGraph: operations on fixed tensors, recorded once and replayed without Python between them.
 
-It does for a CPU what a captured graph does for a GPU. A decode step's matrices are so fast there
-that the model's Python would show.
+It is the CPU's counterpart of a captured CUDA graph. Without it, the model's Python would take a
+noticeable part of a decode step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
-# What they make has no content that a replay would have to renew.
+# The results of these operations have no content, so a replay need not run them.
 _EMPTY = (
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -27,8 +27,8 @@ _EMPTY = (
 class CpuGraph:
     """Operations of ``body`` on fixed tensors: run and recorded once, then replayed.
 
-    Between replays the caller renews the inputs in place; all that the body made is renewed in
-    place too. What Python decided while the body was recorded stays decided.
+    Between replays the caller changes the inputs in place. A replay changes the body's results in
+    place too. Decisions of Python during the recording stay fixed.
     """
 
     def __init__(self, body: Callable[[], None]) -> None:
@@ -38,15 +38,15 @@ class CpuGraph:
     def replay(self) -> None:
         """Replay the recorded operations. The first call runs and records the body.
 
-        Raises ValueError then for an operation whose result has a size, or is a Python number, that
-        depends on what tensors hold: no later replay could repeat it.
+        The first call raises ValueError if the size of a result, or a Python number, depends on the
+        content of tensors: a replay could not repeat it.
         """
         if self._calls is None:
             assert self._body is not None
             calls: list[Call] = []
             with _Recorder(calls):
                 self._body()
-            # The body holds what made the graph, often in a circle.
+            # The body refers to the objects that made the graph, often in a circle.
             self._calls, self._body = calls, None
             return
         for operation, arguments, named in self._calls:
@@ -60,8 +60,8 @@ class _Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch imports its whole compiler to keep that out of here, which nothing brings
-        # in: the second token of a process would wait a second for it.
+        # Otherwise torch imports its whole compiler here, only to exclude it. That would delay the
+        # second token of a process by a second.
         return False
 
     def __torch_dispatch__(
@@ -73,7 +73,7 @@ class _Recorder(TorchDispatchMode):
             return made
         tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
         if tags & set(func.tags):
-            raise ValueError(f"{func} waits for what tensors hold, which cannot be replayed")
+            raise ValueError(f"{func} depends on the content of tensors, which cannot be replayed")
         aliases = [result.alias_info for result in func._schema.returns]
         if func._schema.is_mutable:
             self._calls.append((func, args, named))
@@ -85,7 +85,7 @@ class _Recorder(TorchDispatchMode):
 def _renew(
     made: Any, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    """Put what ``func`` gives now into the tensors that it made when it was recorded."""
+    """Call ``func`` again and copy its results into the tensors of the recording."""
     again = func(*args, **named)
     pairs = [(made, again)] if isinstance(made, torch.Tensor) else zip(made, again, strict=True)
     for old, new in pairs:

@@ -1,11 +1,10 @@
-"""Decode: requests that are written together, a token each, on buffers that stay where they are.
+"""Decode: rows that decode together, one token a step, on buffers that never move.
 
 On a GPU a step is one captured graph per bucket of rows (1, 2, 4, ...): the forward pass, the
 choice of tokens, and the next step's inputs. Steps of few rows are short, so one graph has several.
-The host launches a step before it has read the tokens of the step before, so it never waits for
-the newest. It learns late that a request has ended. The device knows at once, and the row runs on
-without effect. On a CPU, and where layers have hooks, a step has only the rows that are live, and
-is read at once.
+The host launches a step before it reads the tokens of the previous one, so it never waits for the
+newest. It learns late that a row has ended. The device knows at once, and the row runs on without
+effect. On a CPU, and if layers have hooks, a step has only the live rows and is read at once.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 # Largest batch for which one launch covers several steps. A larger batch keeps the device busy
 # without that, and the wasted steps of a finished row would slow the others.
 MULTI_STEP_ROWS = 4
-# Divided by a lower temperature, ordinary logits are infinite in float32.
+# With a lower temperature, ordinary logits become infinite in float32.
 LEAST_TEMPERATURE = 1e-35
 
 
 class LogitsError(RuntimeError):
-    """Logits are NaN or infinite: no token can be chosen by them, or no loss computed."""
+    """Error of logits that are NaN or infinite: they give no token and no loss."""
 
 
 def why_not_finite(dtype: torch.dtype) -> str:
-    """Return what makes numbers of a model of ``dtype`` NaN or infinite, and what to do."""
+    """Return why numbers of a model of ``dtype`` are NaN or infinite, with a remedy."""
     if dtype == torch.float16:
         return "numbers outgrow float16, or weights are broken; load with dtype float32 or bfloat16"
     return "weights are broken; look for NaN and infinity in the checkpoint's tensors"
@@ -56,8 +55,8 @@ def no_token(
 ) -> LogitsError:
     """Return the error of a row that has no token to choose as its new token ``number``, from 1 on.
 
-    ``processed`` says that logits processors had a hand in its logits. The position that the error
-    names is that of the token in the row's text, from 0 on and without padding.
+    ``processed`` is True if logits processors changed its logits. The error's position counts the
+    row's tokens from 0 on, without padding.
     """
     why, params = why_not_finite(dtype), row.request.sampling
     if params.do_sample and params.temperature < LEAST_TEMPERATURE:
@@ -72,7 +71,7 @@ def no_token(
 
 
 def sampling_state(model: Lfm2, rows: Sequence[Row]) -> SamplingState:
-    """Return the state by which the next tokens of ``rows`` are chosen, after their texts."""
+    """Return the state that chooses the next tokens of ``rows``, after their texts."""
     params, device, seen = [row.request.sampling for row in rows], model.device, None
     if any(each.repetition_penalty != 1.0 for each in params):
         shape = (len(rows), model.config.vocab_size)
@@ -95,28 +94,28 @@ class Chooser(Protocol):
 
     @property
     def changes_logits(self) -> bool:
-        """Return True if a token need not be the model's choice: a lack has another cause then."""
+        """Return True if the chooser changes logits. A missing token may then be its fault."""
 
     def __call__(
         self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState
     ) -> torch.Tensor:
-        """Return the next token ``[B]`` int64 of each row by ``logits [B, V]``.
+        """Return the next tokens ``[B]`` int64 of the rows, from ``logits [B, V]``.
 
-        NO_TOKEN stands for none. ``state`` is that of the rows; ``state.record`` is called.
+        NO_TOKEN means none. ``state`` is that of the rows; the chooser calls ``state.record``.
         """
 
     def ends(self, row: Row) -> bool:
-        """Return True if the row's newest token is its last. Asked after every token of a row."""
+        """Return True if the row's newest token is its last. Called after every token of a row."""
 
 
 class DecodeLoop:
-    """Rows that are written together: ``admit`` them, then ``launch`` and ``read`` until done.
+    """Rows that decode together: ``admit`` them, then ``launch`` and ``read`` until done.
 
-    ``lag`` counts the launches before the first of them is read. Where there is a lag, few rows run
-    several steps a launch, unless one of them asks for each token at once. Layers with hooks are
-    called for the steps and rows of the text alone: their steps are not captured, and nothing runs
-    ahead or fills a bucket. ``params`` are those of places that no row has had: steps of rows that
-    choose alike are captured once if those choose so too. ``chooser`` chooses the tokens, if given.
+    ``lag`` is the number of launches that are made before the first of them is read. With a lag, a
+    few rows run several steps a launch, unless one of them wants each token at once. Layers with
+    hooks see only the steps and rows of the text: nothing is captured, runs ahead or fills a
+    bucket. ``params`` are the sampling parameters of places that no row has had yet. If they are
+    those of the rows, one graph serves all of them. ``chooser`` chooses the tokens, if given.
     ``prompt_lookup`` and ``assistant`` are those of ``Speculation``.
     """
 
@@ -152,15 +151,15 @@ class DecodeLoop:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows that have places, in their order."""
+        """Rows that have places, in their order."""
         return [row for row in self.places if row is not None]
 
     def is_under_way(self, row: Row) -> bool:
-        """Return True if a launch that was not read runs the row."""
+        """Return True if an unread launch runs the row."""
         return any(row is other for launch in self._unread for other, _ in launch.rows)
 
     def admit(self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState) -> None:
-        """Choose the next tokens of rows whose texts have run, by ``logits [B, V]``, and go on."""
+        """Choose the next tokens of rows whose texts have run, from ``logits [B, V]``."""
         self._retire()
         buffers, device = self.buffers, self.model.device
         free = [place for place, row in enumerate(self.places) if row is None]
@@ -173,7 +172,7 @@ class DecodeLoop:
         else:
             chosen = self.chooser(rows, logits, state)
         slots = on_device([row.slot for row in rows], torch.int64, device)
-        # Each stands at the last token of its text.
+        # Each row is at the last token of its text.
         positions = on_device([row.start + row.launched - 1 for row in rows], torch.int64, device)
         lengths = (positions + 1).int()
         finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
@@ -189,10 +188,10 @@ class DecodeLoop:
         self._copy_to_host(numbered, written[None], ran=False, logits=logits)
 
     def launch(self) -> int:
-        """Launch steps of the rows that go on, and return their number; 0 without rows.
+        """Launch steps of the rows that continue, and return their number; 0 without rows.
 
-        Where a row needs its logits changed or told, it is one step, and all launches before must
-        have been read. Raises CacheError, with nothing launched, where the pages do not suffice.
+        If a row's logits must be changed or reported, it is one step, and all earlier launches must
+        have been read. Raises CacheError, with nothing launched, if there are too few pages.
         """
         self._retire()
         self._shrink()
@@ -235,7 +234,9 @@ class DecodeLoop:
 
     @property
     def on_logits(self) -> bool:
-        """Return True if the next step stops at its logits: all launches before are read first."""
+        """Return True if the next step stops at its logits. All earlier launches are then read
+        first.
+        """
         return self.chooser is not None or any(row.needs_logits for row in self.rows)
 
     @property
@@ -251,7 +252,9 @@ class DecodeLoop:
         return bool(self.lag) and not self.on_logits and not isinstance(last, VerifiedLaunch)
 
     def _steps_of_launch(self, going: list[tuple[Row, int]]) -> int:
-        """Return the steps of the next launch: all that it writes is wanted and has a place."""
+        """Return the number of steps of the next launch: all its tokens are wanted and have a
+        place.
+        """
         if not self.lag or len(self.places) > MULTI_STEP_ROWS:
             return 1
         longest = max(row.start + row.launched for row, _ in going)
@@ -260,7 +263,7 @@ class DecodeLoop:
         return 1 if not fit or any(row.request.stream for row, _ in going) else MAX_STEPS
 
     def _choose(self, going: list[tuple[Row, int]], count: int) -> torch.Tensor:
-        """Choose tokens by the logits of the step that ran, as requests change them; the logits."""
+        """Choose tokens from the step's logits, as requests change them, and return the logits."""
         buffers, ops = self.buffers, self.model.ops
         assert buffers.logits is not None
         logits = buffers.logits[:count].clone()
@@ -275,7 +278,7 @@ class DecodeLoop:
     def _by_chooser(
         self, chooser: Chooser, going: list[tuple[Row, int]], logits: torch.Tensor
     ) -> torch.Tensor:
-        """Return the chooser's tokens, of all places in ``logits [B, V]``."""
+        """Return the chooser's tokens for all places in ``logits [B, V]``."""
         places, rows = [place for _, place in going], [row for row, _ in going]
         if places == list(range(len(logits))):
             return chooser(rows, logits, self.buffers.view(len(logits)))
@@ -289,8 +292,8 @@ class DecodeLoop:
     def read(self, keep: int) -> Iterator[Written]:
         """Yield the tokens of all launches but the last ``keep``: rows and tokens, step by step.
 
-        They are the rows that were running. A row is marked as ended by its last token, or by
-        NO_TOKEN, which stands where it had none to choose. Third are log-probabilities.
+        Only rows that were running are in it. A row is marked as ended by its last token, or by
+        NO_TOKEN if it had none to choose. Each item has log-probabilities as its third part.
         """
         while len(self._unread) > keep:
             launch = self._unread[0]
@@ -300,9 +303,9 @@ class DecodeLoop:
             self._unread.popleft()
 
     def settle(self) -> None:
-        """Count what was launched and not read, so that the cache says what it holds.
+        """Count the tokens of unread launches, so that the lengths in the cache are right.
 
-        If that fails, nothing is known, and the slots are empty.
+        If that fails, the slots are emptied.
         """
         try:
             for _ in self.read(0):
@@ -313,13 +316,13 @@ class DecodeLoop:
             raise
 
     def remove(self, row: Row) -> None:
-        """Take a row's place from it, as if it had never been there. Its launches must be read."""
+        """Free a row's place, as if it had never been there. Its launches must be read."""
         assert not self.is_under_way(row)
         if row in self.places:
             self._vacate(self.places.index(row))
 
     def _retire(self) -> None:
-        """Empty the places of rows that have ended, or need no more than they were asked for."""
+        """Free the places of rows that have ended, or whose last steps are launched."""
         for place, row in enumerate(self.places):
             if row is not None and (row.ended or row.launched == row.limit):
                 self._vacate(place)
@@ -330,7 +333,7 @@ class DecodeLoop:
             self.buffers.clear_rows(place, place + 1, self.cache)
 
     def _rows_of_step(self, live: int) -> int:
-        """Return the rows of a step in which ``live`` are live."""
+        """Return the number of rows of a step with ``live`` live rows."""
         return live if self.hooked else bucket(live, self.cache)
 
     def _shrink(self) -> None:
@@ -355,9 +358,9 @@ class DecodeLoop:
         ran: bool,
         logits: torch.Tensor | None,
     ) -> None:
-        """Have ``tokens [steps, B]`` copied to where the host will read them, without waiting.
+        """Copy ``tokens [steps, B]`` to the host without waiting.
 
-        Log-probabilities of ``logits [B, V]``, for rows that ask for them, are waited for.
+        It waits for the log-probabilities of ``logits [B, V]``, if rows ask for them.
         """
         logprobs = {}
         if any(row.request.logprobs is not None for row, _ in rows):

@@ -28,12 +28,12 @@ from lfm2_fast.engine.warm_up import warm_up_requests
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams
 
-# Seconds that a chunk of a prompt may hold up the rows that decode, on a CPU and on a GPU.
+# Seconds that a chunk of a prompt may delay the rows that decode, on a CPU and on a GPU.
 CPU_CHUNK_SECONDS, GPU_CHUNK_SECONDS = 0.1, 0.05
 
 
 class QueueFull(RuntimeError):
-    """The engine takes no more requests for now: its queue is full."""
+    """Error of an engine whose queue is full. It takes requests again later."""
 
 
 class Engine:
@@ -41,24 +41,26 @@ class Engine:
 
     ``model`` is the network, or a model that holds it as ``network``.
 
-    At most ``max_rows`` continuations run at a time, each of at most ``max_length`` tokens of
-    context. ``memory`` is what the pages and conv windows may take: bytes, "8GB", or "80%" of what
-    is free. It is taken at once. ``pages`` bounds the pages, of 64 tokens, instead. Without both
-    there is room for ``max_rows`` full contexts, and memory is taken as it is needed.
-    ``prefix_cache`` keeps the pages of ended texts, as long as nothing else needs them, for prompts
-    that begin alike. While ``max_waiting`` continuations wait for a row, no request is taken.
-    ``chunk`` fixes the tokens of a prompt's chunk; without it the measured rate does.
+    At most ``max_rows`` continuations run at the same time, each with a context of at most
+    ``max_length`` tokens. ``memory`` is the size of the pages and conv windows: bytes, "8GB", or
+    "80%" of the free memory. It is taken at once. ``pages`` limits the number of pages, of 64
+    tokens, instead. Without both there are pages for ``max_rows`` full contexts, and memory is
+    taken as it is needed. ``prefix_cache`` keeps the pages of ended texts for prompts with the same
+    beginning, until other rows need them. While ``max_waiting`` continuations wait for a row,
+    ``add`` raises QueueFull. ``chunk`` fixes the tokens of a prompt's chunk; without it they follow
+    from the measured speed.
 
-    With a caller's ``cache`` the engine runs on that, with ``buffers`` made for it, or new ones.
-    Requests name their slots there. Slots keep what they hold, and requests go on from what they
-    share with it. With ``chooser`` all rows begin together, and it chooses their tokens.
+    With ``cache`` the engine runs on the caller's cache, with ``buffers`` made for it, or new ones.
+    Requests name their slots there. Slots keep their content, and a request continues from the part
+    that it shares with its slot. With ``chooser`` all rows begin together, and it chooses their
+    tokens.
 
     ``prompt_lookup`` is that of requests that say none. ``assistant`` is a smaller model of the
     same vocabulary, which drafts tokens for requests; its cache is made as it is needed. Drafts
     change no text.
 
-    One thread drives an engine. Nothing in it depends on time but the length of chunks, deadlines
-    and the statistics. Raises ValueError where the memory is too small for one page.
+    Only one thread may use an engine. Time affects only the length of chunks, deadlines and the
+    statistics. Raises ValueError if the memory is too small for one page.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class Engine:
         self.events = Events(self.statistics, model.dtype, chooser)
         self._begin(cache, buffers)
 
-    # Not in a caller's inference mode: what is made here must be writable outside of it.
+    # Not in a caller's inference mode: tensors made here must be writable outside of it.
     @torch.inference_mode(False)
     def _begin(self, cache: Cache | None = None, buffers: StepBuffers | None = None) -> None:
         """Run on ``cache``, or on a new one."""
@@ -140,23 +142,23 @@ class Engine:
             prompt_lookup=self._prompt_lookup,
             assistant=assistant,
         )
-        # Rows whose prompts have run, which begin together.
+        # Rows whose prompts have run. They will begin together.
         self._held: list[tuple[Row, torch.Tensor]] = []
         self._awake = True
 
     def _take_memory(self, memory: int | str) -> None:
-        """Take the memory of all pages now, so that no request finds it gone."""
+        """Take the memory of all pages now, so that no later request lacks it."""
         try:
             self.cache.take_memory()
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"memory={memory!r} cannot be taken from {self.model.device}: something else took "
-                f"it meanwhile, or it is in pieces ({error}); give less"
+                f"it meanwhile, or it is fragmented ({error}); give less"
             ) from error
 
     @property
     def tokens(self) -> int:
-        """Tokens that the pages hold at most. Raises RuntimeError when asleep."""
+        """Number of tokens that fit into the pages. Raises RuntimeError when asleep."""
         self._check_awake()
         return self.cache.pool.memory.limit * PAGE_SIZE
 
@@ -172,7 +174,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Return True while a request has not ended, or an event was not handed out."""
+        """Return True while a request has not ended, or an event was not returned."""
         if not self._awake:
             return bool(self.events)
         rows = self.decode.rows or self.scheduler.waiting or self.scheduler.prefilling
@@ -182,7 +184,8 @@ class Engine:
         """Take a request and return its id.
 
         On a caller's cache ``slots`` has the slot of each of its continuations. Raises ValueError
-        for what can never run, QueueFull while ``max_waiting`` wait, and RuntimeError when asleep.
+        for a request that can never run, QueueFull while ``max_waiting`` wait, and RuntimeError
+        when asleep.
         """
         self._check_awake()
         request.check(self.model.config.vocab_size, self.max_length)
@@ -214,23 +217,23 @@ class Engine:
         return self._next_id
 
     def cancel(self, id: int, index: int | None = None) -> None:
-        """End what is left of a request, or of one continuation; its last event says "cancelled".
+        """End a request, or one of its continuations. Its last event has "cancelled".
 
-        An id that is not known, or has ended, is no error.
+        An unknown id, or one that has ended, is no error.
         """
         for row in self.rows:
             if row.id == id and index in (None, row.index):
                 self._end(row, "cancelled")
 
-    # Not in a caller's inference mode either: what a cache keeps must be writable outside of it.
+    # Not in a caller's inference mode either: a cache's tensors must be writable outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     @host_by_default()
     def step(self) -> list[Event]:
         """Run one step: at most one chunk of prompts, then one launch of the rows that decode.
 
-        Returns what is known of new tokens and ends. Raises what the model raises; ``reset`` makes
-        the engine usable then. Raises RuntimeError when asleep.
+        Returns events of new tokens and ends. Raises the exceptions of the model; the engine is
+        usable again after ``reset``. Raises RuntimeError when asleep.
         """
         self._check_awake()
         self.statistics.steps += 1
@@ -240,7 +243,7 @@ class Engine:
         self.prefill.admit(others=bool(decoding or self.slots.leaving))
         began = self._run_prompts(stuck=waiting == len(self.scheduler.waiting))
         if began and not decoding and not self.decode.lag:
-            # No row waits for a launch, so the first tokens are handed out before it.
+            # No row waits for a launch, so the first tokens are returned before it.
             self._read(0)
         else:
             self._run_rows()
@@ -272,7 +275,9 @@ class Engine:
         vars(self.statistics).update(statistics)
 
     def abandon(self) -> None:
-        """Forget all requests, and count what their steps have run; slots keep what they hold."""
+        """Drop all requests, and count the tokens that their steps have run. Slots keep their
+        content.
+        """
         rows = self.rows
         self.decode.settle()
         self.events.take()
@@ -281,9 +286,9 @@ class Engine:
         self._release()
 
     def reset(self, error: Exception | None = None) -> None:
-        """Forget all requests, whose last events carry ``error``, and what the cache holds.
+        """Drop all requests, with ``error`` in their last events, and empty the cache.
 
-        Raises RuntimeError on a caller's cache: what that holds is not the engine's.
+        Raises RuntimeError on a caller's cache, which the engine does not own.
         """
         self._check_owner()
         for row in self.rows:
@@ -295,7 +300,7 @@ class Engine:
         self._begin()
 
     def sleep(self) -> None:
-        """Give the memory of cache and graphs back. Raises RuntimeError while requests run."""
+        """Free the memory of cache and graphs. Raises RuntimeError while requests run."""
         if self.busy:
             raise RuntimeError("sleep() needs an engine without requests; step until none is left")
         self._check_owner()
@@ -310,15 +315,15 @@ class Engine:
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Take memory again after ``sleep``; nothing is cached."""
+        """Take memory again after ``sleep``. The cache is empty."""
         self._check_owner()
         if not self._awake:
             self._begin()
 
     def close(self) -> None:
-        """End all requests, without events, and give the memory back. A second call does nothing.
+        """End all requests, without events, and free the memory. A second call does nothing.
 
-        ``wake`` makes an engine usable again that has a cache of its own.
+        ``wake`` makes an engine with its own cache usable again.
         """
         if self._awake and self._is_callers:
             self.abandon()
@@ -328,7 +333,7 @@ class Engine:
         self._put_away()
 
     def clear_prefix_cache(self) -> None:
-        """Forget the pages of texts that have ended; the next prompts are run whole."""
+        """Free the pages of texts that have ended. Later prompts do not find them."""
         self._check_awake()
         if self.slots.index is not None:
             self.slots.index.clear()
@@ -366,14 +371,14 @@ class Engine:
         self._leave(row)
 
     def _leave(self, row: Row) -> None:
-        """Have an ended row's slot given back as soon as nothing under way writes to it."""
+        """Mark an ended row, to free its slot as soon as no running launch writes to it."""
         row.ended = True
         self.scheduler.leave(row)
         if row.slot >= 0:
             self.slots.leaving.append(row)
 
     def _release(self) -> None:
-        """Give back the slots of ended rows that nothing under way writes to."""
+        """Free the slots of ended rows that no running launch writes to."""
         for row in list(self.slots.leaving):
             if not self.decode.is_under_way(row):
                 self.slots.leaving.remove(row)
@@ -382,8 +387,8 @@ class Engine:
     def _run_prompts(self, *, stuck: bool) -> bool:
         """Run a chunk of the prompts; rows whose prompts have run get their first tokens.
 
-        Return True if rows got them. With a chooser, which sees all rows of a step, they begin when
-        all prompts have run. ``stuck`` says that no row that waits could be admitted.
+        Return True if rows got them. A chooser sees all rows of a step, so with one they begin when
+        all prompts have run. ``stuck`` is True if no waiting row could be admitted.
         """
         try:
             self._held += self.prefill.run(decoding=len(self.decode.rows))
@@ -406,7 +411,7 @@ class Engine:
         return True
 
     def _run_rows(self) -> None:
-        """Launch a step of the rows that decode, and read what launches before it made."""
+        """Launch a step of the rows that decode, and read the tokens of earlier launches."""
         launched = 0
         if self.decode.rows:
             if self.decode.reads_first:
@@ -435,14 +440,14 @@ class Engine:
                     self.slots.enter(row)
 
     def _preempt(self) -> bool:
-        """Take the pages of the youngest row; False if there is none but the oldest.
+        """Take the pages of the youngest row. Return False if only the oldest is left.
 
-        No row that has a slot of a caller's cache is preempted, which keeps its pages, and none
-        that goes together with others by a chooser.
+        A row in a slot of a caller's cache is never preempted, because the slot keeps its pages.
+        With a chooser no row is preempted, because its rows go together.
 
-        Where reading what is under way ends rows and frees their pages, no row is preempted. The
-        row's full pages stay in the index while no row needs them. It waits again, and goes on
-        later as if nothing had been.
+        Unread launches are read first. If rows end by that, their pages may be enough. The row's
+        full pages stay in the index until another row needs them. The row waits again, and
+        continues later with the same tokens.
         """
         before = self.cache.pool.available
         self._read(0)
@@ -460,7 +465,7 @@ class Engine:
         self.scheduler.leave(row)
         self.slots.give_back(row)
         row.launched = len(row.written)
-        # They are told anew, from the prompt's first chunk on.
+        # They are computed again, from the prompt's first chunk on.
         row.prompt_logprobs = None
         self._held = [each for each in self._held if each[0] is not row]
         self.scheduler.wait(row)
@@ -468,7 +473,7 @@ class Engine:
         return True
 
     def _count(self) -> None:
-        """Note in the statistics what is so now."""
+        """Update the present numbers in the statistics."""
         statistics, pool = self.statistics, self.cache.pool
         statistics.running = len(self.decode.rows) + len(self.scheduler.prefilling)
         statistics.waiting = len(self.scheduler.waiting)

@@ -12,7 +12,7 @@ from lfm2_fast.engine.statistics import Statistics
 class Events:
     """Collects the events of a step, and decides with which token a row ends.
 
-    ``dtype`` is the model's. ``chooser`` is the one that chooses the tokens, if any.
+    ``dtype`` is the model's. ``chooser`` is the engine's, if it has one.
     """
 
     def __init__(self, statistics: Statistics, dtype: torch.dtype, chooser: Chooser | None) -> None:
@@ -23,14 +23,14 @@ class Events:
         return len(self._pending)
 
     def take(self) -> list[Event]:
-        """Return the events that were not handed out, and forget them."""
+        """Return the collected events, and clear the list."""
         events, self._pending = self._pending, []
         return events
 
     def token(self, row: Row, token: int, logprobs: LogProbs | None, now: float) -> None:
         """Note a new token of a row at the time ``now``, and its end if it is the last.
 
-        A row without a token to choose, and one whose stop condition raises, end by an error.
+        A row without a token to choose ends with an error, and so does one whose ``stop`` raises.
         """
         count = len(row.written)
         if token < 0:
@@ -51,7 +51,7 @@ class Events:
         self._add(row, token, logprobs)
 
     def end(self, row: Row, reason: str) -> None:
-        """Note the end of a row without a token more."""
+        """Note the end of a row without another token."""
         row.finish_reason = reason
         self._add(row, None)
 

@@ -21,16 +21,16 @@ _capturing = threading.Lock()
 
 
 class Replayable(Protocol):
-    """A captured graph."""
+    """Captured graph."""
 
     def replay(self) -> None: ...
 
 
 class Graphs:
-    """Graphs by key, of bodies that touch nothing but tensors which stay where they are.
+    """Graphs by key. Their bodies use only tensors that never move.
 
-    All share one memory pool, since none keeps results in it: a body writes what it gives to a
-    tensor of the caller's. ``capture`` makes the graph of a body; it is another in tests.
+    All share one memory pool, because none keeps results in it: a body writes its results to
+    tensors of the caller. ``capture`` makes the graph of a body; tests replace it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Graphs:
         # Never released: torch's stream pool is small, and libraries keep a workspace per stream.
         self.stream: Any = None
         self._uncaptured: set[Hashable] = set()
-        # Of captures that failed. Torch's allocator for pinned memory may know them for good.
+        # Of captures that failed. Torch's allocator for pinned memory may keep them forever.
         self._failed: list[Any] = []
         self.clear()
 
@@ -69,11 +69,12 @@ class Graphs:
         return key in self._graphs
 
     def run(self, key: Hashable, body: Callable[[], None]) -> None:
-        """Do what ``body`` does.
+        """Run ``body``, as a graph if it has run before.
 
-        The first time it runs as it is: kernels are compiled and loaded then, which a capture must
-        not do. The second time it is captured, which runs nothing, and from then on replayed. Where
-        the capture fails, a warning says so once, and the work runs as it is from then on.
+        The first time it runs uncaptured: this compiles and loads kernels, which a capture must not
+        do. The second time it is captured, which runs nothing, and then replayed. Later calls are
+        replays. Where the capture fails, a warning says so once, and the work runs as it is from
+        then on.
         """
         graph = self._graphs.get(key)
         if graph is None and (key not in self._warm or key in self._uncaptured):
@@ -89,7 +90,8 @@ class Graphs:
                 body()
                 return
         graph.replay()
-        # Kept once it has run: a CPU's graph is recorded then, and may be interrupted.
+        # Kept only after it has run: a CPU graph is recorded by its first run, which may be
+        # interrupted.
         self._graphs[key] = graph
 
 
@@ -99,11 +101,11 @@ def capture_cpu(graphs: Graphs, body: Callable[[], None]) -> Replayable:
 
 
 def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
-    """The CUDA graph of ``body``. Raises RuntimeError where the capture fails.
+    """Return the CUDA graph of ``body``. Raises RuntimeError where the capture fails.
 
     Other threads may allocate and launch meanwhile (``thread_local``). Graphs that share a pool
-    must be captured on one stream, and torch's own default stream for that belongs to whichever
-    device came first; so there is one for each ``graphs``.
+    must be captured on one stream. torch's default capture stream belongs to the first device that
+    was used, so each ``Graphs`` has its own stream.
     """
     begin = time.perf_counter()
     with torch.cuda.device(graphs.device), _capturing, _no_collection():

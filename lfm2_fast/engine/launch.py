@@ -1,4 +1,4 @@
-"""Launch: decode steps under way, and their tokens as the host reads them."""
+"""Launch: running decode steps, and their tokens as the host reads them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Written = tuple[list[Row], list[int], dict[Row, LogProbs]]
 
 @dataclass
 class Launch:
-    """Steps under way: ``tokens [steps, B]`` on the host, and a column of them for each row.
+    """Launched steps: ``tokens [steps, B]`` on the host, one column for each row.
 
-    The tokens are there when the event ``copied`` has come, or at once if it is None. ``ran`` says
-    that the steps ran the rows' tokens before; those of prompts did not. ``read`` counts the steps
-    that were read. ``logprobs`` are those that rows asked for, of a launch of one step.
+    The tokens are complete after the event ``copied``, or at once if it is None. ``ran`` is True if
+    the steps ran the rows' previous tokens; it is False for first tokens after prompts. ``read``
+    counts the steps that were read. ``logprobs`` are those that rows asked for, of a launch of one
+    step.
     """
 
     rows: list[tuple[Row, int]]
@@ -44,17 +45,17 @@ class Launch:
             for row, column in self.rows:
                 if row.ended:
                     continue
-                # The step has run the token before; that of a text that was run did not.
+                # The step has run the token before. The first token after a prompt has run nothing.
                 if self.ran:
                     cache.commit_token(row.slot, row.written[-1])
                 note(row, tokens[column])
                 if row.ended:
-                    # Whatever is under way, the device has gone one token on at most.
+                    # The device is at most one token ahead.
                     ran = min(row.launched - 1, len(row.written))
                     cache.expect_length(row.slot, row.start + ran)
                 rows.append(row)
             self.read += 1
-            if rows:  # steps that were under way when the last row ended have none
+            if rows:  # steps that were running when the last row ended have none
                 yield rows, [row.written[-1] for row in rows], self.logprobs
 
 

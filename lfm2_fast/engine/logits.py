@@ -1,4 +1,4 @@
-"""Changes to logits that no sampling operation makes, and log-probabilities of what was chosen."""
+"""Changes to logits outside of the sampling operation, and log-probabilities of chosen tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from lfm2_fast.engine.request import Hook, LogProbs, Row
 
 
 def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Tensor:
-    """Return ``logits [B, V]`` in float32 as the requests of the rows want them.
+    """Return ``logits [B, V]`` in float32, with all changes of the rows' requests.
 
-    ``rows`` have their places in the batch. Penalties come first, then the bias, the constraint,
-    the end tokens that come too soon, and the hook. Where a constraint or a hook raises, or a hook
-    gives another shape, the row's ``error`` is set and its logits are NaN, so that it has no token
-    to choose.
+    ``rows`` is in the order of the batch. Penalties come first, then the bias, the constraint,
+    ``min_tokens`` and the hook. If a constraint or a hook raises, or a hook returns another shape,
+    the row's ``error`` is set. Its logits become NaN, so it has no token to choose.
     """
     prepare(row for row, _ in rows)
     changed = [(row, place) for row, place in rows if row.request.changes_logits]
@@ -52,7 +51,9 @@ def adjusted(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> torch.Ten
 
 
 def prepare(rows: Iterable[Row]) -> None:
-    """Have the constraints of rows work out what may follow; their errors wait for their turn."""
+    """Let the constraints of rows find their allowed tokens. Their errors are raised later, by
+    ``allowed``.
+    """
     for row in rows:
         if row.constraint is not None:
             with contextlib.suppress(Exception):
@@ -60,7 +61,7 @@ def prepare(rows: Iterable[Row]) -> None:
 
 
 def _constrain(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> None:
-    """Set ``logits [B, V]`` to -inf for what constraints forbid, in one operation for all rows."""
+    """Set ``logits [B, V]`` of forbidden tokens to -inf, in one operation for all rows."""
     places, masks = [], []
     for row, place in rows:
         try:
@@ -74,8 +75,8 @@ def _constrain(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> None:
     if not masks:
         return
     words = torch.stack(masks).to(logits.device, non_blocking=True)
-    # Words are little-endian wherever torch runs, so their bytes are in the order of the tokens. To
-    # look bytes up and add is several times faster than to unpack bits and to fill by them.
+    # torch's platforms are little-endian, so the bytes of words are in the order of the tokens. A
+    # table look-up by byte and an addition are several times faster than unpacking bits.
     byte = torch.arange(256, device=logits.device)[:, None]
     allows = (byte >> torch.arange(8, device=logits.device)) & 1
     terms = torch.where(allows == 1, 0.0, -math.inf)
@@ -88,7 +89,7 @@ def _constrain(logits: torch.Tensor, rows: Sequence[tuple[Row, int]]) -> None:
 
 
 def _without_end(row: Row, own: torch.Tensor) -> None:
-    """Forbid end tokens that come too soon, unless a constraint leaves nothing else."""
+    """Forbid end tokens before ``min_tokens``, unless a constraint allows nothing else."""
     without = own.index_fill(0, _at(list(row.request.eos), own), -math.inf)
     if row.constraint is None or bool((without > -math.inf).any()):
         own.copy_(without)
@@ -105,7 +106,9 @@ def _hooked(hook: Hook, row: Row, own: torch.Tensor) -> torch.Tensor:
 
 
 def log_probs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[LogProbs]:
-    """Return what ``logits [B, V]`` gave ``tokens``, and the best ``counts[i]`` of each row."""
+    """Return the log-probabilities of ``tokens`` in ``logits [B, V]``, and of each row's best
+    ``counts[i]``.
+    """
     scores = logits.float().log_softmax(-1)
     own = scores.gather(1, _at(list(tokens), scores)[:, None])[:, 0].tolist()
     best = scores.topk(max(max(counts, default=0), 1))

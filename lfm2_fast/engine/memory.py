@@ -1,4 +1,4 @@
-"""Memory of a device: how much is free, and how much of it an engine is to take."""
+"""Memory of a device: how much is free, and how much an engine takes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def bytes_of(memory: int | str, device: torch.device) -> int:
-    """Return the bytes that ``memory`` names: a number, "8GB", "500MB", or "80%" of what is free.
+    """Return ``memory`` in bytes: from a number, "8GB", "500MB", or "80%" of the free memory.
 
-    Raises ValueError for another text, and for nothing or less.
+    Raises ValueError for another text, and for 0 or less.
     """
     text = str(memory).strip()
     units = {"%": free_memory(device) / 100, "GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
@@ -46,16 +46,16 @@ def bytes_of(memory: int | str, device: torch.device) -> int:
                 return int(found)
             break
     raise ValueError(
-        f"memory must be bytes, or like '8GB' or '80%' of what is free, got {memory!r}"
+        f"memory must be bytes, or like '8GB' or '80%' of the free memory, got {memory!r}"
     )
 
 
 def pages_in(
     memory: int | str, config: Config, device: torch.device, dtype: torch.dtype, max_rows: int
 ) -> int:
-    """Return the pages that fit into ``memory`` beside the conv windows of ``max_rows``.
+    """Return how many pages fit into ``memory`` beside the conv windows of ``max_rows``.
 
-    ``memory`` is as in ``bytes_of``. Raises ValueError where it is too small for one page.
+    ``memory`` is as in ``bytes_of``. Raises ValueError if it is too small for one page.
     """
     taken = bytes_of(memory, device)
     page = config.cache_bytes(dtype.itemsize, PAGE_SIZE)

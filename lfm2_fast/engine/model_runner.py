@@ -12,8 +12,8 @@ from lfm2_fast.engine.captured_prompt import CapturedPrompt
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
 from lfm2_fast.models.lfm2 import Lfm2
 
-# Tokens per forward pass of a prefill: enough to keep the matrices busy, few enough that the
-# feed-forward's intermediate values stay small beside the weights.
+# Tokens per forward pass of a prefill. They are enough for fast matrix products. The intermediate
+# values of the feed-forward are still small beside the weights.
 CHUNK = 2048
 # Most tokens that are drafted for a row: a step of eight tokens is as many as pay.
 MOST_DRAFTED = 7
@@ -29,9 +29,9 @@ def new_cache(
 ) -> Cache:
     """Return an empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
 
-    ``spare`` and ``pages`` are those of ``Cache``; drafts of ``spare - 1`` tokens fit. Where steps
-    are captured, it has a dummy slot, if sequences run together, and a conv row more for the step
-    that is under way when a text ends.
+    ``spare`` and ``pages`` are those of ``Cache``; drafts of ``spare - 1`` tokens fit. If steps are
+    captured, it has two additions. Several sequences that run together get a dummy slot. Each slot
+    has one more conv row, for the step that is running when a text ends.
     """
     captures = model.ops.captures
     return Cache(
@@ -56,8 +56,9 @@ def run_batch(
 ) -> torch.Tensor:
     """Run packed ``tokens [T]`` int64 and count them in the cache; return logits ``[R, V]``.
 
-    ``rows [R]`` are packed indices, None means all T; for none the head does not run. Token ids
-    are not checked. Raises CacheError when the cache cannot take the tokens; it is unchanged then.
+    ``rows [R]`` are packed indices; None means all T. Without any the head does not run. Token ids
+    are not checked. Raises CacheError if the tokens do not fit into the cache, which is then
+    unchanged.
     """
     cache.reserve(batch)
     if rows is not None and not len(rows):
@@ -94,7 +95,8 @@ class ModelRunner:
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Run each prompt, of at least one token, in its slot; logits ``[B, V]`` of the last ones.
 
-        Long prompts run in chunks. A slot whose conv windows are gone replays its last tokens.
+        Long prompts run in chunks. If the conv windows of a slot are gone, it replays its last
+        tokens.
         """
         logits: dict[int, torch.Tensor] = {}
         replays = [self.cache.replay(slot) for slot in slots]
@@ -104,7 +106,7 @@ class ModelRunner:
         while len(logits) < len(texts):
             room, counts = CHUNK, []
             for text, ran, again in zip(texts, done, replays, strict=True):
-                # What is replayed runs together with the first new token.
+                # Replayed tokens run together with the first new token.
                 most = min(room, len(text) - ran)
                 counts.append(most if ran or most > len(again) else 0)
                 room -= counts[-1]
@@ -123,7 +125,7 @@ class ModelRunner:
         return torch.stack([logits[row] for row in range(len(texts))])
 
     def step(self, tokens: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
-        """Run one more token in each slot; logits ``[B, V]``. Captured, where that can be."""
+        """Run one more token in each slot, captured if possible. Return logits ``[B, V]``."""
         model, cache, count = self.model, self.cache, len(tokens)
         uncaptured = self.hooked or not model.ops.uses_graphs
         if uncaptured or any(cache.replay(slot) for slot in slots):
@@ -150,14 +152,14 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Run chunks of texts that end at ``ends``; return logits ``[E, V]`` of the ended texts.
 
-        They are those of each text's last token, in the order of the chunks. A chunk that does not
-        reach its text's end has none. The first ``replays[i]`` tokens of a chunk run again.
-        ``every`` asks for the logits of every token instead. Raises CacheError, with nothing
-        changed, where the cache has not enough pages.
+        They belong to the last token of each text, in the order of the chunks. A chunk that does
+        not reach the end of its text has none. The first ``replays[i]`` tokens of a chunk run
+        again. ``every`` asks for the logits of every token instead. Raises CacheError, with nothing
+        changed, if the cache has too few pages.
         """
         model, cache = self.model, self.cache
         counts, total = [len(chunk) for chunk in chunks], sum(map(len, chunks))
-        # A captured prompt knows no end but its own, and gives no logits but the last.
+        # A captured prompt has the frequencies of its own length, and gives only the last logits.
         held = [cache.lengths[slot] - again for slot, again in zip(slots, replays, strict=True)]
         own = [start + n for start, n in zip(held, counts, strict=True)]
         ended = [i for i, (at, end) in enumerate(zip(own, ends, strict=True)) if at == end]

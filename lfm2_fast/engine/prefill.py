@@ -16,7 +16,7 @@ from lfm2_fast.engine.scheduler import Scheduler, pages_wanted
 from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
 
-# Waiting rows that are looked at in a step. Most wait for a row before them, and each costs time.
+# Waiting rows that a step examines. Most of them wait for an earlier row, and each costs time.
 LOOK_AHEAD = 64
 
 
@@ -31,11 +31,11 @@ class Prefill:
         self._timer = ChunkTimer(runner.model.device)
 
     def admit(self, *, others: bool) -> None:
-        """Give slots to waiting rows, in their order, while their pages are there.
+        """Give slots to waiting rows, in their order, while there are pages for them.
 
-        A row waits for another one that runs the same beginning; rows behind it pass. Nothing
-        passes a row that waits for pages. ``others`` says that rows decode or leave, which will
-        give pages back; without them one row is admitted in any case.
+        If another row runs the same beginning, a row waits for it, and rows behind it may pass. No
+        row passes a row that waits for pages. ``others`` is True if rows decode or leave, which
+        will free pages. Without them one row is admitted in any case.
         """
         scheduler = self.scheduler
         for row in scheduler.waiting[:LOOK_AHEAD]:
@@ -55,7 +55,7 @@ class Prefill:
             self._count(row)
 
     def _match(self, row: Row) -> Match | None:
-        """Return what is known of a row's text, None while another row makes more of it."""
+        """Return the indexed part of a row's text, or None while another row extends it."""
         if row.request.prompt_logprobs is not None:
             return Match()
         if any(other.id == row.id for other in self.scheduler.prefilling):
@@ -70,7 +70,7 @@ class Prefill:
         return match
 
     def _fits(self, row: Row, match: Match) -> bool:
-        """Return True if the pages of a row are there, beside those of admitted prompts.
+        """Return True if there are pages for a row, beside those of admitted prompts.
 
         A caller's cache has pages for all its slots at full length.
         """
@@ -83,7 +83,7 @@ class Prefill:
         return needed <= pool.available
 
     def _count(self, row: Row) -> None:
-        """Note an admitted row in the statistics: a prompt once, however often it is admitted."""
+        """Count an admitted row in the statistics: each prompt once, also after a preemption."""
         if row.admitted:
             return
         row.admitted = True
@@ -93,10 +93,10 @@ class Prefill:
             self.statistics.prompt_tokens += row.start
 
     def run(self, *, decoding: int) -> list[tuple[Row, torch.Tensor]]:
-        """Run a chunk; the rows whose texts have run, each with its logits ``[V]``.
+        """Run a chunk. Return the rows whose texts have run, each with its logits ``[V]``.
 
-        The other continuations of their requests come with them. ``decoding`` counts the rows
-        that decode, and wait for the chunk. Raises CacheError, with nothing run, for lack of pages.
+        The other continuations of their requests come with them. ``decoding`` is the number of rows
+        that decode. Raises CacheError, with nothing run, if there are too few pages.
         """
         for timed in self._timer.finished():
             self.scheduler.measured(*timed)
@@ -131,7 +131,7 @@ class Prefill:
     def _with_prompt_logprobs(
         self, rows: Sequence[Row], texts: Sequence[Sequence[int]], replays: Sequence[int]
     ) -> torch.Tensor:
-        """Run chunks one by one, and note the log-probabilities that their requests ask for.
+        """Run chunks one by one, and keep the log-probabilities that their requests want.
 
         Returns the logits ``[E, V]`` of the texts that have run.
         """

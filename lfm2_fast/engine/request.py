@@ -1,4 +1,4 @@
-"""Request: a prompt and all that decides its continuations. Event: what became of a step."""
+"""Request: a prompt with the settings of its continuations. Event: a result of a step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Hook = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 
 
 class Constraint(Protocol):
-    """Says which tokens one continuation may have next."""
+    """Rule that allows some of the tokens as the next one of a continuation."""
 
     def prepare(self, written: Sequence[int]) -> None:
-        """Begin to work out what may follow the new tokens ``written``; the model may run now."""
+        """Begin to find the tokens that may follow ``written``, while the model runs."""
 
     def allowed(self, written: Sequence[int]) -> torch.Tensor | None:
         """Return a bit for each token that may follow ``written``, None if all may.
@@ -31,25 +31,24 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt of at least one token, and how it is continued.
+    """Prompt of at least one token, and the settings of its continuations.
 
-    A token is chosen as ``sampling`` says. Its draw depends on ``seed``, the continuation's place
-    among the request's ``n``, and the token's position, never on what else runs. ``eos`` are the
-    tokens that end the text, from ``min_tokens`` new ones on; ``max_tokens`` bounds the new tokens
-    (None: the context does). ``stop`` is asked after every new token, with the new tokens so far.
-    ``first_row`` is added to a continuation's place where draws depend on it, so that requests of
-    one seed draw apart.
+    ``sampling`` chooses the tokens. A draw depends only on ``seed``, the continuation's index among
+    the request's ``n``, and the token's position. ``eos`` are the tokens that end the text, from
+    ``min_tokens`` new ones on. ``max_tokens`` limits the new tokens (None: the context does).
+    ``stop`` is called after every new token, with the new tokens so far. ``first_row`` is added to
+    the index in draws, so that requests with one seed draw different tokens.
 
     ``logit_bias`` is added to the logits of single tokens. ``presence_penalty`` is subtracted from
-    those of new tokens that came before, ``frequency_penalty`` as often as each came. What a
-    ``constraint`` forbids is left out; it is called for each continuation, and makes that one's.
-    ``hook`` then changes the logits freely. ``logprobs`` asks for the log-probabilities of each new
-    token and of as many of the likeliest, by the logits as the model gave them; ``prompt_logprobs``
-    for those of the prompt's tokens.
+    those of new tokens that came before, ``frequency_penalty`` as often as each came.
+    ``constraint`` is called for each continuation and makes its ``Constraint``, which forbids
+    tokens. ``hook`` then changes the logits freely. ``logprobs`` asks for the log-probability of
+    each new token and of this many most likely ones, from the model's own logits.
+    ``prompt_logprobs`` asks for those of the prompt's tokens.
 
-    Requests of lower ``priority`` run first, equal ones in their order. ``deadline`` is a moment of
-    ``time.monotonic``. Only requests of equal ``salt`` share pages. ``stream`` says that each token
-    is wanted when it is there: its steps are then launched one by one.
+    Requests of lower ``priority`` run first, equal ones in their order. ``deadline`` is a time of
+    ``time.monotonic``. Only requests of equal ``salt`` share pages. With ``stream`` each token
+    comes as soon as possible: steps are launched one by one.
 
     ``prompt_lookup`` is the most tokens that are drafted at a time, 0 for none, or None for the
     engine's: what came in the text behind the last ``lookup_ngram`` tokens, or fewer. ``assisted``
@@ -58,8 +57,8 @@ class Request:
 
     ``adapter`` names a LoRA adapter that the model has loaded; None is the active one, if any is.
 
-    An exception out of ``stop``, ``constraint`` or ``hook`` ends its continuation alone, whose last
-    event has it.
+    An exception in ``stop``, ``constraint`` or ``hook`` ends only its continuation. The last event
+    has the exception.
     """
 
     prompt: Sequence[int]
@@ -93,7 +92,7 @@ class Request:
         object.__setattr__(self, "eos", tuple(self.eos))
 
     def check(self, vocab_size: int, max_length: int) -> None:
-        """Raise ValueError, naming field and value, for what cannot be run."""
+        """Raise ValueError, with field and value, if the request cannot run."""
         length = len(self.prompt)
         if length < 1:
             raise ValueError("prompt has no tokens: give at least one")
@@ -216,14 +215,14 @@ class Row:
 
     @property
     def text(self) -> Sequence[int]:
-        """The prompt and the new tokens."""
+        """Prompt and the new tokens."""
         prompt = self.request.prompt
         return [*prompt, *self.written] if self.written else prompt
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """The log-probability of a token, and the likeliest tokens with theirs, best first."""
+    """Log-probability of a token, and the most likely tokens with theirs, best first."""
 
     token: float
     best: tuple[tuple[int, float], ...]
@@ -231,11 +230,11 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Event:
-    """A new token of a continuation, or its end, or both.
+    """New token of a continuation, or its end, or both.
 
     ``id`` is the request's, ``index`` the continuation's place among its ``n``. ``token`` is None
-    where it ends without a token more. ``finish_reason`` is set on its last event, and ``error``
-    where it failed. ``prompt_logprobs`` come with the first event; the first token has none.
+    if it ends without another token. ``finish_reason`` is set on its last event, and ``error`` if
+    it failed. ``prompt_logprobs`` come with the first event; the first token has none.
     """
 
     id: int

@@ -11,9 +11,9 @@ from lfm2_fast.engine.request import Row
 class Slots:
     """Gives slots of ``cache`` to rows and takes them back.
 
-    With ``shares`` the full pages of every text are entered into an index, and rows whose texts
-    begin alike share them. ``leaving`` are rows that ended, whose pages a step under way may still
-    write to.
+    With ``shares`` the full pages of every text are entered into an index, and rows with the same
+    beginning share them. ``leaving`` are ended rows with pages that a running step may still write
+    to.
     """
 
     def __init__(self, cache: Cache, *, shares: bool) -> None:
@@ -23,16 +23,16 @@ class Slots:
         self.leaving: list[Row] = []
 
     def match(self, row: Row) -> Match:
-        """Return what the index has of a row's text, but for its last token."""
+        """Return the indexed part of a row's text, without its last token."""
         if self.index is None:
             return Match()
         return self.index.match(row.text[:-1], row.salt, row.digests)
 
     def take(self, row: Row, match: Match) -> None:
-        """Give a row a slot that holds what ``match`` found of its text.
+        """Give a row a slot that holds the pages of ``match``.
 
-        A caller's slot goes back to what it shares with the text, to nothing where the whole
-        prompt's log-probabilities are asked for.
+        A caller's slot is cut to the part that it shares with the text. It is emptied if the
+        request wants the log-probabilities of the whole prompt.
         """
         if row.pinned is None:
             row.slot = self.free.pop()
@@ -47,10 +47,12 @@ class Slots:
         self.cache.go_back(row.slot, shared)
 
     def fork(self, row: Row, sibling: Row) -> bool:
-        """Give ``sibling`` a slot with all that the row's holds; False where none can be had."""
+        """Give ``sibling`` a slot with the content of the row's slot. Return False if there is
+        none.
+        """
         slot = sibling.pinned
         if slot is None:
-            # A page for what is not full, and one that is written next.
+            # A page for the copy of the unfinished one, and one for the next tokens.
             if not self.free or self.cache.pool.available < 2:
                 return False
             slot = self.free[-1]
@@ -72,7 +74,7 @@ class Slots:
             self.index.enter(held, self.cache.pages(slot), row.salt)
 
     def give_back(self, row: Row) -> None:
-        """Empty a row's slot, if it is no caller's; full pages stay in the index."""
+        """Empty a row's slot unless it is a caller's. Full pages stay in the index."""
         if row.pinned is None:
             self.enter(row)
             self.cache.reset([row.slot])

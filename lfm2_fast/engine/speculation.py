@@ -26,7 +26,7 @@ ASSISTED = 0
 
 @dataclass
 class _Drafting:
-    """A row's lookup, the fate of its drafts, and the steps since the last of them."""
+    """Row's lookup, the fate of its drafts, and the steps since the last of them."""
 
     lookup: PromptLookup
     acceptance: Acceptance
@@ -36,7 +36,7 @@ class _Drafting:
 
 @dataclass
 class _Found:
-    """A draft that could be made: of a row, from a place of its text, or by the assistant."""
+    """Draft that could be made: of a row, from a place of its text, or by the assistant."""
 
     number: int
     drafting: _Drafting
@@ -48,10 +48,10 @@ class _Found:
 class Speculation:
     """Drafts tokens of rows that ask for it, and has steps verify them.
 
-    The text stays what it is without. A step has at most the tokens whose bits do not depend on
-    one another, and a row's draft what the conv windows can take back. ``prompt_lookup`` is that of
-    rows that say none. ``assistant`` drafts where a lookup finds nothing. ``drafted`` and
-    ``accepted`` count tokens.
+    The text stays what it is without. A step has only as many tokens as are independent of each
+    other to the bit. A row's draft is limited to what the conv windows can remove again.
+    ``prompt_lookup`` is that of rows that say none. ``assistant`` drafts where a lookup finds
+    nothing. ``drafted`` and ``accepted`` count tokens.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Speculation:
         return self._run(drafted)
 
     def _draft(self, found: Sequence[tuple[_Found, int]], drafted: Sequence[Drafted]) -> None:
-        """Put tokens, so many of each draft that was found, into the rows of ``drafted``."""
+        """Put the given number of tokens of each draft into the rows of ``drafted``."""
         assisted = []
         for each, count in found:
             each.drafting.kind = each.kind

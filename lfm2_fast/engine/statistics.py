@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-# Times that are kept to tell quantiles of.
+# Number of times that are kept for quantiles.
 KEPT = 4096
 
 
 @dataclass
 class Statistics:
-    """Counts since the engine began, and what is so now.
+    """Counts since the engine began, and its present numbers.
 
-    ``prefix_hits`` are tokens of prompts that were not run, ``prompt_tokens`` those that were asked
-    for, both of admitted requests. ``first_token`` and ``between_tokens`` hold the latest times in
+    ``prefix_hits`` are prompt tokens that did not need to run, ``prompt_tokens`` all prompt tokens,
+    both of admitted requests. ``first_token`` and ``between_tokens`` hold the latest times in
     seconds; a first token's counts from the request's arrival. ``drafted`` are tokens that were
     guessed and checked, ``accepted`` those of them that were written.
     """

@@ -20,7 +20,7 @@ MAX_STEPS = 4
 
 
 class StepBuffers:
-    """The tensors of steps of up to ``size`` rows on one cache, and the graphs that use them.
+    """Tensors of steps of up to ``size`` rows on one cache, and the graphs that use them.
 
     ``inputs`` of ``size`` rows are those of the next step, and ``state`` says how its tokens are
     chosen. Unused rows are finished. ``written [MAX_STEPS, size]`` has the tokens that the last
@@ -193,7 +193,7 @@ class StepBuffers:
         )
 
     def view(self, count: int) -> SamplingState:
-        """The state of the first rows; of few counts at a time, since each makes numbers ahead."""
+        """State of the first rows; of few counts at a time, since each makes numbers ahead."""
         if count not in self.views:
             if len(self.views) >= self._kept_counts:
                 self.views = {}

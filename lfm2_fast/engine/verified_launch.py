@@ -24,7 +24,7 @@ from lfm2_fast.models.lfm2 import Lfm2
 
 @dataclass
 class Drafted:
-    """A row of a verified step, its place among the rows that decode, and what was drafted for it.
+    """Row of a verified step, its place among the rows that decode, and what was drafted for it.
 
     ``first`` is where its tokens stand in the step, and ``accepted`` counts those of the draft that
     were written.
@@ -38,7 +38,7 @@ class Drafted:
 
 
 class VerifiedLaunch:
-    """The step of ``drafted`` under way; ``rows`` are its rows and places, as a Launch has them."""
+    """Running step of ``drafted``; ``rows`` are its rows and places, as in a Launch."""
 
     def __init__(self, model: Lfm2, buffers: StepBuffers, drafted: Sequence[Drafted]) -> None:
         self.rows = [(each.row, each.place) for each in drafted]
@@ -128,6 +128,6 @@ class VerifiedLaunch:
 
 
 def _draws(row: Row) -> bool:
-    """Return True if a row does not take the likeliest token of the logits as they are."""
+    """Return True if a row does not take the most likely token of the unchanged logits."""
     sampling = row.request.sampling
     return sampling.do_sample or sampling.repetition_penalty != 1.0

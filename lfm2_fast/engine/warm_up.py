@@ -9,8 +9,8 @@ from lfm2_fast.engine.request import Request
 from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.ops.sampling import SamplingParams
 
-# Graphs are captured anew when a context outgrows the pages' table, which widens to twice as much.
-# At the start it is made wide enough for this many tokens.
+# Graphs are captured again when a context outgrows the pages' table, which then doubles. At the
+# start it is made wide enough for this many tokens.
 CONTEXT = 4096
 
 

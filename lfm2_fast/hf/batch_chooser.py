@@ -1,4 +1,4 @@
-"""BatchChooser: the caller's logits processors over all rows of a step, and what is kept of it."""
+"""BatchChooser: the caller's logits processors over all rows of a step, and the scores kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lfm2_fast.ops.sampling import SamplingState, best_tokens, draw, penalize, w
 class BatchChooser:
     """Chooses the tokens of all rows of a step as Hugging Face does.
 
-    ``text [B, T]`` begins as the prompts, padded, and gets each new token; a row that has stopped
-    has padding. With ``complete`` the processors do all that the arguments ask for; without it they
-    come between penalties and filters. Processors see the whole batch, where a row that has stopped
-    has zeros. ``criteria`` are asked after each step. ``scores`` and ``logits`` keep those of every
-    step, ``[B, V]`` float32, if they were asked for.
+    ``text [B, T]`` begins as the padded prompts, and gets each new token; stopped rows get padding.
+    With ``complete`` the processors do everything that the arguments ask for. Without it they run
+    between penalties and filters. Processors see the whole batch, with zeros for stopped rows.
+    ``criteria`` are called after each step. ``scores`` and ``logits`` keep those of every step,
+    ``[B, V]`` float32, if the caller wants them.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class BatchChooser:
 
     @property
     def changes_logits(self) -> bool:
-        """Return True if processors, or end tokens that come too soon, change the latest logits."""
+        """Return True if processors, or a minimum of new tokens, change the latest logits."""
         return bool(self.processors) or self.count <= self.asked.min_new_tokens
 
     def __call__(
         self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState
     ) -> torch.Tensor:
-        """Return the next token ``[N]`` of each row by ``logits [N, V]``."""
+        """Return the next tokens ``[N]`` of the rows, from ``logits [N, V]``."""
         here = on_device([_place(row) for row in rows], torch.int64, logits.device)
         asked = self.asked
         kept = asked.output_scores or asked.output_logits
@@ -68,14 +68,14 @@ class BatchChooser:
             tokens = self._choose(logits.float(), here, state)
         else:
             tokens = self.ops.sample(logits, state)
-        # A row without a token is over; processors of the others look up what stands there.
+        # A row without a token has ended, but processors of other rows index by its token.
         pad = self.asked.pad_token_id
         self._text[here, self.width + self.count] = tokens.where(tokens >= 0, pad)
         self.count += 1
         return tokens
 
     def ends(self, row: Row) -> bool:
-        """Return True if the caller's criteria end the row; they are asked once a step."""
+        """Return True if the caller's criteria end the row. They are called once a step."""
         if self.criteria and self._judged < self.count:
             scores = tuple(self.scores) if self.asked.output_scores else None
             stop = torch.zeros(self.rows, dtype=torch.bool)
@@ -113,7 +113,7 @@ class BatchChooser:
         return tokens
 
     def _whole(self, values: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        """Return ``values`` of the rows ``here`` among zeros for those that have stopped."""
+        """Return ``values`` of the rows ``here``, with zeros for stopped rows."""
         whole = values.new_zeros(self.rows, values.shape[1])
         whole[here] = values
         return whole

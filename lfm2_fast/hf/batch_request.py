@@ -48,8 +48,8 @@ class Generated:
 
     ``index`` is the prompt's place, ``prompt`` its token ids. ``sequences`` are the new tokens of
     each continuation, end token included, and ``finish_reasons`` "stop" or "length" of each.
-    ``texts`` are the sequences decoded, None without a tokenizer. ``error`` is set where the prompt
-    failed; the rest may be empty then.
+    ``texts`` are the decoded sequences, None without a tokenizer. ``error`` is set if the prompt
+    failed. The other fields may be empty then.
     """
 
     index: int
@@ -78,9 +78,10 @@ class Generated:
 
 
 class Maker:
-    """Makes requests for ``model``, with ``settings`` where a prompt has none of its own.
+    """Makes requests for ``model``. ``settings`` are the defaults of all prompts.
 
-    ``seed`` decides the draws of prompts without one, in whose order the rows are counted.
+    ``seed`` decides the draws of prompts without their own seed. Their rows are counted in the
+    order of the prompts.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class Maker:
     def request(self, item: Any, most: int, made: Generated) -> Request:
         """Return the request of a prompt, and note its tokens and continuations in ``made``.
 
-        ``most`` tokens of context are the longest. Raises ValueError or TypeError for what is not
-        supported or does not fit.
+        The context has at most ``most`` tokens. Raises ValueError or TypeError for an argument that
+        is not supported, and for a prompt that does not fit.
         """
         own: Mapping[str, Any] = {}
         if isinstance(item, Mapping):

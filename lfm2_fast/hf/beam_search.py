@@ -1,7 +1,7 @@
 """Beam search: transformers' own, on rows of a cache that fork and share their pages.
 
-Its class chooses the beams, so scores, ties and ends are its own. The model's steps, and the rows
-that change places after each, are ours.
+Transformers' class chooses the beams, so scores, ties and ends are those of transformers. The
+model's steps, and the exchange of rows after each step, are ours.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def run_beam_search(
     *,
     skips: bool,
 ) -> dict[str, Any]:
-    """Continue prompts by beam search; the fields of Hugging Face's output.
+    """Continue prompts by beam search. Return the fields of Hugging Face's output.
 
     ``steps`` run the rows, of which ``texts [B * num_beams, T]`` are the padded ids. Draws are
     decided by ``seed``, or by torch's own generator without one. With ``skips`` the beams of a
-    prompt whose answers are certain are not run: nobody is shown what they would write. Raises
+    prompt stop when its answers are decided, because no caller sees their further steps. Raises
     LogitsError where a row has no logits, or the beams of a prompt no finite score, and
     RuntimeError for a version of transformers that does otherwise.
     """
@@ -92,8 +92,8 @@ def run_beam_search(
                 return super()._get_top_k_continuations(
                     accumulated_log_probs, do_sample=False, **others
                 )
-            # The draw is theirs, but by a generator of the call. Ranks let their method lay out
-            # what was drawn.
+            # Transformers' draw, but with the call's own generator. Ranks let its method arrange
+            # the result.
             odds, count = accumulated_log_probs.softmax(-1), others["beams_to_keep"]
             drawn = torch.multinomial(odds, count, generator=beams.generator)
             ranks = torch.full_like(odds, -torch.inf)
@@ -114,14 +114,14 @@ def run_beam_search(
         use_cache=True,
         past_key_values=beams,
     )
-    # Without end tokens theirs fills up with -1, which no tokenizer knows.
+    # Without end tokens, transformers pads with -1, which no tokenizer knows.
     output["sequences"] = output.sequences.where(output.sequences >= 0, asked.pad_token_id)
     return {**output, "past_key_values": steps.cache}
 
 
 @dataclass
 class Output:
-    """Logits ``[N, 1, V]`` of every row's last token, and hidden states where they are kept."""
+    """Logits ``[N, 1, V]`` of every row's last token, and hidden states if they are kept."""
 
     logits: torch.Tensor
     hidden_states: tuple[torch.Tensor, ...] | None
@@ -141,7 +141,7 @@ class Beams:
         return self._checked(self.steps.begin())
 
     def step(self, tokens: Sequence[int]) -> Output:
-        """Run one more token of every row that runs; the others have logits of zeros."""
+        """Run one more token of every live row. The other rows get logits of zeros."""
         running, steps = self.running, self.steps
         if len(running) == len(steps.rows):
             return self._checked(steps.step(tokens, running))
@@ -153,11 +153,11 @@ class Beams:
         return self._checked(logits)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let each row go on from the row that ``beam_idx [N]`` names."""
+        """Let each row continue from the row in ``beam_idx [N]``."""
         self.steps.cache.reorder(dict(enumerate(beam_idx.tolist())))
 
     def check_scores(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return ``scores [N, V]``. Raises LogitsError where a prompt has no score to go on by."""
+        """Return ``scores [N, V]``. Raises LogitsError if a prompt has no finite score."""
         best = scores.amax(-1).view(-1, self.count).amax(-1)
         stuck = (best.isnan() | (best == -torch.inf)).nonzero()[:, 0].tolist()
         firsts = [prompt * self.count for prompt in stuck]

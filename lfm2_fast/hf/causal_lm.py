@@ -1,4 +1,4 @@
-"""Lfm2ForCausalLM and Lfm2Model: the classes that people call, with Hugging Face's methods."""
+"""Lfm2ForCausalLM and Lfm2Model: the public classes, with Hugging Face's methods."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lfm2_fast.weights.formats import Projection
 
 
 class Lfm2Model(Lfm2PreTrainedModel):
-    """An LFM2 model without its head: ``forward`` gives hidden states."""
+    """LFM2 model without its head: ``forward`` gives hidden states."""
 
     loss_function = staticmethod(loss_function)
 
     @property
     def embed_tokens(self) -> Projection:
-        """The embedding: ``weight [V, H]``, called with ids it gives their rows."""
+        """Embedding: ``weight [V, H]``, called with ids it gives their rows."""
         return self.network.embed_tokens
 
     @property
     def embedding_norm(self) -> torch.nn.Module:
-        """The norm after the last block: ``weight [H]``."""
+        """Norm after the last block: ``weight [H]``."""
         return self.network.embedding_norm
 
     @property
@@ -45,7 +45,7 @@ class Lfm2Model(Lfm2PreTrainedModel):
 
     @property
     def layers(self) -> torch.nn.ModuleList:
-        """The layers, which may have forward hooks; a hook sees packed tokens, ``[T, H]``."""
+        """Layers, which may have forward hooks; a hook sees packed tokens, ``[T, H]``."""
         return self.network.layers
 
     def get_output_embeddings(self) -> None:
@@ -87,14 +87,14 @@ class Lfm2Model(Lfm2PreTrainedModel):
 
 
 class Lfm2ForCausalLM(Lfm2PreTrainedModel):
-    """An LFM2 language model with ``forward`` and ``generate`` as Hugging Face's class has them."""
+    """LFM2 language model with ``forward`` and ``generate`` as Hugging Face's class has them."""
 
     output_modalities = ("text",)
     loss_function = staticmethod(loss_function)
 
     @property
     def model(self) -> Lfm2Model:
-        """The model without its head, on the same weights."""
+        """Model without its head, on the same weights."""
         base = self.__dict__.get("_base")
         if base is None:
             base = Lfm2Model.__new__(Lfm2Model)
@@ -109,7 +109,7 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
 
     @property
     def lm_head(self) -> torch.nn.Module:
-        """The head: ``weight [V, H]``."""
+        """Head: ``weight [V, H]``."""
         return self.network.lm_head
 
     @uncompiled

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def whole_number(value: Any) -> int | None:
-    """Return ``value`` as an int, of whatever integer type; None if it is none."""
+    """Return ``value`` of any integer type as an int; None if it is not an integer."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

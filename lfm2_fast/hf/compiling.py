@@ -1,6 +1,6 @@
-"""torch.compile on the model's methods: accepted, without effect, since its kernels are compiled.
+"""torch.compile on the model's methods: accepted, without effect, because kernels are compiled.
 
-torch's compiler is slow to import, so nothing here imports it before a caller has used it.
+torch's compiler is slow to import, so it is imported only after a caller has used it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate ``function`` so that torch.compile runs it as it is, with all that it calls."""
+    """Decorate ``function`` so that torch.compile leaves it and its callees uncompiled."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -30,7 +30,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_own_method(owner: object, name: str, value: object) -> bool:
-    """Return True if ``value`` is the owner's method of that name, torch.compile's or as it is."""
+    """Return True if ``value`` is the owner's method of that name, compiled by torch or not."""
     while hasattr(value, "_torchdynamo_orig_callable"):
         value = value._torchdynamo_orig_callable
     function = getattr(value, "__func__", None)

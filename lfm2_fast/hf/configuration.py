@@ -59,7 +59,7 @@ FIELDS = frozenset({*DEFAULTS, *OTHER_NAMES, "head_dim"} - {"dtype", "torch_dtyp
 
 
 class Lfm2Config:
-    """An LFM2 model's config, as transformers' class of that name has it.
+    """LFM2 model's config, as transformers' class of that name has it.
 
     Every field is a keyword and an attribute that can be set; fields of no meaning here are kept.
     ``intermediate_size`` is as the config says it, before ``block_auto_adjust_ff_dim``. A model

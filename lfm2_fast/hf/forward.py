@@ -15,7 +15,7 @@ from lfm2_fast.hf.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from lfm2_fast.hf.packing import Packed, pack
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
-# Arguments of Hugging Face's forward that say what is so anyway, each with why.
+# Arguments of Hugging Face's forward without effect here, each with the reason.
 NO_EFFECT = {
     "cu_seq_lens_k": "keys are those of the queries",
     "max_length_q": "it follows from cu_seq_lens_q",
@@ -24,13 +24,13 @@ NO_EFFECT = {
     "cache_position": "the cache knows its length",
     "seq_idx": "it repeats what `cu_seq_lens_q` or `position_ids` say; alone it is refused",
 }
-# Whether to give the layers' outputs, or the indices of those to give.
+# True for the outputs of all layers, or the indices of wanted ones.
 Wanted = bool | int | Sequence[int]
 NO_ATTENTIONS = "attention is fused: use transformers' class with attn_implementation='eager'"
 
 
 def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
-    """Check arguments that a forward call does not use; ``packed`` says that rows may be packed.
+    """Check arguments that a forward call does not use. ``packed`` is True if rows may be packed.
 
     Raises ValueError for what is not supported and TypeError for an unknown name.
     """
@@ -44,7 +44,7 @@ def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
 
 
 class _Run:
-    """One forward pass: the packed inputs, and what came out of the blocks."""
+    """One forward pass: the packed inputs, and the results of the blocks."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class _Run:
         return torch.arange(self.like.shape[1], device=device)[-keep:]
 
     def blocks(self, collected: list[torch.Tensor] | None) -> Any:
-        """Run the blocks and count the tokens in the cache; the residual stream ``[T, H]``."""
+        """Run the blocks and count the tokens in the cache; return the stream ``[T, H]``."""
         cache, batch = self.packed.cache, self.packed.batch
         cache.reserve(batch)
         x = self.network.run_blocks(
@@ -101,7 +101,7 @@ class _Run:
     ) -> tuple[torch.Tensor | None, ...]:
         """Return every layer's output, padded as the call was; the last one is normed.
 
-        Where ``wanted`` has indices, None stands for the others, as in Hugging Face's class.
+        If ``wanted`` has indices, the other layers have None, as in Hugging Face's class.
         """
         every, states = self.columns(0), [*collected[:-1], last]
         chosen = set(range(len(states)))
@@ -114,9 +114,9 @@ class _Run:
         )
 
     def kept_cache(self, use_cache: bool | None) -> Cache | None:
-        """Return the cache for the answer, if it was asked for and is of further use.
+        """Return the cache for the answer, if the caller wants it and it can be used further.
 
-        Unless the caller says it, the config does.
+        Without the caller's choice, the config decides.
         """
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True)
@@ -182,18 +182,22 @@ def forward(
 ) -> CausalLMOutput:
     """Return logits of ``[B, T]`` tokens, continuing ``past_key_values`` where given.
 
-    Tokens are ``input_ids [B, T]`` or ``inputs_embeds [B, T, H]``. ``attention_mask``, ``[B, T]``
-    or the longer one of a whole conversation whose last T columns count, marks padding on the left
-    or the right with zeros; logits there are zeros. ``position_ids`` may say what the mask implies,
-    or restart at 0 within a row: then the row holds several sequences, as ``cu_seq_lens_q [S + 1]``
-    says of a single row. ``logits_to_keep`` is a number of last columns, or a tensor of
-    indices; 0 keeps all. ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next
-    token, ``ignore_index`` left out, or its sum over ``num_items_in_batch``; ``shift_labels`` stand
-    for labels that are shifted already. ``output_hidden_states`` asks for every layer's output, or
-    for those at an index or indices, None standing for the others. Logits and loss may be NaN or
-    infinite, as Hugging Face's. Raises HookError for a hook that would never be called. Raises
-    ValueError, naming the argument, for ids out of range, a mask with holes, positions that fit
-    neither, a cache of another batch size, and what is not supported.
+    Tokens are ``input_ids [B, T]`` or ``inputs_embeds [B, T, H]``. ``attention_mask [B, T]`` has
+    zeros at padding, on the left or the right; logits there are zeros. It may be the longer mask of
+    a whole conversation; its last T columns count. ``position_ids`` may be those that the mask
+    implies. If they restart at 0 within a row, the row has several sequences. ``cu_seq_lens_q [S +
+    1]`` says the same of a single row. ``logits_to_keep`` is a number of last columns, or a tensor
+    of indices; 0 keeps all.
+
+    ``labels [B, T]`` ask for the loss: the mean cross-entropy of the next token, without
+    ``ignore_index``, or its sum over ``num_items_in_batch``. ``shift_labels`` are labels that are
+    shifted already. ``output_hidden_states`` is True for every layer's output, or has the wanted
+    indices; the other layers then have None. Logits and loss may be NaN or infinite, as Hugging
+    Face's.
+
+    Raises HookError for a hook that would never be called. Raises ValueError, which names the
+    argument, for ids out of range, a mask with holes, other positions, a cache of another batch
+    size, or an unsupported argument.
     """
     run = _Run(
         model,
@@ -231,14 +235,16 @@ def _wanted(model: Lfm2PreTrainedModel, output_hidden_states: Wanted | None) -> 
 
 
 def as_asked(model: Lfm2PreTrainedModel, answer: ModelOutput, return_dict: bool | None) -> Any:
-    """Return the answer of a forward call, or its tuple if the caller or the config asks for it."""
+    """Return the answer of a forward call, as a tuple if the caller or the config wants one."""
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     return answer if return_dict else answer.to_tuple()
 
 
 def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """``input_ids`` on the model's device. Raises ValueError unless ``[B, T]`` and in range."""
+    """Put Move ``input_ids`` to the model's device. Raises ValueError unless ``[B, T]`` and in
+    range.
+    """
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
         raise ValueError(
             "input_ids must be integers of shape [batch, tokens], got "
@@ -256,7 +262,9 @@ def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
 
 
 def check_embeds(model: Lfm2PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
-    """``embeds`` in the model's dtype and device. Raises ValueError unless ``[B, T, H]``."""
+    """Put Convert ``embeds`` to the model's dtype and device. Raises ValueError unless ``[B, T,
+    H]``.
+    """
     hidden = model.network.config.hidden_size
     if embeds.dim() != 3 or embeds.shape[2] != hidden or not embeds.is_floating_point():
         raise ValueError(

@@ -1,6 +1,6 @@
 """generate(): Hugging Face's call, arguments and return values, on packed rows.
 
-Rows run at their own lengths and leave when they stop; padding exists only in what callers see.
+Rows run at their own lengths and leave when they stop. Only callers see padding.
 """
 
 from __future__ import annotations
@@ -47,49 +47,55 @@ def generate(
     """Continue prompts, as Hugging Face's ``generate`` does.
 
     ``inputs`` (or ``input_ids``) is a tensor ``[B, T]``, a list of ids, a list of lists of unequal
-    lengths, or what a tokenizer returns with ids and mask in it; None starts from the bos token.
-    ``attention_mask [B, T]`` marks padding with zeros; without one it is inferred from the pad
-    token, as Hugging Face does. Supported parameters, from the call, from ``generation_config``
-    (transformers' object or a mapping) or from the checkpoint's own file: ``max_new_tokens``,
-    ``max_length``, ``min_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
-    ``min_p``, ``repetition_penalty``, ``eos_token_id`` (one or several), ``pad_token_id``,
-    ``bos_token_id``, ``num_return_sequences``, ``stop_strings`` (with ``tokenizer``),
-    ``return_dict_in_generate`` with ``output_scores`` and ``output_logits``, and beam search:
-    ``num_beams`` with ``length_penalty`` and ``early_stopping``; ``output_hidden_states``, and
-    ``token_healing`` with ``tokenizer``. ``inputs_embeds [B, T, H]`` stand for the ids of a prompt;
-    the answer then begins with ``inputs``, or has the new tokens alone.
+    lengths, or a tokenizer's result with ids and mask. None starts from the bos token.
+    ``attention_mask [B, T]`` has zeros at padding. Without one, the mask follows from the pad
+    token, as in Hugging Face's class. ``inputs_embeds [B, T, H]`` replace the ids of a prompt. The
+    answer then begins with ``inputs``, or has only the new tokens.
 
-    Arguments that are logits processors in transformers (``PROCESSED`` of generation_names.py), and
-    ``prefix_allowed_tokens_fn``, ``negative_prompt_ids`` and ``max_time``, run by its own classes.
+    Parameters come from the call, from ``generation_config`` (transformers' object or a mapping) or
+    from the checkpoint's own file. Supported ones for lengths and ends: ``max_new_tokens``,
+    ``max_length``, ``min_new_tokens``, ``eos_token_id`` (one or several), ``pad_token_id``,
+    ``bos_token_id``, ``stop_strings`` (with ``tokenizer``). For the choice of tokens:
+    ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+    ``token_healing`` (with ``tokenizer``), ``num_beams`` with ``length_penalty`` and
+    ``early_stopping``. For the answer: ``num_return_sequences``, ``return_dict_in_generate`` with
+    ``output_scores``, ``output_logits`` and ``output_hidden_states``.
 
-    ``logits_processor`` is Hugging Face's callables over the whole batch ``(input_ids, scores)``,
-    where rows that have stopped have zeros; ``stopping_criteria`` likewise, with the scores of all
-    steps, or None unless ``output_scores`` is asked for. ``streamer`` gets the prompt, then every
-    token, on the CPU. ``past_key_values`` is a cache of this model with one slot per returned row,
-    or per beam. ``inputs`` hold the whole text, of which the longest prefix that the cache can
-    restore is not run again; or only what is new, with an ``attention_mask`` of more columns, which
-    counts what the cache holds. It then holds all but the last token.
-    ``max_batch_size`` bounds how many rows are written at a time: as one stops, the next prompt
-    takes its place; the answer is in order, as ever, and progress is shown on a terminal. Callables
-    and streamers, which follow all rows, need all of them at a time.
+    ``logits_processor`` are Hugging Face's callables over the whole batch ``(input_ids, scores)``,
+    with zeros for stopped rows. ``stopping_criteria`` are called in the same way, with the scores
+    of all steps, or None without ``output_scores``. ``streamer`` gets the prompt, then every token,
+    on the CPU.
+
+    ``past_key_values`` is a cache of this model with one slot per returned row, or per beam.
+    ``inputs`` have the whole text; the longest prefix that the cache can restore does not run
+    again. Or they have only the new tokens, with an ``attention_mask`` of more columns, which
+    counts the tokens in the cache. After the call the cache holds all tokens but the last.
+
+    ``max_batch_size`` limits the rows that are written at the same time. When one stops, the next
+    prompt takes its place. The answer is in the order of the prompts. A terminal shows progress.
+    Callables and streamers need all rows at the same time.
+
     ``prompt_lookup_num_tokens``, with ``max_matching_ngram_size``, and ``assistant_model``, a model
     of ``load`` or of transformers with the same vocabulary, draft tokens. They change no text.
     Calls whose Python follows each step run without drafts, and so do steps of beams.
-    ``seed``, else a number drawn from ``generator``, else from torch's own generator, decides
-    every draw. With beams and neither of the two, torch's own generator draws as in Hugging Face's
-    call: after ``torch.manual_seed`` the texts are its.
 
-    Returns ids ``[B * num_return_sequences, T + new]`` on the prompts' device, the prompt first and
-    rows that stopped early filled up with ``pad_token_id``; or, with ``return_dict_in_generate``,
-    transformers' GenerateDecoderOnlyOutput or, with beams, GenerateBeamDecoderOnlyOutput. Raises
-    ValueError or TypeError, naming the argument, for what is out of range, unknown or not
-    supported; HookError for a hook that would never be called; torch.OutOfMemoryError, saying what
-    to lower, for what does not fit; and LogitsError, a RuntimeError that names row, token and
-    position, where the best logit of a row is NaN or infinite. A cache then holds what was run.
+    ``seed`` decides every draw. Without it the seed is drawn from ``generator``, or from torch's
+    own generator. With beams and neither of the two, torch's own generator draws as in Hugging
+    Face's call: after ``torch.manual_seed`` the texts are the same.
+
+    Returns ids ``[B * num_return_sequences, T + new]`` on the prompts' device. A row begins with
+    its prompt, and ``pad_token_id`` follows its end. With ``return_dict_in_generate`` it returns
+    transformers' GenerateDecoderOnlyOutput or, with beams, GenerateBeamDecoderOnlyOutput.
+
+    Raises ValueError or TypeError, which name the argument, for one that is out of range, unknown
+    or not supported. Raises HookError for a hook that would never be called. Raises
+    torch.OutOfMemoryError, with advice, if the memory is too small. Raises LogitsError, a
+    RuntimeError with row, token and position, if the best logit of a row is NaN or infinite. A
+    cache then holds the tokens that have run.
     """
     with ExitStack() as ending:
         if streamer is not None:
-            # Whatever fails, and before the first step too: a thread may wait for the text.
+            # After any failure, also before the first step: a thread may wait for the text.
             ending.callback(streamer.end)
         processors = listed("logits_processor", logits_processor)
         criteria = listed("stopping_criteria", stopping_criteria)

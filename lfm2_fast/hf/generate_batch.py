@@ -16,9 +16,9 @@ from lfm2_fast.hf.generate_loop import progress_bar
 from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
-# Prompts that are read ahead of the first one without an answer, for each row of a step.
+# Number of prompts, for each row, that are read ahead of the first one without an answer.
 AHEAD = 4
-# Tokens of context of each row that the pages suffice for, unless memory is said.
+# Tokens of context for which each row has pages, without memory=.
 CONTEXT = 4096
 
 
@@ -37,24 +37,24 @@ def generate_batch(
 ) -> Iterator[Generated]:
     """Continue any number of prompts and yield a ``Generated`` of each, in order.
 
-    A prompt is token ids (a list, or a tensor ``[T]``), a text or a conversation (a list of
-    messages with a role and a content), which need the ``tokenizer``; or a mapping that has one of
-    these as "prompt", and settings of its own beside it. A tokenizer's answer is taken too.
-    ``settings`` are those of all prompts: arguments of ``generate`` that one row can have alone,
-    ``logits_processor`` included, which then sees one row.
+    A prompt is token ids (a list, or a tensor ``[T]``), a text, or a conversation (a list of
+    messages with a role and a content). Texts and conversations need the ``tokenizer``. A prompt
+    may also be a mapping with one of these as "prompt", and with its own settings. A tokenizer's
+    result is accepted too. ``settings`` are those of all prompts: arguments of ``generate`` that
+    can differ by row, with ``logits_processor``, which then sees one row.
 
-    ``max_batch_size`` rows are written at a time: as one ends, the next prompt takes its place.
-    Prompts that begin alike share what they have in common. ``prompts`` are read as they are
-    needed, a few for each row ahead, so the memory does not grow with their number. ``memory`` is
-    that of ``Engine``, bytes, "8GB" or "80%", taken at once; without it there is room for 4,096
-    tokens a row, or for one full context if that is more.
+    ``max_batch_size`` rows are written at the same time. When one ends, the next prompt takes its
+    place. Prompts share the pages of a common beginning. ``prompts`` are read when they are needed,
+    a few for each row ahead, so memory does not grow with their number. ``memory`` is that of
+    ``Engine``: bytes, "8GB" or "80%", taken at once. Without it there are pages for 4,096 tokens a
+    row, or for one full context if that is more.
 
-    ``seed`` or ``generator`` decides the draws, as in ``generate`` of all prompts in one call. A
-    prompt with a seed of its own draws as if it were alone. ``progress`` shows a bar on a terminal.
+    ``seed`` or ``generator`` decides the draws, as in one call of ``generate`` with all prompts. A
+    prompt with its own seed draws as if it were alone. ``progress`` shows a bar on a terminal.
 
-    A prompt that is refused or fails raises at its turn, after the answers to those before it. With
-    ``errors="return"`` its answer has the ``error``, and the others go on. Raises ValueError or
-    TypeError at once for arguments that are wrong whatever the prompts.
+    A prompt that is refused or fails raises at its turn, after the answers of the prompts before
+    it. With ``errors="return"`` its answer has the ``error``, and the others continue. Raises
+    ValueError or TypeError at once for arguments that are wrong for any prompt.
     """
     if not hasattr(model, "generate") or not isinstance(model, Lfm2PreTrainedModel):
         raise TypeError(
@@ -102,7 +102,7 @@ def _run(
         pages = max(rows * pages_of(min(CONTEXT, limit)), pages_of(limit))
     engine = Engine(model, max_rows=rows, max_length=model.max_length, memory=memory, pages=pages)
     bar = progress_bar(len(prompts) if isinstance(prompts, Sized) else None) if progress else None
-    # Those that were read and not handed out, by their places, and the requests that run.
+    # Answers that were read and not yielded, by their places, and the requests that run.
     held: dict[int, Generated] = {}
     running: dict[int, Generated] = {}
     count, exhausted = 0, False
@@ -141,7 +141,7 @@ def _run(
 
 
 def _note(event: Event, running: dict[int, Generated]) -> None:
-    """Write what an event says into the answer of its prompt."""
+    """Write an event into the answer of its prompt."""
     made = running[event.id]
     if event.token is not None:
         made.sequences[event.index].append(event.token)
@@ -153,7 +153,7 @@ def _note(event: Event, running: dict[int, Generated]) -> None:
 
 
 def _told(error: Exception, index: int) -> Exception:
-    """Return an error that names the prompt, of the same class where it is one of ours."""
+    """Return an error that names the prompt. It has the same class if that is one of ours."""
     made: Exception
     if isinstance(error, ValueError | TypeError):
         made = type(error)(f"prompt {index}: {error}")

@@ -1,8 +1,8 @@
-"""The loop of ``generate``: its rows are requests of an engine, its answer is Hugging Face's.
+"""Loop of ``generate``: its rows are requests of an engine, its answer is Hugging Face's.
 
-Rows run at their own lengths and leave when they stop; padding exists only in what callers see.
-Where callers' Python follows all rows (processors, criteria, scores), a chooser takes the place of
-the sampling operation, and all rows begin together.
+Rows run at their own lengths and leave when they stop. Only callers see padding. If the caller's
+Python needs all rows (processors, criteria, scores), a chooser replaces the sampling operation, and
+all rows begin together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_generate_loop(
     of_the_call: Mapping[str, Any],
     assistant: Lfm2 | None = None,
 ) -> dict[str, Any]:
-    """Continue the prompts; the fields of Hugging Face's output.
+    """Continue the prompts. Return the fields of Hugging Face's output.
 
     ``of_the_call`` has what transformers' processors take beside the arguments. ``assistant``
     drafts tokens where the engine chooses them. ``seed`` may be
@@ -137,7 +137,7 @@ def run_generate_loop(
 
 
 class _Call:
-    """One call of generate: its prompts, and the requests that it makes of them."""
+    """One call of generate: its prompts and their requests."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class _Call:
             )
 
     def _warn_of_lost_context(self) -> None:
-        """Warn where a filled cache has nothing in common with the prompt, and so is of no use."""
+        """Warn if a filled cache shares no beginning with the prompt, and so is of no use."""
         for number, prompt in enumerate(self.prompts):
             held = self.cache.history[number * self.copies]
             if held and held[0] != prompt[0]:
@@ -185,7 +185,7 @@ class _Call:
         return self.ids.repeat_interleave(self.copies, 0).to(device)
 
     def run(self, engine: Engine, streamer: Any, chooser: BatchChooser | None) -> dict[str, Any]:
-        """Run every request to its end; the fields of Hugging Face's output."""
+        """Run every request to its end. Return the fields of Hugging Face's output."""
         together = engine.max_rows == self.rows
         firsts: dict[int, int] = {}
         for number, request in enumerate(self._requests(streamer is not None, chooser)):
@@ -217,7 +217,7 @@ class _Call:
     def run_steps(
         self, steps: Iterator[list[Row]], streamer: Any, chooser: BatchChooser
     ) -> dict[str, Any]:
-        """Run steps to the end of every row; the fields of Hugging Face's output."""
+        """Run steps to the end of every row. Return the fields of Hugging Face's output."""
         columns = _Columns(streamer, self.rows, self.asked.pad_token_id)
         written: list[list[int]] = [[] for _ in range(self.rows)]
         for rows in steps:
@@ -236,7 +236,7 @@ class _Call:
                 asked.sampling,
                 asked.eos_token_id,
                 self.budget,
-                # A chooser sees to it itself, before the processors.
+                # A chooser does this itself, before the processors.
                 min_tokens=min(asked.min_new_tokens, self.budget) if chooser is None else 0,
                 seed=self.seed,
                 first_row=number * self.copies,
@@ -262,7 +262,7 @@ class _Call:
 
 
 class _Columns:
-    """Hands a streamer the new tokens of all rows, column by column, as each is complete."""
+    """Gives a streamer the new tokens of all rows, one complete column after another."""
 
     def __init__(self, streamer: Any, rows: int, pad: int) -> None:
         self.streamer, self.rows, self.pad = streamer, rows, pad
@@ -270,7 +270,7 @@ class _Columns:
         self.told = 0
 
     def put(self, written: list[list[int]]) -> None:
-        """Hand out each column in which every row that has not ended has a token."""
+        """Send each column in which every row that has not ended has a token."""
         if self.streamer is None:
             return
         while any(len(tokens) > self.told for tokens in written):

@@ -1,9 +1,8 @@
-"""The arguments of ``generate``: from Hugging Face's many spellings to one checked object.
+"""Arguments of ``generate``: from Hugging Face's many spellings to one checked object.
 
-A value comes from the call, else from the ``generation_config`` of the call, else from the
-checkpoint's generation_config.json, else from Hugging Face's defaults; an explicit None in the call
-switches a parameter off. What Hugging Face knows and this package does not is refused by name,
-never ignored.
+The first of these that has a value counts: the call, its ``generation_config``, the checkpoint's
+generation_config.json, Hugging Face's defaults. An explicit None in the call switches a parameter
+off. An argument of Hugging Face that is not supported is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class GenerationArgs:
     """Arguments of a call of ``generate``, checked; names and meanings are Hugging Face's."""
 
     sampling: SamplingParams
-    processed: dict[str, Any]  # what transformers' logits processors are to do
+    processed: dict[str, Any]  # settings of transformers' logits processors
     max_time: float  # seconds; infinite without one
     max_new_tokens: int | None
     max_length: int | None
@@ -45,7 +44,7 @@ class GenerationArgs:
     early_stopping: bool | str
     stop_strings: tuple[str, ...]
     eos_token_id: tuple[int, ...]
-    pad_token_id: int  # what fills up rows, named or not
+    pad_token_id: int  # padding after a row's end, named by the caller or not
     pad_is_named: bool
     bos_token_id: int | None
     output_scores: bool
@@ -58,11 +57,11 @@ class GenerationArgs:
 
     @property
     def copies(self) -> int:
-        """Rows that a prompt has at a time."""
+        """Number of rows of a prompt."""
         return max(self.num_beams, self.num_return_sequences)
 
     def beside_embeddings(self, count: int) -> GenerationArgs:
-        """Return the arguments of a prompt of which ``count`` columns are embeddings alone.
+        """Return the arguments of a prompt with ``count`` columns that are only embeddings.
 
         ``min_length`` counts them, and transformers' processor does not see them.
         """
@@ -74,7 +73,7 @@ class GenerationArgs:
     def new_tokens(self, width: int, limit: int) -> int:
         """Return how many tokens may follow prompts of ``width`` columns, padding included.
 
-        Raises ValueError, naming the argument, when that is none.
+        Raises ValueError, which names the argument, if there are none.
         """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
@@ -94,10 +93,10 @@ def resolve_args(
 ) -> GenerationArgs:
     """Merge and check the arguments of one call.
 
-    ``call`` holds what the caller wrote, ``generation_config`` an object of transformers or a
-    mapping, or None; ``defaults`` is what the checkpoint's generation_config.json says, whose
-    unknown keys are left alone. Raises TypeError for an unknown name and ValueError for
-    a value that is out of range or not supported, naming it.
+    ``call`` has the caller's arguments. ``generation_config`` is an object of transformers, a
+    mapping or None. ``defaults`` is the checkpoint's generation_config.json; its unknown keys are
+    ignored. Raises TypeError for an unknown name. Raises ValueError, which names the argument, for
+    a value that is out of range or not supported.
     """
     given = {name for name, value in call.items() if value is not None}
     for name in call:
@@ -117,7 +116,7 @@ def resolve_args(
     }
     for name, (neutral, remedy) in REFUSED.items():
         if _asks(values, name, neutral):
-            stands = "it stands in the checkpoint's generation_config.json"
+            stands = "it is in the checkpoint's generation_config.json"
             remedy = remedy if name in asked else f"{stands}: pass {name}=None, or {remedy}"
             raise ValueError(
                 f"{name}={in_a_line(values[name])} is not supported by lfm2_fast: {remedy}"
@@ -134,7 +133,7 @@ def resolve_args(
     do_sample = check.flag("do_sample")
     sampling = SamplingParams(
         do_sample=do_sample,
-        # Greedy decoding is often written with a temperature of 0 beside it.
+        # Callers often write greedy decoding with a temperature of 0.
         temperature=check.number("temperature", 1.0, above=0.0) if do_sample else 1.0,
         top_k=check.count("top_k", least=0) or 0,
         top_p=check.number("top_p", 1.0, low=0.0, high=1.0),
@@ -146,7 +145,7 @@ def resolve_args(
         if unused:
             warn(f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy")
     for name in ("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
-        check.count(name, least=0)  # transformers takes any for none
+        check.count(name, least=0)  # in transformers any of these means none
     eos = check.tokens("eos_token_id", vocab_size)
     pad = check.tokens("pad_token_id", vocab_size) or eos
     max_new_tokens = check.count("max_new_tokens", least=1)
@@ -213,12 +212,12 @@ def _as_mapping(generation_config: Any) -> Mapping[str, Any]:
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation parameters that are set; version notes and the like are no parameters."""
+    """Return the generation parameters that are set, without version notes and the like."""
     names = KNOWN - {"transformers_version"}
     return {name: value for name, value in values.items() if value is not None and name in names}
 
 
 def _asks(values: Mapping[str, Any], name: str, neutral: tuple[Any, ...]) -> bool:
-    """Return True if a parameter has a value that asks for something."""
+    """Return True if a parameter has a value with an effect."""
     value = values.get(name)
     return value is not None and value not in neutral

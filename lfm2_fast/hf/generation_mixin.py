@@ -44,7 +44,7 @@ def generation_mixin(user: str) -> Any:
 
 
 def not_known(user: str, name: str) -> AttributeError:
-    """Return the error for a name that the methods of ``user`` ask of their model in vain."""
+    """Return the error for a name that the model does not have, and methods of ``user`` need."""
     return AttributeError(f"GenerationMixin asks its model for {name}: {_advice(user)}")
 
 

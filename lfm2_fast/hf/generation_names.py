@@ -1,6 +1,6 @@
-"""Names of ``generate``'s arguments: supported, run by transformers' classes, idle or refused.
+"""Names of ``generate``'s arguments: supported, run by transformers, without effect, or refused.
 
-``docs/usage/huggingface.md`` has the same in a table, and a test holds the two together.
+``docs/usage/huggingface.md`` has the same in a table, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SUPPORTED = {
     "prompt_lookup_num_tokens",
     "max_matching_ngram_size",
 }
-# What a call alone may have: functions and tensors, for transformers' logits processors.
+# Arguments that no config has: functions and tensors, for transformers' logits processors.
 OF_THE_CALL = ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask")
-# What transformers' logits processors do, each with the values that ask for nothing.
+# Arguments of transformers' logits processors, each with its values without effect.
 PROCESSED: dict[str, tuple[Any, ...]] = {
     "min_length": (0,),
     "typical_p": (1.0,),
@@ -64,14 +64,14 @@ PROCESSED: dict[str, tuple[Any, ...]] = {
 }
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 BEAMS_ONLY = ("length_penalty", "early_stopping")
-# Of PROCESSED, filters of drawn tokens: greedy decoding does not ask for them.
+# Those of PROCESSED that filter drawn tokens. Greedy decoding does not use them.
 FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 _CACHE = "the cache is this package's own"
 _COMPILED = "the kernels are compiled already"
 _ASSISTED = "drafts change no token, and are as long as they save time"
 _GROUPS = "it is a setting of beam groups, of which there are none"
-# What changes no token that is written here, each with the values that ask for nothing, and why.
+# Arguments that change no token here, each with its values without effect, and the reason.
 WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((True,), "the cache is always used, with the same tokens"),
     "cache_implementation": ((), _CACHE),
@@ -97,7 +97,7 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _CONSTRAINED = "use prefix_allowed_tokens_fn or a logits_processor"
-# What is not supported, each with the values that ask for nothing, and what to use instead.
+# Arguments that are not supported, each with its values without effect, and advice.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beam_groups": ((1,), "use num_beams, with do_sample=True for texts that differ"),
     "constraints": ((), _CONSTRAINED),

@@ -1,4 +1,4 @@
-"""Hooks on the classes that people call: errors for those that a call would not follow."""
+"""Hooks on the public classes: errors for those that would never be called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lfm2_fast.models.hooks import HookError, check_global_hooks, is_hooked
 
 
 def check_called(model: nn.Module) -> None:
-    """Raise HookError for hooks that ``forward`` does not follow; PyTorch calls the others."""
+    """Raise HookError for hooks that ``forward`` does not call. PyTorch calls the others."""
     check_global_hooks()
     if model._backward_hooks or model._backward_pre_hooks:
         raise HookError("the model has a backward hook: nothing runs backward")
@@ -21,7 +21,7 @@ def check_called(model: nn.Module) -> None:
 
 
 def check_generates(model: nn.Module) -> None:
-    """Raise HookError for hooks that ``generate`` does not follow."""
+    """Raise HookError for hooks that ``generate`` does not call."""
     check_called(model)
     if is_hooked(model):
         raise HookError(

@@ -1,4 +1,4 @@
-"""Into and out of transformers: models in memory, and its Auto classes."""
+"""Bridges to transformers: models in memory, and its Auto classes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def from_transformers(
 ) -> Lfm2ForCausalLM | Lfm2Model:
     """Return our model of transformers' LFM2 model in memory, as it is now.
 
-    Takes ``Lfm2ForCausalLM`` or ``Lfm2Model``. Tensors that both store alike are shared: embedding,
-    head, norms, taps, biases, in_proj, out_proj and down_proj. Fused ones (q, k and v; gate and up)
-    are copies, at the published sizes 46 to 53 % of the weights. With ``quantization`` all matrices
-    are copies in that format. The copies are all that the call allocates, but for a few megabytes:
-    its peak of memory is ``model`` and the copies.
+    Takes ``Lfm2ForCausalLM`` or ``Lfm2Model``. Tensors that both classes store in the same way are
+    shared: embedding, head, norms, taps, biases, in_proj, out_proj and down_proj. Fused ones (q, k
+    and v; gate and up) are copies, at the published sizes 46 to 53 % of the weights. With
+    ``quantization`` all matrices are copies in that format. The call allocates only the copies and
+    a few megabytes, so its peak of memory is ``model`` and the copies.
 
-    ``model`` is not changed and stays usable. A change in place shows in both where the tensor is
-    shared, and in one alone where it was copied: after an edit, call this again. When ``model`` is
-    deleted, what was fused or quantized is freed there, and the weights are held once.
+    ``model`` is not changed and stays usable. A later change in place affects both models if the
+    tensor is shared, and only one if it was copied: after an edit, call this again. After ``model``
+    is deleted, the weights are in memory once.
 
     Raises TypeError for another model, ValueError for one that is quantized, has an adapter or lies
     on several devices, and for options that ``load`` refuses.

@@ -58,12 +58,12 @@ def load(
     checkpoint's config.json, ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
-    ``torch_dtype``; ``quantization_config``, ``load_in_8bit`` and ``load_in_4bit``, bitsandbytes'
-    8 and 4 bits becoming "int8" and "int4". ``others`` are the rest of its arguments: those without
+    ``torch_dtype``; ``quantization_config``, ``load_in_8bit`` and ``load_in_4bit``, bitsandbytes' 8
+    and 4 bits becoming "int8" and "int4". ``others`` are the rest of its arguments: those without
     an effect here are accepted, the others refused by name (``lfm2_fast.hf.load_args``).
 
-    Raises CheckpointError for what is wrong with the checkpoint, BackendError for a backend that
-    is not there, ValueError or TypeError, naming the argument, for any other.
+    Raises CheckpointError for a fault in the checkpoint, BackendError for a backend that cannot run
+    here. Raises ValueError or TypeError, which name the argument, for any other fault.
     """
     quantization = quantization_of(quantization, quantization_config, load_in_8bit, load_in_4bit)
     return load_as(

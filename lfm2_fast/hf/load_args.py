@@ -1,7 +1,7 @@
-"""Arguments of Hugging Face's ``from_pretrained`` besides our own: accepted or refused by name.
+"""Further arguments of Hugging Face's ``from_pretrained``: accepted or refused by name.
 
-Model cards and frameworks pass them. What asks for something that is so anyway has no effect here,
-for the reason that stands beside it. What could change a result is refused, with what to use.
+Model cards and frameworks pass them. An argument that cannot change a result is accepted; its
+reason is beside it. An argument that could change a result is refused, with advice.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Name -> why any value of it changes nothing here.
+# Name -> the reason why no value of it changes anything here.
 ACCEPTED = {
     "trust_remote_code": "nothing of a checkpoint is ever executed",
     "code_revision": "nothing of a checkpoint is ever executed",
     "attn_implementation": "attention is this package's own, with the same result",
     "experts_implementation": "the model has no experts",
     "low_cpu_mem_usage": "weights are always read straight to their place",
-    "weights_only": "safetensors hold weights alone",
+    "weights_only": "safetensors hold only weights",
     "disable_mmap": "files are mapped one tensor at a time",
     "max_memory": "the whole model lies on one device",
     "offload_folder": "nothing is offloaded",
@@ -34,7 +34,7 @@ ACCEPTED = {
     "_commit_hash": "the commit is found by revision",
     "adapter_kwargs": "there is no adapter to load",
 }
-# Name -> the values that ask for nothing, and what to use for the others.
+# Name -> its values without effect, and advice for the others.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_safetensors": ((True,), "lfm2_fast reads safetensors only"),
     "ignore_mismatched_sizes": ((False,), "every tensor must fit the config"),
@@ -44,11 +44,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "from_flax": ((False,), "lfm2_fast reads safetensors only"),
     "proxies": ((), "set the environment variable HTTPS_PROXY"),
     "mirror": ((), "set the environment variable HF_ENDPOINT"),
-    "resume_download": ((True, False), "downloads always go on where they stopped"),
+    "resume_download": ((True, False), "downloads always continue where they stopped"),
     "adapter_name": (("default",), "merge the adapter into the weights first (merge_and_unload)"),
     "key_mapping": ((), "rename the tensors in the checkpoint"),
-    "use_kernels": ((False,), "choose this package's bodies with backend="),
-    "kernel_config": ((), "choose this package's bodies with backend="),
+    "use_kernels": ((False,), "choose the implementation with backend="),
+    "kernel_config": ((), "choose the implementation with backend="),
     "tp_plan": ((), "the model runs on one device"),
     "tp_size": ((), "the model runs on one device"),
     "device_mesh": ((), "the model runs on one device"),
@@ -87,7 +87,7 @@ def check_save_args(given: Mapping[str, Any]) -> None:
 def _check(
     call: str, given: Mapping[str, Any], accepted: Mapping[str, str], refused: Refused
 ) -> None:
-    """Note on the logger what has no effect.
+    """Log the arguments without effect.
 
     Raises ValueError for a value that is refused, TypeError for an unknown name.
     """

@@ -41,11 +41,11 @@ def load_as(
     """Load a checkpoint as a model of class ``kind``; the arguments are those of ``load``.
 
     ``options`` are those of ``check_options``, ``hub_options`` those of ``find_checkpoint``, and
-    ``others`` what Hugging Face's callers pass besides.
+    ``others`` all further arguments of Hugging Face's callers.
     """
     where, named = check_options(**options)
     check_load_args(others)
-    # What is noted on the config below is the model's, not the caller's.
+    # The changes of the config below are the model's, not the caller's.
     given = None if config is None else copy.deepcopy(Lfm2Config.of(config))
     folder = hub.find_checkpoint(model, **hub_options)
     adapter_folder, folder = _adapter_and_base(folder, options["adapter"], hub_options)
@@ -114,7 +114,7 @@ def load_as(
         name_or_path=os.fspath(model),
     )
     if options["device_map"] is not None:
-        # Clients take this attribute for a sign that they must not move the model.
+        # Clients that see this attribute do not move the model.
         setattr(made, "hf_device_map", {"": where})  # noqa: B010  (a type checker knows it not)
     return made
 
@@ -156,10 +156,10 @@ def check_options(
     torch_dtype: str | torch.dtype | None = None,
     **_: Any,
 ) -> tuple[torch.device, torch.dtype | None]:
-    """The device and the dtype that these options of ``load`` mean; None is the checkpoint's own.
+    """Return device and dtype for these options of ``load``; dtype None is the checkpoint's own.
 
-    Raises, as ``load``, for what is wrong with them whatever the checkpoint is. The others, which
-    are the hub's, may stand beside them and are not looked at.
+    Raises, as ``load`` does, for options that are wrong for any checkpoint. Options of the hub may
+    be among them and are ignored.
     """
     if device_map is not None:
         if device != "auto":
@@ -183,10 +183,10 @@ def check_options(
 
 
 def find_device(device: Device) -> torch.device:
-    """The device that is meant, "auto" included. Raises ValueError for one that is not there."""
+    """Return the device of a name, "auto" included. Raises ValueError if it does not exist."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        # Others than CUDA are taken when they are named; nothing was tried on them.
+        # Other devices than CUDA are accepted by name, but were never tested.
         is_cuda = accelerator is not None and accelerator.type == "cuda"
         return torch.device("cuda" if is_cuda else "cpu")
     try:
@@ -210,7 +210,7 @@ def find_device(device: Device) -> torch.device:
 
 
 def _whole(device_map: Device | Mapping[str, Device]) -> Device:
-    """The device that Hugging Face's ``device_map`` gives to the whole model."""
+    """Return the device of the whole model in Hugging Face's ``device_map``."""
     if not isinstance(device_map, Mapping):
         return device_map
     if set(device_map) != {""}:
@@ -222,7 +222,7 @@ def _whole(device_map: Device | Mapping[str, Device]) -> Device:
 
 
 def _generation_config(folder: Path, file: GGUFFile | None, config: Config) -> dict[str, Any]:
-    """The checkpoint's own, or, as Hugging Face does, the special tokens of its config."""
+    """Return the checkpoint's own or, as Hugging Face does, the special tokens of its config."""
     if file is not None:
         return gguf_config.generation_config(file, config)
     path = folder / checkpoint.GENERATION_CONFIG

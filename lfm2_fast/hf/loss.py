@@ -1,4 +1,4 @@
-"""The loss that ``forward`` gives with labels, and its backward pass, which is refused."""
+"""Loss that ``forward`` gives with labels, and its backward pass, which is refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def loss_function(
 
 
 class _NoBackward(torch.autograd.Function):
-    """The identity, whose backward pass says that there is none."""
+    """Identity, whose backward pass says that there is none."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:

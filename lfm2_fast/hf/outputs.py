@@ -1,4 +1,4 @@
-"""Answers of ``forward``: by name, by key or by place, as Hugging Face's outputs."""
+"""Results of ``forward``, with access by name, key or index, as Hugging Face's outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfm2_fast.cache.kv_cache import Cache
 
 @dataclass(eq=False)
 class ModelOutput(Mapping[Any, Any]):
-    """A mapping of the fields that are not None, which are also its tuple, in order."""
+    """Mapping of the fields that are not None, which are also its tuple, in order."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are not None, in order."""
@@ -35,7 +35,7 @@ class ModelOutput(Mapping[Any, Any]):
 
 @dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
-    """``last_hidden_state [B, T, H]`` after the last norm, and every layer's where asked for.
+    """``last_hidden_state [B, T, H]`` after the last norm, and every layer's if wanted.
 
     ``hidden_states`` has the embedding first, then each layer's output ``[B, T, H]``; the last of
     them is ``last_hidden_state``.
@@ -49,7 +49,7 @@ class BaseModelOutput(ModelOutput):
 
 @dataclass(eq=False)
 class CausalLMOutput(ModelOutput):
-    """``logits [B, T, V]``, with the ``loss`` where there were labels."""
+    """``logits [B, T, V]``, with the ``loss`` if there were labels."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None

@@ -1,8 +1,8 @@
 """From Hugging Face's padded or packed inputs to packed tokens, and back.
 
 A row ``[T]`` of ``[B, T]`` is one sequence with padding on its left or right. Without a mask and a
-cache it may hold several sequences end to end, as transformers' flash attention takes them:
-``position_ids`` that restart, or ``cu_seq_lens_q``, say where each begins.
+cache it may have several sequences end to end, as in transformers' flash attention. Restarting
+``position_ids``, or ``cu_seq_lens_q``, mark their beginnings.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 @dataclass
 class Packed:
-    """Tokens of a call, packed: ``mask [B, T]`` says which columns hold one.
+    """Packed tokens of a call. ``mask [B, T]`` is true at columns with a token.
 
-    ``cache`` holds the sequences of ``batch``. ``is_split`` says that rows hold several sequences,
-    so that the cache is of no further use.
+    ``cache`` holds the sequences of ``batch``. ``is_split`` is True if rows have several sequences,
+    so that the cache cannot be used further.
     """
 
     mask: torch.Tensor
@@ -54,10 +54,10 @@ def pack(
     cache: Cache | None,
     cu_seq_lens: torch.Tensor | None,
 ) -> Packed:
-    """Lay the tokens of ``like [B, T]`` out for one forward pass.
+    """Pack the tokens of ``like [B, T]`` for one forward pass.
 
-    Raises ValueError, naming the argument, for a mask with holes, for positions that neither the
-    mask implies nor a packed row has, and for a cache that does not fit.
+    Raises ValueError, which names the argument, for a mask with holes, for positions of neither
+    kind, and for a cache that does not fit.
     """
     mask = unpadded(like, attention_mask)
     rows, width = mask.shape
@@ -105,7 +105,7 @@ def _checked_shape(position_ids: torch.Tensor, rows: int, width: int) -> torch.T
 
 
 def _restarts(position_ids: torch.Tensor) -> list[list[int]] | None:
-    """Return where sequences begin in each row, or None unless every row is made of 0, 1, 2, ..."""
+    """Return where sequences begin in each row, or None if a row is not made of 0, 1, 2, ..."""
     steps = position_ids[:, 1:] - position_ids[:, :-1]
     restarts = position_ids[:, 1:] == 0
     if position_ids.shape[1] == 0 or (position_ids[:, 0] != 0).any():
@@ -126,11 +126,11 @@ def _starts_of_lengths(cu_seq_lens: torch.Tensor, rows: int, width: int) -> list
 
 
 def _check_positions(position_ids: torch.Tensor, mask: torch.Tensor, held: Sequence[int]) -> None:
-    """Raise ValueError unless tokens have consecutive positions that go on where the cache ends.
+    """Raise ValueError unless tokens have consecutive positions from the end of the cache on.
 
-    Rotary embedding and the convolution see differences alone, so Hugging Face's two habits, to
-    count padding on the left or not to, give the same answer. Frequencies that follow from a
-    context's length go by its tokens.
+    Rotary embedding and the convolution use only differences of positions. So Hugging Face's two
+    ways, with left padding counted or not, give the same answer. Frequencies that depend on a
+    context's length use its number of tokens.
     """
     mask = mask.cpu()
     for row, (positions, tokens) in enumerate(zip(position_ids, mask, strict=True)):
@@ -171,9 +171,9 @@ def text_before(
 ) -> list[list[int]]:
     """Return the tokens that a filled cache holds before the ids of each row.
 
-    A mask of more columns than the ids' ``width`` speaks of them: the ids are only what is new.
-    Row i is in slot ``i * copies``. Raises ValueError where the mask counts other tokens than the
-    cache holds, or the cache was not told its token ids.
+    They exist if the mask has more columns than the ids' ``width``: the ids are then only the new
+    tokens. Row i is in slot ``i * copies``. Raises ValueError if the mask counts other tokens than
+    the cache holds, or if the cache does not know its token ids.
     """
     found = []
     for row, mask in enumerate(attention_mask[:, : attention_mask.shape[1] - width]):

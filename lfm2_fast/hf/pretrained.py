@@ -1,4 +1,4 @@
-"""The part of Hugging Face's model classes that all of them share: weights, config and caches."""
+"""Part of Hugging Face's model classes that all of them share: weights, config and caches."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ INFERENCE = "lfm2_fast is for inference: train with transformers' class, and loa
 
 
 class Lfm2PreTrainedModel(AdapterMethods):
-    """An LFM2 model, ready to run: ``network`` is LFM2 itself, ``config`` what callers read.
+    """LFM2 model, ready to run: ``network`` is LFM2 itself, ``config`` is for callers.
 
-    ``config`` is any LFM2 config; the network is made of what it says now. ``weights`` are the
-    fused tensors that ``checkpoint.load_weights`` returns; they are taken over, not copied. None
-    means random ones. ``internal`` is the network's config, where it differs from ``config``.
-    ``backend`` is one of ``ops.select.BACKENDS``. ``max_length`` bounds the context that a cache of
-    this model may grow to (default: the model's own limit).
+    ``config`` is any LFM2 config; the network is made from its present values. ``weights`` are the
+    fused tensors of ``checkpoint.load_weights``; they are used without a copy. None means random
+    ones. ``internal`` is the network's config, if it differs from ``config``. ``backend`` is one of
+    ``ops.select.BACKENDS``. ``max_length`` limits the context in a cache of this model (default:
+    the model's own limit).
     """
 
     base_model_prefix = "model"
@@ -47,7 +47,8 @@ class Lfm2PreTrainedModel(AdapterMethods):
     config_class = Lfm2Config
     # transformers' pipelines ask a model for this.
     input_modalities = "text"
-    # The model lies on one device, is no one else's code, and cannot be trained.
+    # Attributes of transformers' class: the model is on one device, runs no code of a checkpoint,
+    # and cannot be trained.
     is_parallelizable = supports_gradient_checkpointing = is_gradient_checkpointing = False
     hf_quantizer: None = None
 
@@ -99,8 +100,8 @@ class Lfm2PreTrainedModel(AdapterMethods):
     ) -> Any:
         """Load a checkpoint as this class, with Hugging Face's arguments and ``load``'s.
 
-        As with Hugging Face, the model lies on the CPU unless ``device_map`` or ``device`` says
-        otherwise. Fields of the config may be given as arguments too. Raises as ``load`` does.
+        As with Hugging Face, the model is on the CPU without ``device_map`` or ``device``. Fields
+        of the config may be given as arguments too. Raises as ``load`` does.
         """
         if model_args:
             raise TypeError("from_pretrained() takes the checkpoint alone by position")
@@ -185,7 +186,7 @@ class Lfm2PreTrainedModel(AdapterMethods):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if is_own_method(self, name, value):
-            # The class's serves, compiled or not: what was set in its place goes.
+            # Setting the class's own method, compiled or not, removes an earlier replacement.
             self.__dict__.pop(name, None)
             return
         # torch's Module would keep a module beside the property of that name, and use neither.
@@ -197,7 +198,7 @@ class Lfm2PreTrainedModel(AdapterMethods):
         """Do nothing: the kernels are compiled already."""
 
     def __getattr__(self, name: str) -> Any:
-        # Called for what is not there: a part of the module, or a name of Hugging Face's class.
+        # Called for a missing name: a part of the module, or a name of Hugging Face's class.
         if name in REFUSED_NAMES:
             raise AttributeError(f"{name} is not supported by lfm2_fast: {REFUSED_NAMES[name]}")
         return super().__getattr__(name)
@@ -241,17 +242,17 @@ class Lfm2PreTrainedModel(AdapterMethods):
 
     @property
     def ops(self) -> Ops:
-        """The operations that the network runs on."""
+        """Operations that the network runs on."""
         return self.network.ops
 
     @property
     def base_model(self) -> Any:
-        """The model without its head."""
+        """Model without its head."""
         return getattr(self, self.base_model_prefix, self)
 
     @property
     def generation_config(self) -> Any:
-        """The checkpoint's generation parameters, as transformers' GenerationConfig."""
+        """Checkpoint's generation parameters, as transformers' GenerationConfig."""
         if isinstance(self._generation, dict):
             from transformers import GenerationConfig
 
@@ -299,9 +300,9 @@ class Lfm2PreTrainedModel(AdapterMethods):
     def new_cache(self, slots: int, max_length: int | None = None, *, spare: int = 1) -> Cache:
         """Return an empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
 
-        ``spare`` is how many tokens ``rollback`` must be able to take back. Where steps are
-        captured, the cache has two things more: a dummy slot, if sequences run together, and a
-        conv row for the step that is under way when a text ends.
+        ``spare`` is the number of tokens that ``rollback`` must be able to remove. If steps are
+        captured, the cache has two additions. Several sequences that run together get a dummy slot.
+        Each slot has one more conv row, for the step that is running when a text ends.
         """
         limit = min(max_length or self.max_length, self.max_length)
         return new_cache(self.network, slots, limit, spare=spare)

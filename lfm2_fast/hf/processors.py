@@ -25,14 +25,14 @@ def logits_processors(
 
     ``ids`` and ``mask [B, T]`` are the padded rows, ``passed`` the caller's processors. ``call``
     has the arguments that no config holds: ``prefix_allowed_tokens_fn`` and negative prompts.
-    Raises what transformers' classes raise for values that they do not take.
+    Raises the exceptions of transformers' classes for wrong values.
     """
     from transformers import LogitsProcessorList
 
     mixin = generation_mixin("logits processors of arguments")
 
     class Maker(mixin):  # type: ignore[misc,valid-type]
-        """The part of a model that the processors are made by, and that they call."""
+        """Part of a model that makes the processors, and that they call."""
 
         config = model.config
 
@@ -53,7 +53,7 @@ def logits_processors(
 def generation_config(asked: GenerationArgs, ids: torch.Tensor, budget: int) -> Any:
     """Return a call's arguments as transformers' classes read them.
 
-    ``ids [B, T]`` are the padded rows, which ``budget`` new tokens follow at most.
+    ``ids [B, T]`` are the padded rows. At most ``budget`` new tokens follow.
     """
     from transformers import GenerationConfig
 

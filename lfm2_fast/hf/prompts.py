@@ -1,4 +1,4 @@
-"""Prompts of a call of ``generate``: from whatever form they come in to padded rows."""
+"""Prompts of a call of ``generate``: from all their forms to padded rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 class Prompts:
     """Padded rows of a call, on the model's device.
 
-    An answer begins with ``ids [B, W]``. ``mask [B, T]`` bool is true at tokens: those of the ids,
-    or ``embeds [B, T, H]`` where these are given, and run in their place. ``before`` has the tokens
-    of each row that stand before them and are in the cache already. ``device`` is the caller's,
-    None if the prompts had none.
+    An answer begins with ``ids [B, W]``. ``mask [B, T]`` bool is true at tokens. They are those of
+    the ids or, if given, of ``embeds [B, T, H]``, which run instead. ``before`` has the tokens of
+    each row that are in the cache already. ``device`` is the caller's, None if the prompts had
+    none.
     """
 
     ids: torch.Tensor
@@ -36,7 +36,9 @@ class Prompts:
 
     @property
     def width(self) -> int:
-        """Columns that ``max_length`` counts: those of ids, and of embeddings beside them."""
+        """Number of columns that ``max_length`` counts: those of ids, and of embeddings beside
+        them.
+        """
         given, shown = self.mask.shape[1], self.ids.shape[1]
         return shown if given == shown else given + shown
 
@@ -51,7 +53,7 @@ class Prompts:
 def read_ids(
     model: Lfm2PreTrainedModel, inputs: Any, attention_mask: Any, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device | None]:
-    """Return ids ``[B, T]``, mask and the caller's device, each None where it was not given."""
+    """Return ids ``[B, T]``, mask and the caller's device, each None if it was not given."""
     if "input_ids" in kwargs:
         if inputs is not None:
             raise ValueError("give the prompts as inputs or as input_ids, not both")
@@ -94,9 +96,10 @@ def gather_prompts(
     cache: Cache | None,
     tokenizer: Any,
 ) -> Prompts:
-    """Return the checked prompts of a call; without ids and embeddings the bos token begins.
+    """Return the checked prompts of a call. Without ids and embeddings they are the bos token.
 
-    Raises ValueError, naming the argument, for what is out of range or does not fit together.
+    Raises ValueError, which names the argument, for values out of range or inputs that do not fit
+    together.
     """
     if embeds is not None:
         if asked.token_healing:
@@ -153,9 +156,10 @@ def _without_empty(prompts: Prompts, name: str) -> Prompts:
 def _healed(
     model: Any, ids: torch.Tensor, mask: torch.Tensor | None, tokenizer: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return ids whose last tokens may be replaced by longer ones, as transformers' method does it.
+    """Return ids with their last tokens replaced by longer ones if possible, by transformers'
+    method.
 
-    It makes the ids from text anew. A mask of another shape than theirs is dropped.
+    It makes the ids from text again. A mask that no longer fits them is dropped.
     """
     if tokenizer is None:
         raise ValueError("token_healing needs the tokenizer: pass tokenizer=...")
@@ -192,7 +196,7 @@ def _left_padded(
 
 
 def _inferred_mask(ids: torch.Tensor, asked: GenerationArgs) -> torch.Tensor:
-    """Hugging Face's guess: the pad token, if there is one, is padding unless it ends texts."""
+    """Infer a mask as Hugging Face does: the pad token is padding unless it is an end token."""
     if not asked.pad_is_named or asked.pad_token_id in asked.eos_token_id:
         return unpadded(ids, None)
     try:

@@ -1,4 +1,4 @@
-"""A network whose vocabulary has another size."""
+"""Network whose vocabulary has another size."""
 
 from __future__ import annotations
 

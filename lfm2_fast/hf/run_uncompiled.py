@@ -1,4 +1,4 @@
-"""A call that torch.compile leaves alone. Importing this module imports torch's compiler."""
+"""Call that torch.compile does not compile. Importing this module imports torch's compiler."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ R = TypeVar("R")
 
 @torch.compiler.disable(reason="lfm2_fast runs its own kernels: leave fullgraph=True out")
 def run_uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Return what ``function`` returns, run as it is in the middle of compiled code."""
+    """Run ``function`` uncompiled inside of compiled code, and return its result."""
     return function(*args, **kwargs)

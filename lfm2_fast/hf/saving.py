@@ -1,4 +1,4 @@
-"""A network written as a checkpoint that Hugging Face loads."""
+"""Network written as a checkpoint that Hugging Face loads."""
 
 from __future__ import annotations
 

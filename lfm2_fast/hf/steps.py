@@ -22,8 +22,8 @@ class Steps:
     """Rows of a cache: ``begin`` runs the prompts, then ``step`` one more token of each row.
 
     Rows ``i * copies`` and on are those of prompt i, in the slots of these numbers. With ``hidden``
-    every step's hidden states are kept, and steps are not captured: ``hidden_states`` has, of each
-    step, the embedding and every layer's output, ``[N, T, H]``, with zeros at padding.
+    steps are not captured, and ``hidden_states`` keeps those of every step. These are the embedding
+    and every layer's output, ``[N, T, H]``, with zeros at padding.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Steps:
         self.hidden_states: list[tuple[torch.Tensor, ...]] | None = [] if hidden else None
 
     def begin(self) -> torch.Tensor:
-        """Run each prompt in its first slot and fork the others; the logits ``[N, V]``."""
+        """Run each prompt in its first slot, fork the others, and return the logits ``[N, V]``."""
         firsts, prompts = self.rows[:: self.copies], self.prompts
         self.cache.reset(set(self.rows) - set(firsts))
         if prompts.embeds is None and self.hidden_states is None:
@@ -51,7 +51,7 @@ class Steps:
         return logits.repeat_interleave(self.copies, 0)
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
-        """Run one more token of each of ``rows``; the logits ``[len(rows), V]``."""
+        """Run one more token of each of ``rows``, and return the logits ``[len(rows), V]``."""
         if self.hidden_states is None:
             return self.runner.step(tokens, rows)
         batch = self.cache.next_batch([1] * len(rows), rows, self.device)
@@ -61,7 +61,7 @@ class Steps:
         return self.network.logits(x, batch.last_rows)
 
     def _run_prompts(self, firsts: Sequence[int]) -> torch.Tensor:
-        """Run whole prompts, or what is new of them, in one forward pass."""
+        """Run whole prompts, or their new tokens, in one forward pass."""
         prompts = self.prompts
         for slot, before in zip(firsts, prompts.before, strict=True):
             self.cache.go_back(slot, len(before))
@@ -77,7 +77,9 @@ class Steps:
     def _run(
         self, tokens: torch.Tensor | None, embeds: torch.Tensor | None, batch: Batch
     ) -> tuple[Any, list[torch.Tensor]]:
-        """Run a batch and count it in the cache; the stream, and the hidden states ``[T, H]``."""
+        """Run a batch and count it in the cache. Return the stream, and the hidden states ``[T,
+        H]``.
+        """
         collected: list[torch.Tensor] | None = None if self.hidden_states is None else []
         self.cache.reserve(batch)
         x = self.network.run_blocks(tokens, batch, self.cache, embeds=embeds, collected=collected)
@@ -95,7 +97,7 @@ class Steps:
         return full.repeat_interleave(self.copies, 0)
 
     def _all_rows(self, values: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Return ``values`` of the rows ``at`` among zeros for the others, ``[N, 1, H]``."""
+        """Return ``values`` of the rows ``at``, with zeros for the others, ``[N, 1, H]``."""
         full = values.new_zeros(len(self.rows), 1, values.shape[-1])
         full[at, 0] = values
         return full
@@ -106,14 +108,14 @@ def sample_steps(
 ) -> Iterator[list[Row]]:
     """Yield all rows after each step, until every row has ended.
 
-    A row's draws are those that the engine would make of it. Raises LogitsError for a row that has
-    no token to choose.
+    A row has the same draws as in the engine. Raises LogitsError for a row without a token to
+    choose.
     """
     sampling, network = SamplingParams(asked.sampling.do_sample), steps.network
     rows = [
         Row(
             id=0,
-            # Nothing reads these tokens; their number says at which positions draws stand.
+            # Nothing reads these tokens. Their number gives the positions of the draws.
             request=Request([0] * len(text), sampling, asked.eos_token_id, seed=seed),
             index=number * steps.copies + copy,
             limit=budget,

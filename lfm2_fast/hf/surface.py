@@ -1,4 +1,4 @@
-"""Names of Hugging Face's class that ours refuses, each with what to use instead."""
+"""Names of Hugging Face's class that ours refuses, each with advice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LOOP = "generate() is this package's own loop: call it"
 _INSIDE = "it belongs to the inside of transformers' class"
 PARTS = "weights are fused: change them in transformers' model, and use from_transformers()"
 _DENSE = "load the checkpoint without quantization"
-_BODIES = "choose this package's bodies with load(..., backend=)"
+_BODIES = "choose the implementation with load(..., backend=)"
 
 _GROUPS = {
     _TRAINING: """

@@ -1,4 +1,4 @@
-"""Workspace: what calls of ``generate`` leave for the next one: caches, step buffers and graphs."""
+"""Workspace: caches, step buffers and graphs that stay between calls of ``generate``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lfm2_fast.models.lfm2 import Lfm2
 
 
 class Workspace:
-    """Step buffers of each cache while the cache lives, and a cache that no call uses.
+    """Step buffers of each cache while the cache exists, and one unused cache.
 
-    Capturing a step takes longer than running it, so graphs stay from call to call. Those of a
-    caller's cache stay with that. A call without a cache takes the one that was given back last. A
-    copy is empty: graphs point at the tensors of the model that they were captured on.
+    Capturing a step takes longer than running it, so graphs are kept between calls. Those of a
+    caller's cache exist as long as that cache. A call without a cache takes the cache of the last
+    call without one. A copy of a workspace is empty, because graphs point at the tensors of one
+    model.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Workspace:
         return Workspace, ()
 
     def buffers(self, model: Lfm2, cache: Cache) -> StepBuffers:
-        """Return the step buffers of a cache, made anew for other operations than before."""
+        """Return the step buffers of a cache, made again if the operations have changed."""
         found = self._buffers.get(cache)
         if found is None or found.made_for is not model.ops:
             found = self._buffers[cache] = StepBuffers(model, cache)
@@ -63,8 +64,8 @@ class Workspace:
     def assistant(self, model: Any) -> Lfm2:
         """Return the network of an assistant: of a model of ours, or made of transformers'.
 
-        It is made once for calls that follow one another. Raises TypeError for what is no model,
-        and as ``from_transformers`` does.
+        It is made once for a sequence of calls. Raises TypeError for other objects, and the
+        exceptions of ``from_transformers``.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -80,21 +81,21 @@ class Workspace:
         return self._assistant[1]
 
     def nbytes(self, cache: Cache) -> int:
-        """Return the bytes of a cache's step buffers, as far as there are any."""
+        """Return the bytes of a cache's step buffers, 0 if there are none."""
         found = self._buffers.get(cache)
         return 0 if found is None else found.nbytes
 
     def take(self, model: Lfm2, slots: int, max_length: int) -> Cache:
-        """Return an empty cache: the one that was given back if it fits, else a new one."""
+        """Return an empty cache: the kept one if it fits, else a new one."""
         with suppress(IndexError):
-            # One thread gets it; another that comes at once finds none.
+            # Only one thread gets it. Another one at the same time makes a new cache.
             cache = self._idle.pop()
             if (cache.slots, cache.max_length) == (slots, max_length):
                 return cache
         return new_cache(model, slots, max_length)
 
     def give_back(self, model: Lfm2, cache: Cache) -> None:
-        """Keep a cache for the next call, where that saves capturing steps anew."""
+        """Keep a cache for the next call, if that saves captures."""
         if model.ops.captures:
             cache.reset()
             self._idle = [cache]

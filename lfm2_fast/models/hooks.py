@@ -1,7 +1,7 @@
-"""PyTorch's hooks on the modules of a network: those that are followed, and an error for others.
+"""PyTorch's hooks on the modules of a network: those that are called, and an error for others.
 
-The network calls its layers alone. All other modules only hold weights, which the fused operations
-read, so nothing would ever call a hook on one of those.
+The network calls only its layers. All other modules only hold weights, which the fused operations
+read. So a hook on one of those would never be called.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch.nn.modules import module as torch_module
 
 
 class HookError(RuntimeError):
-    """A hook, or a module of the caller's, that would never be called."""
+    """Error of a hook, or of a caller's module, that would never be called."""
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Return True if a call of ``module`` runs a caller's Python.
 
-    That is a forward hook, a forward pre-hook, or a ``forward`` that was set on this module alone.
+    That is a forward hook, a forward pre-hook, or a ``forward`` that was set on this module.
     """
     own = module.__dict__
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
@@ -33,20 +33,20 @@ def check_hooks(
     types: frozenset[type],
     names: frozenset[str],
 ) -> None:
-    """Look through ``network`` for what PyTorch would call and the network does not.
+    """Check ``network`` for hooks and modules that PyTorch would call and the network does not.
 
     ``layers`` are called: those of the type ``layer`` may have forward hooks, and a caller's own
-    module may stand in their place. ``types`` and ``names`` are those of all modules as they were
-    made; a caller's module under another name is the caller's to call. Raises HookError, naming the
-    module, for a forward hook or a ``forward`` elsewhere, for another module in the place of one
-    that holds weights, for a backward hook anywhere, and for global hooks.
+    module may replace them. ``types`` and ``names`` are those of all modules at construction. The
+    caller calls its own modules under other names. Raises HookError, which names the module, for a
+    forward hook or a ``forward`` elsewhere, and for a replaced module that holds weights. It also
+    raises for any backward hook or global hook.
     """
     check_global_hooks()
     modules = [network]
     for module in modules:
         own = module.__dict__
         known = type(module) in types or isinstance(module, layer)
-        # Once a call, of a few hundred modules: what is as it was made is passed over at once.
+        # This runs once a call on a few hundred modules, so unchanged ones are skipped first.
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -80,7 +80,8 @@ def check_global_hooks() -> None:
 def checked_stream(x: object, like: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return the residual stream ``x`` that a caller's hook may have replaced, contiguous.
 
-    It must be ``[tokens, H]`` as the weight ``like [H]`` is: TypeError or ValueError else.
+    It must be ``[tokens, H]``, with dtype and device of ``like [H]``. Raises TypeError or
+    ValueError.
     """
     wanted = f"a tensor of shape {(tokens, len(like))} and {like.dtype} on {like.device}"
     if not isinstance(x, torch.Tensor):
@@ -94,7 +95,7 @@ def checked_stream(x: object, like: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def _refuse_uncalled(module: nn.Module, path: str, known: bool, is_layer: bool) -> None:
-    """Raise HookError unless ``module`` is a layer that has forward hooks alone."""
+    """Raise HookError unless ``module`` is a layer with only forward hooks."""
     if module._backward_hooks or module._backward_pre_hooks:
         raise HookError(f"{path} has a backward hook: nothing runs backward; remove it")
     if is_layer:
@@ -111,7 +112,7 @@ def _refuse_uncalled(module: nn.Module, path: str, known: bool, is_layer: bool) 
 
 
 def _layers_within(layers: nn.ModuleList, layer: type) -> Iterator[nn.Module]:
-    """Give the layers, and of a caller's modules in their place the layers that those hold."""
+    """Yield the layers. For a caller's module in place of one, yield the layers inside of it."""
     for each in layers:
         if isinstance(each, layer):
             yield each

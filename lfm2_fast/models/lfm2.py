@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """``x += operator(norm(x)); x += feed_forward(norm(x))``; the operator is the subclass's.
 
-    The residual stream ``x [T, H]`` is the one argument by position, as hooks expect it. Only the
+    The residual stream ``x [T, H]`` is the only positional argument, as hooks expect. Only the
     packed indices ``rows [R]`` of it are returned, where they are given.
     """
 
@@ -90,7 +90,7 @@ class Block(nn.Module):
         """Do nothing: the operations are compiled already."""
 
     def checked(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return ``x``, checked where a caller's pre-hook may have replaced it."""
+        """Return ``x``, checked if a caller's pre-hook may have replaced it."""
         if not self._forward_pre_hooks:
             return x
         return checked_stream(x, self.operator_norm.weight, len(batch.positions))
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class ConvBlock(Block):
-    """A block whose operator is the gated short convolution."""
+    """Block whose operator is the gated short convolution."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -136,7 +136,7 @@ class ConvBlock(Block):
 
 
 class AttentionBlock(Block):
-    """A block whose operator is attention."""
+    """Block whose operator is attention."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -159,11 +159,11 @@ class AttentionBlock(Block):
 
 
 class Lfm2(nn.Module):
-    """The network: embedding, blocks, last norm and head, on one device.
+    """Network: embedding, blocks, last norm and head, on one device.
 
-    ``weights`` are the fused tensors of ``weights.fusion`` by name; they are taken over, not
-    copied. ``backend`` is one of ``ops.select.BACKENDS``. ``ops`` are the chosen operations. Moving
-    or casting the module chooses them anew.
+    ``weights`` are the fused tensors of ``weights.fusion`` by name; they are used without a copy.
+    ``backend`` is one of ``ops.select.BACKENDS``. ``ops`` are the chosen operations. Moving or
+    casting the module chooses them again.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Lfm2(nn.Module):
         self.rope_frequencies = RopeFrequencies(self.config, self.device, self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy chooses its operations anew: it may lie on another device or machine."""
+        """Return the state without operations: a copy, on any machine, chooses its own."""
         return {name: value for name, value in self.__dict__.items() if name != "ops"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,11 +229,11 @@ class Lfm2(nn.Module):
 
     @property
     def has_hooked_layers(self) -> bool:
-        """Return True if layers run a caller's Python, so that a step is run and not replayed."""
+        """Return True if layers run a caller's Python. Steps are then not replayed."""
         return any(is_hooked(each) or not isinstance(each, Block) for each in self.layers)
 
     def check_hooks(self) -> None:
-        """Raise HookError, naming the module, for a hook that would never be called."""
+        """Raise HookError, which names the module, for a hook that would never be called."""
         check_hooks(self, self.layers, Block, TYPES, self.part_names)
 
     def compile(self, *_: Any, **__: Any) -> None:
@@ -279,11 +279,11 @@ class Lfm2(nn.Module):
         the last block's out_proj and feed-forward run for ``rows`` alone.
 
         Writes keys, values and conv rows of the tokens into the tensors of ``cache``. The caller
-        makes room in the cache before and counts the tokens after. ``ops`` replaces ``self.ops``.
-        The last norm and the head are still to come; where ``ops`` leaves a residual addition
-        pending, the result holds it (``ops.residual``). ``embeds [T, H]`` stand for ``tokens``
-        where those are None. ``collected`` gets the embedding and every block's output ``[T, H]``.
-        Hooks on layers are called; they see the stream with nothing pending, and may replace it.
+        reserves room in the cache before, and counts the tokens afterwards. ``ops`` replaces
+        ``self.ops``. The last norm and the head have not run yet. The result may have a pending
+        addition (``ops.residual``). ``embeds [T, H]`` replace ``tokens`` if those are None.
+        ``collected`` gets the embedding and every block's output ``[T, H]``. Hooks on layers are
+        called. They see the stream with nothing pending, and may replace it.
         """
         ops = self.adapted(ops or self.ops, batch)
         hooked = self.has_hooked_layers
@@ -338,10 +338,10 @@ class Lfm2(nn.Module):
     ) -> torch.Tensor:
         """Return logits ``[R, V]`` at the packed indices ``rows [R]`` of ``tokens [T]`` int64.
 
-        ``rows=None`` means all T. ``argmax`` asks for the likeliest tokens ``[R]`` int64 instead of
-        logits, which are then never written. The cache is used as by ``run_blocks``. Token ids are
-        not checked. Captured steps pass ``ops.for_capture``; where ``ops.device_only``, only
-        tensors of ``batch`` are read and nothing waits for the device.
+        ``rows=None`` means all T. ``argmax`` returns the most likely tokens ``[R]`` int64 instead;
+        logits are then never written. The cache is used as by ``run_blocks``. Token ids are not
+        checked. Captured steps pass ``ops.for_capture``. If ``ops.device_only``, only tensors of
+        ``batch`` are read, and the host does not wait for the device.
         """
         ops = self.adapted(ops or self.ops, batch)
         x = self.run_blocks(tokens, batch, cache, ops, rows=rows)
@@ -350,6 +350,6 @@ class Lfm2(nn.Module):
         return head(x, self.embedding_norm, self.lm_head)
 
 
-# The types of all modules of a network as it was made.
+# The types of all modules of a network at construction.
 TYPES = frozenset((Lfm2, nn.ModuleList, ConvBlock, AttentionBlock, ShortConv, ShortConvTaps))
 TYPES |= {Attention, FeedForward, Projection, nn.RMSNorm}

@@ -1,4 +1,4 @@
-"""The frequencies of rotary embedding, with RoPE scaling as transformers' Lfm2 class runs it."""
+"""Frequencies of rotary embedding, with RoPE scaling as in transformers' Lfm2 class."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class RopeFrequencies:
 
     ``inv_freq [D/2]`` are those of a short context, in float32 or wider: positions reach 128,000,
     which 16 bits cannot count. ``scale`` multiplies the cosines and sines. With the types "dynamic"
-    and "longrope" a row's frequencies follow from the length of its context, and from nothing else:
-    not from other rows, and not from what the model ran before.
+    and "longrope", a row's frequencies depend on the length of its context. They do not depend on
+    other rows or earlier calls.
 
-    Imports transformers where the config has RoPE scaling. Raises CheckpointError for scaling whose
-    numbers give no frequencies.
+    Imports transformers if the config has RoPE scaling. Raises CheckpointError for scaling with
+    numbers that give no frequencies.
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -40,17 +40,18 @@ class RopeFrequencies:
             self.original = config.max_position_embeddings
             self.theta, self.factor = config.rope_theta, scaling["factor"]
             self.shares = shares.to(device)
-            # A power for each pair, though all are the same: one for a row alone would round by the
-            # row's place among others, as vectors of the processor and their remainder differ. In
-            # float64, since float32 would round the exponent, which a long context shows.
+            # One power for each pair of row and frequency, though all rows are the same. With one
+            # power a row, rounding would depend on the row's place: vector instructions and the
+            # scalar remainder round differently. In float64, because the rounding of a float32
+            # exponent shows in a long context.
             growth = config.head_dim / (config.head_dim - 2)
             self.growth = torch.full_like(self.shares, growth, dtype=torch.float64)
 
     def of(self, batch: Batch) -> torch.Tensor:
-        """Return ``inv_freq [D/2]``, or ``[T, D/2]`` where they follow from the context's length.
+        """Return ``inv_freq [D/2]``, or ``[T, D/2]`` if they depend on the context's length.
 
         All tokens of a row have the frequencies of the context at the end of the call, as if the
-        whole of it ran at once. Nothing waits for the device.
+        whole call ran at once. The host does not wait for the device.
         """
         if not self.follows_length:
             return self.inv_freq
@@ -60,7 +61,7 @@ class RopeFrequencies:
             return rows
         tokens = torch.arange(len(batch.positions), dtype=torch.int32, device=rows.device)
         row = torch.searchsorted(batch.cu_seqlens[1:], tokens, right=True)
-        # Padding stands after the last row, and has that row's.
+        # Padding comes after the last row, and gets that row's frequencies.
         return rows[row.clamp(max=len(rows) - 1)]
 
     def of_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
@@ -69,7 +70,8 @@ class RopeFrequencies:
         if self.kind == "longrope":
             longer = self.long
         else:
-            # In float32 and in this order, as transformers' function, which waits for the device.
+            # In float32 and in this order, as in transformers' function, which waits for the
+            # device.
             stretch = self.factor * column / self.original - (self.factor - 1)
             base = self.theta * (stretch**self.growth).float()
             longer = (1.0 / base**self.shares).to(self.inv_freq.dtype)

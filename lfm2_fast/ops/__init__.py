@@ -1,1 +1,1 @@
-"""The fused operations: meaning, choice, Triton and native bodies, sampling."""
+"""Fused operations: their meaning, choice, Triton and native implementations; sampling."""

@@ -1,8 +1,8 @@
-"""The fused operations that the model is written in, in plain PyTorch.
+"""Fused operations that the model is written in, in plain PyTorch.
 
-An operation ends where every output depends on every input, so fusing more of it into one launch
-never changes the model's text. A backend is a subclass of ``Ops`` that brings its own bodies for
-whole operations, for the small ones that they are made of, or for both.
+An operation ends where every output depends on every input. So the model's code stays the same when
+an implementation fuses more. A backend is a subclass of ``Ops``. It overrides whole operations, the
+small ones that they are made of, or both.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class AttentionLike(Protocol):
 
 
 class Ops:
-    """The operations in plain PyTorch; with T tokens packed, H hidden, D head size.
+    """Operations in plain PyTorch. T packed tokens, H hidden size, D head size.
 
-    Every operation returns a new tensor and mutates nothing but the ``window``, ``pages``,
-    ``state``, ``inputs`` or ``written`` that it is handed.
+    Every operation returns a new tensor. It mutates only its arguments ``window``, ``pages``,
+    ``state``, ``inputs`` and ``written``.
     """
 
     name = "eager"
@@ -77,12 +77,12 @@ class Ops:
 
     @property
     def for_capture(self) -> Ops:
-        """The operations for captured work and its warm-up run: launch options may differ."""
+        """Operations for captured work and its warm-up run. Only launch options may differ."""
         return self
 
     @property
     def for_verification(self) -> Ops:
-        """The operations for a step in which several tokens may be of one slot, in their order.
+        """Operations for a step in which several tokens may be of one slot, in their order.
 
         Each token gets the bits that it gets in a step of its own. PyTorch's products do not keep
         them, so plain PyTorch multiplies token by token: this is right, and gains no time.
@@ -100,17 +100,17 @@ class Ops:
 
     @property
     def settling(self) -> Ops:
-        """The operations for a caller's Python between layers: none leaves an addition pending."""
+        """Operations that leave no addition pending, for a caller's Python between layers."""
         return self
 
     def adapted(self, entries: torch.Tensor) -> Ops:
-        """The operations for tokens that have adapters, whose ``entries [T]`` are int64."""
+        """Operations for tokens that have adapters, whose ``entries [T]`` are int64."""
         made = copy(self)
         made.entries = entries
         return made
 
     def at(self, rows: torch.Tensor | None) -> Ops:
-        """The operations for the packed tokens ``rows [R]`` alone; None is all of them."""
+        """Operations for the packed tokens ``rows [R]`` alone; None is all of them."""
         if self.entries is None or rows is None:
             return self
         return self.adapted(self.entries.index_select(0, rows))
@@ -143,7 +143,7 @@ class Ops:
         window: ConvWindow,
         batch: Batch,
     ) -> torch.Tensor:
-        """RMSNorm, in_proj, ``C * causal_conv(B * x)``: ``[T, H] -> [T, H]``; moves the window."""
+        """RMSNorm, in_proj, ``C * causal_conv(B * x)``: ``[T, H] -> [T, H]``; mutates window."""
         return self.gated_conv(self.norm_linear(x, norm, conv.in_proj), conv.conv, window, batch)
 
     def attend(
@@ -171,7 +171,8 @@ class Ops:
     def head_argmax(self, x: torch.Tensor, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         """``best_tokens(norm_linear(x, norm, linear))``: ``[T, H] -> [T]`` int64.
 
-        Of equal logits it is the first. NO_TOKEN stands where the best is NaN or infinite.
+        Of equal logits the first one counts. A row gets NO_TOKEN if its best logit is NaN or
+        infinite.
         """
         return best_tokens(self.norm_linear(x, norm, linear))
 
@@ -183,11 +184,13 @@ class Ops:
         inputs: DecodeInputs,
         written: torch.Tensor,
     ) -> None:
-        """Turn a step's ``inputs`` into the next step's, by the chosen tokens; ``advance_ref``."""
+        """Turn a step's ``inputs`` into the next step's, from the chosen tokens; see
+        ``advance_ref``.
+        """
         ref.advance_ref(chosen, eos, dummy_slot, inputs, written)
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-        """The next token of every row, or NO_TOKEN: ``[B, V] -> [B]`` int64; moves ``state`` on."""
+        """Choose each row's next token, or NO_TOKEN: ``[B, V] -> [B]`` int64; mutates ``state``."""
         return sample_ref(logits, state)
 
     def rope(
@@ -204,7 +207,7 @@ class Ops:
         return ref.rope_ref(positions, inv_freq, dtype, scale)
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
-        """A projection alone: ``[T, K] -> [T, N]``."""
+        """Projection: ``[T, K] -> [T, N]``."""
         weight = linear.dequantized(x.dtype)
         if self.by_token:
             rows = [ref.linear_ref(each, weight, linear.bias) for each in x.split(1)]
@@ -216,7 +219,7 @@ class Ops:
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The tokens' rows of the embedding: ``[T] -> [T, H]``."""
+        """Rows of the embedding for the tokens: ``[T] -> [T, H]``."""
         return self.add_low_rank_rows(tokens, embedding, embedding.rows(tokens, dtype))
 
     def add_low_rank_rows(
@@ -238,14 +241,14 @@ class Ops:
     def gated_conv(
         self, bcx: torch.Tensor, conv: TapsLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        """``C * causal_conv(B * x)``: ``[T, 3H] -> [T, H]``; moves the window."""
+        """``C * causal_conv(B * x)``: ``[T, 3H] -> [T, H]``; mutates the window."""
         body = ref.gated_conv_step_ref if batch.max_query == 1 else ref.gated_conv_ref
         return body(bcx, conv.weight, conv.bias, window.rows, batch)
 
     def qk_norm_rope(
         self, qkv: torch.Tensor, attention: AttentionLike, rope: Rope, pages: KVPages, batch: Batch
     ) -> torch.Tensor:
-        """Norm and turn q and k, write k and v to their pages, give q ``[T, heads, D]``."""
+        """Norm and rotate q and k, write k and v to their pages, return q ``[T, heads, D]``."""
         return ref.qk_norm_rope_ref(
             qkv,
             attention.q_layernorm.weight,
@@ -264,6 +267,6 @@ class Ops:
 
 
 def epsilon(norm: nn.RMSNorm) -> float:
-    """A norm's eps, which torch types as optional."""
+    """Return a norm's eps, which is optional in torch's types."""
     assert norm.eps is not None
     return norm.eps

@@ -1,8 +1,8 @@
-"""The native operations: their schemas, and the library of C++ and CUDA bodies, where it was built.
+"""Native operations: their schemas, and the library of C++ and CUDA code, if it was built.
 
-Every operation fills ``out`` (by its name), or what else its schema marks as written, and returns
+Every operation fills ``out``, or other tensors that its schema marks as written, and returns
 nothing. Shapes: T tokens of B sequences packed end to end, H hidden, W conv width, D head size, V
-vocabulary. The bodies are in csrc/, for the CPU and, where CUDA was there, for CUDA.
+vocabulary. The code is in csrc/, for the CPU and, if it was built with CUDA, for GPUs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 SCHEMAS = (
     # x [T, H], weight [H], out [T, H]
     "rms_norm_native(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
-    # total = x + delta, which may be written over either; out is its norm
+    # total = x + delta, may be the same tensor as either; out is its norm
     "add_rms_norm_native(Tensor x, Tensor delta, Tensor weight, float eps, Tensor(a!) total, "
     "Tensor(b!) out) -> ()",
-    # tokens [T] int64, weight [V, K], which is int8 where there are scales [V] float32, out [T, K].
-    # Where scales have two axes, both are parts of a format in groups, here and below.
+    # tokens [T] int64, weight [V, K], out [T, K]. With scales [V] float32 the weight is int8. If
+    # scales have two axes, both are parts of a format in groups, here and below.
     "embed_native(Tensor tokens, Tensor weight, Tensor? scales, Tensor(a!) out) -> ()",
     # gate_up [T, 2F], out [T, F]
     "swiglu_native(Tensor gate_up, Tensor(a!) out) -> ()",
@@ -48,7 +48,7 @@ SCHEMAS = (
     # is int8 and every token is rounded to int8 too, here and below.
     "norm_linear_native(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? scales, "
     "Tensor? bias, Tensor(a!) out) -> ()",
-    # y [T, K], residual and out [T, N], which may be one
+    # y [T, K], residual and out [T, N], which may be the same tensor
     "linear_add_native(Tensor y, Tensor weight, Tensor? scales, Tensor? bias, Tensor residual, "
     "Tensor(a!) out) -> ()",
     # weight [2F, K], scales [2F], out [T, F]
@@ -63,14 +63,14 @@ SCHEMAS = (
     # products [T, N] int32, token_scales [T] and row_scales [N] float32, bias [N], out [T, N]
     "finish_products_native(Tensor products, Tensor token_scales, Tensor row_scales, Tensor? bias, "
     "Tensor(a!) out) -> ()",
-    # logits [B, V], out [B] int64, -1 where the best logit is NaN or infinite
+    # logits [B, V], out [B] int64, -1 if the best logit is NaN or infinite
     "best_tokens_native(Tensor logits, Tensor(a!) out) -> ()",
     # logits [B, V], seen [B, V] bool, penalty [B] float64, out [B, V] float32
     "penalize_native(Tensor logits, Tensor seen, Tensor penalty, Tensor(a!) out) -> ()",
     # logits [B, V], top_k [B] int64, the others [B] float64, out [B, V] float32
     "warp_native(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
     "Tensor(a!) out) -> ()",
-    # scores [B, V] float32, the others [B] int64, out -1 where softmax is undefined
+    # scores [B, V] float32, the others [B] int64, out -1 if softmax is undefined
     "draw_native(Tensor scores, Tensor seeds, Tensor rows, Tensor positions, Tensor(a!) out) -> ()",
     # chosen, tokens, slots, positions and written [B] int64, eos [B, E] int64, lengths [B] int32,
     # finished [B] bool
@@ -79,19 +79,19 @@ SCHEMAS = (
     "Tensor(f!) written) -> ()",
 )
 
-# Whether the processor has what flash_prefill_native is made of: AVX512_BF16.
+# True if the processor has AVX512_BF16, which flash_prefill_native needs.
 HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
-# Whether the bodies were compiled for x86-64 processors without AVX2 alone.
+# True if the code was compiled only for x86-64 processors without AVX2.
 LACKS_AVX2 = "lacks_avx2_native() -> bool"
 
-# Insists on the extension, so that a build which fails shows why.
+# Requires the extension, so that a failed build shows its reason.
 REBUILD = "LFM2_FAST_BUILD_EXT=1 pip install --no-build-isolation ."
 
 _library = torch.library.Library("lfm2_fast", "FRAGMENT")
 
 
 def _nothing(*args: object) -> None:
-    """Do nothing, as each operation does to tensors without data."""
+    """Do nothing: every operation's result for tensors without data."""
 
 
 for _schema in SCHEMAS:
@@ -102,7 +102,7 @@ _library.define(LACKS_AVX2)
 
 
 def _load() -> str | None:
-    """Load the bodies. None, or the reason why there are none."""
+    """Load the library. Return None, or the reason why there is none."""
     found = sorted(Path(__file__).parents[1].glob("_C*.so"))
     if not found:
         return (
@@ -112,7 +112,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(found[0])
     except (ImportError, OSError) as error:
-        reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it anew"
+        reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it again"
         logging.getLogger(__name__).warning("%s", reason)
         return reason
     keys = dict.fromkeys(SCHEMAS, "CPU")
@@ -121,7 +121,7 @@ def _load() -> str | None:
         torch._C._dispatch_has_kernel_for_dispatch_key(f"lfm2_fast::{schema.split('(')[0]}", key)
         for schema, key in keys.items()
     ):
-        reason = f"{found[0].name} is of an older version; `{REBUILD}` builds it anew"
+        reason = f"{found[0].name} is of an older version; `{REBUILD}` builds it again"
         logging.getLogger(__name__).warning("%s", reason)
         return reason
     return None
@@ -131,12 +131,12 @@ _why_not = _load()
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why ``device`` has no native bodies here, and what to do; None if it has."""
+    """Return why ``device`` has no native code here, with a remedy; None if it has."""
     if _why_not is not None:
         return _why_not
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if key is None:
-        return f"there are no native bodies for {device.type}"
+        return f"there is no native code for {device.type}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("lfm2_fast::gated_conv_step_native", key):
         return (
             "the C++ extension was built without CUDA; with a CUDA toolkit of torch's version "
@@ -146,18 +146,18 @@ def why_not(device: torch.device) -> str | None:
 
 
 def why_slow(device: torch.device) -> str | None:
-    """Why the bodies that ``device`` has are slow here, and what to do; None if they are not."""
+    """Return why the native code is slow on ``device``, with a remedy; None if it is fast."""
     if device.type != "cpu" or _why_not is not None or not torch.ops.lfm2_fast.lacks_avx2_native():
         return None
     return (
         "the C++ extension was built for the oldest x86-64 processors, by another compiler than "
         f"GCC 12 or newer; `CXX=g++-12 {REBUILD}` or, for this machine alone, "
-        f"`CFLAGS=-march=native {REBUILD}` builds it anew"
+        f"`CFLAGS=-march=native {REBUILD}` builds it again"
     )
 
 
 def prefills(dtype: torch.dtype) -> bool:
-    """Return True if ``flash_prefill_native`` takes ``dtype`` here; PyTorch takes the others."""
+    """Return True if ``flash_prefill_native`` runs ``dtype`` here. PyTorch runs the others."""
     if _why_not is not None or dtype != torch.bfloat16:
         return False
     return bool(torch.ops.lfm2_fast.has_flash_prefill_native())

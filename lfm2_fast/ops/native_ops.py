@@ -1,4 +1,4 @@
-"""The operations' bodies in C++ and CUDA. Calling them needs the extension, importing does not."""
+"""Operations in C++ and CUDA. Calling them needs the extension, importing does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lfm2_fast.ops.residual import PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
 from lfm2_fast.weights.formats import DENSE, INT8, Format, Groups, Projection
 
-# Looked up once: a look-up takes as long as a small operation.
+# Looked up once, because a look-up takes as long as a small operation.
 _rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
 _add_rms_norm = torch.ops.lfm2_fast.add_rms_norm_native.default
 _embed = torch.ops.lfm2_fast.embed_native.default
@@ -49,10 +49,10 @@ MOST_VERIFIED = 32
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Return True if PyTorch has products of ``dtype``; without, float32 is much faster."""
+    """Return True if PyTorch has fast products of ``dtype``. If not, float32 is much faster."""
     if dtype != torch.bfloat16:
         return dtype == torch.float32
-    # PyTorch goes by what oneDNN may use, which is fast on x86-64 with instructions for it alone.
+    # PyTorch uses oneDNN, which is fast on x86-64 only with instructions for the type.
     there = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if platform.machine().lower() in ("x86_64", "amd64"):
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -64,8 +64,8 @@ def multiplies(dtype: torch.dtype) -> bool:
 def multiplies_int8() -> bool:
     """Return True if PyTorch's product of 8-bit integers is right and fast on this CPU.
 
-    On x86-64 without VNNI it is one or the other. Some versions add pairs of products in 16 bits,
-    which overflow silently. Others are exact, and ten times as slow as float32.
+    On x86-64 without VNNI it is never both. Some versions add pairs of products in 16 bits, which
+    overflow silently. Others are exact, but ten times as slow as float32.
     """
     if platform.machine().lower() in ("x86_64", "amd64"):
         if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
@@ -78,12 +78,13 @@ def multiplies_int8() -> bool:
 
 @functools.cache
 def few_tokens(format: Format, dtype: torch.dtype) -> int:
-    """Most tokens that the extension multiplies by a matrix itself; 0 if it lacks the format.
+    """Return how many tokens the extension multiplies itself at most; 0 if it lacks the format.
 
-    PyTorch's products of float32, and of 8-bit integers with VNNI, are faster for more. 16-bit
-    floats are packed anew by each of its calls, which 64 tokens do not make up for. Without VNNI
-    the extension's 8-bit products are faster than PyTorch's, and than the widened matrix. AArch64
-    was never timed: its products in groups are taken to be faster than the widened matrix too.
+    For more tokens, PyTorch's products of float32, and of 8-bit integers with VNNI, are faster.
+    Each of its calls packs a matrix of 16-bit floats again, which pays only above 64 tokens.
+    Without VNNI the extension's 8-bit products are faster than PyTorch's, and than a widened
+    matrix. AArch64 was never timed: its products in groups are taken to be faster than the widened
+    matrix too.
     """
     if format is DENSE:
         return 32 if dtype == torch.float32 else 64
@@ -102,7 +103,7 @@ FEW_ADAPTED = 32
 
 
 class NativeStepOps(Ops):
-    """The GPU's body, of the convolution's step; all else is plain PyTorch."""
+    """Operations on a GPU: CUDA for the convolution of a decode step, PyTorch for the rest."""
 
     name = "native"
 
@@ -120,10 +121,9 @@ class NativeStepOps(Ops):
 
 
 class NativeOps(PendingResidualOps):
-    """The CPU's bodies: whole fused operations for a few tokens, all but projections for more.
+    """Operations on a CPU: whole fused ones for a few tokens, all but projections for more.
 
-    For float32 and 16-bit types. What is computed of one of a few tokens does not depend on
-    the others.
+    For float32 and 16-bit types. Results of one of a few tokens do not depend on the others.
     """
 
     name = "native"
@@ -189,7 +189,7 @@ class NativeOps(PendingResidualOps):
         return tokens
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
-        """A projection of many tokens, by PyTorch's products."""
+        """Projection of many tokens, by PyTorch's products."""
         return self.add_low_rank(x, linear, self._product(x, linear))
 
     def _product(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Every operation in plain PyTorch: its meaning, and the body that runs where no faster one does.
+"""Every operation in plain PyTorch: its meaning, and the code that runs if no faster one can.
 
 Shapes: T tokens of B sequences packed end to end, H hidden, W conv width, D head size. Numbers are
-rounded where Hugging Face's ``Lfm2ForCausalLM`` rounds, so that results agree in every dtype; in
-float64 each function is the oracle that faster bodies are measured against.
+rounded where Hugging Face's ``Lfm2ForCausalLM`` rounds, so that results agree in every dtype. In
+float64 each function is the oracle of the faster implementations.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def linear_ref(
 def dynamic_linear_ref(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``linear_ref`` of an int8 weight where every token of ``x`` is rounded to int8 too.
+    """``linear_ref`` of an int8 weight, with every token of ``x`` rounded to int8 too.
 
-    The products are exact; each is multiplied by its token's and its row's scale. This is the
-    meaning of the native int8 bodies and the oracle of their tests.
+    The products are exact. Each is multiplied by its token's and its row's scale. This is the
+    meaning of the native int8 code and the oracle of its tests.
     """
     numbers, scales = quantize_ref(x)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -46,7 +46,7 @@ def dynamic_linear_ref(
 
 
 def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ``x [T, K]`` as int8, the largest as 127, and what to multiply them by: ``[T]``."""
+    """Rows of ``x [T, K]`` as int8, the largest number as 127, and their scales ``[T]``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     most = wide.abs().amax(-1, keepdim=True)
     # Not 127 / most, which torch computes as 127 * (1 / most).
@@ -57,10 +57,10 @@ def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def grouped_linear_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``linear_ref`` where every 32 numbers of a token are rounded to int8, with a scale of theirs.
+    """``linear_ref`` with every 32 numbers of a token rounded to int8, with one scale.
 
-    ``weight [N, K]`` is a dequantized matrix in groups. This is the meaning of the native bodies
-    of formats in groups and the oracle of their tests.
+    ``weight [N, K]`` is a dequantized matrix in groups. This is the meaning of the native code for
+    formats in groups, and the oracle of its tests.
     """
     numbers, scales = quantize_ref(x.reshape(-1, 32))
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -83,9 +83,9 @@ def gated_conv_ref(
 ) -> torch.Tensor:
     """``C * causal_conv(B * x)``, depthwise, for any number of tokens per sequence.
 
-    ``bcx [T, 3H]`` holds B, C and x side by side; ``weight [H, W]`` has its newest tap last;
-    result ``[T, H]``. ``window [slots, ring, H]`` is read for the W - 1 rows of ``B * x`` before
-    each sequence's first token (zeros before its start) and the newest rows are written to it.
+    ``bcx [T, 3H]`` has B, C and x side by side; ``weight [H, W]`` has its newest tap last; result
+    ``[T, H]``. ``window [slots, ring, H]`` has the W - 1 rows of ``B * x`` before each sequence's
+    first token (zeros before its start). The newest rows are written to it.
     """
     ring, past = window.shape[1], weight.shape[1] - 1
     b, c, x = bcx.chunk(3, dim=-1)
@@ -113,8 +113,8 @@ def gated_conv_step_ref(
 ) -> torch.Tensor:
     """``gated_conv_ref`` for one token per sequence: writes one row of each window, gathers it.
 
-    Tokens that follow one another may be of one slot: a row is written before any is read. The ring
-    must then hold all that these tokens read and write.
+    Adjacent tokens may be of one slot: a row is written before any is read. The ring must then hold
+    all that these tokens read and write.
     """
     ring, past = window.shape[1], weight.shape[1] - 1
     b, c, x = bcx.chunk(3, dim=-1)
@@ -136,7 +136,7 @@ def _taps(history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def rope_ref(
     positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[T, 1, D]`` of rotary embedding, both halves alike. (Su et al., 2021)
+    """Cosines and sines ``[T, 1, D]`` of rotary embedding; both halves are equal. (Su et al., 2021)
 
     ``inv_freq`` is ``[D/2]`` for all tokens, or ``[T, D/2]``. Both results are times ``scale``.
     """
@@ -165,13 +165,13 @@ def qk_norm_rope_ref(
     table: torch.Tensor,
     batch: Batch,
 ) -> torch.Tensor:
-    """Normalise q and k per head, turn them, and write k and v into the cache.
+    """Normalise q and k per head, rotate them, and write k and v into the cache.
 
     ``qkv [T, (heads + 2 * kv_heads) * D]`` holds all q heads, then all k, then all v; ``q_weight``
-    and ``k_weight`` are ``[D]``; ``rope`` is what ``rope_ref`` gives. Position p of a slot lies in
-    row ``p % page_size`` of page ``table[slot, p // page_size]`` of the pages ``[pages, kv_heads,
-    page_size, D]``. They are written at the tokens' positions, from ``batch.write_from`` on.
-    Result: q, ``[T, heads, D]``.
+    and ``k_weight`` are ``[D]``; ``rope`` is the result of ``rope_ref``. Position p of a slot is
+    row ``p % page_size`` of page ``table[slot, p // page_size]`` in the pages ``[pages, kv_heads,
+    page_size, D]``. Keys and values are written at the tokens' positions, from ``batch.write_from``
+    on. Result: q, ``[T, heads, D]``.
     """
     kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -199,9 +199,9 @@ def attention_ref(
 ) -> torch.Tensor:
     """Causal grouped-query attention of each sequence's newest tokens over its pages.
 
-    ``q [T, heads, D]``, result ``[T, heads * D]``; the keys and values of the tokens themselves
-    are in the pages already, which are as in ``qk_norm_rope_ref``. Query heads of a group share
-    one KV head (Ainslie et al., 2023).
+    ``q [T, heads, D]``, result ``[T, heads * D]``. The pages are as in ``qk_norm_rope_ref``, and
+    have the keys and values of these tokens already. Query heads of a group share one KV head
+    (Ainslie et al., 2023).
     """
     out = torch.empty_like(q)
     first = 0
@@ -248,13 +248,12 @@ def advance_ref(
     inputs: DecodeInputs,
     written: torch.Tensor,
 ) -> None:
-    """Turn the ``inputs`` of a decode step into the next step's, in place, by ``chosen [B]``.
+    """Turn the ``inputs`` of a decode step into the next step's, in place, from ``chosen [B]``.
 
     A row that chose one of its ``eos [B, E]``, or has NO_TOKEN, is finished. It runs on without
-    effect: at the first position of ``dummy_slot``, or, if that is None, at the position after its
-    text, where every further step writes and nothing reads. ``written [B]`` gets the chosen tokens
-    as they are. In the next step's tokens 0 stands for NO_TOKEN, since each must be a row of the
-    embedding.
+    effect, at the first position of ``dummy_slot``. If that is None, it stays at the position after
+    its text, which nothing reads. ``written [B]`` gets the chosen tokens unchanged. In the next
+    step's tokens, 0 replaces NO_TOKEN, because each must be a row of the embedding.
     """
     tokens, slots, positions, lengths, finished = inputs
     positions += ~finished

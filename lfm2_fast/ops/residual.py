@@ -1,4 +1,4 @@
-"""The residual stream with its last addition pending, for bodies that add and norm at once."""
+"""Residual stream with a pending addition, for implementations that add and norm at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lfm2_fast.weights.formats import Projection
 
 @dataclass
 class PendingResidual:
-    """The sum ``x + delta``, to be made by the norm that reads it first."""
+    """Sum ``x + delta``, computed by the first norm that reads it."""
 
     x: torch.Tensor
     delta: torch.Tensor | None
@@ -28,7 +28,7 @@ class PendingResidual:
 
 
 def settled(x: torch.Tensor | PendingResidual) -> torch.Tensor:
-    """A tensor as it is; of a PendingResidual the sum, which is made once."""
+    """Return a tensor unchanged, or the sum of a PendingResidual, which is computed once."""
     if isinstance(x, torch.Tensor):
         return x
     if x.delta is not None:
@@ -37,9 +37,9 @@ def settled(x: torch.Tensor | PendingResidual) -> torch.Tensor:
 
 
 class PendingResidualOps(Ops):
-    """Operations that leave the addition at the end of one to the norm that begins the next.
+    """Operations that leave an addition at their end to the norm of the next operation.
 
-    ``x`` and ``residual`` may be a tensor or a ``PendingResidual``, which ``linear_add`` gives.
+    ``x`` and ``residual`` may be a tensor, or a ``PendingResidual`` of ``linear_add``.
     """
 
     leaves_pending = True
@@ -60,11 +60,11 @@ class PendingResidualOps(Ops):
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x + delta``, which may take the place of ``delta``, and its RMSNorm."""
+        """Return ``x + delta``, perhaps in the memory of ``delta``, and its RMSNorm."""
         raise NotImplementedError
 
     def _norm(self, x: Any, norm: nn.RMSNorm) -> torch.Tensor:
-        """RMSNorm of a tensor or a PendingResidual, which is settled by it."""
+        """RMSNorm of a tensor or a PendingResidual, which it settles."""
         if isinstance(x, torch.Tensor) or x.delta is None:
             return self.rms_norm(settled(x), norm)
         x.x, normed = self.add_rms_norm(x.x, x.delta, norm)

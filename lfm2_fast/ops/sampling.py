@@ -1,12 +1,12 @@
 """Sampling: logits -> tokens, on the model's device, without waiting for it.
 
-The order and the meaning of every filter are Hugging Face's. The draw is ours: of the tokens that
-the filters leave, the largest sum of score and Gumbel noise. The noise is a pure function of (seed,
-row, position, token), so that a row's text does not depend on what else is in the batch or on how
-the work was split. An error of a score changes the draw only where the two largest sums are that
-close, so that other bodies and narrower types mostly draw the same tokens.
+The order and the meaning of every filter are Hugging Face's. The draw is our own: of the tokens
+that the filters leave, the one with the largest sum of score and Gumbel noise. The noise is a pure
+function of (seed, row, position, token). So a row's text does not depend on the batch, or on how
+the work was split. A small error of a score changes the draw only if the two largest sums are
+close. So other implementations and narrower types mostly draw the same tokens.
 
-The mass of top-p is summed in float64, so that no order of summation decides what is cut.
+The mass of top-p is summed in float64, so that the order of summation does not change the cut.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from lfm2_fast.cache.batch import on_device
 
 MASK32 = 0xFFFFFFFF
-# Stands where a row has no token to choose.
+# Marks a row without a token to choose.
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters of choosing a token; the defaults are greedy and leave the logits as they are."""
+    """Parameters of the choice of a token. The defaults are greedy and do not change the logits."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -44,11 +44,11 @@ class SamplingState:
 
     ``do_sample [B]`` bool, ``top_k [B]`` int64 and ``temperature, top_p, min_p, repetition_penalty
     [B]`` float64 are SamplingParams by row. ``seeds, rows, positions [B]`` int64 decide the draws;
-    a position is the place that the next token will have. ``seen [B, V]`` bool marks what was
-    written or read before, or is None where no row penalises that. ``sample`` marks and moves on.
+    the position is that of the next token. ``seen [B, V]`` bool marks the earlier tokens of each
+    row, or is None if no row has a repetition penalty. ``sample`` updates both.
 
-    ``active`` names, on the host, the parameters that some row sets, so that a body can leave out
-    what none asks for without waiting for the device.
+    ``active``, on the host, names the parameters that some row sets. So an implementation can leave
+    out the others without waiting for the device.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SamplingState:
     repetition_penalty: torch.Tensor
 
     def _plan(self) -> None:
-        """Note on the host what the rows want."""
+        """Note on the host which parameters the rows set."""
         drawn = [row for row in self.params if row.do_sample]
         self.all_drawn = len(drawn) == len(self.params)
         active = {
@@ -98,11 +98,11 @@ class SamplingState:
 
     @property
     def greedy(self) -> bool:
-        """Return True if every row takes the likeliest token of the logits as they are."""
+        """Return True if every row takes the most likely token of the unchanged logits."""
         return not self.active
 
     def pick(self, places: Sequence[int]) -> SamplingState:
-        """The state of some rows, in that order, as a copy."""
+        """Return the state of some rows, in that order, as a copy."""
         picked = object.__new__(SamplingState)
         picked.params = tuple(self.params[place] for place in places)
         at = on_device(places, torch.int64, self.seeds.device)
@@ -113,7 +113,7 @@ class SamplingState:
         return picked
 
     def first(self, count: int) -> SamplingState:
-        """The state of the first rows, sharing their tensors."""
+        """Return the state of the first rows, which shares their tensors."""
         shared = object.__new__(SamplingState)
         shared.params = self.params[:count]
         for name in TENSORS:
@@ -138,7 +138,7 @@ class SamplingState:
     def record(self, tokens: torch.Tensor) -> None:
         """Mark ``tokens [B]`` as seen and go on to the next position.
 
-        A row of NO_TOKEN is over: it marks token 0, and its marks are not read again.
+        A row with NO_TOKEN has ended: it marks token 0, and its marks are not read again.
         """
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
@@ -149,10 +149,10 @@ TENSORS = (*(field.name for field in fields(SamplingParams)), "seeds", "rows", "
 
 
 def sample_ref(logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-    """The next token of every row: ``logits [B, V]`` -> ``[B]`` int64; advances ``state``.
+    """Choose the next token of every row: ``logits [B, V]`` -> ``[B]`` int64; advances ``state``.
 
-    A row that does not sample takes the first of its best tokens after the penalty. A row has
-    NO_TOKEN if its best score, as penalty and temperature leave it, is NaN or infinite.
+    A greedy row takes the first of its best tokens after the penalty. A row has NO_TOKEN if its
+    best score, after penalty and temperature, is NaN or infinite.
     """
     scores = logits.float()
     if state.seen is not None:
@@ -168,7 +168,7 @@ def sample_ref(logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
 
 
 def best_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """The first of the best tokens of every row, ``[B, V] -> [B]`` int64, or NO_TOKEN.
+    """Return the first of every row's best tokens, ``[B, V] -> [B]`` int64, or NO_TOKEN.
 
     A row has NO_TOKEN if its best score is NaN, which is larger than any number, or infinite.
     """
@@ -177,21 +177,21 @@ def best_tokens(scores: torch.Tensor) -> torch.Tensor:
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
-    """Divide positive and multiply negative logits ``[B, V]`` of the tokens in ``seen [B, V]``.
+    """Divide positive and multiply negative ``logits [B, V]`` of the tokens in ``seen [B, V]``.
 
-    By ``penalty [B]``. (Keskar et al., 2019)
+    The factor is ``penalty [B]``. (Keskar et al., 2019)
     """
     by = penalty.to(logits.dtype)[:, None]
     return torch.where(seen, torch.where(logits < 0, logits * by, logits / by), logits)
 
 
 def warp(scores: torch.Tensor, state: SamplingState) -> torch.Tensor:
-    """Temperature, top-k, top-p and min-p on ``scores [B, V]``; what is cut off becomes -inf.
+    """Temperature, top-k, top-p and min-p on ``scores [B, V]``. Dropped tokens become -inf.
 
-    Top-k keeps every token that ties with the k-th; top-p (Holtzman et al., 2019) keeps the
-    smallest set of best tokens that holds the mass ``top_p``, of equal ones the last; min-p (Nguyen
-    et al., 2024) keeps what is at least ``min_p`` times as likely as the best. The best always
-    stays.
+    Top-k keeps every token that ties with the k-th. Top-p (Holtzman et al., 2019) keeps the
+    smallest set of best tokens with the mass ``top_p``; of equal tokens it keeps the last ones.
+    Min-p (Nguyen et al., 2024) keeps tokens that are at least ``min_p`` times as likely as the
+    best. The best token always stays.
     """
     if "temperature" in state.active:
         scores = scores / state.temperature.to(scores.dtype)[:, None]
@@ -215,11 +215,11 @@ def warp(scores: torch.Tensor, state: SamplingState) -> torch.Tensor:
 
 
 def draw(scores: torch.Tensor, state: SamplingState) -> torch.Tensor:
-    """Draw a token for every row by its probability: ``scores [B, V]`` -> ``[B]`` int64.
+    """Draw a token of every row by its probability: ``scores [B, V]`` -> ``[B]`` int64.
 
-    It is the first token whose score and Gumbel noise are the largest sum, which is distributed as
-    softmax of the scores is (Gumbel, 1954). A token at -inf is never drawn. A row has NO_TOKEN
-    where softmax is undefined: among NaN, infinity or nothing but -inf.
+    It is the first token with the largest sum of score and Gumbel noise. This draw has the
+    probabilities of the scores' softmax (Gumbel, 1954). A token at -inf is never drawn. A row has
+    NO_TOKEN if softmax is undefined: with NaN, infinity, or only -inf.
     """
     noise = gumbel(state.seeds, state.rows, state.positions, scores.shape[-1])
     return best_tokens(scores.double() + noise)
@@ -230,9 +230,9 @@ def gumbel(
 ) -> torch.Tensor:
     """Gumbel noise ``[B, count]`` float64 of the first tokens of every row: ``-ln(-ln(1 - u))``.
 
-    ``u`` is ``(word + 1/2) / 2^32``. The largest noise comes of the smallest ``u``, where the words
-    are densest: a token of probability 1e-9 is drawn a quarter of a percent too rarely, one of
-    1e-11 hardly ever.
+    ``u`` is ``(word + 1/2) / 2^32``. The smallest ``u`` give the largest noise, and they have the
+    finest steps. Still, a token of probability 1e-9 is drawn a quarter of a percent too rarely, and
+    one of 1e-11 hardly ever.
     """
     words = philox(seeds, rows, positions, count)
     less = words.double().add_(0.5).mul_(-(2.0**-32))
@@ -252,8 +252,8 @@ def philox(
     c3 = torch.zeros_like(c0)
     k0, k1 = seeds[:, None], seeds[:, None] >> 32
     for _ in range(10):
-        # Only the lower 32 bits of a word count. A product of two may wrap int64's sign, and both
-        # halves are right all the same.
+        # Only the lower 32 bits of a word count. A product of two may wrap int64's sign; both
+        # halves are still right.
         a, b = (c0 & MASK32) * 0xD2511F53, (c2 & MASK32) * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32) ^ (c1 ^ k0), b, (a >> 32) ^ (c3 ^ k1), a
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85

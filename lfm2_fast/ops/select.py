@@ -1,4 +1,4 @@
-"""The choice of an implementation: by device, and by what is importable."""
+"""Choice of an implementation: by device, and by what is importable."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ BACKENDS = ("auto", "eager", "triton", "native")
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot run here."""
+    """Error of a requested backend that cannot run here."""
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
-    """The operations that ``backend`` names, for a model of ``dtype`` on ``device``.
+    """Return the operations of ``backend``, for a model of ``dtype`` on ``device``.
 
-    "eager" is plain PyTorch and runs anything anywhere, "triton" runs on GPUs, "native" is C++ for
-    CPUs (on GPUs: for the convolution's step); "auto" takes the fastest that can run, Triton on
-    GPUs and C++ on CPUs. Raises BackendError for a name that is unknown or cannot run here.
+    "eager" is plain PyTorch and runs on every device. "triton" runs on GPUs. "native" is C++ for
+    CPUs; on a GPU it has the convolution of a decode step only. "auto" takes the fastest that can
+    run. Raises BackendError for a name that is unknown or cannot run here.
     """
     if backend not in BACKENDS:
         raise BackendError(
@@ -45,7 +45,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return what ``backend`` lacks to run ``dtype`` on ``device`` and what to do, or None."""
+    """Return why ``backend`` cannot run ``dtype`` on ``device``, with a remedy, or None."""
     if backend == "eager":
         return None
     if dtype == torch.float64:
@@ -58,7 +58,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Return what Triton's kernels lack on ``device`` and how to get it, or None."""
+    """Return why Triton's kernels cannot run on ``device``, with a remedy, or None."""
     if find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
     if device.type == "cuda":
@@ -76,7 +76,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def has_dependent_launch(device: torch.device) -> bool:
-    """Return True if ``device`` can start a kernel while the one before runs: Hopper and later."""
+    """Return True if ``device`` can start a kernel while another one runs: Hopper and later."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,4 +1,4 @@
-"""The operations' bodies in Triton. Importing this module imports triton."""
+"""Operations in Triton. Importing this module imports triton."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ FORMATS = (DENSE, INT8)
 
 
 class TritonOps(PendingResidualOps):
-    """T tokens packed, H hidden.
+    """Operations on a GPU, with T packed tokens and H hidden.
 
-    A few tokens take one launch a fused operation, its projection included. More take kernels
-    between the projections, which remain the library's, and leave the residual addition pending.
+    A few tokens take one launch for a fused operation, its projection included. With more tokens,
+    PyTorch's library multiplies. Kernels run between the projections, and leave the residual
+    addition pending.
 
-    With ``dependent``, which needs compute capability 9.0, ``for_capture`` launches every kernel of
-    a step of few tokens so that it begins before its predecessor's end (``kernels/pdl.py``).
-    Launched one by one that would cost the host more than it gains, so nothing else does.
+    With ``dependent``, which needs compute capability 9.0, ``for_capture`` makes dependent launches
+    for steps of a few tokens: a kernel begins before the previous one ends (``kernels/pdl.py``).
+    Outside of graphs they would cost the host more than they gain.
     """
 
     name = "triton"
@@ -56,12 +57,11 @@ class TritonOps(PendingResidualOps):
 
     def __init__(self, *, dependent: bool = False) -> None:
         # The counters of flash_decode belong to a cache, found by its page table. Launches on one
-        # cache follow one another, whatever stream or captured graph they are in; those on two may
-        # overlap.
+        # cache never overlap, in any stream or graph. Launches on two caches may overlap.
         self._arrivals = WeakTensorKeyDictionary()
         self._dependent: TritonOps | None = None
         if dependent:
-            # With the same counters: what is captured shares caches with what is not.
+            # With the same counters, because captured and uncaptured launches share caches.
             self._dependent = copy(self)
             self._dependent.pdl = True
 
@@ -70,7 +70,7 @@ class TritonOps(PendingResidualOps):
         return self._dependent or self
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
-        """The library's product; an int8 weight is widened for it in one launch."""
+        """Library's product; an int8 weight is widened for it in one launch."""
         if linear.format is not INT8:
             return super().linear(x, linear)
         weight = torch.empty(linear.weight.shape, dtype=x.dtype, device=x.device)
@@ -134,7 +134,7 @@ class TritonOps(PendingResidualOps):
         return out
 
     def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
-        """Two launches for a few tokens, whose logits are never written."""
+        """Best tokens; two launches for a few tokens, which never write logits."""
         few = _few(x, linear)
         if few is None or self.adapts(linear):
             return super().head_argmax(x, norm, linear)
@@ -186,7 +186,7 @@ class TritonOps(PendingResidualOps):
         dtype: torch.dtype,
         scale: float = 1.0,
     ) -> Rope:
-        """Cosines and sines ``[T, D/2]``, times ``scale``, in float32 whatever the ``dtype``."""
+        """Cosines and sines ``[T, D/2]``, times ``scale``, in float32 for every ``dtype``."""
         cos = torch.empty(len(positions), inv_freq.shape[-1], device=positions.device)
         sin = torch.empty_like(cos)
         rope_triton(positions, inv_freq, cos, sin, scale=scale, pdl=self.pdl)
@@ -269,7 +269,7 @@ class TritonOps(PendingResidualOps):
     def attend(
         self, qkv: torch.Tensor, attention: AttentionLike, rope: Rope, pages: KVPages, batch: Batch
     ) -> torch.Tensor:
-        """One launch where every sequence runs one token, two elsewhere."""
+        """Attention: one launch if every sequence runs one token, otherwise two."""
         if batch.max_query != 1:
             return super().attend(qkv, attention, rope, pages, batch)
         tokens, width = qkv.shape
@@ -313,7 +313,7 @@ class TritonOps(PendingResidualOps):
         return out
 
     def _counters(self, table: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """``[slots, kv_heads]`` int32 zeros, the same for all launches on the cache of table."""
+        """Return ``[slots, kv_heads]`` int32 zeros, shared by all launches on the table's cache."""
         if table not in self._arrivals:
             shape = (len(table), kv_heads)
             self._arrivals[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP service around an engine."""
+"""OpenAI-compatible HTTP service around an engine."""

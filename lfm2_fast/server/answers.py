@@ -1,4 +1,4 @@
-"""Answers: the choices of one or several prompts, as the engine writes them."""
+"""Answers: the choices of one or several prompts, while the engine writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lfm2_fast.server.output import Choice, Part
 
 
 class Listener(Protocol):
-    """A service that counts what its answers took."""
+    """Service that counts the times of its answers."""
 
     metrics: Metrics
 
@@ -23,9 +23,9 @@ class Listener(Protocol):
 
 
 class Answers:
-    """Choices of ``prompts``, by the stream's id of a prompt and the place among its ``n``.
+    """Choices of ``prompts``, by the stream's id of a prompt and the index among its ``n``.
 
-    ``next`` gives their news until all are ``done``; ``close`` ends those that are not.
+    ``next`` returns their new parts until all are ``done``. ``close`` ends those that are not.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Answers:
         return all(choice.done for choice in self.choices.values())
 
     async def next(self) -> list[Part]:
-        """Wait, and return the news of choices that have some; none where ``wake`` was called.
+        """Wait, and return the new parts of choices; none after ``wake``.
 
-        Raises ApiError where a continuation or the engine failed.
+        Raises ApiError if a continuation or the engine failed.
         """
         try:
             events = await self.stream.next()
@@ -76,7 +76,7 @@ class Answers:
         return parts
 
     async def all(self) -> list[Part]:
-        """Wait until every choice has ended, and return what each said, in order."""
+        """Wait until every choice has ended, and return their content in order."""
         found = {choice.index: Part(choice.index) for choice in self.choices.values()}
         while not self.done:
             for part in await self.next():
@@ -84,11 +84,11 @@ class Answers:
         return [found[index] for index in sorted(found)]
 
     def wake(self) -> None:
-        """Have ``next`` return without waiting."""
+        """Let ``next`` return without waiting."""
         self.stream.wake()
 
     def close(self) -> None:
-        """End what has not ended. A second call does nothing."""
+        """End the choices that have not ended. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -102,7 +102,7 @@ class Answers:
             self._metrics.ended(choice.reason or "abort")
 
     def usage(self) -> dict[str, Any]:
-        """Return OpenAI's usage object of what was written so far."""
+        """Return OpenAI's usage object of the tokens so far."""
         choices = self.choices.values()
         prompt, written = sum(map(len, self.prompts)), sum(choice.tokens for choice in choices)
         return {
@@ -116,7 +116,7 @@ class Answers:
         }
 
     def _time(self, choice: Choice, events: Sequence[Event], now: float) -> None:
-        """Note when tokens came; those that came at once share the time since the last."""
+        """Note the times of tokens. Tokens that come together share the time since the last one."""
         count = sum(event.token is not None for event in events)
         if not count:
             return

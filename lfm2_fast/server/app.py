@@ -1,4 +1,4 @@
-"""The application: every endpoint of a service, to be run alone or mounted in another one."""
+"""Application: every endpoint of a service, to run alone or inside another application."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lfm2_fast.server.service import Service
 from lfm2_fast.server.state import health, models, properties, slots
 from lfm2_fast.server.tokens import apply_template, detokenize, tokenize
 
-# Endpoints of other servers of this kind that are refused, and the advice.
+# Endpoints of other servers that are refused, with advice.
 REFUSED = {
     "/v1/embeddings": "load the model with sentence-transformers, as docs/usage/huggingface.md "
     "shows; this server writes text",
-    "/v1/images/generations": "this model writes text alone",
-    "/v1/audio/speech": "this model writes text alone",
-    "/v1/audio/transcriptions": "this model reads text alone",
+    "/v1/images/generations": "this model writes only text",
+    "/v1/audio/speech": "this model writes only text",
+    "/v1/audio/transcriptions": "this model reads only text",
     "/v1/messages": "use /v1/chat/completions",
     "/v1/load_lora_adapter": "start the server with --load-adapters, or with --adapter NAME=PATH",
     "/v1/unload_lora_adapter": "start the server with --load-adapters",
@@ -57,9 +57,9 @@ GETS: dict[str, Callable[[Service], Awaitable[Any]]] = {
 
 
 def application(service: Service) -> FastAPI:
-    """Return the application of a service, which is closed with it.
+    """Return the application of a service, which closes with it.
 
-    The service of an application that is mounted in another one is to be closed by that one.
+    If another application mounts this one, it must close the service.
     """
 
     @asynccontextmanager
@@ -103,7 +103,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientGone)
     async def client_gone(request: Request, error: ClientGone) -> Response:
-        return Response(status_code=499)  # nobody reads it; the access log does
+        return Response(status_code=499)  # the access log replaces it
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -244,7 +244,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
-    """Add the page to talk with the model, which loads nothing from elsewhere."""
+    """Add the page for a conversation with the model. It loads nothing from other sites."""
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     policy = "; ".join(
         (
@@ -265,7 +265,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI, schemas: dict[str, Any]) -> None:
-    """Have the OpenAPI document hold the bodies' schemas."""
+    """Put the bodies' schemas into the OpenAPI document."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input: its request, or what is wrong with it."""
+    """Line of the input: its request, or its fault."""
 
     number: int
     id: str | None = None
@@ -63,9 +63,9 @@ class Line:
 
 
 class Output:
-    """Answers appended to a file, a line each; one process at a time may have it open.
+    """Answers appended to a file, one in each line. Only one process may have it open.
 
-    A line that a crash cut off is removed. Raises ValueError where another process writes.
+    A line that a crash cut off is removed. Raises ValueError if another process writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class Output:
             data = data[self.file.write(data) :]
 
     def close(self) -> None:
-        """Have the file on the disk, and close it."""
+        """Write the file to the disk, and close it."""
         os.fsync(self.file.fileno())
         self.file.close()
 
@@ -113,7 +113,7 @@ class Output:
 def _lock(file: BinaryIO, path: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # no such locks on Windows
+    except ImportError:  # Windows does not have these locks
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +160,7 @@ def _line(number: int, text: bytes) -> Line:
     try:
         told = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return wrong(f"it is no JSON: {error}"[:300], None, "invalid_json")
+        return wrong(f"it is not JSON: {error}"[:300], None, "invalid_json")
     if not isinstance(told, dict):
         return wrong("it must be a JSON object", None, "invalid_json")
     id, url, body = told.get("custom_id"), told.get("url", CHAT), told.get("body")
@@ -185,8 +185,8 @@ async def run_batch(
 ) -> Summary:
     """Answer the requests of lines that the output does not answer, ``at_once`` at a time.
 
-    Answers are appended as they come. ``told`` is called after each. What is wrong with a request
-    is its answer; where the engine itself ends, that is raised.
+    Answers are appended one by one, and ``told`` is called after each. A wrong request gets an
+    error as its answer. If the engine itself ends, its error is raised.
     """
     summary = Summary()
 

@@ -30,7 +30,7 @@ def variables_of(body: ChatBody) -> dict[str, Any]:
 
 
 async def start_chat(service: Service, body: ChatBody) -> Answers:
-    """Have the engine take a chat. Raises ApiError."""
+    """Add a chat to the engine. Raises ApiError."""
     service.check_model(body.model)
     tools = tools_of(body)
     if body.top_logprobs is not None and not body.logprobs:
@@ -72,7 +72,7 @@ async def start_chat(service: Service, body: ChatBody) -> Answers:
 
 
 class ChatReply(ChoicesReply):
-    """A chat completion, whole or in chunks."""
+    """Chat completion, whole or in chunks."""
 
     def __init__(self, service: Service, answers: Answers, body: ChatBody) -> None:
         super().__init__(
@@ -96,7 +96,7 @@ class ChatReply(ChoicesReply):
     def news(self, part: Part) -> Iterable[dict[str, Any]]:
         """Yield a chunk for each piece, and one for the end.
 
-        Log-probabilities of tokens whose text is held back come with the next piece.
+        If text is held back, the log-probabilities of its tokens come with the next piece.
         """
         held = self._held.setdefault(part.index, [])
         held += part.logprobs
@@ -169,7 +169,7 @@ def _call(delta: Delta) -> dict[str, Any]:
 
 
 def _delta(piece: Delta) -> dict[str, Any]:
-    """Return a piece as a stream tells it; a tool call comes whole."""
+    """Return a piece in the form of a stream. A tool call is sent whole."""
     if piece.kind == "text":
         return {"content": piece.text}
     if piece.kind == "reasoning":

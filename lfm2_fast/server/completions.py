@@ -1,4 +1,4 @@
-"""``/v1/completions``: texts or token ids, continued as they stand."""
+"""``/v1/completions``: texts or token ids, continued without a template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lfm2_fast.server.protocol import CompletionBody, parse
 from lfm2_fast.server.reply import ChoicesReply
 from lfm2_fast.server.service import Service
 
-# New tokens where a body names no number, as with OpenAI.
+# Default number of new tokens, as with OpenAI.
 MAX_TOKENS = 16
 
 
@@ -39,7 +39,7 @@ async def completion(service: Service, data: bytes) -> CompletionReply:
         service.defaults,
         service.vocab_size,
         service.max_length,
-        # The engine writes one token at least; none of it is told where none was asked for.
+        # The engine writes at least one token. It is dropped if the body asks for none.
         max(most, 1),
         n=body.n or 1,
         logprobs=body.logprobs,
@@ -84,7 +84,7 @@ async def _prompts(
 
 
 class CompletionReply(ChoicesReply):
-    """A completion, whole or in chunks; ``texts`` are the prompts' that ``echo`` shows."""
+    """Completion, whole or in chunks. ``texts`` are those of the prompts, for ``echo``."""
 
     def __init__(
         self,
@@ -106,13 +106,13 @@ class CompletionReply(ChoicesReply):
         self._offsets: dict[int, int] = {}
 
     def first(self) -> Iterable[dict[str, Any]]:
-        """Yield the prompts, if they are echoed and their tokens need no telling."""
+        """Yield the prompts, if they are echoed without log-probabilities of their tokens."""
         if self._body.echo and self._body.logprobs is None:
             for index in range(len(self.answers.choices)):
                 yield self._chunk(index, self._prompt(index), [], None)
 
     def news(self, part: Part) -> Iterable[dict[str, Any]]:
-        """Yield a chunk if there is text, or an end, to tell."""
+        """Yield a chunk if there is text, or an end."""
         held = self._held.setdefault(part.index, [])
         text = part.text
         if part.prompt_logprobs is not None and self._body.echo and not held:

@@ -1,4 +1,4 @@
-"""Structured output: the grammar that the fields of a body ask for."""
+"""Structured output: the grammar for the fields of a body."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lfm2_fast.server.service import Service, in_thread
 from lfm2_fast.server.tools import Tools
 from lfm2_fast.text.grammar import Grammar, GrammarCompiler
 
-# Returns the grammar of the reply to a prompt, None where nothing constrains it.
+# Returns the grammar of the reply to a prompt, None without a constraint.
 OfPrompt = Callable[[Sequence[int]], Grammar | None]
-# Characters of a schema that is compiled at once; a longer one is left to a thread.
+# Longest schema in characters that is compiled at once. A thread compiles longer ones.
 LONG = 1 << 20
 
 
@@ -24,7 +24,7 @@ def _free(prompt: Sequence[int]) -> None:
 async def constraint_of(
     service: Service, body: Sampled, tools: Tools | None = None, *, thinks: bool = False
 ) -> OfPrompt:
-    """Return what makes the grammar of a body's reply. Raises ApiError, which names the field.
+    """Return the maker of a body's grammar. Raises ApiError, which names the field.
 
     Calls that must come are constrained by the tools alone. Where calls may come, a reply that
     must be JSON is either. With ``thinks`` the reply may begin with thinking, which is free.
@@ -72,9 +72,9 @@ async def _compiled(field: str, work: Callable[[], Grammar | None]) -> Grammar |
 
 
 def wanted(body: Sampled) -> tuple[str, str, Any, bool] | None:
-    """Return the field that asks for a grammar, its kind, its value, and if it is strict.
+    """Return the field for a grammar, its kind, its value, and its strictness.
 
-    Raises ApiError for a field that asks for none of the known kinds, and for two at once.
+    Raises ApiError for a field of an unknown kind, and for two fields at once.
     """
     found = [each for each in (*_formats(body), *_structured(body), *_guided(body)) if each]
     if len(found) > 1:
@@ -140,7 +140,7 @@ def _guided(body: Sampled) -> list[tuple[str, str, Any, bool]]:
 
 
 def compiled(compiler: GrammarCompiler, field: str, kind: str, value: Any, strict: bool) -> Grammar:
-    """Return a grammar of a kind. Raises ValueError for what cannot be one."""
+    """Return a grammar of a kind. Raises ValueError for a wrong one."""
     if kind == "object":
         return compiler.json_object()
     if kind == "json":

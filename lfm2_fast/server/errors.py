@@ -14,10 +14,9 @@ _PATH = re.compile(r"^(messages\[\d+\][\w.\[\]]*|[a-z_]+(?= must |=))")
 
 
 class ApiError(Exception):
-    """An answer that is an error: its HTTP status, and OpenAI's error object.
+    """Error as an answer: its HTTP status, and OpenAI's error object.
 
-    ``param`` is the field that is wrong, ``code`` a word that programs look for. ``headers`` are
-    those of the answer.
+    ``param`` is the wrong field, ``code`` a word for programs. ``headers`` are those of the answer.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error object."""
+        """OpenAI's error object."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -55,14 +54,14 @@ def refused(message: str, param: str, code: str = "unsupported_parameter") -> Ap
 
 
 def of_value_error(error: ValueError, param: str | None = None) -> ApiError:
-    """Return the error of a value that something below refused, naming the field if it can."""
+    """Return the error of a value that lower code refused, with the field if it is known."""
     message = str(error)
     found = _PATH.match(message)
     return ApiError(message, param=found[0] if found else param, code="invalid_value")
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Return the error of a body that is not what it should be, of pydantic's list."""
+    """Return the error of a wrong body, from pydantic's list."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
@@ -78,7 +77,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def of_engine(error: BaseException, retry_after: int = 1) -> ApiError:
-    """Return the error of what an engine raised, or ended a request by."""
+    """Return the error of an engine's exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):

@@ -1,4 +1,4 @@
-"""Answers over HTTP: bodies that are bounded, streams of events, clients that go away."""
+"""Answers over HTTP: limited bodies, streams of events, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lfm2_fast.server.reply import Reply
 
 T = TypeVar("T")
 log = logging.getLogger("lfm2_fast.server")
-# Seconds after which a stream that says nothing sends a comment, so that proxies keep it open.
+# Seconds after which a silent stream sends a comment, so that proxies keep it open.
 PING = 15.0
 # Made once: the library's own dumps makes an encoder for each call with these options.
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -25,7 +25,7 @@ Begin = Callable[[bytes], Awaitable[Reply]]
 
 
 class ClientGone(Exception):
-    """The client closed the connection."""
+    """Error of a client that closed the connection."""
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -42,7 +42,7 @@ async def body_of(request: Request) -> bytes:
     """Return a request's body. Raises ApiError for another type than JSON."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
     if kind.lower() != "application/json" and not kind.lower().endswith("+json"):
-        # A web page of anywhere may send forms and plain text to this address unasked.
+        # Any web page may send forms and plain text to this address without permission.
         raise ApiError(
             f"the body is of type {kind[:100]!r}: send JSON, with the header "
             "Content-Type: application/json",
@@ -53,7 +53,7 @@ async def body_of(request: Request) -> bytes:
 
 
 async def answer(request: Request, begin: Begin) -> Response:
-    """Return what an endpoint answers to a request; its work ends when the client goes."""
+    """Return an endpoint's answer to a request. Its work ends when the client disconnects."""
     data = await body_of(request)
     reply: Reply | None = None
 
@@ -73,7 +73,7 @@ async def answer(request: Request, begin: Begin) -> Response:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return what ``work`` gives. Raises ClientGone, with it cancelled, when the client goes."""
+    """Return the result of ``work``. If the client disconnects, cancel it and raise ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:
@@ -93,7 +93,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events of a reply. What fails after the first byte is said in an event."""
+    """Server-sent events of a reply. A failure after the first byte becomes an event."""
 
     media_type = "text/event-stream"
 
@@ -104,7 +104,7 @@ class EventStream(Response):
         self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, until its end or the client's."""
+        """Send the stream, until it ends or the client disconnects."""
         try:
             await while_connected(receive, self._send(send))
         except ClientGone:
@@ -139,7 +139,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _tick(self) -> None:
-        """Wake the stream whenever it said nothing for a while."""
+        """Wake the stream after a time of silence."""
         while True:
             self._said = False
             await asyncio.sleep(PING)

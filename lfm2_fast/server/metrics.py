@@ -1,4 +1,4 @@
-"""Metrics under vLLM's names, which dashboards know."""
+"""Metrics under vLLM's names, for existing dashboards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lfm2_fast.engine.async_engine import AsyncEngine
 
-# Seconds, and counts of tokens, between which histograms count.
+# Bounds of the histograms, in seconds and in numbers of tokens.
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -60,7 +60,7 @@ class Metrics:
         self._success.labels(self._model, known.get(reason, "abort")).inc()
 
     def collect(self) -> Iterator[Any]:
-        """Yield what the engine holds and has done."""
+        """Yield the engine's numbers."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         found = self._engine.engine.statistics
@@ -88,7 +88,7 @@ class Metrics:
             yield counter
 
     def page(self) -> bytes:
-        """Return the text that Prometheus reads."""
+        """Return the text for Prometheus."""
         from prometheus_client import generate_latest
 
         return generate_latest(self.registry)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lfm2_fast.server.errors import ApiError
 from lfm2_fast.server.http import ClientGone, error_response, log
 
-# Paths that need no key: a load balancer's question, and the page, which asks for the key.
+# Paths that need no key: the check of a load balancer, and the page, which asks for the key.
 OPEN = {"/", "/health", "/ping"}
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -22,9 +22,9 @@ _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 class Gate:
     """ASGI middleware around all endpoints.
 
-    A request's id is the client's X-Request-Id, else a new one; it comes back as a header and
-    stands in the access log. Bodies of more than ``max_body`` bytes and requests without one of
-    ``api_keys``, if there are any, are refused.
+    A request's id is the client's X-Request-Id, else a new one. The answer has it as a header, and
+    so has the access log. Bodies of more than ``max_body`` bytes are refused. If there are
+    ``api_keys``, requests without one are refused.
     """
 
     def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body: int) -> None:
@@ -84,13 +84,13 @@ class Gate:
         return None
 
     def _knows(self, headers: Headers) -> bool:
-        """Return True if a key was given, in a time that tells nothing of the keys."""
+        """Return True if the request has a key. The time does not depend on the keys."""
         kind, _, value = headers.get("authorization", "").partition(" ")
         given = value.strip() if kind.lower() == "bearer" else ""
         given = given or headers.get("api-key", "") or headers.get("x-api-key", "")
         found = False
         for key in self._keys:
-            found |= hmac.compare_digest(key, given.encode("latin-1"))  # the bytes as they came
+            found |= hmac.compare_digest(key, given.encode("latin-1"))  # the raw bytes
         return found
 
     def _too_large(self) -> ApiError:
@@ -103,7 +103,7 @@ class Gate:
         )
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Return a ``receive`` that raises ApiError where a body grows too large."""
+        """Return a ``receive`` that raises ApiError if a body grows too large."""
         read = 0
 
         async def bounded() -> Message:

@@ -15,31 +15,31 @@ from lfm2_fast.text.token_stream import TokenDecoder
 
 
 class Parser(Protocol):
-    """Takes a reply apart: ``text.reply_parser.ReplyParser``, or a plain one."""
+    """Splits a reply: ``text.reply_parser.ReplyParser``, or a plain one."""
 
     reasoning_tokens: int
 
     def feed(self, token_ids: Sequence[int]) -> list[Delta]:
-        """Return what the next tokens give."""
+        """Return the deltas of the next tokens."""
 
     def finish(self) -> list[Delta]:
-        """Return what was held back until the end."""
+        """Return the deltas that were held back."""
 
 
 class PlainParser:
-    """Takes everything for text; tokens in ``dropped`` have none."""
+    """Treats everything as text. Tokens in ``dropped`` have none."""
 
     def __init__(self, tokenizer: Any, dropped: Collection[int] = ()) -> None:
         self.reasoning_tokens = 0
         self._decoder, self._dropped = TokenDecoder(tokenizer), dropped
 
     def feed(self, token_ids: Sequence[int]) -> list[Delta]:
-        """Return the text of the next tokens, as far as its characters are whole."""
+        """Return the text of the next tokens, up to the last complete character."""
         made = "".join(self._decoder.put(t) for t in token_ids if t not in self._dropped)
         return [Delta("text", made)] if made else []
 
     def finish(self) -> list[Delta]:
-        """Return a character that remained incomplete."""
+        """Return an incomplete character."""
         made = self._decoder.end()
         return [Delta("text", made)] if made else []
 
@@ -47,7 +47,8 @@ class PlainParser:
 class StopText:
     """Passes text on up to the first of the strings ``stops``, which ends it.
 
-    What could become a stop string is held back. With ``keep`` the string itself is passed on too.
+    A possible beginning of a stop string is held back. With ``keep`` the string itself is passed on
+    too.
     """
 
     def __init__(self, stops: Sequence[str], keep: bool = False) -> None:
@@ -59,7 +60,7 @@ class StopText:
         if not self._stops or self.found:
             return "" if self.found else text
         self._held += text
-        # The one that is whole first wins, however the text was cut into pieces.
+        # The first complete one counts, independent of the pieces of the text.
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             end, begin = min(found)
@@ -72,14 +73,14 @@ class StopText:
         return passed
 
     def finish(self) -> str:
-        """Return what was held back: it was no stop string after all."""
+        """Return the text that was held back: it was not a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 @dataclass
 class Part:
-    """News of a choice: what was said, by which tokens, and its end if it has ended."""
+    """New part of a choice: its deltas, their tokens, and the end if there is one."""
 
     index: int
     deltas: list[Delta] = field(default_factory=list)
@@ -90,24 +91,24 @@ class Part:
 
     @property
     def text(self) -> str:
-        """The answer's text."""
+        """Text of the answer."""
         return self._of("text")
 
     @property
     def reasoning(self) -> str:
-        """The thinking's text."""
+        """Text of the thinking."""
         return self._of("reasoning")
 
     @property
     def calls(self) -> list[Delta]:
-        """The tool calls."""
+        """Tool calls."""
         return [delta for delta in self.deltas if delta.kind == "tool_call"]
 
     def _of(self, kind: str) -> str:
         return "".join(delta.text for delta in self.deltas if delta.kind == kind)
 
     def extend(self, other: Part) -> None:
-        """Add what came later."""
+        """Add a later part."""
         self.deltas += other.deltas
         self.tokens += other.tokens
         self.logprobs += other.logprobs
@@ -116,11 +117,11 @@ class Part:
 
 
 class Choice:
-    """One continuation: ``take`` its events, and get what they say.
+    """One continuation: ``take`` turns its events into parts.
 
-    ``ends`` are the tokens that end the text, which are no part of it unless ``keep_stop``.
-    ``one_call`` ends the choice after its first tool call. ``most`` bounds the tokens that count,
-    of 0 none does. ``narrowed`` says that the client allowed few tokens alone.
+    ``ends`` are the tokens that end the text; they belong to it only with ``keep_stop``.
+    ``one_call`` ends the choice after its first tool call. ``most`` limits the tokens that count.
+    ``narrowed`` says that the client allowed few tokens alone.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Choice:
         return self.reason is not None
 
     def take(self, events: Iterable[Event]) -> Part:
-        """Return what the events say. Raises ApiError where the continuation failed."""
+        """Return the new part from events. Raises ApiError if the continuation failed."""
         part = Part(self.index)
         for event in events:
             if self.done:

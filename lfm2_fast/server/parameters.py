@@ -1,4 +1,4 @@
-"""From a request's fields, and the defaults where it sets none, to what the engine reads."""
+"""Conversion of a request's fields and the defaults to the engine's parameters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lfm2_fast.text.presets import sampling
 
 @dataclass(frozen=True)
 class Defaults:
-    """Parameters of requests that set none: a checkpoint's, else its family's preset.
+    """Default parameters of requests: the checkpoint's, else its family's preset.
 
-    ``words`` say what they are and why. ``eos`` are the tokens that end a text.
+    ``words`` describes them and their origin. ``eos`` are the tokens that end a text.
     """
 
     sampling: SamplingParams
@@ -33,7 +33,7 @@ class Defaults:
     def of(
         cls, name: str, file: Mapping[str, Any], vocab_size: int, preset: str | None = None
     ) -> Defaults:
-        """Return those of a checkpoint's name and generation config. Raises ValueError."""
+        """Return the defaults for a checkpoint's name and generation config. Raises ValueError."""
         arguments, words = sampling(name, preset=preset, file=file)
         asked = resolve_args(arguments, None, file, vocab_size)
         return cls(asked.sampling, asked.eos_token_id, words)
@@ -43,17 +43,17 @@ def sampling_of(body: Sampled, defaults: SamplingParams) -> SamplingParams:
     """Return the sampling parameters of a body; a temperature of 0 is greedy."""
     values = {field.name: getattr(defaults, field.name) for field in fields(SamplingParams)}
     if not defaults.do_sample:
-        # Filters without a draw are leftovers.
+        # Without a draw, filters have no effect.
         values |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         value = getattr(body, name)
         if value is not None:
             values[name] = value
     values["do_sample"] = values["temperature"] > 0
-    # A smaller temperature leaves one token all the same, and its reciprocal must be finite.
+    # A smaller temperature also leaves one token, and its reciprocal must be finite.
     values["temperature"] = max(values["temperature"], 1e-4) if values["do_sample"] else 1.0
     values["top_k"] = max(values["top_k"], 0)
-    # None of the tokens would be left: the best one always is.
+    # A top-p of 0 would leave no token, but the best one always stays.
     values["top_p"] = max(values["top_p"], 1e-9)
     return SamplingParams(**values)
 
@@ -64,7 +64,7 @@ def stops_of(body: Sampled) -> tuple[str, ...]:
 
 
 def biases_of(body: Sampled, vocab_size: int) -> dict[int, float] | None:
-    """Return the bias of each token. Raises ApiError for keys that are no token ids."""
+    """Return the bias of each token. Raises ApiError for keys that are not token ids."""
     if not body.logit_bias:
         return None
     found = {}
@@ -81,9 +81,9 @@ def biases_of(body: Sampled, vocab_size: int) -> dict[int, float] | None:
 
 
 def only(allowed: Sequence[int], vocab_size: int) -> Hook:
-    """Return a hook that leaves the allowed tokens alone.
+    """Return a hook that forbids all other tokens.
 
-    Raises ApiError for ids out of the vocabulary, and for none at all.
+    Raises ApiError for ids out of the vocabulary, and for an empty list.
     """
     wrong = [token for token in allowed if token >= vocab_size]
     if wrong or not allowed:
@@ -104,7 +104,7 @@ def only(allowed: Sequence[int], vocab_size: int) -> Hook:
 
 @dataclass(frozen=True)
 class Asked:
-    """All of a request but its prompt: ``of_prompt`` makes the engine's request."""
+    """Request without its prompt: ``of_prompt`` makes the engine's request."""
 
     body: Sampled
     defaults: Defaults
@@ -114,7 +114,7 @@ class Asked:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    # Returns the grammar of the reply to a prompt, None where nothing constrains it.
+    # Returns the grammar of the reply to a prompt, None without a constraint.
     constraint: Callable[[Sequence[int]], Any] = lambda prompt: None
     seconds: float | None = None
     # Name of the field that has the prompt.
@@ -127,7 +127,9 @@ class Asked:
         return (*eos, *(self.body.stop_token_ids or ()))
 
     def of_prompt(self, prompt: Sequence[int], first_row: int, seed: int) -> Request:
-        """Return the engine's request. Raises ApiError, and what the engine would refuse."""
+        """Return the engine's request. Raises ApiError, also for requests that the engine would
+        refuse.
+        """
         body, vocab_size = self.body, self.vocab_size
         if body.truncate_prompt_tokens is not None:
             prompt = prompt[-body.truncate_prompt_tokens :]
@@ -190,7 +192,7 @@ class Asked:
 
 
 def too_long(length: str, max_tokens: int | None, max_length: int, field: str) -> ApiError:
-    """Return the error of a prompt that leaves no room for what it asks for."""
+    """Return the error of a prompt that leaves no room for its new tokens."""
     # Clients look for these words, and for the code.
     wanted = f" and {max_tokens} new ones" if max_tokens else " and one new one"
     return refused(
@@ -202,5 +204,5 @@ def too_long(length: str, max_tokens: int | None, max_length: int, field: str) -
 
 
 def seed_of(body: Sampled) -> int:
-    """Return the seed of a body's draws, a random one where it names none."""
+    """Return the seed of a body's draws, or a random one."""
     return secrets.randbits(63) if body.seed is None else body.seed % 2**64

@@ -1,7 +1,7 @@
-"""The fields of requests: their types, and which are refused or have no effect, and why.
+"""Fields of requests: their types, and the reasons if one is refused or has no effect.
 
-Unknown fields are ignored, as OpenAI's own service does with its older versions' clients. A field
-that would change an answer and cannot is refused by name, unless its value asks for nothing.
+Unknown fields are ignored. A field that would change an answer, but is not supported, is refused by
+name, unless its value has no effect.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Tool = Annotated[
     ),
 ]
 
-# Fields with an effect elsewhere and none here, and the reason.
+# Fields with an effect in other servers and none here, with the reason.
 WITHOUT_EFFECT = {
     "user": "no account is kept",
     "safety_identifier": "no account is kept",
@@ -74,9 +74,9 @@ WITHOUT_EFFECT = {
     "mm_processor_kwargs": "there are no images or sounds to process",
     "request_id": "the header X-Request-Id names a request",
 }
-# Fields that would change the answer: the values that ask for nothing, and the advice.
+# Fields that would change the answer: their values without effect, and advice.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "audio": ((), "this model writes text alone"),
+    "audio": ((), "this model writes only text"),
     "functions": (([],), "use tools"),
     "function_call": (("none", "auto"), "use tool_choice"),
     "web_search_options": ((), "this server opens no pages; give the model a tool that does"),
@@ -99,7 +99,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Body(BaseModel):
-    """A request's body: strict types, unknown fields kept so that refused ones can be named."""
+    """Body of a request: strict types; unknown fields are kept, to name refused ones in errors."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -149,7 +149,7 @@ class Sampled(Body):
 
 
 class Choices(Sampled):
-    """Fields of endpoints that give several choices."""
+    """Fields of endpoints with several choices."""
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream_options: StreamOptions | None = None
@@ -215,7 +215,7 @@ class DetokenizeBody(Body):
 
 
 def parse(kind: type[M], data: bytes | str) -> M:
-    """Return a checked body. Raises ApiError for what is wrong, refused fields included."""
+    """Return a checked body. Raises ApiError for wrong and for refused fields."""
     try:
         body = kind.model_validate_json(data)
     except ValidationError as error:
@@ -227,7 +227,7 @@ def parse(kind: type[M], data: bytes | str) -> M:
 
 
 def check_refused(body: BaseModel) -> None:
-    """Raise ApiError for a field of REFUSED whose value asks for something."""
+    """Raise ApiError for a field of REFUSED with a value that would have an effect."""
     for name, value in (body.model_extra or {}).items():
         neutral, advice = REFUSED.get(name, ((value,), ""))
         if value is not None and value not in neutral:

@@ -1,4 +1,4 @@
-"""Reply: what an endpoint answers, whole or as a stream of JSON objects."""
+"""Reply: an endpoint's answer, whole or as a stream of JSON objects."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lfm2_fast.server.protocol import StreamOptions
 
 
 class Reply(ABC):
-    """Answers in the form of one endpoint; ``close`` it in the end.
+    """Answers in the form of one endpoint; ``close`` it at the end.
 
-    A stream is ``first``, then the ``news`` of parts, then ``last``. ``id`` and ``created`` name it
-    in all its objects. ``done_mark`` says that a stream ends with the line ``[DONE]``.
+    A stream is ``first``, then the ``news`` of parts, then ``last``. ``id`` and ``created`` are in
+    all its objects. With ``done_mark`` a stream ends with the line ``[DONE]``.
     """
 
     done_mark = True
@@ -30,22 +30,22 @@ class Reply(ABC):
 
     @abstractmethod
     def first(self) -> Iterable[dict[str, Any]]:
-        """Return what a stream begins with."""
+        """Return the objects at the beginning of a stream."""
 
     @abstractmethod
     def news(self, part: Part) -> Iterable[dict[str, Any]]:
-        """Return what a stream says of a part."""
+        """Return the objects of a part."""
 
     @abstractmethod
     def last(self) -> Iterable[dict[str, Any]]:
-        """Return what a stream ends with."""
+        """Return the objects at the end of a stream."""
 
     @abstractmethod
     def whole(self, parts: list[Part]) -> dict[str, Any]:
-        """Return the answer in one object, of all that was said."""
+        """Return the answer in one object."""
 
     def failed(self, error: ApiError) -> dict[str, Any]:
-        """Return what a stream says where it fails."""
+        """Return the object of a failure in a stream."""
         return error.body
 
     async def complete(self) -> dict[str, Any]:
@@ -56,12 +56,12 @@ class Reply(ABC):
             self.close()
 
     def close(self) -> None:
-        """End what has not ended."""
+        """End the choices that have not ended."""
         self.answers.close()
 
 
 class ChoicesReply(Reply):
-    """Reply of an endpoint that gives choices in chunks."""
+    """Reply of an endpoint with choices in chunks."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class ChoicesReply(Reply):
         self._each = bool(options and options.continuous_usage_stats)
 
     def head(self, kind: str) -> dict[str, Any]:
-        """Return the fields that every object begins with."""
+        """Return the first fields of every object."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,6 +89,6 @@ class ChoicesReply(Reply):
         return made
 
     def last(self) -> Iterable[dict[str, Any]]:
-        """Yield the usage, if it was asked for."""
+        """Yield the usage, if the client wants it."""
         if self._usage:
             yield {**self.head(self._kind), "choices": [], "usage": self.answers.usage()}

@@ -1,4 +1,4 @@
-"""``/v1/responses`` without a memory: text, thinking and tool calls, whole and as a stream."""
+"""``/v1/responses`` without stored responses: text, thinking, tool calls, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def response(service: Service, data: bytes) -> ResponsesReply:
 
 
 class ResponsesReply(Reply):
-    """A response, whole or as events. Its items are thinking, a message and calls, as they come."""
+    """Response, whole or as events. Its items are thinking, a message and calls, in their order."""
 
     done_mark = False
 

@@ -1,4 +1,4 @@
-"""Bodies of ``/v1/responses``, and the chats that ask for the same."""
+"""Bodies of ``/v1/responses``, and the equivalent chats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from lfm2_fast.server.errors import ApiError, refused
 from lfm2_fast.server.protocol import ChatBody, Count, Sampled
 
-# Fields that would need a memory of earlier responses, or what is not there.
+# Fields that would need stored responses, or features that do not exist here.
 REFUSED = {
     "previous_response_id": "nothing is stored; send the whole conversation as input",
     "conversation": "nothing is stored; send the whole conversation as input",
@@ -51,7 +51,7 @@ def check_told_back(body: ResponsesBody) -> None:
 
 
 def chat_of(body: ResponsesBody) -> ChatBody:
-    """Return the chat that asks for the same. Raises ApiError."""
+    """Return the equivalent chat. Raises ApiError."""
     fields = {name: getattr(body, name) for name in SHARED}
     messages: list[dict[str, Any]] = []
     if body.instructions:
@@ -84,7 +84,7 @@ def chat_of(body: ResponsesBody) -> ChatBody:
 
 
 def _tool(tool: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Return a tool as chats give it. Raises ApiError for OpenAI's built-in ones."""
+    """Return a tool in the form of chats. Raises ApiError for OpenAI's built-in ones."""
     if tool.get("type") != "function":
         raise refused(
             f"tools[{place}].type must be function, got {str(tool.get('type'))[:100]!r}: there are "
@@ -96,7 +96,7 @@ def _tool(tool: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 
 def _format(body: ResponsesBody) -> dict[str, Any] | None:
-    """Return the format of a body's text as chats give it."""
+    """Return the format of a body's text in the form of chats."""
     found = (body.text or {}).get("format")
     if found is None:
         return body.response_format
@@ -109,9 +109,9 @@ def _format(body: ResponsesBody) -> dict[str, Any] | None:
 
 
 def messages_of(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages that a list of input items tells. Raises ApiError.
+    """Return the messages of a list of input items. Raises ApiError.
 
-    Thinking and calls that follow one another belong to one message of the assistant.
+    Adjacent thinking and calls belong to one message of the assistant.
     """
     messages: list[dict[str, Any]] = []
 
@@ -154,5 +154,5 @@ def messages_of(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _part(part: Any, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("input_text", "output_text", "text"):
-        raise refused(f"{where}: this model reads text alone, got a part of type {kind!r}", where)
+        raise refused(f"{where}: this model reads only text, got a part of type {kind!r}", where)
     return {"type": "text", "text": part.get("text")}

@@ -1,4 +1,4 @@
-"""serve(): a model as an HTTP service, in this thread until a signal, or in one of its own."""
+"""serve(): a model as an HTTP service, in this thread until a signal, or in its own thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfm2_fast.weights.hub import hub_options
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-# Share of the free memory that pages take, where nothing is said.
+# Default share of the free memory for pages.
 CPU_MEMORY, GPU_MEMORY = "25%", "85%"
 HOST, PORT, ROWS, QUEUE, DRAIN = "127.0.0.1", 8000, 16, 1024, 60
 # Seconds that answers have to say that the server leaves, once it has waited for them.
@@ -29,7 +29,7 @@ FAREWELL = 5
 
 
 def check_extra() -> None:
-    """Raise ImportError, with the remedy, where the extra "server" is not installed."""
+    """Raise ImportError, with the remedy, if the extra "server" is not installed."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -61,17 +61,17 @@ def create_app(
     load_adapters: bool = False,
     **loading: Any,
 ) -> FastAPI:
-    """Return the service of a model as an application, to be run or mounted in another one.
+    """Return the service of a model as an application, to run alone or inside another one.
 
-    ``model`` is a loaded one, or a name for ``load``, whose arguments are ``loading``.
-    ``tokenizer`` is the checkpoint's unless given. ``served_model_name`` are the names that clients
-    may ask for; the checkpoint's is the default. ``api_key`` are the keys of which clients must
-    send one; without any, all may call. ``max_rows``, ``max_model_len`` and ``memory`` are the
-    engine's ``max_rows``, ``max_length`` and ``memory``; while ``max_queue`` continuations wait,
-    requests are refused with 503. ``preset`` names sampling for requests that set none;
-    ``chat_template`` is the text of a template. Pages of ``cors_origins`` may call. A request that
-    takes more than ``timeout`` seconds, or a body of more than ``max_body`` bytes, is refused.
-    ``prompt_lookup`` is the engine's.
+    ``model`` is a loaded one, or a name for ``load`` with the arguments ``loading``. ``tokenizer``
+    is the checkpoint's by default. ``served_model_name`` are the names that clients may ask for;
+    the default is the checkpoint's. ``api_key`` are keys; clients must send one of them. Without
+    keys every client may call. ``max_rows``, ``max_model_len`` and ``memory`` are the engine's
+    ``max_rows``, ``max_length`` and ``memory``. While ``max_queue`` continuations wait, requests
+    are refused with 503. ``preset`` is the sampling of requests without settings. ``chat_template``
+    is the text of a template. Pages of ``cors_origins`` may call. A request of more than
+    ``timeout`` seconds, or a body of more than ``max_body`` bytes, is refused. ``prompt_lookup`` is
+    the engine's.
 
     ``adapters`` are LoRA adapters by the name that clients ask for as ``model``: folders or hub
     ids. With ``load_adapters`` clients may load others from any path, and unload them.
@@ -137,12 +137,12 @@ def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _served_name(name: str) -> str:
-    """Return a folder's own name, and a hub id as it is."""
+    """Return a folder's own name, or a hub id unchanged."""
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address and does not listen yet. Raises OSError."""
+    """Return a socket that is bound to an address but does not listen yet. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -164,7 +164,7 @@ def url_of(bound: socket.socket) -> str:
 
 
 class RunningServer:
-    """A server in a thread of its own, at ``url``; ``close`` it, or use it as a context."""
+    """Server in its own thread, at ``url``; ``close`` it, or use it as a context."""
 
     def __init__(self, app: FastAPI, bound: socket.socket, drain: int = DRAIN) -> None:
         self.app, self.url = app, url_of(bound)
@@ -203,9 +203,9 @@ def serve(
 ) -> RunningServer | None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM; then requests that run may end.
 
-    They have ``drain`` seconds for it. Port 0 is any that is free. With ``background`` the server
-    runs in a thread, and comes back as soon as it answers. ``options`` are those of ``create_app``.
-    Raises OSError where the address cannot be used, and what ``create_app`` raises.
+    They have ``drain`` seconds for it. Port 0 is any free port. With ``background`` the server runs
+    in a thread, and the call returns when it is ready. ``options`` are those of ``create_app``.
+    Raises OSError if the address cannot be used, and the exceptions of ``create_app``.
     """
     check_extra()
     bound = bound_socket(host, port)
@@ -222,7 +222,7 @@ def serve(
 
 
 def run(app: FastAPI, bound: socket.socket, drain: int, ready: Callable[[], None]) -> None:
-    """Run an application in this thread until a signal, and call ``ready`` once it answers.
+    """Run an application in this thread until a signal, and call ``ready`` when it is ready.
 
     Raises KeyboardInterrupt after Ctrl-C; after SIGTERM it returns.
     """

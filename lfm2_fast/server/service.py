@@ -1,4 +1,4 @@
-"""Service: a model with its tokenizer behind an engine, and what all endpoints need of it."""
+"""Service: a model with its tokenizer and engine, for all endpoints."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lfm2_fast.weights.adapter_set import AdapterSet
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
-# Texts of so many characters are worth a thread: others need not wait for them.
+# Number of characters from which a text is processed in a thread, so that others need not wait.
 LONG_TEXT = 8192
-# Characters of a token of ordinary text at the most, by which over-long prompts are told early.
+# Most characters of a token of ordinary text, to refuse over-long prompts early.
 CHARACTERS = 8
-# Names that are arguments of the tokenizer's method, and no variables of a template.
+# Names of arguments of the tokenizer's method, which are not variables of a template.
 NO_VARIABLES = {
     "add_generation_prompt",
     "chat_template",
@@ -54,11 +54,11 @@ NO_VARIABLES = {
 class Options:
     """Settings of a service, beside its model.
 
-    ``names`` are those that clients may ask for, the first being the one that answers carry.
-    ``seconds`` bounds a request, ``max_body`` its bytes. Whoever has no key of ``api_keys`` is
-    refused, if there are any. ``origins`` are the web pages' origins that may call. ``page`` says
-    that the page to talk with the model is shown. With ``loads_adapters`` clients may load adapters
-    from any path or hub id, and unload them.
+    ``names`` are those that clients may ask for; answers have the first one. ``seconds`` limits a
+    request, ``max_body`` its bytes. If there are ``api_keys``, requests without one are refused.
+    ``origins`` are the origins of web pages that may call. ``page`` is True to show the page for
+    conversations. With ``loads_adapters`` clients may load adapters from any path or hub id, and
+    unload them.
     """
 
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ class Options:
 
 
 class Service:
-    """A model that answers requests: ``start`` gives the answers to prompts.
+    """Model that answers requests: ``start`` returns the answers to prompts.
 
     ``tokenizer`` is the checkpoint's. ``close`` it at the end.
     """
@@ -83,7 +83,7 @@ class Service:
         self.tokenizer, self.defaults, self.options = tokenizer, defaults, options
         self.texts = TokenTexts(tokenizer)
         self.template = template_of(tokenizer)
-        # A model that was not trained to think would take its marker for a way around a grammar.
+        # A model that was not trained to think could use its marker to avoid a grammar.
         self.thinks = any(text in self.template for pair in THINKING_PAIRS for text in pair)
         self.vocab_size = engine.model.config.vocab_size
         self.max_length = engine.max_length
@@ -94,10 +94,10 @@ class Service:
         )
         self.began = int(time.time())
         self.special = {id for id, t in tokenizer.added_tokens_decoder.items() if t.special}
-        # Seconds of a request, of the latest ones.
+        # Seconds of the latest requests.
         self._seconds = 1.0
         backend = tokenizer.backend_tokenizer
-        # The library's own calls set both anew.
+        # The library's own calls set both again.
         backend.no_truncation()
         backend.no_padding()
 
@@ -165,7 +165,7 @@ class Service:
     async def tokens_of(self, text: str, *, special: bool, room: bool = True) -> list[int]:
         """Return a text's token ids, with the tokens that begin each text if ``special``.
 
-        Raises ApiError where the text is surely longer than the context, unless ``room`` is False.
+        Raises ApiError if the text is surely longer than the context, unless ``room`` is False.
         """
         encode = self.tokenizer.backend_tokenizer.encode
 
@@ -173,7 +173,7 @@ class Service:
             most = self.max_length * CHARACTERS
             if room and len(text) > most:
                 count = len(encode(text[:most], add_special_tokens=False))
-                # The end of the cut text may have merged with what follows.
+                # The end of the cut text may form a token with the next characters.
                 if count > self.max_length + 16:
                     raise too_long(f"more than {count - 16}", None, self.max_length, "prompt")
             return list(encode(text, add_special_tokens=special).ids)
@@ -189,9 +189,9 @@ class Service:
         tools: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] | None,
     ) -> str:
-        """Return a body's messages in the chat template. Raises ApiError for what it refuses.
+        """Return a body's messages in the chat template. Raises ApiError if it refuses them.
 
-        ``tools`` are those that the model is told of, ``variables`` are set in the template.
+        ``tools`` are those in the prompt, ``variables`` are set in the template.
         """
         if not self.template:
             raise refused(
@@ -239,7 +239,7 @@ class Service:
         try:
             return await in_thread(work, size)
         except Exception as error:
-            # A template is a program: whatever the messages make it raise is said to the client.
+            # A template is a program: its exceptions are reported to the client.
             raise ApiError(
                 f"the chat template refuses these messages: {type(error).__name__}: {error}"[:1000],
                 param="messages",
@@ -257,7 +257,7 @@ class Service:
     ) -> Answers:
         """Return the answers to prompts, once the engine has taken all of them.
 
-        Raises ApiError for what cannot be run, and where the queue is full.
+        Raises ApiError for a prompt that cannot run, and if the queue is full.
         """
         seed, body = seed_of(asked.body), asked.body
         adapter = self.adapter_of(body.model)
@@ -285,7 +285,7 @@ class Service:
         return Answers(self, stream, [request.prompt for request in requests], choices)
 
     async def ask(self, function: Callable[[Engine], T]) -> T:
-        """Return what a quick function of the engine gives, between two steps. Raises ApiError."""
+        """Call a quick function of the engine between two steps. Raises ApiError."""
         try:
             return await self.engine.between_steps(function)
         except RuntimeError as error:
@@ -296,11 +296,11 @@ class Service:
         self._seconds += (seconds - self._seconds) / 8
 
     def _retry_after(self) -> int:
-        """Return the seconds after which a row is likely to be free."""
+        """Estimate the seconds until a row is free."""
         waves = self.engine.engine.statistics.waiting / self.rows
         return min(max(math.ceil(self._seconds * waves / 2), 1), 60)
 
 
 async def in_thread(work: Callable[[], T], size: int) -> T:
-    """Return what ``work`` gives, called in a thread if ``size`` characters take long."""
+    """Return the result of ``work``, in a thread if ``size`` characters take long."""
     return await asyncio.to_thread(work) if size > LONG_TEXT else work()

@@ -11,7 +11,7 @@ from lfm2_fast.server.service import Service
 
 
 async def health(service: Service) -> dict[str, Any]:
-    """Return that the engine takes requests. Raises ApiError if it does not."""
+    """Return "ok" if the engine takes requests. Raises ApiError if it does not."""
     await service.ask(lambda engine: None)
     return {"status": "ok"}
 
@@ -34,7 +34,7 @@ async def models(service: Service) -> dict[str, Any]:
 
 
 async def properties(service: Service) -> dict[str, Any]:
-    """Return what llama.cpp's server tells of itself, as far as it is known here."""
+    """Return the properties of llama.cpp's server, as far as they exist here."""
     tokenizer = service.tokenizer
     return {
         "default_generation_settings": {
@@ -52,7 +52,7 @@ async def properties(service: Service) -> dict[str, Any]:
 
 
 async def slots(service: Service) -> list[dict[str, Any]]:
-    """Return the rows of the engine, as llama.cpp's server tells them; no text is told."""
+    """Return the rows of the engine in the form of llama.cpp's server, without texts."""
 
     def look(engine: Engine) -> list[dict[str, Any]]:
         rows = {row.slot: row for row in engine.rows if row.slot >= 0}

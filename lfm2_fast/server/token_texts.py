@@ -7,12 +7,12 @@ from typing import Any
 
 from lfm2_fast.engine.request import LogProbs
 
-# Stands for minus infinity, which JSON has not.
+# Replaces minus infinity, which JSON does not have.
 LEAST = -9999.0
 
 
 def byte_of_character() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
+    """Return the byte of each character of a byte-level vocabulary.
 
     Printable characters of Latin-1 are themselves, the others follow from 256 on.
     """
@@ -31,7 +31,7 @@ class TokenTexts:
         self._bytes = byte_of_character()
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the bytes of a token, which need not be whole characters."""
+        """Return the bytes of a token, which may be parts of characters."""
         if token in self._added:
             return self._added[token].encode()
         piece = self._backend.id_to_token(token)
@@ -43,7 +43,7 @@ class TokenTexts:
         return str(self._backend.decode([token], skip_special_tokens=False)).encode()
 
     def text(self, token: int) -> str:
-        """Return a token's text, with a replacement character for bytes that are no whole one."""
+        """Return a token's text, with a replacement character for incomplete characters."""
         return self.bytes_of(token).decode(errors="replace")
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class TokenTexts:
                 columns["top_logprobs"].append(None)
                 continue
             columns["token_logprobs"].append(max(given.token, LEAST))
-            # Tokens that look alike, as halves of characters do, leave the likeliest.
+            # Of tokens with the same text, like halves of characters, the most likely one stays.
             best = {self.text(id): max(value, LEAST) for id, value in reversed(given.best)}
             best.setdefault(text, max(given.token, LEAST))
             columns["top_logprobs"].append(best)
@@ -92,7 +92,7 @@ class TokenTexts:
     def prompt(
         self, prompt: Iterable[int], found: Iterable[LogProbs | None]
     ) -> list[dict[str, Any] | None]:
-        """Return ``prompt_logprobs`` as vLLM gives them: by token id, with ranks where known."""
+        """Return ``prompt_logprobs`` in vLLM's form: by token id, with known ranks."""
         told: list[dict[str, Any] | None] = []
         for token, given in zip(prompt, found, strict=True):
             if given is None:

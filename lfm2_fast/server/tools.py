@@ -1,4 +1,4 @@
-"""Tools of a chat: checked, and how the model may call them."""
+"""Tools of a chat: their checks, and the rules for their calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lfm2_fast.server.protocol import ChatBody
 
 @dataclass(frozen=True)
 class Tools:
-    """Tools that a body gives, as templates read them, and how they may be called."""
+    """Tools of a body, in the form of templates, and the rules for their calls."""
 
     functions: tuple[Mapping[str, Any], ...] = ()
     choice: str = "none"
@@ -20,12 +20,12 @@ class Tools:
 
     @property
     def shown(self) -> tuple[Mapping[str, Any], ...]:
-        """Tools that the model is told of."""
+        """Tools in the prompt."""
         return () if self.choice == "none" else self.functions
 
 
 def tools_of(body: ChatBody) -> Tools:
-    """Return the tools of a body. Raises ApiError for what is no tool, or names none."""
+    """Return the tools of a body. Raises ApiError for a wrong tool or an unknown name."""
     functions = tuple(
         checked_tool(tool, f"tools[{place}]") for place, tool in enumerate(body.tools or ())
     )
@@ -54,7 +54,7 @@ def tools_of(body: ChatBody) -> Tools:
 
 
 def checked_tool(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return a tool that has what templates and grammars read. Raises ApiError."""
+    """Return a tool with all fields for templates and grammars. Raises ApiError."""
     if tool.get("type") != "function":
         raise refused(f"{where}.type must be function, got {str(tool.get('type'))[:100]!r}", where)
     function = tool.get("function")

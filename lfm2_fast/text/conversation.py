@@ -1,4 +1,4 @@
-"""Conversations: messages in a chat template, and the cache that holds what was run of them."""
+"""Conversations: messages in a chat template, and the cache of their tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfm2_fast.text.markers import markers_of, open_passage
 from lfm2_fast.text.reply_parser import Delta, ReplyParser
 from lfm2_fast.text.token_stream import Timing, TokenStream
 
-# Arguments of ``generate`` for several rows, or for what is told beside the text.
+# Arguments of ``generate`` for several rows, or for results beside the text.
 OF_A_BATCH = {
     "num_return_sequences",
     "num_beams",
@@ -33,7 +33,7 @@ OF_A_BATCH = {
 
 @dataclass
 class Answer:
-    """Text written after a prompt; ``end`` says why it ended, if not of its own accord."""
+    """Text written after a prompt. ``end`` has the reason if something stopped the model."""
 
     text: str
     timing: Timing
@@ -63,10 +63,10 @@ def stream_answer(
 ) -> Answer:
     """Continue ``ids``, handing text to ``sink`` as it comes, and each token to ``take``.
 
-    ``stopped`` is asked after every token. ``arguments`` are those of ``generate`` that choose
-    tokens and end the text. The context's end bounds the text, and so does ``max_new_tokens``. What
-    ``cache`` holds of the ids is not run again. Raises ValueError when nothing fits any more, and
-    what ``generate`` raises.
+    ``stopped`` is called after every token. ``arguments`` are those of ``generate`` for the choice
+    of tokens and the end of the text. The context and ``max_new_tokens`` limit the text. Ids that
+    ``cache`` holds already do not run again. Raises ValueError if the context is full, and the
+    exceptions of ``generate``.
     """
     check_generates(model)
     room = model.max_length - len(ids)
@@ -110,7 +110,7 @@ def _request(
 ) -> Request:
     """Return the request that ``generate`` would make of one prompt.
 
-    Arguments that follow all rows, like ``logits_processor``, are unknown here: TypeError.
+    Raises TypeError for arguments that need all rows, like ``logits_processor``.
     """
     defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
     given = dict(arguments)
@@ -142,7 +142,7 @@ def _request(
 
 
 def check_template(tokenizer: Any, name: str) -> None:
-    """Raise ValueError where the tokenizer of checkpoint ``name`` has no chat template."""
+    """Raise ValueError if the tokenizer of checkpoint ``name`` has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(f"{name} has no chat template; it can continue text")
 
@@ -150,9 +150,9 @@ def check_template(tokenizer: Any, name: str) -> None:
 class Conversation:
     """Messages in a checkpoint's chat template, answered one after another.
 
-    The cache stays from one answer to the next, and only what it does not hold is run. The messages
-    are the truth: every prompt is made from them anew, so a template that leaves out earlier
-    thinking leaves it out here too. ``arguments`` are those of ``stream_answer``.
+    The cache is kept between answers, and only tokens that it does not hold run. Every prompt is
+    made from all messages again. So a template that leaves out earlier thinking leaves it out here
+    too. ``arguments`` are those of ``stream_answer``.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Conversation:
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Forget every message, and begin with this system prompt."""
+        """Delete every message, and begin with this system prompt."""
         self.system = system
         self.messages = [{"role": "system", "content": system}] if system else []
         self.cache = self.model.new_cache(1)
@@ -185,8 +185,8 @@ class Conversation:
     ) -> Answer:
         """Answer a message, handing text, thinking and tool calls to ``show`` as they come.
 
-        An answer that ``stopped`` ended stays as far as it got. If it got nowhere but thinking, or
-        on any exception, the message is taken back. Raises ValueError when the context is full.
+        If ``stopped`` ends an answer, its text so far stays. If there is only thinking, or after an
+        exception, the message is removed. Raises ValueError if the context is full.
         """
         self.messages.append({"role": "user", "content": message})
         said = False
@@ -211,7 +211,8 @@ class Conversation:
                 stopped=stopped,
                 take=lambda token: hand(parser.feed([token])),
             )
-            # Templates find thinking by its end; a tool call that was cut off is none.
+            # Templates find thinking by its closing marker. A tool call that was cut off is not
+            # one.
             closer = parser.closer
             hand(parser.finish())
         except BaseException as error:
@@ -221,7 +222,7 @@ class Conversation:
             raise
         if answer.stopped and not said:
             self.messages.pop()
-            answer.end = "stopped; the message is taken back"
+            answer.end = "stopped; the message is removed"
         else:
             opened, begun = open_passage(self.tokenizer, ids, markers_of(self.tokenizer))
             inside = f"{opened.text}{begun}" if opened is not None else ""

@@ -1,4 +1,4 @@
-"""Grammars: what a reply must be (JSON, a regex, Lark, calls of tools), compiled by llguidance."""
+"""Grammars of replies (JSON, a regex, Lark, calls of tools), compiled by llguidance."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lfm2_fast.text.grammar_mask import GrammarMask, Phases
 from lfm2_fast.text.markers import markers_of, open_passage, writes_xml
 from lfm2_fast.text.tool_grammar import checked_schema, options, tools_grammar
 
-# Bytes of a grammar's text at most.
+# Largest text of a grammar in bytes.
 MAX_BYTES = 1 << 18
-# Work of a step, some 20 ms, and the states of a grammar's automaton, of 2 kB each.
+# Limits: the work of a step (some 20 ms), and the states of a grammar's automaton (2 kB each).
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
@@ -25,14 +25,14 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
-# Compiled grammars that are kept, the newest: agents send the same tools with every request.
+# Number of newest compiled grammars to keep: agents send the same tools with every request.
 KEPT = 64
 SCHEMA = "the JSON schema"
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A compiled grammar, for ``Request.constraint``: a call makes the mask of a continuation."""
+    """Compiled grammar, for ``Request.constraint``: a call makes the mask of a continuation."""
 
     matcher: Any
     phases: Phases
@@ -46,7 +46,7 @@ class Grammar:
     def for_reply(self, prompt_ids: Sequence[int], *, may_think: bool = False) -> Grammar:
         """Return this grammar for the reply to a prompt.
 
-        Where the prompt opens thinking, the grammar begins behind its end. With ``may_think`` the
+        If the prompt opens thinking, the grammar begins after the thinking. With ``may_think`` the
         reply may open thinking itself.
         """
         compiler = self.compiler
@@ -61,10 +61,10 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer; any thread may use it.
 
-    ``vocab_size`` is that of the model's logits. ``eos`` are the tokens that end a reply, and are
-    allowed where the grammar accepts what was written. A grammar has 256 KiB of text at most, and
-    a schema 48 values inside one another. Methods raise ValueError for what cannot be a grammar,
-    which says what is wrong, and ImportError without llguidance.
+    ``vocab_size`` is that of the model's logits. ``eos`` are the tokens that end a reply. They are
+    allowed where the grammar accepts the text so far. A grammar has at most 256 KiB of text, and a
+    schema at most 48 levels. Methods raise ValueError, which names the fault, for a wrong grammar,
+    and ImportError without llguidance.
     """
 
     def __init__(self, tokenizer: Any, *, vocab_size: int, eos: Sequence[int]) -> None:
@@ -88,7 +88,7 @@ class GrammarCompiler:
     def json_schema(self, schema: Any, *, strict: bool = True) -> Grammar:
         """Return the grammar of JSON that is valid by ``schema``, an object or its text.
 
-        What cannot be enforced is refused. If not ``strict``, it is ignored instead.
+        Parts that cannot be enforced raise ValueError. Without ``strict`` they are ignored.
         """
         schema = checked_schema(schema, SCHEMA)
         return self._grammar("JSON schema", "json_schema", schema, overrides=options(strict))
@@ -96,7 +96,7 @@ class GrammarCompiler:
     def regex(self, pattern: str) -> Grammar:
         """Return the grammar of texts that match a regular expression from end to end.
 
-        Its syntax is that of Rust's regex crate: without looking around or going back.
+        Its syntax is that of Rust's regex crate: without look-around and backreferences.
         """
         return self._grammar("regular expression", "regex", pattern)
 
@@ -108,11 +108,11 @@ class GrammarCompiler:
         return self._grammar("choice", "lark", f"start: {rules}")
 
     def lark(self, text: str) -> Grammar:
-        """Return the grammar that ``text`` describes in llguidance's dialect of Lark."""
+        """Return the grammar of ``text``, in llguidance's dialect of Lark."""
         return self._grammar("Lark grammar", "lark", text)
 
     def gbnf(self, text: str) -> Grammar:
-        """Return the grammar that ``text`` describes in GBNF, llama.cpp's form of BNF."""
+        """Return the grammar of ``text`` in GBNF, llama.cpp's form of BNF."""
         what = "GBNF grammar"
         _check_size(text, what)
         _library()
@@ -125,7 +125,7 @@ class GrammarCompiler:
         return self._grammar(what, "lark", lark)
 
     def ebnf(self, text: str) -> Grammar:
-        """Return the grammar of a text in GBNF, which has "::=", or else in Lark."""
+        """Return the grammar of a text in GBNF if it has "::=", or else in Lark."""
         return self.gbnf(text) if "::=" in text else self.lark(text)
 
     def tools(
@@ -139,10 +139,10 @@ class GrammarCompiler:
     ) -> Grammar | None:
         """Return the grammar of calls of ``tools``, as the model writes them.
 
-        ``choice`` "required" asks for calls from the first token on; so does a tool's name, for
-        calls of that alone. "auto" leaves text free up to the marker that begins calls; that
-        grammar is None where this marker is no token. Without ``parallel`` there is one call. The
-        schemas of tools that are "strict" are enforced, those of others where they can be.
+        ``choice`` "required" asks for calls from the first token on. A tool's name asks for calls
+        of that tool only. With "auto" text is free before the marker of calls; the grammar is None
+        if this marker is not a token. Without ``parallel`` there is one call. The schemas of
+        "strict" tools are enforced. Those of others are enforced as far as possible.
 
         With a schema ``answer``, an "auto" reply is calls or JSON of that schema, from the first
         token on; ``strict`` is that of ``json_schema``.

@@ -11,16 +11,16 @@ import torch
 
 
 class GrammarError(RuntimeError):
-    """A grammar gave up in the middle of a reply: it became too complex."""
+    """Error of a grammar that became too complex in the middle of a reply."""
 
 
 @dataclass(frozen=True)
 class Phases:
-    """Tokens between which a grammar holds.
+    """Tokens at which a grammar begins and ends.
 
-    ``closer`` ends the thinking in which a reply begins. ``openers`` are tokens with which it may
-    open thinking, and those that end it. The grammar begins at the first token that is none of
-    these, or at ``start`` if given. Then ``end`` ends it, and with ``again`` it may begin anew.
+    ``closer`` ends the thinking in which a reply begins. ``openers`` maps tokens that open thinking
+    to those that close it. The grammar begins at the first other token, or at ``start`` if given.
+    ``end`` ends it. With ``again`` it may then begin again.
     """
 
     closer: int | None = None
@@ -31,9 +31,9 @@ class Phases:
 
 
 class GrammarMask:
-    """The mask of one continuation; its state follows from the tokens that were written.
+    """Mask of one continuation; its state follows from the tokens that were written.
 
-    ``prepare`` has a thread of ``pool`` compute what may follow, and ``allowed`` waits for it.
+    ``prepare`` lets a thread of ``pool`` compute the allowed tokens, and ``allowed`` waits for it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GrammarMask:
         self._mask: Future[torch.Tensor] | None = None
 
     def prepare(self, written: Sequence[int]) -> None:
-        """Begin to compute what may follow the new tokens ``written``, if it is not known."""
+        """Begin to compute the tokens that may follow ``written``, unless they are known."""
         if len(written) == self._read:
             return
         if len(written) < self._read:
@@ -70,7 +70,7 @@ class GrammarMask:
     def allowed(self, written: Sequence[int]) -> torch.Tensor | None:
         """Return a bit for each token that may follow ``written``, None if all may.
 
-        Raises GrammarError where the grammar cannot say which may.
+        Raises GrammarError if the grammar fails.
         """
         self.prepare(written)
         if self._mask is not None:
@@ -86,7 +86,7 @@ class GrammarMask:
         return mask
 
     def _follow(self, token: int) -> None:
-        """Go on to the phase behind a token."""
+        """Move to the phase after a token."""
         if self._closer is not None:
             if token == self._closer:
                 self._closer = None
@@ -108,13 +108,13 @@ class GrammarMask:
     def _computed(self, tokens: list[int]) -> torch.Tensor:
         matcher = self._matcher
         for token in tokens:
-            # Behind the end of a reply there are ends alone.
+            # After the end of a reply only end tokens may follow.
             if not matcher.is_stopped():
                 matcher.consume_token(token)
         mask = torch.empty(self._words, dtype=torch.int32)
         matcher.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
         if matcher.is_error():
-            raise GrammarError(f"the grammar cannot go on: {matcher.get_error().strip()[:500]}")
+            raise GrammarError(f"the grammar cannot continue: {matcher.get_error().strip()[:500]}")
         return mask
 
 

@@ -7,9 +7,9 @@ import sys
 import unicodedata
 from typing import Any
 
-# Values inside one another at most: more is refused before Python's own stack is full.
+# Most levels of values: deeper ones are refused before Python's own stack is full.
 MAX_DEPTH = 64
-# Digits of a whole number at most; one of more is read as a float.
+# Most digits of a whole number. A longer one is read as a float.
 MAX_DIGITS = 4000
 
 WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
@@ -29,8 +29,8 @@ _ESCAPED |= {"\\": "\\", "'": "'", '"': '"', "/": "/", "\n": "", "\r\n": "", "\r
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|[{}]")
 _PIECES = {quote: re.compile(rf"(?:[^\\{quote}]+|\\.)*", re.DOTALL) for quote in "'\""}
 
-# Behind a closing quote stands one of these, by what the string is part of. A quote before
-# anything else belongs to the string, if it cannot be read otherwise.
+# Characters that may follow a closing quote, by what the string is part of. A quote before another
+# character belongs to the string, if the text cannot be read otherwise.
 _NEXT_VALUE = r"[\"'\[({\d.+-]|[rRbBuUfF]{1,2}[\"']|(?:True|False|None|true|false|null)\b"
 FOLLOWS = {
     "argument": re.compile(r"\s*(?:,\s*[^\W\d]\w*\s*=(?!=)|,?\s*\)\s*(?:,|\]|$))"),
@@ -41,7 +41,7 @@ FOLLOWS = {
 
 
 class LiteralError(ValueError):
-    """Text that is no literal; ``at`` is the place where it ceases to be one."""
+    """Error of a text that is not a literal. ``at`` is the first wrong character."""
 
     def __init__(self, why: str, at: int) -> None:
         super().__init__(f"{why} at character {at}")
@@ -49,18 +49,19 @@ class LiteralError(ValueError):
 
 
 def skip_space(text: str, at: int) -> int:
-    """Return the place of the next character from ``at`` on that is no white space."""
+    """Return the place of the next character from ``at`` on that is not white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
 
 class LiteralReader:
-    """Reads literals of ``text``, from a place on: ``value(at)`` returns one, and where it ends.
+    """Reads literals of ``text``: ``value(at)`` returns the one at a place, and its end.
 
-    Strings, numbers, lists, dicts, tuples, sets, and truth and nothing in the words of Python and
-    JSON are read; tuples and sets become lists, keys become strings. Numbers may have a sign or
-    leading zeros. Strings may hold raw control characters. With ``mends`` a quote inside a string
-    need not be escaped where nothing behind it could follow the string's end. Raises LiteralError.
+    It reads strings, numbers, lists, dicts, tuples, sets, and the words of Python and JSON for
+    true, false and null. Tuples and sets become lists, and keys become strings. Numbers may have a
+    sign or leading zeros. Strings may have raw control characters. With ``mends`` a quote inside a
+    string need not be escaped if the text after it could not follow the string's end. Raises
+    LiteralError.
     """
 
     def __init__(self, text: str, *, mends: bool = False) -> None:
@@ -68,9 +69,9 @@ class LiteralReader:
         self.mends = mends
 
     def value(self, at: int, within: str = "item", depth: int = 0) -> tuple[Any, int]:
-        """Return the value that begins at ``at`` or behind white space, and the place after it.
+        """Return the value at ``at``, after any white space, and the place after the value.
 
-        ``within`` says what it is part of: an "argument", an "item", or a "value" of a dict.
+        ``within`` is the kind of its parent: an "argument", an "item", or a "value" of a dict.
         """
         if depth > MAX_DEPTH:
             raise LiteralError(f"values are more than {MAX_DEPTH} deep", at)
@@ -91,7 +92,7 @@ class LiteralReader:
         raise LiteralError("a value is missing", at)
 
     def _items(self, at: int, closer: str, depth: int) -> tuple[Any, int]:
-        """Read what a bracket holds; a value in parentheses without a comma is that value."""
+        """Read the content of a bracket. A value in parentheses without a comma is that value."""
         items: list[Any] = []
         comma = False
         while True:
@@ -133,7 +134,7 @@ class LiteralReader:
         return at + comma, comma
 
     def _strings(self, at: int, within: str) -> tuple[str, int]:
-        """Read a string, and those that stand behind it and white space, which Python joins."""
+        """Read a string, and directly following strings, which Python joins."""
         opener = _OPENER.match(self.text, at)
         parts = []
         while opener is not None:
@@ -142,7 +143,7 @@ class LiteralReader:
             after = skip_space(self.text, at)
             apart = after > at and not self.mends
             opener = _OPENER.match(self.text, after) if apart else None
-            # A letter before a quote is more likely a word of a string with quotes inside.
+            # A letter before a quote is more likely part of a string with quotes inside.
             opener = None if opener is not None and opener[1] else opener
         return joined_surrogates("".join(parts)), at
 
@@ -203,7 +204,7 @@ def _brace(found: str, at: int) -> str:
 
 
 def _number(text: str) -> int | float:
-    """Return a number; beyond the range of a float it is the largest, as JSON has no infinity."""
+    """Return a number. Beyond the range of a float it is the largest one: JSON has no infinity."""
     digits = text.replace("_", "").lower()
     if digits.lstrip("+-")[:2] in ("0x", "0o", "0b"):
         return int(digits, 0)
@@ -218,7 +219,7 @@ def _key(key: Any, at: int) -> str:
     if isinstance(key, str):
         return key
     if isinstance(key, (list, dict)):
-        raise LiteralError("a key is no string", at)
+        raise LiteralError("a key is not a string", at)
     if key is None or isinstance(key, bool):
         return {None: "null", True: "true", False: "false"}[key]
     return repr(key)

@@ -16,13 +16,13 @@ MARKERS = frozenset(text for pair in (*THINKING_PAIRS, CALL_PAIR, XML_PAIR) for 
 
 
 def overlap(text: str, marker: str) -> int:
-    """Return how many characters of the marker's beginning the text ends with, but for all."""
+    """Return how many first characters of the marker, but not all, are the end of the text."""
     longest = min(len(marker) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
 class Marker(NamedTuple):
-    """A marker's text, its token if it is one, and its part: ``partner`` names its pair."""
+    """Marker with its text, its token if it is one, and its ``partner``."""
 
     text: str
     id: int | None
@@ -32,7 +32,7 @@ class Marker(NamedTuple):
 
 
 def template_of(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template, all of them if it has several; empty without one."""
+    """Return the tokenizer's chat template; several are joined, and "" means none."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         return "\n".join(map(str, template.values()))
@@ -45,7 +45,7 @@ def writes_xml(tokenizer: Any) -> bool:
 
 
 def markers_of(tokenizer: Any) -> tuple[Marker, ...]:
-    """Return the markers of thinking and of tool calls that the tokenizer's model writes."""
+    """Return the markers of thinking and of tool calls that this tokenizer's model writes."""
     ids = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
     call = XML_PAIR if writes_xml(tokenizer) else CALL_PAIR
     pairs: list[tuple[tuple[str, str], Kind]] = [(pair, "thinking") for pair in THINKING_PAIRS]
@@ -60,10 +60,10 @@ def markers_of(tokenizer: Any) -> tuple[Marker, ...]:
 def open_passage(
     tokenizer: Any, prompt_ids: Sequence[int], markers: Sequence[Marker]
 ) -> tuple[Marker | None, str]:
-    """Return the marker that opened a passage in the prompt's last turn, and the passage so far.
+    """Return the marker of an open passage in the prompt's last turn, and the passage so far.
 
-    The marker is None where nothing is open. In a prompt without turns only a marker at the very
-    end counts.
+    The marker is None if no passage is open. In a prompt without turns only a marker at its end
+    counts.
     """
     turn = tokenizer.added_tokens_encoder.get(TURN)
     ids = list(prompt_ids)

@@ -1,4 +1,4 @@
-"""Messages as clients send them, brought into the form that chat templates read."""
+"""Messages of clients, converted to the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lfm2_fast.text.markers import CALL_PAIR
 from lfm2_fast.text.tool_calls import written_calls
 
 ROLES = {"developer": "system"}
-# Names under which clients send thinking, and templates read it.
+# Names of the field for thinking, in clients' messages and in templates.
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def normalize_messages(
     messages: Sequence[Mapping[str, Any]], template: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return ``messages`` as templates of this family read them; none is changed.
+    """Return copies of ``messages`` in the form that templates of this family read.
 
-    The arguments of past calls become mappings, parts of text one string, no content an empty one,
-    and the role "developer" becomes "system". Thinking goes by all of its names. If the chat
-    ``template`` is given and reads no tool calls, they are written into the content. Raises
-    ValueError, which names the message, for what cannot be read.
+    The arguments of earlier calls become mappings. Parts of text become one string, and missing
+    content becomes "". The role "developer" becomes "system". Thinking is stored under all of its
+    names. If the chat ``template`` is given and reads no tool calls, they are written into the
+    content. Raises ValueError, which names the message, for a wrong one.
     """
     return [_normalized(message, at, template) for at, message in enumerate(messages)]
 
@@ -68,7 +68,7 @@ def _content(content: Any, where: str) -> str:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ValueError(
-                f"{where}.content[{place}] is of type {kind!r}, and this model reads text alone: "
+                f"{where}.content[{place}] is of type {kind!r}, and this model reads only text: "
                 "send parts of type text"
             )
         texts.append(part["text"])
@@ -101,5 +101,5 @@ def _parsed(text: str) -> Any:
         return {}
     value, at = LiteralReader(text).value(0)
     if text[at:].strip():
-        raise LiteralError("text stands behind the object", at)
+        raise LiteralError("text follows the object", at)
     return value

@@ -1,7 +1,7 @@
-"""Presets: the sampling that Liquid AI recommends for each member of the LFM2 family.
+"""Presets: Liquid AI's recommended sampling for each member of the LFM2 family.
 
-The values are those of Liquid AI's model cards and documentation, as of 2026; "base", for which
-they recommend nothing, is this package's own.
+The values are from Liquid AI's model cards and documentation of 2026. They have none for base
+models; "base" is this package's own.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 SAMPLING = ("do_sample", *FILTERS, "repetition_penalty")
 
-# A member of the family by its name: its generation, what stands before its size, and what follows.
+# A member of the family by its name: generation, the part before the size, the part after it.
 _NAME = re.compile(r"\blfm(2(?:\.5)?)-(\w+-)?(\d+(?:\.\d+)?)([bm])\b([\w.-]*)", re.IGNORECASE)
 _GREEDY = re.compile(r"-(tool|extract|rag|mt)\b", re.IGNORECASE)
 
 
 def preset_of(name: str) -> str | None:
-    """The preset for a checkpoint of this name (hub id or path), or None if it tells nothing.
+    """Return the preset for a checkpoint of this name (hub id or path), or None.
 
     >>> preset_of("LiquidAI/LFM2.5-1.2B-Thinking")
     'lfm2.5-thinking'
@@ -64,14 +64,13 @@ def sampling(
     file: Mapping[str, Any] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """The sampling arguments for ``generate``, and a phrase that says what they are and why.
+    """Return the sampling arguments for ``generate``, and a phrase with their values and origin.
 
-    ``given`` holds the options that were set; a temperature of 0 means greedy, any other of FILTERS
-    means sampling. Under them lies the preset that was asked for; else what ``file``, the
-    checkpoint's generation config, says of sampling; else the preset for the checkpoint's ``name``;
-    else greedy decoding. The phrase tells what ``generate`` makes of the arguments and the file,
-    Hugging Face's defaults included. Raises ValueError for a preset that does not exist, for
-    options that contradict each other and for values out of range.
+    ``given`` has the options that were set. A temperature of 0 means greedy; any other of FILTERS
+    means sampling. Other values come from the first of these that exists: the given preset,
+    ``file`` (the checkpoint's generation config), the preset for ``name``, greedy decoding. The
+    phrase has the final values, with Hugging Face's defaults. Raises ValueError for an unknown
+    preset, for options that contradict each other, and for values out of range.
     """
     asked = {key: value for key, value in (given or {}).items() if value is not None}
     if asked.get("temperature") == 0:
@@ -100,7 +99,7 @@ def sampling(
 
 
 def described(params: SamplingParams) -> str:
-    """Sampling parameters in words: "temperature 0.3, min_p 0.15"."""
+    """Write sampling parameters in words: "temperature 0.3, min_p 0.15"."""
     words = [] if params.do_sample else ["greedy"]
     for name in SAMPLING[1:]:
         value = getattr(params, name)
@@ -110,7 +109,7 @@ def described(params: SamplingParams) -> str:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    """A preset as arguments that leave nothing to other defaults: None switches a filter off."""
+    """Return a preset as arguments for all filters. None switches a filter off."""
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
     values = PRESETS[name]

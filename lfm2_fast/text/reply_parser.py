@@ -1,4 +1,4 @@
-"""ReplyParser: a reply's token ids -> text, thinking and tool calls, as they come."""
+"""ReplyParser: a reply's token ids -> text, thinking and tool calls, piece by piece."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfm2_fast.text.token_stream import TokenDecoder
 from lfm2_fast.text.tool_calls import Call, read_calls
 from lfm2_fast.text.xml_calls import read_xml_calls
 
-# Text that may begin calls whose markers are missing, and all beginnings of it.
+# Text that may begin calls without markers, and all beginnings of this text.
 _BARE = re.compile(r"\s*(?:\[\s*(?:[^\W\d][\w.-]*\s*\(|\{\s*[\"']name[\"'])|<function=)")
 _MAY_BE_BARE = re.compile(
     r"\s*(?:\[\s*(?:[^\W\d][\w.-]*\s*|\{\s*(?:[\"'](?:n|na|nam|name|name[\"'])?)?)?"
@@ -26,10 +26,10 @@ State = Literal["answer", "thinking", "call"]
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a reply: some text, some thinking, or a whole tool call.
+    """Piece of a reply: some text, some thinking, or a whole tool call.
 
-    A tool call has its place ``index`` among the reply's calls, an ``id``, the tool's ``name`` and
-    the text of a JSON object, ``arguments``.
+    A tool call has an ``index`` among the reply's calls, an ``id``, the tool's ``name``, and
+    ``arguments``, the text of a JSON object.
     """
 
     kind: Literal["text", "reasoning", "tool_call"]
@@ -41,18 +41,19 @@ class Delta:
 
 
 class ReplyParser:
-    """Takes a reply apart: ``feed`` it token ids as they come, and ``finish`` it.
+    """Splits a reply: ``feed`` it token ids one after another, then ``finish`` it.
 
-    How the ids are cut into pieces makes no difference to what they give. Markers that are tokens
-    of their own count as those alone; text that spells them stays text.
+    The result does not depend on how the ids are grouped into calls. A marker that is a token
+    counts only as this token; text with the same letters stays text.
 
-    With ``tools`` the calls of tools become deltas, each when its passage closes; what is no call
-    in there becomes text. Without, they are text. ``functions`` are the tools as clients give them;
-    their schemas tell the types of arguments in XML. ``thinking`` says that the reply begins inside
-    of thinking; None leaves that to ``prompt_ids``, and False takes thinking for text.
+    With ``tools`` the calls of tools become deltas, each when its passage closes. Other text in a
+    passage of calls becomes text. Without ``tools`` calls are text. ``functions`` are the clients'
+    tools, with schemas that give the types of arguments in XML. ``thinking`` is True if the reply
+    begins inside of thinking. None takes that from ``prompt_ids``, and False treats thinking as
+    text.
 
-    Special tokens that are no markers are dropped, and so is white space beside markers. Nothing is
-    raised by any input. ``reasoning_tokens`` counts the tokens of thinking.
+    Other special tokens are dropped, and so is white space beside markers. No input raises an
+    exception. ``reasoning_tokens`` counts the tokens of thinking.
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class ReplyParser:
         self._may_think = self._state == "answer" and thinking is None
         self._may_be_bare = self._state == "answer" and tools
         self._fresh = self._state != "answer" and not said  # white space is dropped here
-        self._text = ""  # may be the beginning of a marker that is no token
-        self._held = ""  # of the passage, not yet handed out
+        self._text = ""  # perhaps the beginning of a marker that is not a token
+        self._held = ""  # of the passage, not yet returned
         self._body = [said] if self._state == "call" else []  # of calls
         self._last: list[Call] = []  # calls of the passage before
         self._count = 0
@@ -103,7 +104,7 @@ class ReplyParser:
         return self._closers[self._opener.partner]
 
     def feed(self, token_ids: Sequence[int]) -> list[Delta]:
-        """Return what the next tokens of the reply give."""
+        """Return the deltas of the next tokens."""
         deltas: list[Delta] = []
         for token in token_ids:
             marker = self._by_id.get(token)
@@ -117,7 +118,7 @@ class ReplyParser:
         return _merged(deltas)
 
     def finish(self) -> list[Delta]:
-        """Return what was held back until the end of the reply."""
+        """Return the deltas that were held back until the end."""
         deltas = [*self._spelled_out(self._decoder.end(), last=True)]
         held, self._held = self._held, ""
         if self._state == "call":
@@ -125,7 +126,7 @@ class ReplyParser:
         elif self._state == "answer" and self._may_be_bare and _BARE.match(held):
             calls, rest = self._read(held)
             if not calls or rest or self._last:
-                # Said twice, calls stand between fewer markers.
+                # If calls are repeated, the second copy has fewer markers.
                 deltas += [] if calls and calls == self._last else [Delta("text", held)]
             else:
                 deltas += [self._call(each) for each in calls]
@@ -134,7 +135,7 @@ class ReplyParser:
         return _merged(deltas)
 
     def _spelled_out(self, text: str, last: bool = False) -> Iterator[Delta]:
-        """Find markers that are no tokens in the text; what could become one waits."""
+        """Find markers that are not tokens in the text. A possible beginning of one waits."""
         self._text += text
         while (found := self._scan.search(self._text)) is not None:
             before, self._text = self._text[: found.start()], self._text[found.end() :]
@@ -146,7 +147,7 @@ class ReplyParser:
         yield from self._pass(whole)
 
     def _mark(self, marker: Marker) -> Iterator[Delta]:
-        """Take a marker: it opens or closes a passage, or is text where it can do neither."""
+        """Process a marker: it opens or closes a passage, or is text if it can do neither."""
         if marker.kind == "call" and self._state != "thinking":
             yield from self._mark_call(marker)
         elif self._may_think and not marker.closes and not self._held.strip():
@@ -154,7 +155,7 @@ class ReplyParser:
         elif self._state == "thinking" and marker.kind == "thinking" and self._closes(marker):
             self._turn("answer")
         elif self._state == "thinking" and self._fresh and not marker.closes and not self._opener:
-            # The reply was known to begin in thinking, and the model says so too.
+            # The reply began in thinking anyway, and the model writes the marker too.
             self._opener = marker
         else:
             yield from self._pass(marker.text)
@@ -168,7 +169,7 @@ class ReplyParser:
         elif not marker.closes:
             yield from self._pass("", flush=True)
         elif self._may_be_bare and _BARE.match(self._held):
-            # Calls without an opening marker, or calls that are said twice.
+            # Calls without an opening marker, or repeated calls.
             if not self._last or self._read(self._held)[0] != self._last:
                 self._body = [self._held]
                 yield from self._calls()
@@ -181,7 +182,7 @@ class ReplyParser:
         self._fresh, self._may_think, self._may_be_bare = True, False, self._tools
 
     def _pass(self, text: str, flush: bool = False) -> Iterator[Delta]:
-        """Hand text of the passage on, but for what a marker behind it would change."""
+        """Emit text of the passage, except the part that a following marker could change."""
         if self._state == "call":
             self._body.append(text)
             return
@@ -191,12 +192,12 @@ class ReplyParser:
         if self._state == "answer" and not flush:
             if self._may_think and not self._held.strip():
                 return
-            # What follows decides what this is.
+            # The next text decides what this is.
             if self._may_be_bare and (
                 _BARE.match(self._held) or _MAY_BE_BARE.fullmatch(self._held)
             ):
                 return
-        # Only white space before a marker is dropped, and in a plain answer no marker comes.
+        # Only white space before a marker is dropped, and a plain answer has no marker.
         plain = self._state == "answer" and not self._tools
         shown = self._held if plain else self._held.rstrip()
         if shown:
@@ -232,7 +233,7 @@ def _schemas(functions: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, A
 
 
 def _merged(deltas: Sequence[Delta]) -> list[Delta]:
-    """Join neighbours that are text of one kind."""
+    """Join adjacent texts of one kind."""
     merged: list[Delta] = []
     for delta in deltas:
         if merged and delta.kind == merged[-1].kind != "tool_call":

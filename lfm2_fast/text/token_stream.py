@@ -1,4 +1,4 @@
-"""TokenStream: turns token ids into text as they come."""
+"""TokenStream: turns token ids into text, one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lfm2_fast.text.markers import MARKERS
 
 @dataclass
 class Timing:
-    """Times at which a text was asked for, and at which its first and its last token came."""
+    """Times of a request, of its first token and of its last token."""
 
     begun: float = field(default_factory=time.perf_counter)
     first: float = 0.0
@@ -36,9 +36,9 @@ class Timing:
 
 
 class TokenDecoder:
-    """Turns token ids into text as soon as characters are whole; special tokens are text too.
+    """Turns token ids into text as soon as characters are complete. Special tokens are text too.
 
-    Nothing is raised: an id that the tokenizer does not know has no text.
+    It never raises: an id that the tokenizer does not know has no text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -53,18 +53,18 @@ class TokenDecoder:
         self._stream = DecodeStream(skip_special_tokens=False)
 
     def put(self, token: int) -> str:
-        """Take one more token, and return the text that it completes."""
+        """Add a token, and return the text that it completes."""
         self._ids.append(token)
         try:
             text = self._stream.step(self._backend, token) or ""
         except Exception:
-            # The library gives up where a decoder changes what it said before.
+            # The library fails if a decoder changes its earlier text.
             return ""
         self._told += len(text)
         return text
 
     def end(self) -> str:
-        """Return what remained of a character that is not whole; what follows begins anew."""
+        """Return the rest, an incomplete character, and start again."""
         if not self._ids:
             return ""
         text = self._backend.decode(self._ids, skip_special_tokens=False)[self._told :]
@@ -73,9 +73,9 @@ class TokenDecoder:
 
 
 class TokenStream:
-    """Hands the text of tokens to ``write`` as soon as characters are whole.
+    """Sends the text of tokens to ``write`` as soon as characters are complete.
 
-    Special tokens are dropped, but for those in MARKERS. ``text`` is all the text, ``ids`` all the
+    Special tokens are dropped, except those in MARKERS. ``text`` is all the text, ``ids`` all the
     tokens.
     """
 
@@ -89,14 +89,14 @@ class TokenStream:
         self._dropped = {i for i, t in added if t.special and t.content not in MARKERS}
 
     def put(self, token: int) -> None:
-        """Take one more token."""
+        """Add a token."""
         self.timing.tick()
         self.ids.append(token)
         if token not in self._dropped:
             self._pass(self._decoder.put(token))
 
     def end(self) -> None:
-        """Hand over characters that remained incomplete when the text ended."""
+        """Send the characters that are incomplete at the end of the text."""
         self._pass(self._decoder.end())
 
     def _pass(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer."""
+"""Checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ TOKENIZER_FILES = (
 def load_tokenizer(name: str, **options: Any) -> Any:
     """Return the checkpoint's tokenizer; ``options`` are those of the hub.
 
-    An adapter without one has its base's. Raises CheckpointError when there is none that can be
-    loaded. Of a folder that is no checkpoint
-    it says that instead.
+    An adapter without one has its base's. Raises CheckpointError if there is none, or if the folder
+    is not a checkpoint.
     """
     from transformers import AutoTokenizer
 
@@ -52,7 +51,7 @@ def _from_gguf(path: Path) -> Any:
     """Return the tokenizer of a GGUF file, with its chat template, as transformers builds it."""
     from transformers import AutoTokenizer
 
-    # Transformers' reader trusts the file; this one has checked it.
+    # Transformers' reader does not check the file; this package has checked it before.
     file = read_gguf(path)
     Config.from_dict(raw_config(file), str(path))
     if not file.metadata.get("tokenizer.ggml.tokens"):

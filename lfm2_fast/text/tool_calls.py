@@ -11,16 +11,16 @@ from lfm2_fast.text.literals import LiteralError, LiteralReader, skip_space
 
 _HEAD = re.compile(r"\s*([^\W\d][\w-]*(?:\.[\w-]+)*)\s*\(")
 _ARGUMENT = re.compile(r"\s*([^\W\d]\w*)\s*=(?!=)")
-# What ends a call that could not be read, outside of strings.
+# End of a call that cannot be read, outside of strings.
 _NESTING = re.compile(r"[()\[\]{}\"',]|\\.", re.DOTALL)
-# Parts that are no calls, at most, before the rest of a text counts as one: each is read anew.
+# Most parts that are not calls. After them the rest of a text counts as one part.
 MAX_FAULTS = 64
 # Keys of a call's arguments in JSON.
 ARGUMENTS = ("arguments", "parameters", "args")
 
 
 class Call(NamedTuple):
-    """A call of a tool; ``arguments`` is the text of a JSON object."""
+    """Call of a tool. ``arguments`` is the text of a JSON object."""
 
     name: str
     arguments: str
@@ -32,9 +32,9 @@ def call(name: str, arguments: Mapping[str, Any]) -> Call:
 
 
 def read_calls(body: str) -> tuple[list[Call], list[str]]:
-    """Return the calls of the text between the markers, and the parts of it that are none.
+    """Return the calls in the text between the markers, and the parts that are not calls.
 
-    A call that cannot be read does not keep its siblings from being read. Raises nothing.
+    If a call cannot be read, the other calls still are. It never raises.
     """
     calls: list[Call] = []
     rest: list[str] = []
@@ -70,7 +70,7 @@ def _one(body: str, at: int, end: int) -> tuple[Call, int]:
 
 
 def _ended(body: str, at: int, end: int) -> int:
-    """Return ``at``, if what stands there ends a call: a comma, or the end of the list."""
+    """Return ``at`` if a call ends there: at a comma, or at the end of the list."""
     after = skip_space(body, at)
     if after < end and not body.startswith(",", after):
         raise LiteralError("',' or ']' is missing", after)
@@ -78,7 +78,7 @@ def _ended(body: str, at: int, end: int) -> int:
 
 
 def from_json(value: Any, at: int = 0) -> Call:
-    """Return the call that a JSON object describes, in any of the usual spellings.
+    """Return the call in a JSON object, in any of the usual spellings.
 
     Raises LiteralError, which names the place ``at``.
     """
@@ -92,7 +92,7 @@ def from_json(value: Any, at: int = 0) -> Call:
     if given is None:
         given = {}
     if not isinstance(given, dict):
-        raise LiteralError("arguments are no object", at)
+        raise LiteralError("arguments are not an object", at)
     return call(value["name"], given)
 
 
@@ -113,7 +113,7 @@ def _python_call(body: str, at: int, *, mends: bool) -> tuple[Call, int]:
         if name is not None:
             arguments[name[1]], at = reader.value(name.end(), "argument")
         else:
-            # A single mapping may stand for all arguments.
+            # A single mapping may have all arguments.
             start = at + 2 * body.startswith("**", at)
             given, at = reader.value(start, "argument")
             if not isinstance(given, dict):
@@ -125,12 +125,12 @@ def _python_call(body: str, at: int, *, mends: bool) -> tuple[Call, int]:
 
 
 def _after(body: str, at: int, end: int) -> int:
-    """Return where a call that cannot be read ends: at the comma behind it, or at ``end``."""
+    """Return the end of a call that cannot be read: the next comma, or ``end``."""
     depth, quotes = 0, {quote: body.rfind(quote) for quote in "'\""}
     while (found := _NESTING.search(body, at, end)) is not None:
         at, what = found.end(), found[0]
         if what in quotes:
-            # A quote that is the last of its kind opens no string.
+            # A quote without a second one of its kind opens no string.
             if at <= quotes[what]:
                 at = _string_end(body, at, what)
         elif what in "([{":
@@ -154,7 +154,7 @@ _CLOSER = {quote: re.compile(rf"{quote}|\\.", re.DOTALL) for quote in "'\""}
 
 
 def written_calls(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Return calls as LFM2 writes them between the markers; ``read_calls`` gives them back."""
+    """Write calls as LFM2 does between the markers. ``read_calls`` is the inverse."""
     written = []
     for name, arguments in calls:
         pairs = (f"{key}={_written(value)}" for key, value in arguments.items())

@@ -1,4 +1,4 @@
-"""The grammar of tool calls, in Lark, made of the tools' schemas in the model's own syntax."""
+"""Grammar of tool calls in Lark: the tools' schemas in the model's own syntax."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from lfm2_fast.text.markers import Marker
 
-# Values inside one another in a schema at most.
+# Most levels of a schema.
 MAX_DEPTH = 48
-# What a value in XML may be, in a number of ways at most.
+# Most alternatives of a value in XML.
 MAX_KINDS = 256
-# White space between parts of JSON: without a bound a model may write nothing else.
+# White space between parts of JSON. Without a limit a model may write white space forever.
 WHITE_SPACE = r"[ \n\t\r]{0,32}"
 
 _NAME = re.compile(r"[^\W\d][\w-]*(\.[\w-]+)*")
@@ -37,12 +37,12 @@ def options(strict: bool) -> dict[str, Any]:
 
 
 def checked_schema(schema: Any, where: str) -> Any:
-    """Return a schema, read if it is text. Raises ValueError if it is none, or too deep."""
+    """Return a schema, parsed if it is text. Raises ValueError if it is wrong or too deep."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is no JSON: {error}") from error
+            raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(schema, (Mapping, bool)):
         raise ValueError(f"{where} must be an object, got {type(schema).__name__}")
     level: list[Any] = [schema]
@@ -55,7 +55,7 @@ def checked_schema(schema: Any, where: str) -> Any:
     try:
         json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {error}") from error
     return schema
 
 
@@ -86,7 +86,7 @@ def tools_grammar(
     names = [function["name"] for function in functions]
     if only is not None and only not in names:
         raise ValueError(
-            f"tool_choice names {only!r}, which is none of the tools: {', '.join(names) or 'none'}"
+            f"tool_choice names {only!r}, which is not a tool here: {', '.join(names) or 'none'}"
         )
     if not functions:
         raise ValueError("tools is empty: calls need at least one tool")
@@ -133,7 +133,8 @@ def _call(place: int, function: Mapping[str, Any], xml: bool) -> list[str]:
     """Return the rules of calls of one function."""
     name, schema, strict = function["name"], function["schema"], function["strict"]
     if not _NAME.fullmatch(name) or not _is_plain(schema, xml):
-        # What the model's own syntax cannot hold is an object, which it writes too.
+        # Arguments that the model's own syntax cannot express become a JSON object, which it writes
+        # too.
         begin = f'{{"name": {_text(name)}, "arguments": '
         whole = {"type": "object"} | dict(schema) if isinstance(schema, Mapping) else {}
         return [f'call_{place}: {_text(begin)} value_{place} "}}"'] + [
@@ -176,8 +177,8 @@ def _pair(rule: str, key: str, schema: Any, shared: dict[str, Any], strict: bool
 
 
 def _xml_pair(rule: str, key: str, schema: Any, shared: dict[str, Any], strict: bool) -> list[str]:
-    """Return the rules of an argument in XML, where texts stand without quotes."""
-    # Schemas may refer to one another in circles.
+    """Return the rules of an argument in XML, where texts have no quotes."""
+    # Schemas may refer to each other in circles.
     kinds = list(itertools.islice(_kinds(schema, shared, MAX_DEPTH), MAX_KINDS))
     names = [f"{rule}_{place}" for place in range(len(kinds))]
     rules = [f"{rule}: {_text(f'<parameter={key}>' + chr(10))} ({' | '.join(names)})"]
@@ -196,7 +197,7 @@ def _xml_pair(rule: str, key: str, schema: Any, shared: dict[str, Any], strict: 
 
 
 def _kinds(schema: Any, shared: Mapping[str, Any], depth: int) -> Iterator[Any]:
-    """Yield what a value may be: a text that is told, a schema of one type, None for any text."""
+    """Yield the alternatives of a value: a fixed text, a schema of one type, None for any text."""
     if isinstance(schema, Mapping) and depth:
         if "$ref" in schema:
             place, _, name = str(schema["$ref"])[2:].partition("/")
@@ -240,7 +241,7 @@ def _json(schema: Any, strict: bool, shared: Mapping[str, Any] | None = None) ->
 
 
 def _is_plain(schema: Any, xml: bool) -> bool:
-    """Return True if arguments of this schema are nothing but its properties."""
+    """Return True if arguments of this schema have only its properties."""
     if not isinstance(schema, Mapping) or not schema.keys() <= _PLAIN:
         return False
     if schema.get("type", "object") != "object" or isinstance(

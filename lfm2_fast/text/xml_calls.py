@@ -1,4 +1,4 @@
-"""Tool calls as LFM3 writes them: XML between markers, whose values are read by their schemas."""
+"""Tool calls as LFM3 writes them: XML between markers. Schemas give the types of values."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _VALUE_END = re.compile(r"</parameter>|(?=<parameter=)|(?=</function>)|\Z")
 def read_xml_calls(
     body: str, schemas: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[list[Call], list[str]]:
-    """Return the calls of the text between the markers, and the parts of it that are none.
+    """Return the calls in the text between the markers, and the parts that are not calls.
 
-    ``schemas`` has the JSON schema of each tool's arguments. A value is a string where its schema
-    says so; else it is what it reads as, and a string if it reads as nothing. A JSON object in
-    place of the XML is read too. Raises nothing.
+    ``schemas`` has the JSON schema of each tool's arguments. A value is a string if its schema says
+    so. Otherwise it is read as a literal, or is a string if that fails. A JSON object in place of
+    the XML is read too. It never raises.
     """
     if body.lstrip()[:1] in ("{", "["):
         return read_calls(body)
@@ -73,6 +73,6 @@ def _value(text: str, schema: Any) -> Any:
         value, at = LiteralReader(text).value(0)
     except LiteralError:
         return joined_surrogates(text)
-    # A quoted string is text with quotes, as the format quotes nothing.
+    # The format has no quoting, so a quoted string is text with quotes.
     whole = not text[at:].strip() and not isinstance(value, str)
     return value if whole else joined_surrogates(text)

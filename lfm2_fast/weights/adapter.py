@@ -81,8 +81,8 @@ def is_adapter(folder: Path) -> bool:
 def read_adapter(folder: Path, config: Config) -> Adapter:
     """Read the adapter in ``folder`` for a model of ``config``, dense or not.
 
-    Raises CheckpointError, naming file and tensor, for a tensor that the model does not take, one
-    that is missing, a shape that does not fit, and for fields of its config that are not supported.
+    Raises CheckpointError, which names file and tensor, for a tensor that is missing, unknown or of
+    a wrong shape. It also raises for unsupported fields of its config.
     """
     fields = AdapterConfig.from_file(folder / adapter_config.FILE)
     path = folder / FILE

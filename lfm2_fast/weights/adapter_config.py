@@ -60,7 +60,7 @@ PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of a LoRA adapter that decide its result; those of PEFT, by PEFT's names."""
+    """Fields of a LoRA adapter that decide its result; those of PEFT, by PEFT's names."""
 
     source: Path
     r: int

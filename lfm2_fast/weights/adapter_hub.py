@@ -1,4 +1,4 @@
-"""An adapter's folder, from its name: a folder here, or a repository on the hub."""
+"""Adapter's folder, from its name: a folder here, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def find_adapter(
     CheckpointError.
     """
     folder = Path(name)
-    with suppress(RuntimeError):  # "~" of nobody
+    with suppress(RuntimeError):  # "~" of an unknown user
         folder = folder.expanduser()
     text = os.fspath(name)
     if not folder.is_dir() and text.count("/") == 1 and not text.startswith(("/", ".", "~")):

@@ -1,4 +1,4 @@
-"""An adapter merged while a checkpoint is read: ``W + scale * up @ down``, some rows at a time."""
+"""Adapter merged while a checkpoint is read: ``W + scale * up @ down``, some rows at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Blocks = Callable[[int], Iterator[tuple[slice, torch.Tensor]]]
 
 
 class Blocked(Source, Protocol):
-    """A stored tensor that can be read some rows at a time."""
+    """Stored tensor that can be read some rows at a time."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -30,7 +30,7 @@ class Blocked(Source, Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A tensor that is there, as ``fill_table`` reads stored ones."""
+    """Tensor that is there, as ``fill_table`` reads stored ones."""
 
     tensor: torch.Tensor
 
@@ -55,7 +55,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Merged:
-    """A matrix with an adapter's change, as ``fill_table`` reads stored ones."""
+    """Matrix with an adapter's change, as ``fill_table`` reads stored ones."""
 
     shape: tuple[int, ...]
     base: Blocks
@@ -131,7 +131,7 @@ def merged_tensors(
     """
     made, bases, embedding = dict(found), dict(adapter.bases), BASE + EMBEDDING
     if config.tie_word_embeddings and HEAD in bases:
-        # One table, whatever name it was saved by.
+        # One table for all names under which it may be saved.
         bases.setdefault(embedding, bases.pop(HEAD))
     made.update({name: InMemory(tensor) for name, tensor in bases.items()})
     if config.tie_word_embeddings and adapter.unties:

@@ -20,14 +20,14 @@ from lfm2_fast.weights.formats import DENSE, Projection
 from lfm2_fast.weights.fusion import EMBEDDING, fusion_table
 
 # Ranks and entries are made in these steps, so that captured graphs, which point at the stacks,
-# seldom have to be captured anew.
+# seldom have to be captured again.
 RANK_STEP, FIRST_ADAPTERS = 8, 4
 TABLE = EMBEDDING.removesuffix(".weight")
 
 
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter's ``entry`` in the stacks, which stays its own as long as anything holds this.
+    """Adapter's ``entry`` in the stacks, which stays its own as long as anything holds this.
 
     ``number`` is one that no other adapter of the set had or will have.
     """

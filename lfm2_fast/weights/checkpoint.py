@@ -44,7 +44,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
-# Bytes from which a tensor gets memory of its own from the system; neighbours share large pages.
+# Size from which a tensor gets its own memory from the system. Smaller ones share large pages.
 LARGE = 1 << 18
 
 
@@ -58,15 +58,15 @@ def load_weights(
     variant: str | None = None,
     adapter: Adapter | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Our fused tensors, by name, in ``dtype`` on ``device``; None is the dtype they are stored in.
+    """Load our fused tensors, by name, in ``dtype`` (None: the stored one) on ``device``.
 
     Where tensors are stored in several, None is the embedding's, or, if that is quantized, the last
     norm's. The files are mapped, and every tensor is copied from the map straight into its place.
     With ``quantization`` the matrices of a dense checkpoint become that format on the way; those of
     a quantized one (``config.quantization``) stay as they are. An ``adapter`` is merged into a
-    dense checkpoint on the way, which then is of ``merged_config``. All names, shapes and
-    dtypes are checked before the first copy. Raises CheckpointError, which names the file and the
-    tensor, for whatever does not fit.
+    dense checkpoint on the way, which then is of ``merged_config``. All names, shapes and dtypes
+    are checked before the first copy. Raises CheckpointError, which names the file and the tensor,
+    for any that is wrong.
     """
     table = fusion_table(config)
     found = checked_tensors(folder, config, table, variant)
@@ -89,9 +89,10 @@ def fill_table(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Return our fused tensors on ``device``, read from what is ``found`` by Hugging Face's names.
+    """Return our fused tensors on ``device``, read from the tensors ``found``, by Hugging Face's
+    names.
 
-    Dense matrices of ``table`` become what ``config`` wants; all others are copied.
+    Dense matrices of ``table`` are converted to the formats of ``config``. All others are copied.
     """
     formats = formats_of(config)
     weights = {}
@@ -119,9 +120,9 @@ def fill_table(
 
 
 def with_stored_head(folder: Path, config: Config, variant: str | None = None) -> Config:
-    """Return ``config``, untied if the checkpoint holds a head that is not the embedding.
+    """Return ``config``, untied if the checkpoint has a head that differs from the embedding.
 
-    A config may say that they are tied although the head was tuned on its own. The weights decide,
+    A config may say that they are tied although the head was tuned separately. The weights decide,
     as in Hugging Face's class, and a warning says so.
     """
     whole = variant_of(find_format(config.quantization, folder / "config.json").file, variant)
@@ -147,7 +148,7 @@ def with_stored_head(folder: Path, config: Config, variant: str | None = None) -
 def progress(
     tensors: Collection[T], what: str = "loading weights"
 ) -> AbstractContextManager[Iterable[T]]:
-    """``tensors`` with a bar on a terminal where they take long, if tqdm is there."""
+    """Wrap ``tensors`` in a progress bar on a terminal if they take long and tqdm is installed."""
     with suppress(ImportError):
         from tqdm import tqdm
 
@@ -156,16 +157,16 @@ def progress(
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for a weight; on a CPU in large pages, where the system has them to give.
+    """Allocate memory for a weight; on a CPU in large pages, if the system has them.
 
-    A matrix is then read faster: fewer pages have to be found, and the processor's own fetching
-    ahead, which ends where a page does, goes further.
+    A matrix is then read faster: fewer addresses are translated, and the processor's prefetch,
+    which stops at the end of a page, goes further.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them; the memory is good all the same
+    with suppress(OSError):  # a kernel without large pages; the memory works anyway
         area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype).view(shape)
 
@@ -181,12 +182,12 @@ def save(
     variant: str | None = None,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write ``tensors``, by Hugging Face's names, as the checkpoint that it reads.
+    """Write ``tensors``, by Hugging Face's names, as a checkpoint for Hugging Face.
 
     ``config`` becomes config.json, ``format`` names the weight format. Weights of more than
-    ``max_shard_size`` are spread over files with an index. Every file is complete before it gets
-    its name, so what was there stays whole if the disk is full. Weights of an earlier save that a
-    loader would take for these are removed last. Raises OSError as the file system does.
+    ``max_shard_size`` are split into files with an index. Every file is complete before it gets its
+    name, so a full disk damages no earlier file. Weights of an earlier save that a loader would
+    confuse with these are removed last. Raises OSError for errors of the file system.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -214,7 +215,7 @@ def save(
     for name, document in documents.items():
         with complete(folder / name) as path:
             path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    # A whole file goes before an index, and an index would be looked for beside it.
+    # Loaders prefer a whole file to an index, and look for an index beside it.
     stale = (folder / variant_of(whole, variant)) if shards.is_sharded else (folder / index)
     stale.unlink(missing_ok=True)
 
@@ -231,6 +232,6 @@ def complete(path: Path) -> Iterator[Path]:
 
 
 def _trim() -> None:
-    """Give back what was freed: glibc would come to keep gigabytes; other C libraries lack this."""
+    """Return freed memory to the system; glibc would keep gigabytes. Other C libraries lack it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

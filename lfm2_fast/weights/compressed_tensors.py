@@ -1,4 +1,4 @@
-"""Checkpoints that compressed-tensors quantized: FP8, and integers of 4 or 8 bits, as ours.
+"""Checkpoints quantized by compressed-tensors (FP8, integers of 4 or 8 bits) in our formats.
 
 A quantized matrix ``[N, K]`` is a few tensors, by the name of its module:
 
@@ -50,7 +50,7 @@ OTHERWISE = (
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix ``[N, K]`` of a file: ``parts`` are its tensors by suffix, and ``bits`` per number.
+    """Matrix ``[N, K]`` of a file: ``parts`` are its tensors by suffix, and ``bits`` per number.
 
     ``block`` has the rows and columns that share a scale, where several rows do.
     """
@@ -66,7 +66,7 @@ class _Matrix:
 
     @property
     def nearest(self) -> Format:
-        """The format that holds it exactly, or, of FP8, with as many bits."""
+        """Format that holds it exactly, or, of FP8, with as many bits."""
         columns = self.shape[1]
         scales = self.parts["_scale"].shape
         groups = scales[1] if len(scales) == 2 and scales[0] == self.shape[0] else 1

@@ -1,7 +1,7 @@
-"""Weight formats: how the matrix of a projection is allocated, quantized, stored and read back.
+"""Weight formats: how a matrix is allocated, quantized, stored and read back.
 
-A format is one object here, one body in each implementation that is fast for it, and its tests.
-Implementations choose by ``projection.format``; nothing else asks whether a matrix is quantized.
+A format is one object here, fast code in some implementations, and its tests. Implementations
+choose their code by ``projection.format``. No other code asks if a matrix is quantized.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Parts = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 
 class Format:
-    """A dense matrix ``[N, K]`` in the model's dtype; subclasses store it in fewer bits.
+    """Dense matrix ``[N, K]`` in the model's dtype; subclasses store it in fewer bits.
 
-    ``name`` is what a checkpoint's config calls it. ``file`` is the name of a saved checkpoint's
-    weights. ``from_dense`` is true if ``quantize`` makes it, so that ``load(quantization=)`` may
-    name it. ``on_gpu`` is true if GPUs have bodies for it.
+    ``name`` is its name in a checkpoint's config. ``file`` is the name of a saved checkpoint's
+    weights. ``from_dense`` is true if ``quantize`` makes it, so that ``load(quantization=)``
+    accepts it. ``on_gpu`` is true if GPUs have code for it.
     """
 
     name: str | None = None
@@ -35,13 +35,13 @@ class Format:
     on_gpu = True
 
     def __reduce__(self) -> Any:
-        # A copy of a model, pickled or deep, must have these very objects.
+        # A copy of a model, pickled or deep, must have these same objects.
         return find_format, (self.name,)
 
     def parts(self, shape: tuple[int, ...]) -> Parts:
         """Return the tensors that hold a matrix of ``shape``; the first has the numbers.
 
-        All have the matrix's rows as their first axis: projections are stacked and split by rows.
+        The first axis of each is the rows of the matrix: projections are stacked and split by rows.
         """
         return {"": (shape, None)}
 
@@ -64,7 +64,7 @@ class Format:
     def fill(
         self, places: Sequence[torch.Tensor], blocks: Iterable[tuple[slice, torch.Tensor]]
     ) -> None:
-        """Fill ``places``, in the order of ``parts``, from dense rows and where those belong.
+        """Fill ``places``, in the order of ``parts``, from blocks of dense rows and their places.
 
         A block of rows is quantized at a time, on the device of ``places``.
         """
@@ -74,11 +74,11 @@ class Format:
                 place[here] = part
 
     def dequantize(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Return the rows ``[n, K]`` that the parts hold, in ``dtype``; dense ones as they are."""
+        """Return the rows ``[n, K]`` of the parts in ``dtype``; dense ones unchanged."""
         return parts[0]
 
     def interleave(self, parts: Sequence[torch.Tensor]) -> None:
-        """Put a filled matrix, row after row, in the order that the bodies read, in place."""
+        """Put a filled matrix into the order that implementations read, in place."""
 
     def stored(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the parts of a matrix row after row, as files have them."""
@@ -91,7 +91,7 @@ class Format:
         return self.dequantize([part.index_select(0, places) for part in parts], dtype)
 
     def matrix(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Return a whole matrix ``[N, K]`` in ``dtype``; a dense one as it is."""
+        """Return a whole matrix ``[N, K]`` in ``dtype``; a dense one unchanged."""
         return self.dequantize(self.stored(parts), dtype)
 
 
@@ -102,7 +102,7 @@ class Int8Rows(Format):
     """
 
     name = "int8"
-    # A name of its own: other programs would read the integers as weights.
+    # Its own name, because other programs would read the integers as weights.
     file = "model.int8.safetensors"
 
     def parts(self, shape: tuple[int, ...]) -> Parts:
@@ -125,12 +125,12 @@ class Int8Rows(Format):
 class Groups(Format):
     """Integers ``q`` in groups along K: a group's values are ``scale * (q - offset) + minimum``.
 
-    ``bits`` is 4, two numbers a byte, or 8. ``scales`` is the dtype in which a group's scale and,
-    with ``minimums``, its minimum are held: float16 or float32 words, or bytes, which are times two
-    float16 words that 256 numbers share. GGUF's types are held exactly (``weights.gguf_blocks``).
+    ``bits`` is 4 (two numbers a byte) or 8. ``scales`` is the dtype of a group's scale and, with
+    ``minimums``, of its minimum: float16 or float32 words, or bytes. Bytes are multiplied by two
+    float16 words that 256 numbers share. GGUF's types fit without loss (``weights.gguf_blocks``).
 
-    A row of ``weight_scale`` has scale and minimum of its first group, then of the next. Of bytes
-    it has, for each 256 numbers, both float16 words, then all scales, then all minimums.
+    A row of ``weight_scale`` has scale and minimum of its first group, then of the next. With bytes
+    it has for each 256 numbers both float16 words, then all scales, then all minimums.
     """
 
     file = "model.int4.safetensors"
@@ -171,13 +171,15 @@ class Groups(Format):
         }
 
     def of_matrix(self, columns: int, *, is_table: bool) -> Format:
-        """Return int8 for the embedding and the head, which would lose most, and for odd sizes."""
+        """Return int8 for the embedding and the head, which would lose most, and for sizes without
+        whole groups.
+        """
         return INT8 if is_table or columns % self.block else self
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``weight [n, K]`` in 4 bits as GGUF's Q4_0: the largest magnitude becomes -8.
 
-        Raises ValueError for the other formats, which are only read.
+        Raises ValueError for the other formats, which are read only.
         """
         if not self.from_dense:
             raise ValueError(f"nothing is quantized to {self.name!r}: use 'int4' or 'int8'")
@@ -185,7 +187,9 @@ class Groups(Format):
         low, high = wide.amin(2), wide.amax(2)
         most = torch.where(high > -low, high, low)
         tie = high == -low
-        if bool(tie.any()):  # the first of equal magnitudes; argmax of all would take ten times
+        if bool(
+            tie.any()
+        ):  # the first of equal magnitudes; one argmax over all would take ten times as long
             equal = wide[tie]
             most[tie] = equal.gather(1, equal.abs().argmax(1, keepdim=True))[:, 0]
         scale = most / -8
@@ -239,7 +243,7 @@ class Groups(Format):
 
 
 class Mixed(Format):
-    """Matrices of a model in formats of their own, which its config lists by name."""
+    """Matrices of a model in different formats, which its config lists by name."""
 
     name = "mixed"
     file = "model.mixed.safetensors"
@@ -276,7 +280,7 @@ Q8_0 = Groups("q8_0", 8)
 Q5_1 = Groups("q5_1", 8, minimums=True)
 Q5_K = Groups("q5_k", 8, scales=torch.uint8, minimums=True)
 Q6_K = Groups("q6_k", 8, group=16, scales=torch.int8)
-# Holds any of the others exactly.
+# Holds any of the others without loss.
 WIDE = Groups("wide", 8, group=16, scales=torch.float32, minimums=True)
 FORMATS = {
     each.name: each
@@ -287,7 +291,7 @@ FORMATS = {
 def find_format(name: str | None, source: object = "config") -> Format:
     """Return the format of that name; None is dense.
 
-    Raises CheckpointError for an unknown one; ``source`` is what the message calls the config.
+    Raises CheckpointError for an unknown name; ``source`` is the config's name in the message.
     """
     if name not in FORMATS:
         known = ", ".join(repr(each) for each in FORMATS if each)
@@ -299,7 +303,7 @@ def find_format(name: str | None, source: object = "config") -> Format:
 
 
 class Source(Protocol):
-    """A stored tensor, as ``fill_table`` reads it."""
+    """Stored tensor, as ``fill_table`` reads it."""
 
     def fill(self, target: Format, places: Sequence[torch.Tensor]) -> None:
         """Fill the parts ``places`` of the ``target`` format."""
@@ -309,7 +313,7 @@ class Source(Protocol):
 
 
 class Projection(nn.Module):
-    """The matrix ``[N, K]`` of a projection or embedding in some ``format``.
+    """Matrix ``[N, K]`` of a projection or embedding, in some ``format``.
 
     ``weight`` holds the numbers; the format's other parts are buffers, ``weight_scale`` of int8.
     ``bias [N]`` or None is added to the product. ``adapters`` are changes beside the matrix, or
@@ -341,19 +345,19 @@ class Projection(nn.Module):
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """The tensors that hold the matrix, in the order of ``format.parts``."""
+        """Tensors of the matrix, in the order of ``format.parts``."""
         return [getattr(self, f"weight{suffix}") for suffix in self.format.suffixes]
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrix ``[N, K]`` in ``dtype``; a dense one as it is."""
+        """Return the matrix ``[N, K]`` in ``dtype``; a dense one unchanged."""
         return self.format.matrix(self.parts, dtype)
 
     def rows(self, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the rows ``[T, K]`` at ``places [T]``, in ``dtype``; dense ones as they are."""
+        """Return the rows ``[T, K]`` at ``places [T]``, in ``dtype``; dense ones unchanged."""
         return self.format.rows(self.parts, places, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the rows that ids ``x`` name, or the products of numbers ``x [..., K]``."""
+        """Return the rows of ids ``x``, or the products of numbers ``x [..., K]``."""
         if x.is_floating_point():
             return F.linear(x, self.dequantized(x.dtype), self.bias)
         dtype = self.weight.dtype if self.weight.is_floating_point() else torch.get_default_dtype()
@@ -367,7 +371,7 @@ class Projection(nn.Module):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> Projection:
-        """As any module's, but scales keep their dtype when the model's changes."""
+        """Convert as any module does, but let scales keep their dtype."""
         kept = {name: part for name, part in self._buffers.items() if part is not None}
         super()._apply(fn, recurse)
         for name, part in kept.items():

@@ -1,7 +1,7 @@
-"""The fusion table: which of our tensors is made of which of Hugging Face's, stored how.
+"""Fusion table: our tensors, their parts among Hugging Face's tensors, and their formats.
 
 Fused: q, k and v into ``qkv_proj``; gate (``w1``) and up (``w3``) into ``gate_up_proj``. This is
-the one place that knows tensor names. Sizes and parameter counts come from it.
+the only place that knows tensor names. Sizes and parameter counts come from it.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from lfm2_fast.weights.formats import DENSE, MIXED, Format, find_format
 
 logger = logging.getLogger(__name__)
 
-# Hugging Face's class with a head puts this before the names of the class that it wraps.
+# Prefix of Hugging Face's class with a head, before the names of the class inside.
 BASE = "model."
 EMBEDDING, NORM, HEAD = "embed_tokens.weight", "embedding_norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of Hugging Face's tensors: its name and its shape there."""
+    """Hugging Face's tensor: its name and its shape there."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def base_name(self) -> str:
-        """Its name in a checkpoint of ``Lfm2Model``, Hugging Face's class without a head."""
+        """Name in a checkpoint of ``Lfm2Model``, Hugging Face's class without a head."""
         return self.name.removeprefix(BASE)
 
     @property
     def rows(self) -> int:
-        """Rows of the fused tensor that this part is."""
+        """Number of rows of this part in the fused tensor."""
         return self.shape[0]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """One of our tensors: ``parts`` stacked along the first axis.
+    """Our tensor: ``parts`` stacked along the first axis.
 
-    ``shape`` is ours. ``dtype`` is what it is stored in, None for the model's dtype. ``is_matrix``
-    says that it holds the numbers of a projection or embedding, which are in ``format``.
-    ``is_norm`` marks the weight of an RMSNorm.
+    ``shape`` is ours. ``dtype`` is that of the stored tensor, None for the model's dtype.
+    ``is_matrix`` is True for the numbers of a projection or embedding, which are in ``format``.
+    ``is_norm`` is True for the weight of an RMSNorm.
     """
 
     parts: tuple[Part, ...]
@@ -65,7 +65,7 @@ class Fused:
 
 
 def fusion_table(config: Config) -> dict[str, Fused]:
-    """Return every tensor of ours by its name, in the order of a checkpoint."""
+    """Return our tensors by name, in the order of a checkpoint."""
     formats = dict(config.formats)
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -119,7 +119,7 @@ def fusion_table(config: Config) -> dict[str, Fused]:
 
 
 def _stored(name: str, parts: tuple[Part, ...], format: Format) -> dict[str, Fused]:
-    """Return the tensors that hold a matrix of these dense parts in ``format``."""
+    """Return the tensors of a matrix, given as dense parts, in ``format``."""
     rows, columns = sum(part.rows for part in parts), parts[0].shape[1]
     made = {}
     for suffix, (shape, dtype) in format.parts((rows, columns)).items():
@@ -144,16 +144,16 @@ def formats_of(config: Config) -> dict[str, Format]:
 
 
 def interleave(config: Config, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put every matrix of ``weights`` in the order that the bodies read, in place."""
+    """Put every matrix of ``weights`` into the order that implementations read, in place."""
     for name, format in formats_of(config).items():
         if name in weights:
             format.interleave([weights[name + suffix] for suffix in format.suffixes])
 
 
 def widen_for(device: torch.device, config: Config, weights: dict[str, torch.Tensor]) -> Config:
-    """Make matrices dense that ``device`` has no bodies for, in place; return the config of that.
+    """Make matrices dense if ``device`` has no code for them, in place; return the new config.
 
-    A note says so. They are in the model's dtype, one at a time, so that memory peaks late.
+    A note says so. They become the model's dtype one by one, which keeps the peak of memory low.
     """
     formats = formats_of(config)
     narrow = [name for name, format in formats.items() if not format.on_gpu and name in weights]
@@ -163,7 +163,7 @@ def widen_for(device: torch.device, config: Config, weights: dict[str, torch.Ten
         parts = [weights.pop(name + suffix) for suffix in formats[name].suffixes]
         weights[name] = formats[name].matrix(parts, weights[NORM].dtype)
     logger.warning(
-        "%s has no bodies for %s yet: %d matrices are held in %s there, with the same values",
+        "%s has no code for %s yet: %d matrices are held in %s there, with the same values",
         device,
         ", ".join(sorted({str(formats[name].name) for name in narrow})),
         len(narrow),
@@ -176,7 +176,7 @@ def widen_for(device: torch.device, config: Config, weights: dict[str, torch.Ten
 
 
 def unfused(config: Config, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return our ``weights`` as a checkpoint has them: by its names, matrices row after row."""
+    """Return our ``weights`` in the form of a checkpoint: its names, matrices row after row."""
     made = {}
     rows: dict[str, torch.Tensor] = {}
     for name, fused in fusion_table(config).items():
@@ -190,7 +190,7 @@ def unfused(config: Config, weights: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def tie(config: Config, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``weights`` with the embedding's tensors as the head's too, where they are tied."""
+    """Return ``weights`` with the embedding's tensors as the head, if they are tied."""
     if not config.tie_word_embeddings:
         return weights
     suffixes = formats_of(config)[EMBEDDING].suffixes
@@ -204,7 +204,7 @@ def random_weights(
     device: torch.device | str,
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return fresh weights by our names: norms 1, biases 0, all else normal as the config says.
+    """Return new weights by our names: norms 1, biases 0, the others normal as in the config.
 
     Drawn from ``generator``, or torch's own. ``config`` must be dense.
     """
@@ -233,7 +233,7 @@ def num_parameters(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config, dtype: torch.dtype) -> int:
-    """Return the bytes of all tensors; those stored in no dtype of their own are in ``dtype``."""
+    """Return the bytes of all tensors. Those without their own dtype are in ``dtype``."""
     return sum(
         (fused.dtype or dtype).itemsize * math.prod(fused.shape)
         for fused in fusion_table(config).values()

@@ -27,16 +27,16 @@ TYPES: dict[str, tuple[Groups, int, int]] = {
 
 
 def parts_of(type: str, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return numbers and scales of the format ``TYPES[type]``, of blocks of that type.
+    """Return numbers and scales of the format ``TYPES[type]``, from blocks of that type.
 
-    Raises CheckpointError for an unknown type, or rows that are no whole blocks.
+    Raises CheckpointError for an unknown type, or rows that are not whole blocks.
     """
     if type not in TYPES:
-        raise CheckpointError(f"GGUF type {type} is none of {', '.join(TYPES)}")
+        raise CheckpointError(f"GGUF type {type} is not one of {', '.join(TYPES)}")
     size = TYPES[type][2]
     if blocks.shape[1] % size:
         raise CheckpointError(
-            f"rows of {blocks.shape[1]} bytes are no whole blocks of {type}, which have {size}"
+            f"rows of {blocks.shape[1]} bytes are not whole blocks of {type}, which have {size}"
         )
     each = blocks.unflatten(1, (-1, size))
     if type in ("Q4_0", "Q4_1", "Q8_0"):
@@ -58,9 +58,9 @@ def parts_of(type: str, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def to_wide(format: Groups, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the parts of format ``wide`` that hold the same matrix as those of ``format``.
+    """Return the same matrix in format ``wide``, from its parts in ``format``.
 
-    Matrices that are stacked can so be in one format although a file has them in several.
+    So stacked matrices have one format, although a file has them in several.
     """
     numbers, words = parts
     values = unpack4(numbers) if format.bits == 4 else numbers
@@ -78,7 +78,7 @@ def _halves(raw: torch.Tensor) -> torch.Tensor:
 def _with_minimums(blocks: torch.Tensor, type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the parts of Q4_K or Q5_K: six bits a scale or minimum, 12 bytes for eight of each.
 
-    Ours adds a minimum where GGUF subtracts it, so its float16 factor changes its sign.
+    Our format adds a minimum and GGUF subtracts it, so its float16 factor changes its sign.
     """
     high_bytes = 32 if type == "Q5_K" else 0
     factors, small, high, low = blocks.split([4, 12, high_bytes, 128], -1)

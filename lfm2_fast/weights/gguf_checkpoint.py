@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: the formats of its matrices, and our fused tensors."""
+"""GGUF file as a checkpoint: the formats of its matrices, and our fused tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED = {"NVFP4", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor of a file under the name of Hugging Face's, as ``fill_table`` reads it."""
+    """Tensor of a file under Hugging Face's name, as ``fill_table`` reads it."""
 
     stored: GGUFTensor
     name: str

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata as a config.json and as a generation config."""
+"""GGUF file's metadata as a config.json and as a generation config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of safetensors as a GGUF file, which llama.cpp's programs run."""
+"""Checkpoint of safetensors as a GGUF file, which llama.cpp's programs run."""
 
 from __future__ import annotations
 

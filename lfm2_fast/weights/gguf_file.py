@@ -1,7 +1,7 @@
-"""GGUF files: the header, read with bounds, and where each tensor lies.
+"""GGUF files: the header, read within bounds, and the place of each tensor.
 
-A header is checked whole before anything is allocated for it: counts and lengths against what the
-file holds, types and shapes of tensors against the bytes that they claim. Layout of a file:
+A header is checked before any memory is allocated for it. Counts and lengths must fit into the
+file, and types and shapes of tensors must match their bytes. Layout of a file:
 
     "GGUF", version, number of tensors, number of entries
     entries:  key, type, value
@@ -26,7 +26,7 @@ MAGIC = b"GGUF"
 # Codes of metadata values: numbers by their struct format, then the two of no fixed length.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# What no header of a language model comes near, and a hostile one must not pass.
+# Limits far above every header of a language model, against hostile files.
 MOST_ITEMS = 1 << 21
 MOST_BYTES = 1 << 26
 MOST_TENSORS = 1 << 16
@@ -35,10 +35,10 @@ SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor of a file: its shape ``[rows, columns]`` in our order, GGUF's type, and its bytes.
+    """Tensor of a file: its shape ``[rows, columns]`` in our order, GGUF's type, and its bytes.
 
-    The file is mapped anew for every read: what was read through a map counts as this process's
-    memory until the map is gone, and would come to as much as the file.
+    The file is mapped again for every read. Pages that were read through a map count as memory of
+    this process until the map is closed. With one map they would grow to the size of the file.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class GGUFFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return true for a file that begins as GGUF does, whatever its name is."""
+    """Return True for a file that begins as GGUF does, with any name."""
     try:
         with path.open("rb") as file:
             return file.read(4) == MAGIC
@@ -78,7 +78,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def require_gguf() -> Any:
-    """Return the package ``gguf``. Raises ValueError where it is missing, naming the extra."""
+    """Return the package ``gguf``. Raises ValueError, which names the extra, if it is missing."""
     try:
         import gguf
     except ImportError as error:
@@ -89,9 +89,9 @@ def require_gguf() -> Any:
 
 
 def parts_of_split(path: Path) -> list[Path]:
-    """Return all files of the checkpoint that ``path`` belongs to, the first one first.
+    """Return all files of the checkpoint of ``path``, in order.
 
-    Raises CheckpointError where some are missing.
+    Raises CheckpointError if some are missing.
     """
     found = SPLIT.fullmatch(path.name)
     if found is None:
@@ -117,8 +117,8 @@ def split_name(stem: str, index: int, count: int) -> str:
 def read_gguf(path: Path) -> GGUFFile:
     """Read the header of a GGUF file, and of the files that it was split into.
 
-    Raises CheckpointError, which names the file, for whatever is wrong with it, and ValueError
-    where the package ``gguf`` is missing.
+    Raises CheckpointError, which names the file, for any fault, and ValueError if the package
+    ``gguf`` is missing.
     """
     require_gguf()
     paths = parts_of_split(path)
@@ -175,7 +175,7 @@ class _Header:
         return self.numbers(format)[0]
 
     def count(self, what: str, most: int, least: int) -> int:
-        """Return a number of things that are to come, each of at least ``least`` bytes."""
+        """Return the number of following items, each of at least ``least`` bytes."""
         found = self.number("Q")
         if found > most or found * least > self.size - self.at:
             raise self.error(f"it claims {found} {what}, more than the file can hold")
@@ -192,7 +192,7 @@ class _Header:
         if kind == STRING:
             return self.string()
         if kind in NUMBERS:
-            # A byte of a truth value may be anything.
+            # The byte of a truth value may have any value.
             return bool(self.number("B")) if kind == 7 else self.number(NUMBERS[kind])
         if kind != ARRAY:
             raise self.error(f"{key!r} is of type {kind}, which GGUF does not have")
@@ -208,7 +208,7 @@ class _Header:
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if self.take(4) != MAGIC:
-            raise self.error("it does not begin with 'GGUF', so it is no GGUF file")
+            raise self.error("it does not begin with 'GGUF', so it is not a GGUF file")
         version = self.number("I")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
@@ -220,7 +220,7 @@ class _Header:
         for _ in range(entries):
             key = self.string()
             if key in metadata:
-                raise self.error(f"{key!r} stands in it twice")
+                raise self.error(f"{key!r} is in it twice")
             metadata[key] = self.value(self.number("I"), key)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment % 8:
@@ -234,7 +234,7 @@ class _Header:
         for _ in range(count):
             name = self.string()
             if name in names:
-                raise self.error(f"tensor {name!r} stands in it twice")
+                raise self.error(f"tensor {name!r} is in it twice")
             names.add(name)
             axes = self.number("I")
             if not 1 <= axes <= 4:
@@ -245,7 +245,7 @@ class _Header:
     def placed(
         self, listed: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
     ) -> Iterator[GGUFTensor]:
-        """Yield the tensors, whose bytes lie in the file."""
+        """Yield the tensors, after a check that their bytes are in the file."""
         gguf = require_gguf()
         for name, shape, code, offset in listed:
             try:
@@ -256,7 +256,9 @@ class _Header:
                     f"tensor {name!r} is of GGUF type {code}, which gguf does not know"
                 ) from error
             if 0 in shape or shape[-1] % numbers:
-                raise self.error(f"tensor {name!r} {list(shape)} is no whole blocks of {type.name}")
+                raise self.error(
+                    f"tensor {name!r} {list(shape)} is not whole blocks of {type.name}"
+                )
             nbytes = math.prod(shape) // numbers * size
             if offset % alignment or start + offset + nbytes > self.size:
                 raise self.error(

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as GGUF has it: tokens, their kinds, merges and chat template."""
+"""Checkpoint's tokenizer as GGUF has it: tokens, their kinds, merges and chat template."""
 
 from __future__ import annotations
 

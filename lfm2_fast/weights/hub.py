@@ -1,4 +1,4 @@
-"""From a name to a folder: a local checkpoint as it is, a hub id through the hub's cache."""
+"""From a name to a folder: a local checkpoint, or a hub id through the hub's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lfm2_fast.weights.gguf_file import SPLIT, is_gguf, parts_of_split, split_na
 from lfm2_fast.weights.hub_files import Repository
 from lfm2_fast.weights.safetensors_files import INDEX, shards, variant_of
 
-# Options of ``find_checkpoint`` that say where on the hub a checkpoint is, and how it comes.
+# Options of ``find_checkpoint`` for the place of a checkpoint on the hub, and its download.
 HUB_OPTIONS = (
     "revision",
     "cache_dir",
@@ -38,7 +38,7 @@ BESIDE = re.compile(r"(mmproj|imatrix|mtp-|eagle3-|dflash-|dspark-)[^/]*$", re.I
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of ``options`` that ``find_checkpoint`` takes."""
+    """Return the ``options`` that ``find_checkpoint`` takes."""
     return {name: options[name] for name in HUB_OPTIONS if name in options}
 
 
@@ -56,20 +56,20 @@ def find_checkpoint(
     weights: bool = True,
     also: Sequence[str] = (),
 ) -> Path:
-    """The folder of checkpoint ``model``, downloaded into the hub's cache if it is a hub id.
+    """Return the folder of checkpoint ``model``. A hub id is downloaded into the hub's cache.
 
-    Of a GGUF checkpoint it is the file: ``model`` itself, ``gguf_file`` in the folder ``model`` or
-    on the hub, the one whose name has the type TYPE where ``model`` ends in ":TYPE", or the only
-    one of a folder or repository that has no config.json. Of a file that was split, the first part
+    For a GGUF checkpoint the result is the file. This is ``model`` itself, ``gguf_file`` in the
+    folder ``model`` or on the hub, or the only one without a config.json. If ``model`` ends in
+    ":TYPE", it is the file with the type TYPE in its name. Of a file that was split, the first part
     is returned, and all are there.
 
     A folder that holds an adapter alone is returned as it is, and a repository's too.
 
-    The config comes first and is checked before gigabytes follow; then only the generation config,
-    the files in ``also`` where they exist, and, if ``weights``, those are fetched, all of one
-    commit, with the hub's progress bars. HF_HUB_OFFLINE and the hub's other settings hold.
-    ``subfolder`` is the checkpoint's folder inside of ``model``, ``variant`` a word in the names of
-    its weights, and ``force_download`` fetches again what the cache has. Raises CheckpointError.
+    The config is downloaded and checked before gigabytes follow. Then come the generation config,
+    the files in ``also`` that exist, and the weights if ``weights`` is true. All are of one commit.
+    The hub's progress bars are shown, and its settings like HF_HUB_OFFLINE apply. ``subfolder`` is
+    the checkpoint's folder inside of ``model``, ``variant`` a word in the names of its weights.
+    ``force_download`` downloads files again that the cache has. Raises CheckpointError.
     """
     name, tag = os.fspath(model), None
     if (tagged := TAGGED.fullmatch(name)) and not Path(name).exists():
@@ -80,7 +80,7 @@ def find_checkpoint(
                 "one of them"
             )
     folder = Path(name)
-    with suppress(RuntimeError):  # "~" of nobody
+    with suppress(RuntimeError):  # "~" of an unknown user
         folder = folder.expanduser()
     if folder.is_dir():
         folder /= subfolder
@@ -93,7 +93,7 @@ def find_checkpoint(
                 f"{folder} is a file; give the folder that holds config.json, or a GGUF file"
             )
         return parts_of_split(folder)[0]
-    # Whatever cannot be OWNER/NAME was meant as a path.
+    # A name that cannot be OWNER/NAME was meant as a path.
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or os.sep != "/" and os.sep in name:
         raise CheckpointError(
             f"there is no folder {name!r}; give a checkpoint folder or a hub id like "
@@ -144,9 +144,9 @@ def find_base(folder: Path, **options: Any) -> Path:
 
 
 def _gguf_in(folder: Path, name: str | None, tag: str | None) -> Path | None:
-    """Return the GGUF file that ``folder`` is to be loaded from, or None where it is safetensors.
+    """Return the GGUF file to load from ``folder``, or None if it has safetensors.
 
-    Raises CheckpointError where ``name`` is not there, and where one of several must be named.
+    Raises CheckpointError if ``name`` does not exist, or if there are several files and no name.
     """
     if name is not None:
         if not (folder / name).is_file():

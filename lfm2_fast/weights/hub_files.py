@@ -16,7 +16,7 @@ LISTING = "the list of files"
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository's folder ``subfolder`` at a revision; the fields are the hub's options."""
+    """Repository's folder ``subfolder`` at a revision; the fields are the hub's options."""
 
     name: str
     revision: str | None = None
@@ -109,7 +109,7 @@ class Repository:
         raise self._explained(LISTING, errors.LocalEntryNotFoundError("")) from refused
 
     def _explained(self, name: str, error: Exception, *, optional: bool = False) -> Exception:
-        """The hub's exception as one sentence with a remedy; a programming error stays itself."""
+        """Hub's exception as one sentence with a remedy; a programming error stays itself."""
         from huggingface_hub import errors
 
         repo, revision = self.name, self.revision

@@ -1,8 +1,8 @@
-"""The order in memory of matrices in groups: eight rows side by side, so that a lane is a row.
+"""Memory order of matrices in groups: eight rows side by side, so that a lane is a row.
 
-A tensor ``[N, C]`` is cut into units of a few bytes. Where rows are interleaved, unit 0 of eight
-rows comes first, then unit 1 of all eight, and so on; then the next eight rows. The last ``N % 8``
-rows are interleaved with each other. The shape stays ``[N, C]``.
+A tensor ``[N, C]`` is cut into units of a few bytes. With interleaved rows, unit 0 of eight rows
+comes first, then unit 1 of all eight, and so on; then the next eight rows. The last ``N % 8`` rows
+are interleaved with each other. The shape stays ``[N, C]``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 LANES = 8
 # Bytes that are moved at once: few enough to stay in the caches.
 BLOCK = 1 << 20
-# An integer of each unit's size, as which it is moved.
+# An integer type of each unit's size, used to move it.
 UNITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -26,7 +26,7 @@ def interleave(part: torch.Tensor, unit: int) -> None:
 
 
 def rows_of(part: torch.Tensor, unit: int) -> torch.Tensor:
-    """Return interleaved ``part [N, C]`` row after row, as a copy."""
+    """Return a copy of interleaved ``part [N, C]``, row after row."""
     made = torch.empty_like(part)
     for (rows, lanes), (to, _) in zip(_blocks(part, unit), _blocks(made, unit), strict=True):
         to.copy_(rows.view(-1, rows.shape[1], lanes).transpose(1, 2).reshape(rows.shape))
@@ -41,7 +41,7 @@ def take_rows(part: torch.Tensor, unit: int, places: torch.Tensor) -> torch.Tens
     lanes = (count - first).clamp(max=LANES)
     steps = torch.arange(width, device=part.device)
     at = (first * width + places % LANES)[:, None] + steps * lanes[:, None]
-    # index_select, unlike an index in brackets, can be recorded as part of a step.
+    # index_select can be recorded as part of a step; an index in brackets cannot.
     return units.flatten().index_select(0, at.flatten()).view(at.shape).view(part.dtype)
 
 

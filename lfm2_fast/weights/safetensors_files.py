@@ -41,10 +41,10 @@ def variant_of(name: str, variant: str | None) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file.
+    """Tensor in a safetensors file.
 
-    The file is mapped anew for every tensor: what was read through a map counts as this process's
-    memory until the map is gone, and would come to as much as the file.
+    The file is mapped again for every tensor. Pages that were read through a map count as memory of
+    this process until the map is closed. With one map they would grow to the size of the file.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Stored:
         target.fill(places, self.blocks(max(1, BLOCK // self.shape[1])))
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """So many rows at a time, each with its place."""
+        """Yield some rows at a time, each block with its place."""
         with _readable(self.path):
             stored = _open(self.path).get_slice(self.name)
         for first in range(0, self.shape[0], rows):
@@ -74,7 +74,7 @@ class Stored:
 
 
 def _open(path: Path) -> Any:
-    """A safetensors file, mapped. Raises CheckpointError for what is none."""
+    """Safetensors file, mapped. Raises CheckpointError for what is none."""
     with _readable(path):
         return safe_open(path, framework="pt", device="cpu")
 
@@ -119,7 +119,7 @@ def checked_tensors(
 ) -> dict[str, Stored]:
     """Return the tensors that ``config`` asks for, by Hugging Face's names.
 
-    Raises CheckpointError, which names the file and the tensor, for whatever does not fit.
+    Raises CheckpointError, which names the file and the tensor, for any that is wrong.
     """
     whole = variant_of(find_format(config.quantization, folder / "config.json").file, variant)
     found = _with_a_head(table, open_tensors(folder, whole, variant_of(INDEX, variant)))
@@ -128,7 +128,7 @@ def checked_tensors(
 
 
 def shards(index: Path) -> list[str]:
-    """The files that ``index`` names. Raises CheckpointError where it names none."""
+    """Files that ``index`` names. Raises CheckpointError where it names none."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
@@ -157,7 +157,7 @@ def _check_tensors(
             f"{folder} lacks {listed(missing)}, which its config.json asks for; the checkpoint "
             "is incomplete or its config belongs to another one"
         )
-    # A tied head is sometimes stored all the same; ``with_stored_head`` has compared it.
+    # A tied head is sometimes stored anyway; ``with_stored_head`` has compared it.
     tied = {HEAD} if config.tie_word_embeddings else set()
     unexpected = sorted(found.keys() - wanted.keys() - tied)
     if unexpected:

@@ -122,7 +122,7 @@ def test_bench_shows_a_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def figures() -> dict[str, Any]:
-    """What a run of one case found, where neither memory nor other programs could be looked at."""
+    """Return figures of one case, without facts about memory and other programs."""
     steps = dict.fromkeys(("p50", "p10", "p90", "p99"), 1.23456)
     row = {"prompt": 131072, "output": 1024, "batch": 256, "tokens_per_second": 12345.67}
     more = {"bandwidth_share": 0.5, "floor_tokens_per_second": 24691.34, "doubts": ["it is noisy"]}

@@ -51,10 +51,10 @@ def test_rollback_beyond_the_window_says_so_and_changes_nothing(model) -> None:
     cache = model.new_cache(2, spare=2)
     run(model, cache, {0: ids(9), 1: ids(9)})
     cache.rollback(2, [0])
-    with pytest.raises(CacheError, match="slot 0 cannot go on from token 6"):
+    with pytest.raises(CacheError, match="slot 0 cannot continue from token 6"):
         cache.rollback(1)
     assert cache.lengths == [7, 9]
-    with pytest.raises(CacheError, match="take back 10 tokens"):
+    with pytest.raises(CacheError, match="cannot remove 10 tokens"):
         cache.rollback(10, [1])
     with pytest.raises(ValueError, match="-1"):
         cache.rollback(-1)
@@ -108,7 +108,7 @@ def test_the_table_stays_the_same_object(model) -> None:
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
 def test_reordered_slots_hold_what_their_sources_held(model, length: int) -> None:
-    """Slots swap, fork and rest at the same time, whatever part of a page is full."""
+    """Slots swap, fork and rest at the same time, with any part of a page full."""
     cache, texts = model.new_cache(5), [ids(length + slot, seed=slot) for slot in range(4)]
     run(model, cache, dict(enumerate(texts)))
     sources = {0: 1, 1: 0, 2: 3, 3: 3, 4: 1}

@@ -85,7 +85,7 @@ def test_a_full_pool_says_so_and_changes_nothing() -> None:
 
 
 class Small(PageMemory):
-    """Memory of a device that has room for four pages, whatever the limit says."""
+    """Memory of a device with room for four pages, below the limit."""
 
     def grow(self, pages: int) -> list[int]:
         if self.count + pages > 4:
@@ -94,7 +94,7 @@ class Small(PageMemory):
 
 
 def test_a_device_without_memory_is_a_limit() -> None:
-    """What is cached is evicted then, and what does not fit changes nothing."""
+    """Cached pages are evicted then. A request that does not fit changes nothing."""
     small = Small(1, 1, 8, limit=9, device="cpu", dtype=torch.float32, in_place=False)
     pool = PagePool(small)
     index = PrefixIndex(pool)
@@ -125,7 +125,7 @@ def test_a_known_text_is_not_hashed_again() -> None:
     index.enter(text, pool.take(4))
     assert index.match(text, digests=digests) == index.match(text)
     assert len(digests) == 3
-    # Whatever the text says now, the pages are those of its digests.
+    # The pages are those of the digests, also for another text.
     assert index.match([0] * len(text), digests=digests).pages == index.match(text).pages
 
 
@@ -138,7 +138,7 @@ def texts() -> list[list[int]]:
 
 
 class Pages(RuleBasedStateMachine):
-    """Sequences that take, share, enter and give back pages, against lists of what they hold."""
+    """Sequences that take, share, enter and release pages, compared with lists of their pages."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -105,7 +105,7 @@ def test_generate_answers(run: Run, tiny: Path) -> None:
     assert out.endswith("\n") and out.strip() and "<|" not in out
     loading, summary, sampling, timing = err.splitlines()
     assert loading == f"loading {tiny}"
-    assert re.fullmatch(r"[\d.]+ million parameters in bfloat16, on \S+ with \w+ bodies", summary)
+    assert re.fullmatch(r"[\d.]+ million parameters in bfloat16, on \S+ with backend \w+", summary)
     assert sampling == "sampling: greedy (no preset fits the name)"
     assert re.fullmatch(r"first token after [\d.]+ s, \d+ tokens at [\d.]+ tokens/s", timing)
 
@@ -377,7 +377,7 @@ def test_a_conversation_on_a_terminal(endless: Path) -> None:
 
     interrupt("never min\x7f\x7f\x7f\x7fsent", lambda text: "Ctrl-C again" in text and prompt(text))
     terminal.type("/help\n")
-    assert "start anew" in terminal.wait_for(prompt)
+    assert "start again" in terminal.wait_for(prompt)
     interrupt("once", prompt)
     with pytest.raises(EOFError):
         interrupt("more", lambda text: False)

@@ -34,7 +34,7 @@ def test_the_loss_is_hugging_faces(tiny: Path, text) -> None:
 
 
 def both_dtypes(tiny: Path, text, quantization: str) -> list[Quality]:
-    """What bfloat16 and then the quantized model give beside float32."""
+    """Return the results of bfloat16 and of the quantized model beside float32."""
     exact = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     return [
         evaluate(
@@ -81,7 +81,7 @@ def test_a_reference_that_differs_shows(tiny: Path, text) -> None:
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_piece(tiny: Path, text, breaking) -> None:
-    """Also if it is the reference's alone."""
+    """The same error comes if only the reference's loss is NaN."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     token = next(int(token) for token in text[450:550] if token not in text[:450])
     broken = lfm2_fast.load(breaking(token), device="cpu", dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""What ``info`` tells of a checkpoint, against what loading it takes; and how it is written."""
+"""Facts of ``info`` about a checkpoint, compared with the loaded model; their output."""
 
 from __future__ import annotations
 

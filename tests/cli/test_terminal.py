@@ -1,4 +1,4 @@
-"""What a terminal and what a pipe gets of a streamed text, and of notes."""
+"""Output of streamed text and of notes, in a terminal and in a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes of the OpenAPI document: whatever they are, none is a 5xx.
+"""Requests that schemathesis makes of the OpenAPI document: no answer is a 5xx.
 
 ``LFM2_FAST_FUZZ`` is the number of requests of each endpoint that reads a body. Counts of answers
 are added to the JSON file ``LFM2_FAST_FUZZ_RECORD``; bench/results/fuzz.json is one, which grows.

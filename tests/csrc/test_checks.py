@@ -1,4 +1,4 @@
-"""What every operation of the extension takes: its schema, its refusals, no tokens at all."""
+"""Arguments of every operation of the extension: schemas, refusals, no tokens at all."""
 
 from __future__ import annotations
 

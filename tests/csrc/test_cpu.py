@@ -38,7 +38,7 @@ def a_batch(data: st.DataObject, tokens: int, slots: int = 5) -> Batch:
 
 
 def fold_table(slots: int, per_slot: int) -> torch.Tensor:
-    """Which pages hold which slot: in any order, two more than are needed."""
+    """Return a page table: pages in any order, two more than are needed."""
     order = torch.randperm(slots * per_slot + 2, dtype=torch.int32)
     return order[: slots * per_slot].view(slots, per_slot)
 
@@ -81,7 +81,7 @@ def test_add_rms_norm(place, dtype, framed, intact, same_bits, within_budget) ->
 @pytest.mark.parametrize("int8", [False, True], ids=["dense", "int8"])
 @pytest.mark.parametrize("tokens", [[36], [0, 36, 5, 5, 17], list(range(36, 0, -1)) * 4], ids=len)
 def test_embed(width, int8, tokens, dtype, framed, intact, same_bits) -> None:
-    """To the bit; a token may stand more than once, and rows of the weight may stand apart."""
+    """Rows are bit-identical. A token may repeat, and the weight may have gaps between rows."""
     torch.manual_seed(0)
     weight, scale = torch.randn(37, width).to(dtype), None
     if int8:
@@ -108,7 +108,7 @@ def test_swiglu(shape, sliced, dtype, framed, intact, within_budget) -> None:
 
 @pytest.mark.parametrize("gate", [-1e4, -104.0, -88.7, -17.0, -1e-3, 0.0, 1e-3, 17.0, 1e4])
 def test_swiglu_extremes(gate: float, dtype, within_budget) -> None:
-    """Neither exp's overflow nor its underflow shows."""
+    """Overflow and underflow of exp do not show."""
     gate_up = torch.tensor([[gate, -gate, 0.75, -1.5]]).to(dtype)
     out = torch.full((1, 2), NAN, dtype=dtype)
     BODIES.swiglu_native(gate_up, out)
@@ -150,7 +150,7 @@ def test_rope(pairs, positions, dtype, within_budget) -> None:
 
 @pytest.mark.parametrize("pairs", [1, 12, 32])
 def test_rope_with_frequencies_of_each_token(pairs, dtype, same_bits, threads) -> None:
-    """To the bit what the token has alone; enough tokens for several threads."""
+    """Each token has the same bits as alone. There are enough tokens for several threads."""
     at = torch.arange(0, 300_000, 1001)
     inv_freq = 1e6 ** (-torch.arange(pairs) / pairs) / torch.arange(1, 301)[:, None]
     out = torch.full((2, 300, 1, 2 * pairs), NAN, dtype=dtype)
@@ -216,7 +216,7 @@ def test_qk_norm_rope(dtype, framed, intact, same_bits, within_budget) -> None:
 
 
 def a_context(data, dtype: torch.dtype, lengths: list[int]) -> SimpleNamespace:
-    """One query per sequence over pages that are NaN wherever nothing may be read."""
+    """One query per sequence. Pages are NaN where nothing may be read."""
     kv_heads = data.draw(st.integers(1, 3))
     head_dim = data.draw(st.sampled_from([2, 16, 24, 64, 100, 128]))
     page_size = data.draw(st.sampled_from([1, 5, 64, 100, 2048]))
@@ -284,7 +284,7 @@ def test_flash_decode(dtype, framed, within_budget, same_bits) -> None:
 
 @pytest.mark.parametrize("size", [6.0, 60.0])
 def test_flash_decode_of_sharp_scores(size: float, dtype, within_budget) -> None:
-    """Where few keys have all the weight, and exp underflows for the others."""
+    """A few keys have all the weight, and exp underflows for the others."""
     torch.manual_seed(0)
     q, lengths = size * torch.randn(40, 6, 64), torch.arange(500, 540, dtype=torch.int32)
     k, v = torch.randn(2, 40, 3, 540, 64).to(dtype)

@@ -1,4 +1,4 @@
-"""How the extension is compiled, found and loaded; its CUDA kernel, as far as no GPU is needed."""
+"""Build and loading of the extension; its CUDA kernel, as far as no GPU is needed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ except BackendError as error:
     ids=["absent", "broken"],
 )
 def test_without_an_extension_the_rest_works(package, content, said, logged) -> None:
-    """And the reason, with what to do, is there for who asks; a broken one is logged once."""
+    """The reason and a remedy are available. A broken extension is logged once."""
     if content is not None:
         (package / "lfm2_fast" / "_C.abi3.so").write_bytes(content)
     done = run(sys.executable, "-c", ASK, cwd=package)
@@ -192,7 +192,7 @@ def test_the_extension_holds_every_instruction_set() -> None:
 @x86
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*_avx*.cpp")), ids=lambda path: path.stem)
 def test_newer_instructions_stay_in_their_file(source: Path, tmp_path: Path) -> None:
-    """It has one function; another could be taken by the linker for every machine."""
+    """The file has one function. The linker could use another one on every machine."""
     options = ("-std=c++17", "-O1", "-fopenmp-simd", "-fPIC")
     done = run(*COMPILER, *options, "-c", source, "-o", tmp_path / "a.o", cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -205,7 +205,7 @@ def test_newer_instructions_stay_in_their_file(source: Path, tmp_path: Path) -> 
 @compiles
 @x86
 def test_eight_bit_numbers_are_widened_as_vectors(tmp_path: Path) -> None:
-    """Not one by one, which takes ten times as long."""
+    """Widening one by one would take ten times as long."""
     (tmp_path / "a.cpp").write_text(
         '#include "simd.h"\nusing namespace lfm2;\n'
         "void widen(const int8_t* from, Lanes& a, Lanes& b) { load(from, a, b); }\n",
@@ -221,7 +221,7 @@ def test_eight_bit_numbers_are_widened_as_vectors(tmp_path: Path) -> None:
 
 @compiles
 def test_what_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
-    """Where the compiler is another, files of newer instructions are empty."""
+    """With another compiler, files of newer instructions are empty."""
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     places = (f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include")
     options = ("-std=c++20", "-O0", "-DLFM2_NO_CLONES", "-fPIC", target, *places)
@@ -312,7 +312,7 @@ extern "C" void step(NUMBER* bcx, NUMBER* weight, NUMBER* bias, NUMBER* window, 
 def test_cuda_kernel_computes_what_the_reference_does(
     dtype, compiled, same_bits, within_budget
 ) -> None:
-    """Its threads run one after another on the CPU."""
+    """The kernel's threads run one after another on the CPU."""
     library, count = compiled(EMULATION, dtype, "-O1"), 6
     starts, slots = [9, 0, 127_000, 1, 7, 2], [4, 0, 6, 1, 8, 2]
     batch = Batch.prepare([1] * count, starts, slots, "cpu")

@@ -123,7 +123,7 @@ def test_any_batch(framed, intact, paged, same_bits, within_budget) -> None:
 
 
 def test_a_prompt_may_be_cut_anywhere(same_bits) -> None:
-    """Two steps give the bits of one, whatever shares a tile with a token then."""
+    """Two steps give the bits of one, although other tokens share a token's tile."""
     torch.manual_seed(0)
     case = Case(a_batch([0], [150]), 6, 2, 16)
     (slot,), pages = case.batch.required_host.slots, case.whole()
@@ -233,7 +233,7 @@ def test_places_that_are_not_there_are_refused(name: str, values: list, message:
 
 
 def test_prompts_in_bfloat16_are_its(random_checkpoint, monkeypatch) -> None:
-    """Of one token and of more, alone and together; others are PyTorch's."""
+    """Prompts of one token and of more, alone and together. Other dtypes are PyTorch's."""
     served = []
     plain = reference.attention_ref
 

@@ -64,7 +64,7 @@ def linear(x: torch.Tensor, matrix: Projection, bias: bool = True) -> torch.Tens
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("format", GROUPED, ids=lambda format: format.name)
 def test_linear_add(format, tokens, shape, dtype, framed, intact, within_budget) -> None:
-    """In place of the residual or apart, from sliced tensors."""
+    """The result replaces the residual or is separate. Tensors are sliced."""
     rows, size = shape
     matrix, x = matrix_of(format, rows, size, dtype), tokens_of(tokens, size, dtype)
     residual = torch.randn(tokens, rows).to(dtype)

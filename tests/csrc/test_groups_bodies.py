@@ -1,4 +1,4 @@
-"""The bodies of groups.h, each beside the plain one: equal to the bit, whatever the processor.
+"""The bodies of groups.h, each beside the plain one: equal to the bit on every processor.
 
 VNNI's own instruction is emulated where the processor has none: what stands around it is the same.
 """

@@ -43,7 +43,7 @@ def factors(
 
 
 def linear(x: torch.Tensor, matrix: Projection, bias: bool = True) -> torch.Tensor:
-    """What the reference says, with everything in the dtype of ``x``."""
+    """Return the reference's result, with everything in the dtype of ``x``."""
     added = matrix.bias.to(x.dtype) if bias else None
     if matrix.format is INT8:
         return ref.dynamic_linear_ref(x, matrix.weight, matrix.weight_scale, added)
@@ -54,7 +54,7 @@ def linear(x: torch.Tensor, matrix: Projection, bias: bool = True) -> torch.Tens
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_linear_add(tokens, shape, int8, dtype, framed, intact, within_budget) -> None:
-    """In place of the residual or apart, from sliced tensors."""
+    """The result replaces the residual or is separate. Tensors are sliced."""
     if tokens > 64 and dtype == torch.float32 and not int8:
         pytest.skip("float32 has PyTorch's products for more than 32")
     rows, size = shape
@@ -164,7 +164,7 @@ def test_products_of_many_tokens_are_finished(dtype, within_budget) -> None:
 
 
 def test_many_tokens_are_right(dtype) -> None:
-    """By PyTorch's product of 8-bit integers, or without it where it overflows."""
+    """PyTorch multiplies 8-bit integers, unless its product overflows."""
     torch.manual_seed(0)
     matrix = Projection(200, 512, format=INT8)
     matrix.weight.data, matrix.weight_scale = INT8.quantize(torch.randn(200, 512))

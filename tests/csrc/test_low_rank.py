@@ -1,4 +1,4 @@
-"""What adapters add to the products of a few tokens, in C++ beside its reference."""
+"""Products that adapters add for a few tokens, in C++ beside the reference."""
 
 from __future__ import annotations
 

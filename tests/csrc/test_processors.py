@@ -1,6 +1,6 @@
-"""Where a processor has less, PyTorch multiplies otherwise, and what comes out is right too.
+"""Products on older processors, where PyTorch multiplies differently.
 
-oneDNN, which does it, reads ``ONEDNN_MAX_CPU_ISA`` once, so every case is a process of its own.
+oneDNN reads ``ONEDNN_MAX_CPU_ISA`` once, so every case has its own process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_an_older_processor_multiplies_rightly(most: str, tests: tuple[str, ...]
 @pytest.mark.slow
 @pytest.mark.parametrize("most", PROCESSORS)
 def test_info_says_what_is_multiplied(most: str) -> None:
-    """Of 8-bit integers what is exact and fast: on x86-64 that takes VNNI."""
+    """Products of 8-bit integers are listed if they are exact and fast: on x86-64 with VNNI."""
     code = """
 import platform
 import torch

@@ -96,7 +96,7 @@ def test_every_row_has_its_own_filters(same_bits) -> None:
 
 
 def test_ties() -> None:
-    """What ties with the k-th is kept; of ties where top-p cuts, the last ones are."""
+    """Tokens that tie with the k-th are kept. If top-p cuts among ties, the last ones are kept."""
     scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     kept = warped(scores, SamplingState([SamplingParams(do_sample=True, top_k=2)])).isfinite()
     assert kept.tolist() == [[False, True, True, True, True, False]]
@@ -120,7 +120,7 @@ def test_a_token_of_no_mass_is_never_drawn(data: st.DataObject) -> None:
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("vocab", [3, 129, 1000])
 def test_draws_are_sampling_pys(spread: float, vocab: int) -> None:
-    """Also where whole blocks are passed over: those that are too unlikely, or of too little noise.
+    """Draws are equal although blocks with low scores or little noise are skipped.
 
     Seeds, rows and positions have more bits than the counter.
     """
@@ -140,10 +140,10 @@ def test_the_least_word_wins_among_equals() -> None:
 
 
 def test_noise_is_sampling_pys() -> None:
-    """To 6e-6: a row's score says by how much the noise of one token is behind that of another.
+    """The difference is below 6e-6. A row's score measures the difference of two tokens' noise.
 
-    That is twice what noise is off, and what its sum with a score is rounded. The rows have words
-    of all sizes, the least below one in 10^5.
+    The bound is twice the error of the noise, and the rounding of its sum with a score. The rows
+    have words of all sizes, the least below one in 10^5.
     """
     rows = 200_000
     by = SamplingState([SamplingParams()] * rows, seed=8)

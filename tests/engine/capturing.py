@@ -11,7 +11,7 @@ from lfm2_fast.ops.sampling import SamplingState
 
 
 class Capturing(Ops):
-    """The eager bodies, driven as those that can be captured are: a step ahead, in buckets."""
+    """The eager operations, run like captured ones: a step ahead, in buckets."""
 
     captures = True
 

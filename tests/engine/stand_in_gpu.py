@@ -1,22 +1,22 @@
-"""A GPU that stands in for a real one, and refuses some of what that would refuse.
+"""Stand-in for a GPU, which refuses some of the work that a GPU would refuse.
 
-While ``StandInGpu`` is active torch has a device ``cuda:0``. The numbers of its tensors lie on the
-host: PyTorch's operations run there, and Triton's kernels in its interpreter. As on a GPU
+While ``StandInGpu`` is active torch has a device ``cuda:0``. The numbers of its tensors are on the
+host: PyTorch's operations run there, and Triton's kernels in its interpreter. As on a GPU,
 
-- an operation on tensors of both devices fails, and so does a kernel that is handed the host's;
-- a graph is what was launched while it was captured, on the tensors and with the numbers of that
-  moment, so that what the host decides later changes nothing; what waits for the device, and copies
-  of memory that is not pinned, are refused meanwhile;
-- what a graph made and nobody holds is lost after each replay, since other graphs have the memory;
-- what the host reads it waits for: ``waits`` lists the times, by the operations in ``READS``;
-- a thread has a handle of cuBLAS once it has multiplied or asked for one; a product in a capture
-  fails in a thread without. ``in_thread`` lets the tensors work in another thread;
+- an operation on tensors of both devices fails, and so does a kernel with tensors of the host;
+- a graph repeats its launches with the tensors and numbers of the capture, so later decisions of
+  the host change nothing;
+- during a capture, waits for the device and copies of memory that is not pinned are refused;
+- memory of a graph that no tensor holds is lost after each replay, since other graphs have it;
+- reads of the host wait: ``waits`` lists the times, by the operations in ``READS``;
+- a thread has a handle of cuBLAS after it has multiplied or asked for one. Without it a product
+  in a capture fails. ``in_thread`` lets the tensors work in another thread;
 - an operation in ``failing`` fails while it is captured. A capture whose body fails is invalid: its
   end fails too, and leaves the allocator recording.
 
-Unlike on a GPU what is captured runs then already, and its first replay does nothing more; and what
-would run at the same time runs one after another, so races are not seen. What torch says of a
-device it says in the whole process.
+Unlike on a GPU, captured work runs during the capture, and its first replay does nothing. Parallel
+work runs one after another, so races do not show. torch's facts about the device change in the
+whole process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
 class Refused(Exception):
-    """What a GPU would not do, and no code should try: no RuntimeError, which code may survive."""
+    """Error for work that a GPU would not do. It is not a RuntimeError, which code may catch."""
 
 
 class OnGpu(torch.Tensor):
@@ -104,7 +104,7 @@ class OnGpu(torch.Tensor):
 
 
 class Graph:
-    """``torch.cuda.CUDAGraph``. To be captured its work had to run: the first replay is done."""
+    """``torch.cuda.CUDAGraph``. The capture has run its work, so the first replay is done."""
 
     gpu: StandInGpu
 
@@ -140,7 +140,7 @@ class Graph:
 
 
 class StandInGpu(TorchDispatchMode):
-    """The device. ``waits`` says for what the host has waited, ``replays`` how many there were."""
+    """The device. ``waits`` lists the waits of the host, ``replays`` counts the replays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class StandInGpu(TorchDispatchMode):
             self.wait(str(func))
 
     def _check(self, func: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
-        """Refuse tensors of both devices; the host's may be indices, and single numbers."""
+        """Refuse tensors of both devices. The host's may be indices or single numbers."""
         strangers = [each for each in tensors if not isinstance(each, OnGpu)]
         if torch.Tag.pointwise in func.tags or func in (aten.fill_.Tensor, *BY_INDEX):
             strangers = [each for each in strangers if each.dim()]
@@ -278,7 +278,7 @@ class StandInGpu(TorchDispatchMode):
     ) -> None:
         """Do it again in every replay, and have what it makes where it was made.
 
-        A copy reads the host's memory anew; a number of the host's is that of now.
+        A copy reads the host's memory again. A number on the host has its present value.
         """
         assert self.capturing is not None
         if func not in TRANSFERS:
@@ -310,7 +310,7 @@ class StandInGpu(TorchDispatchMode):
         wraps: bool,
         tensors: list[torch.Tensor],
     ) -> Any:
-        """The result as the caller knows it: what was written is the tensor that was handed in."""
+        """Return the result in the caller's form: a written tensor is the argument itself."""
         known = {id(numbers_of(each)): each for each in tensors}
 
         def outer(each: Any) -> Any:
@@ -402,7 +402,7 @@ class StandInGpu(TorchDispatchMode):
 
 
 class OnStream:
-    """``torch.cuda.stream``: no generator, which would end by itself when nobody holds it."""
+    """``torch.cuda.stream``: not a generator, which would end by itself without a reference."""
 
     def __init__(self, gpu: StandInGpu, stream: Any) -> None:
         self.gpu, self.stream = gpu, stream
@@ -427,6 +427,6 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 def here(device: Any) -> bool:
-    """Whether ``device`` is the GPU; C++ takes its tensors for the meta device's."""
+    """Return True if ``device`` is the GPU. C++ sees its tensors on the meta device."""
     kind = torch.device(device).type
     return kind == "cuda" or (kind == "meta" and torch.get_default_device().type != "meta")

@@ -60,7 +60,7 @@ def test_all_continuations_of_a_request_come(native) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_who_goes_away_frees_all(native, after: int) -> None:
+def test_a_consumer_that_stops_frees_all(native, after: int) -> None:
     async def work() -> None:
         inner = Engine(native, max_rows=2, prefix_cache=False)
         async with AsyncEngine(inner) as engine:
@@ -177,7 +177,7 @@ def test_a_fault_reaches_everyone_and_the_next_request_works(native, monkeypatch
     run(work())
 
 
-def test_an_engine_that_does_not_begin_anew_says_why(native, monkeypatch) -> None:
+def test_an_engine_that_cannot_be_reset_says_why(native, monkeypatch) -> None:
     def broken(*_: Any) -> None:
         raise MemoryError("no more")
 
@@ -214,7 +214,7 @@ def test_closing_ends_what_runs(native) -> None:
 
 
 def test_no_wake_up_is_lost(native) -> None:
-    """Requests that come one by one, each when the engine has just gone to sleep."""
+    """Requests arrive one by one, each when the engine has just gone to sleep."""
 
     async def work() -> None:
         async with AsyncEngine(Engine(native, max_rows=1)) as engine:

@@ -1,4 +1,4 @@
-"""Constraints: masks that belong to rows, asked in time, and apart from one another."""
+"""Constraints: masks that belong to rows, computed in time, independent of each other."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lfm2_fast.ops import native_library
 
 
 def test_what_was_made_is_made_again() -> None:
-    """Functions, results that are written over, changes in place, views, several results."""
+    """Cases are functions, overwritten results, changes in place, views, several results."""
     x, total, seen = torch.arange(6.0).view(2, 3), torch.zeros(2), []
 
     def body() -> None:
@@ -83,7 +83,7 @@ needs_native = pytest.mark.skipif(
 def test_generation_is_recorded_and_writes_the_same(
     tiny, quantization, sampling, monkeypatch
 ) -> None:
-    """Rows that end at different times, beyond the place where the cache grows."""
+    """Rows end at different times, after the cache has grown."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="bfloat16", quantization=quantization)
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]]
     ask = {"max_new_tokens": 300, **sampling}
@@ -114,7 +114,7 @@ def test_a_step_for_the_callers_own_python_is_recorded_too(tiny, monkeypatch) ->
 @needs_native
 @pytest.mark.parametrize("processors", [[], [lambda ids, scores: scores * 1.0]])
 def test_what_is_recorded_rests_while_layers_have_hooks(tiny, processors, monkeypatch) -> None:
-    """It is not replayed, and steps are replayed again once the hook is gone."""
+    """Recorded steps are not replayed with a hook, and are replayed again without it."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     cache, replays = model.new_cache(1), []
     replay = CpuGraph.replay
@@ -145,7 +145,7 @@ def test_what_is_recorded_rests_while_layers_have_hooks(tiny, processors, monkey
 @needs_native
 @pytest.mark.parametrize("token", [1, 2, 3])
 def test_a_hook_that_comes_in_the_middle_is_in_no_graph(tiny, token: int) -> None:
-    """Whichever step would have been recorded with it: later calls on the cache are as ever."""
+    """The hook comes at any step. Later calls on the cache run without it."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     cache, layer, hooks = model.new_cache(1), model.network.layers[3], []
 
@@ -179,7 +179,7 @@ def test_a_conversation_begun_in_inference_mode_goes_on_outside(tiny) -> None:
 
 @pytest.mark.slow
 def test_recording_imports_no_compiler(tiny) -> None:
-    """torch's takes a second, for which the second token of every process would wait."""
+    """torch's compiler takes a second, which would delay the second token of every process."""
     code = (
         "import sys, lfm2_fast; model = lfm2_fast.load(sys.argv[1], device='cpu'); "
         "model.generate([[1, 40, 41]], max_new_tokens=6, eos_token_id=[]); "
@@ -232,10 +232,10 @@ print(json.dumps([resident[1] - resident[0] - cached, len(made), alive]))
     ("first", "last"), [(400, 2_000), pytest.param(2_000, 10_000, marks=pytest.mark.nightly)]
 )
 def test_a_long_text_takes_the_caches_memory_alone(tiny, tmp_path, first: int, last: int) -> None:
-    """From the ``first`` token on, the process grows by the keys and values that were written.
+    """From the ``first`` token on, the process grows only by the new keys and values.
 
-    Besides, Python keeps the tokens themselves: each a number in two lists, some 50 bytes. The
-    smallest tensor that could be forgotten takes 480, so 128 are allowed.
+    Python also keeps each token in two lists, some 50 bytes. The smallest leaked tensor would take
+    480, so the limit is 128.
     """
     longer = shutil.copytree(tiny, tmp_path / "longer")
     config = json.loads((longer / "config.json").read_text())

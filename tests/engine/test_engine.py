@@ -27,7 +27,7 @@ DRAWN = SamplingParams(do_sample=True, temperature=1.3, top_k=40)
 
 @pytest.fixture(scope="module")
 def exact(tiny) -> Lfm2:
-    """The trained checkpoint in float64, where nothing but the text decides a token."""
+    """The trained checkpoint in float64, where only the text decides a token."""
     return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager").network
 
 
@@ -144,7 +144,7 @@ def test_a_prefix_is_run_once(native) -> None:
 
 
 def fill_unowned(engine: Engine) -> None:
-    """Fill all windows with NaN, and every page that nobody owns or keeps."""
+    """Fill all windows with NaN, and every page without owner that is not kept."""
     pool, cache = engine.cache.pool, engine.cache
     kept = {page: pool.memory.page(page).clone() for page in (*pool._owners, *pool._cached)}
     windows = [layer.rows.clone() for layer in cache.layers if hasattr(layer, "rows")]
@@ -329,7 +329,7 @@ def test_priorities_come_first(native) -> None:
     assert done == [order[2], order[0], order[3], order[1]]
 
 
-def test_a_long_prompt_does_not_stop_who_writes(native) -> None:
+def test_a_long_prompt_does_not_stop_decoding_rows(native) -> None:
     engine = Engine(native, max_rows=3, chunk=32)
     writer = engine.add(Request(text(4), max_tokens=40))
     engine.step()
@@ -388,7 +388,7 @@ def test_a_list_that_grows_later_changes_no_request(native) -> None:
 
 
 def test_a_full_queue_refuses(native) -> None:
-    """Rows that can run at once do not wait; a request is taken whole, or not at all."""
+    """Rows that can run do not wait. All rows of a request are accepted, or none."""
     engine = Engine(native, max_rows=2, max_waiting=1)
     requests = [Request(text(9, i), max_tokens=3, n=n) for i, n in enumerate((1, 1, 3))]
     for request in requests:
@@ -406,7 +406,7 @@ def test_a_full_queue_refuses(native) -> None:
 
 
 def test_callers_python_that_raises_ends_its_row_alone(native) -> None:
-    """In ``stop``, in ``hook``, and in what a hook returns."""
+    """Faults are in ``stop``, in ``hook``, and in the result of a hook."""
 
     def stop(written: Sequence[int]) -> bool:
         if len(written) == 3:
@@ -551,7 +551,7 @@ class Schedules(RuleBasedStateMachine):
         self.engine = Engine(
             self.model, max_rows=rows, pages=pages, chunk=chunk, prefix_cache=keeps
         )
-        # Whatever steps cost, drafts are made.
+        # Drafts are made for any cost of steps.
         self.engine.decode.speculation.costs.of = lambda tokens: 1.0
         self.asked: dict[int, tuple[Any, Request]] = {}
         self.found: dict[tuple[int, int], list[int]] = {}
@@ -644,7 +644,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(exact) -> None:
 
 @pytest.mark.slow
 def test_any_schedule_a_step_ahead_does_too(ahead, graphs) -> None:
-    """In buckets, with a dummy slot, several steps a launch, which the host reads late."""
+    """Steps run in buckets with a dummy slot, several in a launch, and the host reads them late."""
     schedules(ahead, 5)
 
 

@@ -153,7 +153,7 @@ def test_an_engine_on_a_callers_cache_does_not_forget_it(native: Any) -> None:
 
 
 class First:
-    """A chooser that takes token 9, and ends rows of which it was told."""
+    """A chooser that takes token 9, and ends the given rows."""
 
     changes_logits = True
 

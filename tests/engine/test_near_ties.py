@@ -71,7 +71,7 @@ def runs(request: pytest.FixtureRequest, tiny: Path) -> Runs:
 
 
 def scheduled(model: Lfm2, requests: Sequence[Request], chunk: int) -> list[list[int]]:
-    """Run requests that come one after another into an engine of few pages; their new tokens."""
+    """Run requests that arrive one by one at an engine with few pages. Return their new tokens."""
     engine = Engine(model, max_rows=4, pages=6, chunk=chunk)
     later, found = list(requests), {}
     while later or engine.busy:
@@ -95,7 +95,7 @@ def test_a_token_that_differs_is_a_near_tie(runs: Runs, chunk: int) -> None:
 
 
 def test_reuse_adds_no_error(runs: Runs) -> None:
-    """Teacher-forced, reuse is at most 1.1 times as far from float64 as runs without it.
+    """Teacher-forced, the error of reuse is at most 1.1 times that of runs without it.
 
     Errors are taken together: those of one short text differ by more than that with its chunks
     alone. Float32's are a few roundings of a logit, and bear the same comparison.

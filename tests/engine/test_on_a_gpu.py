@@ -68,7 +68,7 @@ def gpu(device: StandInGpu) -> StandInGpu:
 
 
 def both(folder: Path, **options: Any) -> tuple[Model, Model]:
-    """On the GPU, and in plain PyTorch on the CPU."""
+    """Return the model on the GPU, and in plain PyTorch on the CPU."""
     ours = lfm2_fast.load(folder, dtype="float32", **options)
     assert ours.device == GPU
     on_cpu = {**options, "device": "cpu", "backend": "eager"}
@@ -113,7 +113,7 @@ DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min
 
 
 def write(prompts: Any, **arguments: Any) -> Callable[[Model], Any]:
-    """A call of ``generate`` for nine tokens that nothing ends, unless told otherwise."""
+    """A call of ``generate`` for nine tokens that nothing ends, by default."""
     given = {"max_new_tokens": 9, "eos_token_id": [], "do_sample": False, **arguments}
     return lambda model: model.generate(prompts, **given)
 
@@ -125,20 +125,20 @@ def moved(model: Model) -> Any:
 
 
 def plainly(model: Model, prompts: Any) -> list[list[int]]:
-    """What plain PyTorch writes, which takes no interpreter."""
+    """Text of plain PyTorch, which needs no interpreter."""
     plain = lfm2_fast.load(model.name_or_path, device="cpu", dtype="float32", backend="eager")
     return write(prompts)(plain)[:, len(prompts[0]) :].tolist()
 
 
 def ended(model: Model) -> Any:
-    """Rows end one after another, while steps are under way."""
+    """Rows end one after another, while steps are running."""
     texts = plainly(model, MANY)
     ends = [texts[0][2], texts[1][5], texts[-1][8]]
     return write(MANY, eos_token_id=ends)(model)
 
 
 def streamed(model: Model) -> Any:
-    """A streamer gets every token of a text that ends while steps are under way."""
+    """A streamer gets every token of a text that ends while steps are running."""
     third = plainly(model, ONE)[0][3]
     sink = Sink()
     text = write(ONE, eos_token_id=[third], streamer=sink)(model)
@@ -164,7 +164,7 @@ def continued(model: Model, times: int = 1) -> Any:
 
 
 def stepped(model: Model) -> Any:
-    """transformers' way of going on: the cache of a forward pass, a token at a time."""
+    """Continue as transformers does: with the cache of a forward pass, a token at a time."""
     out = model(torch.tensor(ONE), use_cache=True)
     return model(torch.tensor([[7]]), past_key_values=out.past_key_values).logits
 
@@ -176,7 +176,7 @@ def decoded(model: Model) -> Any:
 
 
 def hooked(model: Model) -> Any:
-    """A layer's hooks wait for the device, and replace what it gives, once in each step."""
+    """A layer's hooks wait for the device, and replace its output, once in each step."""
     seen: list[float] = []
     layer = model.model.layers[0]
     hooks = (
@@ -201,7 +201,7 @@ def embedded(model: Model) -> Any:
 
 
 def batched(model: Model) -> Any:
-    """Prompts with settings of their own, two rows at a time, one of them with a processor."""
+    """Prompts with their own settings, two rows at a time, one of them with a processor."""
     prompts = [*TWO, {"prompt": ONE[0], "suppress_tokens": list(range(2, 200))}]
     common = {"max_new_tokens": 4, "eos_token_id": [], "do_sample": False}
     answers = lfm2_fast.generate_batch(model, prompts, max_batch_size=2, **common)
@@ -250,7 +250,7 @@ COMBINED = {
 
 
 def cases(names: Iterable[str], long: Collection[str]) -> list[Any]:
-    """Those of ``names``, the ones in ``long`` for ``make nightly`` alone."""
+    """Return the cases of ``names``. Those in ``long`` are for ``make nightly`` only."""
     return [pytest.param(name, marks=pytest.mark.nightly if name in long else ()) for name in names]
 
 
@@ -302,7 +302,7 @@ SCALED = {
 def test_frequencies_that_follow_from_the_length_are_captured(
     name: str, kind: str, random_checkpoint, gpu: StandInGpu
 ) -> None:
-    """Texts that pass the original context while their steps are replayed."""
+    """Texts pass the original context while their steps are replayed."""
     scaled = {"max_position_embeddings": 8, "rope_parameters": SCALED[kind]}
     models = both(random_checkpoint(**FEW, **scaled))
     before = gpu.replays
@@ -311,7 +311,7 @@ def test_frequencies_that_follow_from_the_length_are_captured(
 
 
 def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) -> None:
-    """However long the text; and only for tokens of launches before the newest."""
+    """The host waits only for tokens of launches before the newest, in texts of any length."""
     model = lfm2_fast.load(folder, dtype="float32")
     waits, launched = [], []
     launch, unread = DecodeLoop.launch, Launch.unread_tokens
@@ -389,7 +389,7 @@ def test_a_thread_without_a_handle_captures_what_another_has_run(gpu: StandInGpu
 
 @pytest.mark.parametrize("name", cases(["alone", "drawn", "processed"], ["drawn"]))
 def test_a_row_without_a_token_is_told(name: str, random_checkpoint, gpu: StandInGpu) -> None:
-    """By its number and position, though steps are launched ahead; later calls are right."""
+    """The error has the row's number and position, although steps run ahead. Later calls work."""
     ours, plain = both(random_checkpoint(**FEW, tie_word_embeddings=False))
     text = CALLS[name](plain)[-1].tolist()
     broken = next(place for place in range(8, 14) if text[place] not in text[:place])
@@ -495,7 +495,7 @@ def test_a_graph_may_read_pinned_memory(gpu: StandInGpu) -> None:
 
 
 def test_nothing_is_left_of_it() -> None:
-    """Afterwards torch is as it was, what it keeps for good included; in a process of its own."""
+    """Afterwards torch is as before, its permanent state included; in a process of its own."""
     code = """
 import torch
 from torch.utils._device import _device_constructors

@@ -22,7 +22,7 @@ def events_of(engine: Engine) -> list[Event]:
 
 
 def test_only_a_twin_waits_for_a_prompt_that_runs(native: Any) -> None:
-    """A prompt of the same beginning waits for its pages; one behind it does not."""
+    """A prompt with the same beginning waits for the pages. A later prompt does not."""
     engine = Engine(native, max_rows=3, chunk=64)
     prompt = text(5 * PAGE_SIZE)
     first = engine.add(Request(prompt, max_tokens=1))
@@ -48,7 +48,7 @@ def test_nothing_passes_a_prompt_that_waits_for_pages(native: Any) -> None:
 
 
 def test_a_prompt_is_counted_once(native: Any) -> None:
-    """Whatever is forked or preempted."""
+    """Forks and preemptions do not count a prompt again."""
     engine = Engine(native, max_rows=4)
     stem = text(3 * PAGE_SIZE)
     engine.add(Request(stem + [5], max_tokens=1))
@@ -76,7 +76,7 @@ def test_the_index_can_be_cleared(native: Any) -> None:
 
 
 def test_prompts_that_tell_take_their_pages_first(native: Any) -> None:
-    """Two in a chunk, of which the pages of one are there: neither runs by half."""
+    """A chunk has two prompts, and pages for one. Neither runs in part."""
     engine = Engine(native, max_rows=2, pages=4, chunk=256, prefix_cache=False)
     ids = [engine.add(Request(text(90, i), max_tokens=3, prompt_logprobs=1)) for i in range(2)]
     engine.prefill.admit(others=False)
@@ -89,7 +89,7 @@ def test_prompts_that_tell_take_their_pages_first(native: Any) -> None:
 
 
 def test_chunks_begin_as_they_are_told_to() -> None:
-    """As long as none was timed; then the seconds say how long."""
+    """The first length holds before a chunk was timed. Then the seconds decide."""
     scheduler = Scheduler(0.05, first=MOST)
     row = Row(0, Request(text(9000)), 0, limit=1, arrival=0)
     scheduler.prefilling.append(row)
@@ -100,7 +100,7 @@ def test_chunks_begin_as_they_are_told_to() -> None:
 
 
 def test_no_head_runs_before_a_prompt_ends(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three chunks of one prompt: the head sees the last one's last token alone."""
+    """The head sees only the last token of the last of three chunks of a prompt."""
     engine, rows = Engine(native, max_rows=1, chunk=64), []
     forward = engine.model.forward
 
@@ -118,7 +118,7 @@ def test_no_head_runs_before_a_prompt_ends(native: Any, monkeypatch: pytest.Monk
     ("prompts", "decoding", "tokens"), [(1, 8, 64), (8, 8, 64), (16, 8, 128), (99, 2, 256)]
 )
 def test_chunks_grow_with_the_prompts_that_wait(prompts: int, decoding: int, tokens: int) -> None:
-    """At a millisecond a token, 0.064 seconds for each prompt that waits beside a decoding row."""
+    """With a millisecond a token, a chunk takes 0.064 seconds for each prompt that waits."""
     scheduler = Scheduler(0.064)
     rows = [Row(i, Request(text(9000)), 0, limit=1, arrival=i) for i in range(prompts)]
     scheduler.prefilling.append(rows[0])
@@ -129,7 +129,7 @@ def test_chunks_grow_with_the_prompts_that_wait(prompts: int, decoding: int, tok
 
 
 def test_a_short_chunk_says_nothing_of_the_rate() -> None:
-    """It reads the weights for one token, which a long chunk does once for all."""
+    """A short chunk reads the weights for one token; a long chunk reads them once for all."""
     scheduler = Scheduler(0.064)
     row = Row(0, Request(text(9000)), 0, limit=1, arrival=0)
     scheduler.prefilling.append(row)

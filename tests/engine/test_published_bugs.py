@@ -44,7 +44,9 @@ class Chat:
         self.engine.prefill.runner.run_chunks = noted  # type: ignore[method-assign]
 
     def turn(self, prompt: Sequence[int], new: int = 9, salt: bytes = b"") -> tuple[list[int], int]:
-        """Run a prompt to its end: the text with its ``new`` tokens, and how many tokens ran."""
+        """Run a prompt to its end. Return the text with ``new`` tokens, and the number of tokens
+        run.
+        """
         self.chunks.clear()
         request = Request(prompt, max_tokens=new, salt=salt)
         self.engine.add(request)
@@ -56,7 +58,7 @@ class Chat:
         return [*prompt, *answer], sum(self.chunks)
 
     def most(self, added: int) -> int:
-        """Tokens that a turn may run which adds so many to a text that is known."""
+        """Most tokens that a turn may run if it adds ``new`` tokens to a known text."""
         return PAGE_SIZE + self.engine.cache.replay_length + added
 
 
@@ -93,7 +95,7 @@ def test_alternate_turns_run_what_is_new(native) -> None:
 
 
 def test_no_resume_reads_a_window_that_was_there(native) -> None:
-    """Windows of a slot are NaN whenever its text begins, or goes on from pages alone."""
+    """Windows of a slot are NaN when its text begins, or continues from pages only."""
     engine = Engine(native, max_rows=3, chunk=48)
     run_chunks, cache = engine.prefill.runner.run_chunks, engine.cache
     resumed: list[int] = []
@@ -195,7 +197,7 @@ def test_a_client_that_leaves_frees_its_row_within_eight_steps(native, seen: int
 
 
 class Sequences:
-    """Sequences that share pages of a small pool at random, with tables that say which."""
+    """Sequences that share pages of a small pool at random, with their tables."""
 
     LIMIT = 24
 
@@ -233,7 +235,7 @@ class Sequences:
         self.tables.append((tokens, pages, salt))
 
     def write(self, tokens: list[int], pages: list[int], first: int) -> None:
-        """Note what pages hold from number ``first`` on, which nobody else may own."""
+        """Keep the contents of pages from number ``first`` on, which must have no other owner."""
         for number in range(first, len(pages)):
             assert not self.pool.is_shared(pages[number])
             self.content[pages[number]] = tokens[number * PAGE_SIZE :][:PAGE_SIZE]
@@ -272,7 +274,7 @@ class Sequences:
         self.index.enter(*self.some())
 
     def shorten(self) -> None:
-        """Take back the end of a sequence, or all of it."""
+        """Roll back the end of a sequence, or all of it."""
         tokens, pages, _ = entry = self.some()
         length = self.pick.choice([0, 0, self.pick.randrange(len(tokens) + 1)])
         kept = pages_of(length)

@@ -1,4 +1,4 @@
-"""Drafts change no text: each request gets what it gets without, whatever runs beside it."""
+"""Drafts change no text: each request gets the same text as without, beside any other requests."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_lookup_finds_the_longest_and_latest_place() -> None:
     # Of [1, 2, 3] there is one place, which is before the later one of [2, 3].
     assert lookup.find() == (3, 3)
     assert lookup.draft(3, 4) == [9, 5, 2, 3]
-    # The text goes on elsewhere than drafted: its end [8] is looked up anew.
+    # The text continues differently from the draft: its end [8] is looked up again.
     lookup.follow([1, 2, 3, 9, 5, 2, 3, 8, 6, 1, 2, 3], [8])
     assert lookup.find() == (8, 3)
     assert PromptLookup(2).find() is None

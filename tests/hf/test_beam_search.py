@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_beams_equal_hugging_faces(models, batch, ends, case: str) -> None:
-    """Sequences, their scores, the beams that they came by, and the scores of each step."""
+    """Sequences, their scores, their beams, and the scores of each step are compared."""
     kwargs = {"max_new_tokens": 12, "do_sample": False, **CASES[case]}
     if kwargs.pop("ends", False):
         kwargs["eos_token_id"] = ends
@@ -66,7 +66,7 @@ def test_beams_equal_hugging_faces(models, batch, ends, case: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_processor_does_with_beams_what_hugging_faces_does(models, batch, name: str) -> None:
-    """A text, and the beams that it came by."""
+    """The text and its beams are compared."""
     plain = models[1].generate(**batch, max_new_tokens=8, eos_token_id=None)
     new = plain[:, batch["input_ids"].shape[1] :].tolist()
     kwargs = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, **WANTED}
@@ -124,8 +124,10 @@ def test_seeds_repeat_and_differ(ours, batch) -> None:
     assert torch.equal(*made) and not torch.equal(made[0], first)
 
 
-def test_a_callers_cache_is_gone_on_from(ours, tokenizer, monkeypatch) -> None:
-    """A row of it for each beam. What the first beam's holds of a prompt is not run again."""
+def test_beams_continue_from_a_callers_cache(ours, tokenizer, monkeypatch) -> None:
+    """The cache has a row for each beam. The part of a prompt in the first beam's row does not run
+    again.
+    """
     ids = tokenizer(PROMPTS[1], return_tensors="pt").input_ids
     kwargs = {"num_beams": 3, "max_new_tokens": 6}
     whole = ours.generate(ids, **kwargs)
@@ -150,8 +152,8 @@ def test_a_callers_cache_is_gone_on_from(ours, tokenizer, monkeypatch) -> None:
         ours.generate(ids, past_key_values=ours.new_cache(1), **kwargs)
 
 
-def test_prompts_whose_answers_are_certain_cost_nothing(models, batch, ends, monkeypatch) -> None:
-    """Unless somebody looks at their steps; the answers are the same."""
+def test_beams_of_decided_prompts_cost_nothing(models, batch, ends, monkeypatch) -> None:
+    """Unless the caller sees their steps; the answers are the same."""
     theirs, ours = models
     counts: list[int] = []
     step = ModelRunner.step
@@ -179,7 +181,7 @@ def test_prompts_whose_answers_are_certain_cost_nothing(models, batch, ends, mon
 
 @pytest.mark.nightly
 def test_any_arguments_give_what_hugging_face_gives(models, tiny: Path, tokenizer) -> None:
-    """Random prompts of the held-out text, and random arguments of beams and processors."""
+    """Prompts from the held-out text and arguments of beams and processors are random."""
     words, chance = (tiny / "heldout.txt").read_text(encoding="utf-8").split(), random.Random(3)
     for number in range(200):
         starts = [chance.randrange(3000) for _ in range(chance.randint(1, 3))]
@@ -211,7 +213,7 @@ def test_any_arguments_give_what_hugging_face_gives(models, tiny: Path, tokenize
 
 
 def test_beams_share_the_pages_of_their_prompt(ours, monkeypatch) -> None:
-    """Of a prompt of three pages the full ones are there once, and steps copy no full page."""
+    """The full pages of a prompt exist once, and steps copy no full page."""
     copied = []
     copy = PageMemory.copy
     monkeypatch.setattr(
@@ -228,7 +230,7 @@ def test_beams_share_the_pages_of_their_prompt(ours, monkeypatch) -> None:
 
 
 def test_beams_on_every_backend_and_across_pages(tiny: Path, pair: Callable) -> None:
-    """Texts that cross from page to page while beams fork."""
+    """Texts cross into new pages while beams fork."""
     theirs, plain = pair(tiny, backend="eager")
     ids = torch.cat([torch.tensor([[1]]), torch.arange(58)[None] % 90 + 5], 1)
     kwargs = {"num_beams": 4, "max_new_tokens": 14, "num_return_sequences": 4, "do_sample": False}
@@ -280,7 +282,7 @@ def test_settings_of_beams_without_beams_are_told(ours) -> None:
 
 
 def test_broken_numbers_are_told(breaking: Callable[..., Path], ours) -> None:
-    """As in greedy decoding: the row that has no logits, and a prompt without a score."""
+    """The error names the row without logits, or the prompt without a score."""
     broken = lfm2_fast.load(breaking(300), device="cpu", dtype="float32")
     with pytest.raises(lfm2_fast.LogitsError, match="^row 2 has no token.* new token 1, at pos"):
         broken.generate([[1, 40], [1, 300]], num_beams=2, max_new_tokens=3)

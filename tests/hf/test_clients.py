@@ -165,7 +165,7 @@ def test_lm_evaluation_harness_loads_ours(
 
 
 def test_the_harness_gave_the_numbers_of_transformers() -> None:
-    """As ``python -m bench.harness`` wrote them down."""
+    """The numbers are those that ``python -m bench.harness`` saved."""
     found = json.loads(harness.OUT.read_text(encoding="utf-8"))
     assert found["protocol"]["rows"] == harness.ROWS
     compare_numbers(found["numbers"])

@@ -98,7 +98,7 @@ def test_rope_scaling_is_read_in_every_spelling(given: dict) -> None:
 
 
 def test_rope_scaling_can_be_set(tmp_path: Path) -> None:
-    """What is set last holds; a base that it does not name stays as it is."""
+    """The last setting counts. Without a base, the old base stays."""
     config = Lfm2Config(**SIZES, **HEADS, rope_parameters=YARN)
     config.rope_scaling = {"type": "linear", "factor": 8.0}
     linear = {"rope_type": "linear", "rope_theta": 3e4, "factor": 8.0}

@@ -21,7 +21,7 @@ def ids_of(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
 
 
 def test_a_filled_cache_and_only_the_new_ids(models, tokenizer) -> None:
-    """As Hugging Face's: a mask for all says that there is more than the ids."""
+    """A mask for all tokens shows, as in Hugging Face's class, that the ids are new ones."""
     first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
     mask = torch.ones(1, first.shape[1] + more.shape[1], dtype=torch.long)
     found = []
@@ -37,7 +37,7 @@ def test_a_filled_cache_and_only_the_new_ids(models, tokenizer) -> None:
 
 
 def test_tokens_in_the_cache_alone_are_not_penalized(models, tokenizer) -> None:
-    """As Hugging Face's, whatever else is asked for."""
+    """The result is Hugging Face's, also with other arguments."""
     first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
     mask = torch.ones(1, first.shape[1] + more.shape[1], dtype=torch.long)
     kwargs = {"repetition_penalty": 1.5, "max_new_tokens": 8, "do_sample": False}
@@ -189,7 +189,7 @@ def test_a_model_in_an_argument_takes_no_page(models) -> None:
 
 
 def test_criteria_are_asked_after_the_first_token_too(models, tokenizer) -> None:
-    """And their last token is told, with its scores."""
+    """The criteria also get the last token, with its scores."""
     ids = ids_of(tokenizer, FIRST)
     lengths: dict[str, list[int]] = {}
     for name, model in zip(("theirs", "ours"), models, strict=True):
@@ -230,7 +230,7 @@ def test_a_cache_that_is_nearly_full_and_a_processor(ours, copies: int) -> None:
         assert made.sequences.shape == (2, 256) and len(made.scores) == 56
 
 
-def test_a_streamed_text_takes_no_argument_in_vain(ours, tokenizer) -> None:
+def test_a_streamed_text_ignores_no_argument(ours, tokenizer) -> None:
     from lfm2_fast.text.conversation import stream_answer
 
     for wrong in ({"num_return_sequences": 3, "do_sample": True}, {"no_repeat_ngram_size": 2}):

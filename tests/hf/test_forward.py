@@ -98,7 +98,7 @@ def test_arguments_mean_what_hugging_faces_do(models, names: tuple[str, str]) ->
 
 @pytest.mark.parametrize("tokens", [1, 11], ids=["few", "many"])
 def test_the_base_model_gives_hidden_states(models, tokens: int) -> None:
-    """As ``.model`` of the whole model, and as a class of its own."""
+    """The base model is ``.model`` of the whole model, or its own class."""
     theirs, ours = models
     ids = IDS[:, :tokens]
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_base_model_gives_hidden_states(models, tokens: int) -> None:
 
 
 def test_packed_rows_are_the_sequences_alone(models) -> None:
-    """By restarting positions, of several rows too, and by ``cu_seq_lens_q``."""
+    """Packing is by restarting positions, also of several rows, and by ``cu_seq_lens_q``."""
     _, ours = models
     parts = [IDS[:1, :4], IDS[:1, 4:5], IDS[:1, 5:]]
     expected = torch.cat([ours(part).logits for part in parts], 1)

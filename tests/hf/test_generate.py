@@ -110,7 +110,7 @@ def test_every_form_of_prompt(ours, tokenizer, batch) -> None:
 
 @pytest.mark.parametrize("size", ["tiny", pytest.param("true_350m", marks=pytest.mark.nightly)])
 def test_the_drop_in_snippet(tokenizer, size: str, request: pytest.FixtureRequest) -> None:
-    """On trained weights, and at LFM2-350M's real shape (with the small checkpoint's tokenizer)."""
+    """The snippet runs on trained weights and at LFM2-350M's shape, with the small tokenizer."""
     model_id = str(request.getfixturevalue(size))
     model = lfm2_fast.load(model_id, device_map="auto", dtype="bfloat16")
     input_ids = tokenizer.apply_chat_template(
@@ -209,7 +209,7 @@ def test_callers_processors_and_criteria_equal_hugging_face(models, batch, greed
 
 @pytest.mark.slow
 def test_callers_processors_replace_those_of_arguments(models, batch, greedy_text) -> None:
-    """As Hugging Face has it, whose warning is a log line."""
+    """The rule is Hugging Face's. Its warning is a log line."""
     from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
     theirs, ours = models
@@ -343,7 +343,7 @@ def test_two_threads_do_not_disturb_each_other(ours, batch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch) -> list[int]:
-    """How many tokens each prefill ran, without those that ran again."""
+    """Numbers of tokens that each prefill ran, without replayed ones."""
     counts: list[int] = []
     run_chunks = model_runner.ModelRunner.run_chunks
 
@@ -549,7 +549,7 @@ def test_the_mask_is_inferred_as_hugging_face_does(models) -> None:
 LARGEST_SEEDS = (2**64 - 1, np.uint64(2**64 - 1))
 
 
-def test_whoevers_integers_are_integers(ours) -> None:
+def test_integers_of_every_library_are_integers(ours) -> None:
     kwargs = {"max_new_tokens": np.int64(4), "eos_token_id": [np.int32(7)], "top_k": np.int8(3)}
     kwargs |= {"suppress_tokens": [], "seed": np.int64(1), "do_sample": True}
     assert ours.generate([1, 40], **kwargs).shape[1] <= 6
@@ -601,10 +601,10 @@ FILE = [
 
 
 @pytest.mark.parametrize(("file", "call"), FILE, ids=str)
-def test_what_the_checkpoints_file_says_in_vain_stops_no_call(
+def test_settings_without_effect_in_the_checkpoints_file_stop_no_call(
     tiny: Path, tmp_path: Path, file: dict[str, Any], call: dict[str, Any]
 ) -> None:
-    """Nobody wrote it in the call, and no token depends on it."""
+    """The caller did not write it, and no token depends on it."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32", max_length=40)
     ids = torch.tensor([[1, 40, 41]])
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)

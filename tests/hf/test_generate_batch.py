@@ -1,4 +1,4 @@
-"""generate_batch(): what it writes is what generate() writes, in order, whatever the number."""
+"""generate_batch(): the same texts as generate(), in order, for any number of prompts."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_prompts_that_begin_alike_share_pages(ours, monkeypatch) -> None:
     assert [each.tokens for each in found] == [written(ours, r, max_new_tokens=3) for r in rows]
 
 
-def test_who_stops_reading_ends_all(ours, rows, monkeypatch) -> None:
+def test_a_reader_that_stops_ends_all(ours, rows, monkeypatch) -> None:
     closed = []
     monkeypatch.setattr(Engine, "close", lambda self: closed.append(self))
     answers = lfm2_fast.generate_batch(ours, rows, max_new_tokens=4)
@@ -204,7 +204,7 @@ def test_a_prompt_that_breaks_leaves_the_others(breaking) -> None:
         next(answers)
 
 
-def test_what_is_wrong_whatever_the_prompts_raises_at_once(ours, tokenizer) -> None:
+def test_arguments_wrong_for_all_prompts_raise_at_once(ours, tokenizer) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
         ({"errors": "ignore"}, "errors must be 'raise' or 'return'"),

@@ -27,7 +27,7 @@ def healthy(tiny: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def step(healthy: Model) -> int:
-    """How many tokens the second row writes with the one that breaks it, which no other row has."""
+    """Return the number of tokens of the second row up to the one that breaks only this row."""
     texts = healthy.generate(PROMPTS, **ENDLESS).tolist()
     others = {token for row in (0, 2) for token in texts[row]}
     written = texts[1][7:]
@@ -86,7 +86,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_the_error_names_row_token_and_position(broken: Model, step: int, way: dict) -> None:
-    """In a batch whose other rows are well, and alone, again and again."""
+    """The broken row is in a batch of good rows, or alone, several times."""
     kwargs = {**ENDLESS, **way}
     for prompts, row in ((PROMPTS, 1), (PROMPTS[1:2], 0), (PROMPTS[1:2], 0)):
         message = f"^row {row} has no token to choose as its new token {step + 1}, at position "
@@ -118,7 +118,7 @@ def test_what_came_before_was_streamed_and_the_stream_ends(
 def test_a_callers_cache_says_what_it_holds(
     broken: Model, healthy: Model, step: int, way: dict
 ) -> None:
-    """All that was run, of every row; and it carries on with what is well."""
+    """The cache counts all tokens that ran, of every row. Good rows continue."""
     kwargs = {**ENDLESS, **way}
     cache = broken.new_cache(3)
     with pytest.raises(lfm2_fast.LogitsError):
@@ -141,8 +141,10 @@ def test_rows_that_wait_are_given_up(broken: Model, healthy: Model, step: int) -
     assert torch.equal(broken.generate(PROMPTS[:1], **ENDLESS, max_batch_size=1), expected)
 
 
-def test_who_ends_before_it_breaks_is_no_error(broken: Model, healthy: Model, step: int) -> None:
-    """The token that breaks is the text's last one: it is never run."""
+def test_a_row_that_ends_before_it_breaks_is_no_error(
+    broken: Model, healthy: Model, step: int
+) -> None:
+    """The breaking token is the text's last one, which never runs."""
     for ending in ({"max_new_tokens": step}, {"eos_token_id": broken_token(healthy, step)}):
         kwargs = {**ENDLESS, **ending}
         expected = healthy.generate(PROMPTS[1:2], **kwargs)
@@ -165,7 +167,7 @@ def test_the_first_token_of_a_prompt(broken: Model, healthy: Model, step: int) -
 
 
 def test_forward_gives_logits_as_they_are(broken: Model, healthy: Model, step: int) -> None:
-    """As Hugging Face's does, the loss included."""
+    """Logits and the loss may be NaN, as in Hugging Face's class."""
     ids = torch.tensor([[1, 40, broken_token(healthy, step), 41]])
     out = broken(ids, labels=ids)
     assert out.logits[0, 2:].isnan().all()
@@ -174,7 +176,7 @@ def test_forward_gives_logits_as_they_are(broken: Model, healthy: Model, step: i
 
 @pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True}], ids=str)
 def test_processors_that_leave_nothing_to_choose(healthy: Model, sampling: dict) -> None:
-    """Of the second row, at the third token; minus infinity in most places is what they are for."""
+    """The second row has no choice at its third token. Minus infinity elsewhere is normal."""
 
     def leaving(value: float, places: slice) -> Callable[..., torch.Tensor]:
         def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -195,7 +197,7 @@ def test_processors_that_leave_nothing_to_choose(healthy: Model, sampling: dict)
 
 @pytest.mark.slow
 def test_a_score_of_infinity_forces_a_token_as_in_hugging_face(tiny: Path, pair: Callable) -> None:
-    """Decoding greedily; a draw among infinity is no draw, there and here."""
+    """This holds in greedy decoding. In both classes a draw from infinite scores fails."""
     theirs, ours = pair(tiny)
 
     def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -251,7 +253,7 @@ def test_numbers_that_outgrow_float16(tiny: Path, tmp_path: Path) -> None:
 def test_a_broken_number_anywhere_is_told(
     random_checkpoint: Callable[..., Path], backend: str, quantization: str | None
 ) -> None:
-    """Wherever a weight is NaN: no body loses it on the way to the logits."""
+    """One weight is NaN, at any place. No implementation loses it on the way to the logits."""
     if backend == "native" and (reason := native_library.why_not(torch.device("cpu"))):
         pytest.skip(reason)
     model = lfm2_fast.load(

@@ -31,7 +31,7 @@ def ours(models) -> lfm2_fast.Lfm2ForCausalLM:
 
 
 def steered(model: Any, run: Callable[[Any], torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
-    """Run with hooks that look at a layer on the host, and replace what two of them get or give."""
+    """Run with hooks that read a layer on the host, and replace the inputs or outputs of two."""
     seen: list[float] = []
     layers = model.model.layers
     handles = [
@@ -49,7 +49,7 @@ def steered(model: Any, run: Callable[[Any], torch.Tensor]) -> tuple[torch.Tenso
 
 
 def test_layer_hooks_do_what_hugging_faces_do(models) -> None:
-    """In the prompt and in every step, each of which calls the hooks once."""
+    """The prompt calls the hooks once, and so does every step."""
     plain = models[1].generate(IDS, **ASK)
     (theirs, their_norms), (ours, our_norms) = (
         steered(model, lambda model: model.generate(IDS, **ASK)) for model in models
@@ -62,7 +62,7 @@ def test_layer_hooks_do_what_hugging_faces_do(models) -> None:
 
 @pytest.mark.parametrize("outside", [False, True], ids=["alone", "with a processor"])
 def test_layer_hooks_see_each_row_of_a_batch(ours, outside: bool) -> None:
-    """Tokens of all rows one after the other, and of the rows that still run alone."""
+    """A hook sees the tokens of all rows in sequence, later those of the live rows only."""
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61]]
     written = ours.generate(prompts, **ASK)[:, 4:]
     ends = [int(written[0, 2]), int(written[1, 6])]
@@ -117,7 +117,7 @@ def test_hooks_on_the_model_are_called_by_forward_and_refused_by_generate(ours) 
 
 
 def test_a_forward_that_was_set_is_called_by_forward_and_refused_by_generate(ours) -> None:
-    """The way of accelerate's hooks, which put the old forward back at the end."""
+    """accelerate's hooks do this; they restore the old forward at the end."""
     before, calls = ours.forward, []
 
     @functools.wraps(before)

@@ -33,7 +33,7 @@ def theirs(random_checkpoint) -> Any:
 
 
 def copied_bytes(config: Config, quantization: str | None) -> int:
-    """Bytes of what ``from_transformers`` copies of a model in bfloat16: fused or quantized."""
+    """Bytes that ``from_transformers`` copies for a model in bfloat16: fused or quantized."""
     return sum(
         (fused.dtype or torch.bfloat16).itemsize * math.prod(fused.shape)
         for fused in fusion_table(replace(config, quantization=quantization)).values()
@@ -47,7 +47,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def test_a_model_in_memory_as_it_is_now(theirs) -> None:
-    """Weights edited, a vocabulary resized, a head untied: what is on no disk."""
+    """The model has edited weights, a resized vocabulary, an untied head. It is not on the disk."""
     theirs.model.layers[0].feed_forward.w1.weight.mul_(0.5)
     theirs.resize_token_embeddings(320)
     theirs.generation_config.max_new_tokens = 3
@@ -92,7 +92,7 @@ def test_memory_is_shared_but_for_fused_tensors(theirs) -> None:
 
 @torch.no_grad()
 def test_their_model_stays_what_it_is(theirs) -> None:
-    """It runs as before; edits in place show in both where tensors are shared; it may go."""
+    """Their model runs as before and may be deleted. Edits of shared tensors show in both."""
     before, state = theirs(IDS).logits, {k: v.clone() for k, v in theirs.state_dict().items()}
     ours = lfm2_fast.from_transformers(theirs)
     assert torch.equal(theirs(IDS).logits, before)
@@ -148,9 +148,9 @@ print(json.dumps([*numbers, ours.get_memory_footprint()]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("quantization", [pytest.param(None, marks=pytest.mark.nightly), "int8"])
 def test_the_peak_of_memory_is_their_model_and_the_copies(quantization: str | None) -> None:
-    """Of the process, beside theirs: what is copied, and less than 16 MB for all else.
+    """Beside their model, the peak grows by the copies and less than 16 MB.
 
-    Every tensor over 64 kB has memory of its own here, given back when the tensor goes.
+    Every tensor over 64 kB has its own memory here, which is freed with the tensor.
     """
     config = {
         "vocab_size": 16384,

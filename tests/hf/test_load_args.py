@@ -26,7 +26,7 @@ def test_what_is_so_anyway_is_taken_and_noted(tiny: Path, name: str, caplog) -> 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_change_a_result_is_refused_with_advice(name: str) -> None:
-    """Before anything is looked for: there is no such folder."""
+    """Before anything is looked for: this folder does not exist."""
     with pytest.raises(ValueError, match=f"{name}='something' is not supported.*: "):
         lfm2_fast.load("no/such", device="cpu", **{name: "something"})
 

@@ -52,7 +52,7 @@ def load_trials(tiny: Path, inner: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_load(tiny: Path, inner: Path) -> None:
-    """What the hub's arguments do is shown in tests/weights/test_hub.py, on a hub."""
+    """Tests of the hub's arguments are in tests/weights/test_hub.py, with a hub."""
     from transformers import Lfm2ForCausalLM
 
     def facts(kind: Any, given: dict[str, Any]) -> list[Any]:
@@ -150,7 +150,7 @@ def test_forward_of_packed_rows(models: tuple[Any, Any]) -> None:
 
 
 def test_forward_of_the_config(tiny: Path, pair: Callable) -> None:
-    """What the call does not say, the config does."""
+    """Arguments that the call does not set come from the config."""
     theirs, ours = (model.model for model in pair(tiny))
     for name, value in (("use_cache", False), ("output_hidden_states", True)):
         for model in (theirs, ours):

@@ -175,7 +175,7 @@ def test_each_that_is_the_same_has_a_trial() -> None:
 
 @pytest.mark.parametrize("name", SAME)
 def test_what_is_the_same(models, plain, tokenizer, name: str) -> None:
-    # Of rows that have stopped ours has zeros: these are told of the first token.
+    # Of rows that have stopped ours has zeros: these see the first token.
     count = 1 if name in ("output_scores", "output_logits", "output_hidden_states") else 4
     kwargs = {"inputs": IDS, "max_new_tokens": count, "do_sample": False, **SAME[name]}
     if kwargs.pop("ends", False):

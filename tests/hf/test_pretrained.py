@@ -65,7 +65,7 @@ def test_a_copy_answers_as_the_model(tiny, way, backend, kind, quantization) -> 
     assert all(map(torch.equal, answers(model), expected)), "the model changed with its copy"
 
 
-def test_a_copy_has_a_head_that_is_tied_anew(tiny) -> None:
+def test_a_copy_has_its_own_tied_head(tiny) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
     assert model.model is not None  # made once, and copied with the model
     made = copy.deepcopy(model)
@@ -84,7 +84,7 @@ def test_a_copy_takes_no_cache_that_waits(tiny) -> None:
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_copy_of_a_model_with_kernels(random_checkpoint, quick_interpreter) -> None:
-    """Its operations keep counters by the caches that they ran on, which no copy can have."""
+    """The operations keep counters by cache, which a copy cannot have."""
     if why_not("triton", torch.device("cpu"), torch.float32):
         pytest.skip("Triton's interpreter is off")
     kinds = ["conv", "full_attention"]

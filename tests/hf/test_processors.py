@@ -14,7 +14,7 @@ PROMPTS = ["The first argument", "Return a list of", "A", "If the optional param
 
 @pytest.fixture(scope="module")
 def plain(models, batch) -> list[list[int]]:
-    """What greedy decoding writes without any argument."""
+    """Return the text of greedy decoding without any argument."""
     made = models[0].generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=None)
     return made[:, batch["input_ids"].shape[1] :].tolist()
 

@@ -23,7 +23,7 @@ def model(tiny) -> lfm2_fast.Lfm2ForCausalLM:
 
 @pytest.fixture
 def made(monkeypatch) -> list[Speculation]:
-    """Each Speculation of the test; drafts are made whatever they cost, and lookups always."""
+    """Each Speculation of the test. Drafts are made at any cost, and lookups always."""
     found: list[Speculation] = []
     begin = Speculation.__init__
 

@@ -81,7 +81,7 @@ def test_wrong_embeddings_are_named(ours, batch) -> None:
     ],
 )
 def test_hidden_states_equal_hugging_faces(models, batch, ends, way: dict[str, Any]) -> None:
-    """Of every step and layer, where a row had a token; else zeros."""
+    """All steps and layers are compared. Rows without a token have zeros."""
     kwargs = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": ends, **way}
     kwargs |= {"return_dict_in_generate": True, "output_hidden_states": True}
     by_embeds, found = kwargs.pop("embeds", False), []

@@ -135,7 +135,7 @@ def test_what_is_new_in_transformers_would_be_noticed() -> None:
 def test_the_page_says_what_the_messages_say(
     title: str, accepted: dict[str, str], refused: dict[str, str]
 ) -> None:
-    """Of what is refused besides, the calls themselves take no such thing."""
+    """Other refused names are not arguments of the calls."""
     told = table(title)
     for name, why in accepted.items():
         assert told[name] == ("accepted", f"no effect here: {why}"), name

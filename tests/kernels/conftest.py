@@ -19,10 +19,10 @@ from tests.batches import batch_of
 def traced(kernel_device: torch.device) -> Callable[..., AbstractContextManager[None]]:
     """``with traced(reads, writes, exchanged)`` follows every access of the kernel launched inside.
 
-    It may load elements of any list and store those of the last two, nothing else; and what one
-    program stores no other may load or store, since programs run in any order. Only in
-    ``exchanged`` may they meet, where a program stores before its atomic and loads after it. Only
-    the interpreter shows this; on a GPU nothing is checked here.
+    The kernel may load elements of any list, and store only elements of the last two. If a program
+    stores an element, no other may load or store it, because programs run in any order. Only
+    ``exchanged`` is shared: a program stores before its atomic, and loads after it. This works in
+    the interpreter. On a GPU nothing is checked here.
     """
 
     @contextmanager

@@ -51,7 +51,7 @@ def test_a_spill_is_seen(compiled) -> None:
     assert "spill registers" in compiled["spilled"]
 
 
-def test_no_length_compiles_anew(compiled) -> None:
+def test_a_new_length_compiles_nothing(compiled) -> None:
     """A user waits for the compiler once, not again at every new number of tokens or pages."""
     launched, kernels = zip(*compiled["lengths"], strict=True)
     assert len(set(launched)) == 4 and len(set(kernels)) == 1, compiled["lengths"]
@@ -75,13 +75,13 @@ MEMORY_CYCLES = 1900
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.nightly)])
 def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What one process found that compiled for sm_90, since the compiler takes most of the time.
+    """Results of one process that compiled for sm_90. It is shared, as the compiler is slow.
 
-    The ``table`` of the smallest size, and why it was ``refused``, if so; why a kernel was that
-    ``spilled``; after launches of each of several ``lengths`` how many there were, and how many
-    kernels; and the ``chain``, every kernel of a captured step, of one size, two and int8. Each of
-    these is a ``name``, whether it is a ``dependent`` launch, what it was launched with, and
-    ``ptx`` and ``sass``, which is None where there is no disassembler.
+    It has the ``table`` of the smallest size; the reasons if it was ``refused``, or if a kernel
+    ``spilled``. ``lengths`` has the numbers of launches and kernels after several lengths.
+    ``chain`` has every kernel of a captured step, of one size, two and int8. Each one has a
+    ``name``, its arguments, ``ptx`` and ``sass``, and is marked if it is a ``dependent`` launch.
+    ``sass`` is None without a disassembler.
 
     ``few`` leaves out biases, choices of tokens that need fewer kernels, the larger vocabulary and
     the second size. Of kernels that load no weights early it disassembles nothing, and few are
@@ -169,7 +169,7 @@ def above_wait(ptx: str) -> list[str]:
 def loaded_from(instructions: list[str], parameters: list[str]) -> set[str]:
     """The pointers among a kernel's parameters that the addresses of loads are made of.
 
-    Of instructions that follow one another, without a branch.
+    Instructions in sequence, without a branch.
     """
     origins: dict[str, set[str]] = {}
     loaded: set[str] = set()
@@ -217,9 +217,9 @@ def test_links_of_a_captured_step_wait_before_they_touch_the_chain(compiled) -> 
 
 
 def test_weights_are_under_way_before_the_wait(compiled) -> None:
-    """As the assembler has left it: 16 bytes a thread, the whole first tile above the wait.
+    """In the machine code a load has 16 bytes a thread, and the first tile is above the wait.
 
-    The following tiles are as many loads again in the loop, and nothing was taken up from below.
+    The loop has as many loads for the next tiles, and the assembler moved none of them up.
     """
     if not compiled["disassembles"]:
         pytest.skip("the disassembler that triton brings is not there")
@@ -284,7 +284,7 @@ def issue_cycles(kernel: dict[str, Any], tokens: int) -> tuple[float, float]:
     """Cycles in which one of a processor's four schedulers issues what 32 kB of a weight need.
 
     And what a kernel of 32 kB a processor needs in all, once for its tokens included. Instructions
-    are counted, one a cycle, so it is the least time, whatever they wait for.
+    are counted, one a cycle, so it is a lower bound of the time.
     """
     lines, named = kernel["sass"].splitlines(), kernel["constants"]
     code = [bool(re.search(r"\t[@!A-Z]", line)) for line in lines]

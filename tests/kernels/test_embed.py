@@ -29,7 +29,7 @@ def test_rows_are_moved(
 def test_int8_rows_are_scaled(
     width, kernel_dtype, kernel_device, framed, intact, traced, same_bits
 ) -> None:
-    """To the bit: a product of two numbers in float32, rounded once."""
+    """Products are bit-identical: two numbers multiplied in float32, rounded once."""
     at = torch.tensor([36, 0, 5, 5, 17], device=kernel_device)
     weight, scale = INT8.quantize(torch.randn(37, width, device=kernel_device))
     out = framed(torch.full((5, width), float("nan"), dtype=kernel_dtype, device=kernel_device))

@@ -145,7 +145,7 @@ def test_a_row_does_not_depend_on_its_company(
 def test_the_projection_is_rounded_before_the_addition(
     kernel_device, kernel_dtype, same_bits
 ) -> None:
-    """On short numbers, whose sums are exact in any order, all bits are the reference's."""
+    """Sums of short numbers are exact in any order, so all bits are the reference's."""
     torch.manual_seed(0)
     case = Case("linear_add", 5, 40, 64, True, kernel_dtype, kernel_device)
     for value in case.reads():
@@ -210,7 +210,7 @@ def test_wrong_layouts_are_refused(word, kernel_device) -> None:
 def test_int8_against_the_widened_matrix(
     word, shape, kernel_device, kernel_dtype, framed, intact, traced, within_budget, same_bits
 ) -> None:
-    """And a row's bits are the same alone."""
+    """The bits of a row are the same alone."""
     torch.manual_seed(0)
     n, k, tiling = shape
     case = Case(word, 4, n, k, True, kernel_dtype, kernel_device, int8=True)
@@ -274,7 +274,7 @@ def test_head_argmax(shape, tokens, kernel_device, kernel_dtype, traced) -> None
 
 
 def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, traced) -> None:
-    """In a tile, in other tiles and in other programs; zeros of either sign are equal."""
+    """Equal logits are in one tile, in two tiles or two programs. Zeros of both signs are equal."""
     inf = float("inf")
     case = Case("norm_linear", 3, 23, 40, True, kernel_dtype, kernel_device)
     case.inputs["weight"].zero_()
@@ -300,7 +300,7 @@ def test_head_argmax_takes_the_first_of_equals(kernel_device, kernel_dtype, trac
 def test_head_argmax_has_no_token_where_the_best_is_not_finite(
     kernel_device, kernel_dtype, traced
 ) -> None:
-    """In whichever program it is, whatever the sign and the bits of a NaN; other rows stay."""
+    """The NaN is in any program, with any sign and bits. Other rows do not change."""
     inf, tiling = float("inf"), SHAPES[3][2]
     case = Case("norm_linear", 3, 23, 40, True, kernel_dtype, kernel_device)
     case.inputs["weight"].zero_()

@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 class Case:
-    """Random inputs for one more token in each of ``batch``'s slots, whatever it holds."""
+    """Random inputs for one more token in each of ``batch``'s slots, with any content."""
 
     def __init__(
         self, batch: Batch, slots: int, group: int, kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -60,7 +60,7 @@ class Case:
         return ref.attention_ref(q, k, v, whole_pages(k), batch), k[here], v[here]
 
     def arguments(self, pages: KVPages, place: Place, place_pages: Place) -> dict[str, Any]:
-        """What the launcher takes: outputs and buffers NaN, counters zero."""
+        """Arguments of the launcher: outputs and buffers NaN, counters zero."""
         (heads, kv_heads, head_dim), page_size = self.shape, pages.k.shape[2]
         sequences, device = self.qkv.shape[0], self.qkv.device
         splits = flash_decode.most_splits(pages.table.shape[1] * page_size)
@@ -147,7 +147,7 @@ def seed() -> None:
 
 
 def a_batch(starts: list[int], device: torch.device, spare: int = 2) -> Batch:
-    """One token after each of ``starts``, in slots of another order, ``spare`` slots besides."""
+    """One token after each of ``starts``, in slots of another order, with ``spare`` more slots."""
     slots = torch.randperm(len(starts) + spare).tolist()
     return Batch.prepare([1] * len(starts), starts, slots[: len(starts)], device)
 
@@ -221,7 +221,7 @@ def test_buffers_serve_again_as_a_launch_left_them(kernel_device, kernel_dtype, 
 
 @pytest.mark.parametrize("chosen", [0, 127, 128, 299, 300])
 def test_one_key_above_all(chosen, kernel_device, kernel_dtype, run, same_bits) -> None:
-    """Its value comes out to the bit, however far below zero the scores of the others lie."""
+    """The key's value is bit-identical, also if all other scores are far below zero."""
     batch = a_batch([300], kernel_device, spare=0)
     case = Case(batch, 1, 1, 1, 64, kernel_dtype)
     case.weights[1] = case.weights[0]
@@ -251,7 +251,7 @@ def test_pages_beyond_32_bits(slots, page_size, order, kernel_device, far_apart,
 
 
 def test_first_tokens_may_share_a_slot(kernel_device, kernel_dtype, run, same_bits) -> None:
-    """As rows that are done do, whose slot is nobody's."""
+    """Finished rows share a slot that no row owns."""
     positions = torch.zeros(3, dtype=torch.int64, device=kernel_device)
     batch = Batch(
         positions=positions,

@@ -44,7 +44,7 @@ class Case:
         return ref.attention_ref(*given, whole_pages(self.k), self.batch)
 
     def arguments(self, pages: KVPages, place: Callable[..., Any]) -> dict[str, Any]:
-        """What the launcher takes, with the result NaN."""
+        """Arguments of the launcher, with the result NaN."""
         tokens, heads, head_dim = self.q.shape
         return {
             "q": place(self.q.flatten(1)).unflatten(1, (heads, head_dim)),

@@ -151,7 +151,7 @@ def test_one_channel(step, kernel_device, kernel_dtype, run, same_bits, within_b
 
 @pytest.mark.parametrize("step", [False, True], ids=["many", "step"])
 def test_rounds_where_the_reference_does(step, kernel_device, kernel_dtype, run, same_bits) -> None:
-    """On short numbers, whose sums are exact in any order, all bits are the reference's."""
+    """Sums of short numbers are exact in any order, so all bits are the reference's."""
     torch.manual_seed(0)
     lengths = [7] * 6
     batch = batch_of(lengths, [1] * 3 if step else [40, 1, 3], [2, 0, 1], kernel_device)

@@ -1,5 +1,4 @@
-"""How many kernels a decode step launches, counted where they are launched, and which of them may
-begin before the one before them has ended."""
+"""Kernels of a decode step: their number, and those that may begin before the previous one ends."""
 
 from __future__ import annotations
 
@@ -76,7 +75,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def model(request, random_checkpoint, kernel_device):
-    """Of three layers, with what a test changes of their config."""
+    """Return a model of three layers, with a test's changes of its config."""
     layers = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
     folder = random_checkpoint(**layers, **getattr(request, "param", {}))
     return lfm2_fast.load(folder, device=kernel_device, backend="triton")
@@ -84,7 +83,7 @@ def model(request, random_checkpoint, kernel_device):
 
 @pytest.fixture
 def step(model, monkeypatch):
-    """Runs one token in each of so many slots, twice; gives the second's launches and answer."""
+    """Runs one token in each of some slots, twice; gives the second's launches and answer."""
 
     def step(rows: int, greedy: bool) -> tuple[list[str], torch.Tensor]:
         words, norm_linear = model.ops, model.ops.norm_linear
@@ -130,7 +129,7 @@ def test_more_rows_than_few(step) -> None:
 def waits(model, monkeypatch) -> Iterator[None]:
     """Follows, in the interpreter, what programs of dependent launches do before they wait.
 
-    Each waits once. Before, it stores nothing, and loads nothing but the model's weights and
+    Each waits once. Before the wait it stores nothing, and loads only the model's weights and
     frequencies: a step writes all else, or the host before it.
     """
     if model.device.type != "cpu":
@@ -206,7 +205,7 @@ SCALED = {
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("model", [SCALED], indirect=True, ids=["dynamic"])
 def test_so_is_a_step_that_makes_its_frequencies(model, monkeypatch) -> None:
-    """They are read after the wait: PyTorch's operations have made them in this step."""
+    """Frequencies are read after the wait, because PyTorch's operations make them in this step."""
     check_chain(model, "greedy", monkeypatch)
 
 

@@ -92,7 +92,7 @@ def run(framed, intact, traced):
 
 
 def compare(case: Case, run, same_bits, within_budget, sliced: bool) -> None:
-    """q and k within the budget, v to the bit, and NaN left wherever no token stands."""
+    """q and k within the budget, v to the bit, and NaN left where no token is."""
     exact_q, exact_k, _ = case.reference(torch.float64)
     plain_q, plain_k, plain_v = case.reference(case.qkv.dtype)
     q, k_pages, v_pages = run(case, sliced)
@@ -143,7 +143,7 @@ def test_across_page_ends(
 def test_tokens_after_the_last_sequence_touch_nothing(
     counts, kernel_device, kernel_dtype, run, same_bits
 ) -> None:
-    """A captured prompt is padded to a fixed size: whatever stands there, no page sees it."""
+    """A captured prompt is padded to a fixed size: no page gets its content."""
     torch.manual_seed(0)
     lengths = [15, 16, 14, 0, 63]
     batch = batch_of(lengths, counts, [4, 0, 1][: len(counts)], kernel_device)

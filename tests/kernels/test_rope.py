@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("grid_order")
 @pytest.mark.parametrize("half", [1, 12, 32])
 @pytest.mark.parametrize("positions", [[0], [1, 7, 100, 127_999], list(range(13))], ids=len)
 def test_rope(half, positions, kernel_device, framed, traced, within_budget) -> None:
-    """As exact as float32 angles allow, up to the longest context."""
+    """Results are as exact as float32 angles allow, up to the longest context."""
     at = torch.tensor(positions, device=kernel_device)
     inv_freq = 1e6 ** (-torch.arange(half, device=kernel_device) / half)
     out = torch.full((2, len(positions), half), float("nan"), device=kernel_device)

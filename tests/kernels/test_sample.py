@@ -63,7 +63,7 @@ def ops(request: pytest.FixtureRequest, kernel_device: torch.device) -> Ops:
 
 @pytest.fixture(scope="module")
 def agrees(ops: Ops, kernel_device: torch.device) -> Callable[..., None]:
-    """Whether tokens, marks and positions are the reference's, on a CPU and step by step."""
+    """Return a check that tokens, marks and positions are the reference's, step by step."""
 
     def check(steps: list[torch.Tensor], rows: list[SamplingParams] = ROWS, **kwargs) -> None:
         device = torch.device("cpu") if ops.name == "native" else kernel_device

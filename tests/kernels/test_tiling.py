@@ -1,4 +1,4 @@
-"""How the products of few tokens are shared out, on every GPU and in every published size."""
+"""Tilings of products of few tokens, on every GPU and in every published size."""
 
 from __future__ import annotations
 

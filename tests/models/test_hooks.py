@@ -123,7 +123,7 @@ def test_a_module_in_a_holders_place_is_refused_by_name(model, path: str) -> Non
 
 
 def test_a_hook_may_call_a_module_that_the_caller_added(model) -> None:
-    """What stands beside the parts of a layer is the caller's, its hooks and parts as well."""
+    """A module that a caller adds to a layer is the caller's, with its hooks and parts."""
     layer, seen = model.network.layers[3], []
     layer.probe = nn.Sequential(nn.Linear(192, 2))
     layer.probe[0].register_forward_hook(lambda mod, args, out: seen.append(out.shape))
@@ -158,7 +158,7 @@ def test_every_kind_of_module_is_refused(random_checkpoint) -> None:
 
 @pytest.mark.parametrize("ids", [IDS, LONG], ids=["few tokens", "many tokens"])
 def test_layers_give_their_hooks_the_stream(model, ids: torch.Tensor) -> None:
-    """What hooks see is what output_hidden_states gives, a tensor with nothing pending."""
+    """Hooks see the tensors of output_hidden_states, with nothing pending."""
     states = model(ids, output_hidden_states=True).hidden_states
     layers, seen, handles = model.network.layers, [], []
     for layer in layers:

@@ -99,7 +99,7 @@ def test_plain_rope_is_transformers_too() -> None:
 @pytest.mark.parametrize("kind", BY_LENGTH)
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
 def test_a_rows_frequencies_do_not_follow_from_its_company(kind: str, head_dim: int) -> None:
-    """To the bit, however many rows there are, and wherever a row stands among them."""
+    """Frequencies are bit-identical for any number of rows and any place of a row."""
     ours = frequencies(scaled(kind, head_dim // 2), head_dim)
     lengths = torch.randint(1, 400, (70,), generator=torch.Generator().manual_seed(0)).int()
     every = ours.of_lengths(lengths)
@@ -109,7 +109,7 @@ def test_a_rows_frequencies_do_not_follow_from_its_company(kind: str, head_dim: 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)
 def test_every_token_has_the_frequencies_of_its_rows_end(kind: str) -> None:
-    """Of rows of several tokens, of a prompt in chunks, of padding behind, and of nothing."""
+    """Cases are rows of several tokens, a prompt in chunks, padding, and no tokens."""
     ours = frequencies(scaled(kind))
     batch = Batch.prepare([3, 0, 1, 30], [0, 9, 40, 2], [2, 1, 0, 3], "cpu")
     rows = ours.of_lengths(torch.tensor([3, 41, 32]))

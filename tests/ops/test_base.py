@@ -1,4 +1,4 @@
-"""What every backend's operations have in common: the token of the best logit, or none."""
+"""Common behaviour of all backends: the token of the best logit, or none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ops(request: pytest.FixtureRequest, kernel_device: torch.device) -> Callable
 ROWS = {"number": 0.0, "masked": -1.0, "infinite": 1.0, "nan": math.nan}
 
 
-# Few rows, and so many that each backend takes its other body.
+# A few rows, and enough rows that each backend uses its other code.
 @pytest.mark.parametrize("count", [1, 3, 15, 37])
 @pytest.mark.parametrize("large", [range(11), range(0, 11, 2)], ids=["all", "some"])
 def test_head_argmax(ops: tuple[Ops, torch.device], count: int, large: range) -> None:

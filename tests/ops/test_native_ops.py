@@ -76,7 +76,7 @@ SERVING = ("attention_ref", "linear_ref")
 
 
 def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
-    """Of the reference, only the projections and the attention of many tokens still serve."""
+    """Only projections and attention of many tokens run in the reference."""
     model = lfm2_fast.load(random_checkpoint(), device="cpu")
     assert model.ops.name == "native"
     expected = logits_of(model, STEPS)

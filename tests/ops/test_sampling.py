@@ -156,7 +156,7 @@ def given_words(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def test_noise_is_exact_at_both_ends(given_words: list[list[int]]) -> None:
-    """What decides is the largest noise, of the least words; computed with fifty digits."""
+    """The largest noise, of the smallest words, decides. It is computed with fifty digits."""
     words = [0, 1, 2, 1000, 2**24, 2**31 - 1, 2**31, 2**32 - 1000, 2**32 - 2, 2**32 - 1]
     given_words.append(words)
     zero = torch.zeros(1, dtype=torch.int64)
@@ -168,7 +168,7 @@ def test_noise_is_exact_at_both_ends(given_words: list[list[int]]) -> None:
 
 
 def test_noise_is_a_function_of_row_position_and_token() -> None:
-    """Whatever the batch, also where rows leave; and no two places have the same."""
+    """Noise does not depend on the batch, also if rows leave. No two places have the same noise."""
     params = [SamplingParams(do_sample=True)] * 3
     rows, positions = torch.tensor([0, 1, 7]), torch.tensor([4, 900, 4])
     state = SamplingState(params, seed=[11, 11, 12], rows=rows, positions=positions)
@@ -187,7 +187,7 @@ def test_noise_is_a_function_of_row_position_and_token() -> None:
 
 
 def test_a_small_error_flips_few_draws() -> None:
-    """Of logits that are a little off, a draw by the inverse distribution function flips more."""
+    """With slightly wrong logits, the inverse distribution function changes more draws."""
     generator = torch.Generator().manual_seed(7)
     logits = 2 * torch.randn(4000, 300, generator=generator)
     near = logits + 0.01 * torch.randn(4000, 300, generator=generator)
@@ -245,7 +245,7 @@ def test_the_best_is_the_first_of_equals(dtype: torch.dtype) -> None:
 
 
 def test_every_row_has_its_own_parameters() -> None:
-    """Of greedy and of sampled rows, with every filter; and what was chosen is seen next."""
+    """Rows are greedy and sampled, with every filter. Chosen tokens are seen in the next step."""
     params = [SamplingParams(do_sample=True, **one) for one in FILTERS.values()]
     params += [SamplingParams(), SamplingParams(repetition_penalty=1.3)]
     count, generator = len(params), torch.Generator().manual_seed(5)

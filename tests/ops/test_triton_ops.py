@@ -54,7 +54,7 @@ STEPS = [{2: 35, 0: 1, 3: 5}, {3: 4, 2: 1, 1: 9, 0: 1}, {1: 1, 0: 1, 3: 1, 2: 1}
 @pytest.fixture(scope="module", autouse=True)
 def poisoned():
     """Outputs begin as NaN, so that an element which no kernel wrote shows."""
-    # torch lists once, for good, what ``with device`` changes: not what stands in here.
+    # torch lists only once what ``with device`` changes: not what stands in here.
     _device_constructors()
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -120,7 +120,7 @@ def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) 
 
 
 def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
-    """Of the reference, only projections still serve."""
+    """Only projections run in the reference."""
     model = load(random_checkpoint(**TWO_LAYERS), "triton", torch.float32)
 
     def refuse(*args: object) -> None:
@@ -185,7 +185,7 @@ def test_caches_have_counters_of_their_own(random_checkpoint, load) -> None:
     ("read", "written"), [(16, 6), pytest.param(40, 24, marks=pytest.mark.nightly)]
 )
 def test_the_same_greedy_tokens_as_eager(tiny, load, read: int, written: int) -> None:
-    """On trained weights, where a token follows from what was read."""
+    """Weights are trained, so a token depends on the text before it."""
     from transformers import AutoTokenizer
 
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")
@@ -208,8 +208,8 @@ def test_rows_are_picked_before_the_last_addition(random_checkpoint, load) -> No
 
 
 @pytest.mark.parametrize("tokens", [5, MOST_TOKENS + 1])
-def test_a_pending_addition_is_made_wherever_it_is_read(tokens, kernel_device) -> None:
-    """Also by few rows of many tokens."""
+def test_every_reader_of_a_pending_addition_makes_it(tokens, kernel_device) -> None:
+    """The reader may be a few rows of many tokens."""
     torch.manual_seed(0)
     x, y = torch.randn(2, tokens, 96, device=kernel_device)
     with torch.device(kernel_device), torch.no_grad():
@@ -248,7 +248,7 @@ def test_empty_rows(random_checkpoint, load) -> None:
     ],
 )
 def test_a_request_that_cannot_be_met_says_what_to_do(setting: str, message: str) -> None:
-    """And "auto" then takes another, without a word."""
+    """With "auto" another backend runs, without an error."""
     code = f"""
 import os, sys
 {setting}
@@ -283,7 +283,9 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch) -> None:
 
 
 def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> None:
-    """By operations of its own, which share the counters: a thread that captures disturbs none."""
+    """Captured work has its own operations, which share the counters. Other threads are not
+    affected.
+    """
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     for capability, early in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
@@ -320,7 +322,7 @@ def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
 def test_a_captured_prompt_is_padded_and_right(
     random_checkpoint, load, within_budget, length: int
 ) -> None:
-    """Over a prefix too, and as it is, captured and replayed; what padding makes reaches nobody."""
+    """Over a prefix too, and as it is, captured and replayed; results of padding are not used."""
     folder = random_checkpoint(**TWO_LAYERS)
     found = []
     for backend, dtype in (

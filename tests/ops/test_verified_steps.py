@@ -38,7 +38,7 @@ def flat(cache: Cache, counts: Mapping[int, int]) -> Batch:
 
 
 def prefilled(model: lfm2_fast.Lfm2ForCausalLM, prompts: Mapping[int, int] = PROMPTS) -> Cache:
-    """Return a cache whose slots hold prompts of so many tokens."""
+    """Return a cache with prompts of the given lengths in its slots."""
     cache = model.new_cache(4, spare=8)
     for slot, count in prompts.items():
         batch = cache.next_batch([count], [slot], "cpu")

@@ -29,7 +29,7 @@ print(lfm2_fast.__file__)
 
 
 def run(*command: str | Path, cwd: Path, **env: str | Path) -> str:
-    """What ``command`` prints. It must succeed."""
+    """Return the output of ``command``, which must succeed."""
     environment = {**os.environ, **{name: str(value) for name, value in env.items()}}
     done = subprocess.run(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE)
     assert done.returncode == 0

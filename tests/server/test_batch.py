@@ -1,4 +1,4 @@
-"""Batches: every request answered once, whatever happens in between."""
+"""Batches: every request is answered once, with any interruptions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_each_line_has_an_answer_or_an_error(service, requests: Path, tmp_path: 
 
 
 def test_a_crash_loses_and_repeats_nothing(service, requests: Path, tmp_path: Path) -> None:
-    """Wherever it comes: after any number of lines, and in the middle of one."""
+    """The crash comes after any number of lines, or in the middle of one."""
     whole = tmp_path / "whole.jsonl"
     answered(service, lines_of(requests), whole)
     lines = whole.read_bytes().splitlines(keepends=True)

@@ -76,7 +76,7 @@ def test_the_text_ends_at_the_end_token(client) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_stop_strings_end_a_text_wherever_tokens_end(client, keep: bool) -> None:
+def test_stop_strings_end_a_text_between_and_inside_tokens(client, keep: bool) -> None:
     """Both ways: the string begins and ends inside of tokens, and its text is never sent."""
     whole = client.chat(max_tokens=30).body["choices"][0]["message"]["content"]
     stop = whole[21:29]

@@ -127,7 +127,7 @@ def test_special_tokens_are_shown_where_that_is_asked_for(client) -> None:
 
 
 def test_characters_of_several_tokens_come_whole(client) -> None:
-    """What never becomes a character is no silence either."""
+    """Bytes that never become a character are shown too."""
     ids = client("/tokenize", {"prompt": "é", "add_special_tokens": False}).body["tokens"]
     assert len(ids) == 2
     for token, pieces in ((ids[0], ["\ufffd"] * 3), (ids[1], ["\ufffd"] * 3)):

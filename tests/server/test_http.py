@@ -198,8 +198,8 @@ def test_an_error_after_the_first_byte_is_an_event(client, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_client_that_does_not_read_holds_nobody_else(client) -> None:
-    """Its row ends all the same, and it gets all of its text in the end."""
+def test_a_client_that_does_not_read_delays_no_other_one(client) -> None:
+    """The client's row ends in time, and it gets all of its text at the end."""
     slow = client.send("/v1/completions", {**LONG, "stream": True, "logprobs": 20})
     wait_for(lambda: rows(client) == 1)
     assert client.complete().status == 200

@@ -42,13 +42,13 @@ def ignore(delta: Delta) -> None:
 
 
 def after(tokens: int) -> Callable[[], bool]:
-    """True from the so-manieth token on."""
+    """Return a function that is True from the call of that number on."""
     asked = iter(range(1, 1000))
     return lambda: next(asked) >= tokens
 
 
 def afresh(conversation: Conversation) -> str:
-    """What greedy decoding without a cache answers to the messages so far."""
+    """Return the greedy answer to the messages so far, without a cache."""
     ids = conversation._prompt()
     answer = stream_answer(
         conversation.model,
@@ -206,7 +206,7 @@ def test_a_template_that_opens_the_thinking(
         conversation.messages.append(message)
     assert {delta.kind for delta in shown} == {"reasoning"}
     answer = conversation.ask("Stopped while it thinks", ignore, after(3))
-    assert str(answer).endswith("; stopped; the message is taken back")
+    assert str(answer).endswith("; stopped; the message is removed")
     assert len(conversation.messages) == 2 * len(QUESTIONS)
 
 
@@ -248,7 +248,7 @@ def test_commands(conversation: Conversation, capsys: pytest.CaptureFixture[str]
         {"role": "user", "content": "/etc/passwd is?"},
     ]
     assert len(out.splitlines()) == 2
-    assert "/reset          start anew" in err
+    assert "/reset          start again" in err
     assert "a new conversation; system prompt: Be brief.\na new conversation\n" in err
     assert "there is no command /nope; /help lists them" in err
     assert err.count("first token after") == 2
@@ -257,7 +257,7 @@ def test_commands(conversation: Conversation, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("moment", ["answer", "prompt"])
-def test_interrupt_ends_a_conversation_that_nobody_types(
+def test_interrupt_ends_a_conversation_without_a_terminal(
     conversation: Conversation,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -296,10 +296,10 @@ def test_other_grammars_hold_too(
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda c: c.json_schema("{"), "the JSON schema is no JSON: "),
+        (lambda c: c.json_schema("{"), "the JSON schema is not JSON: "),
         (lambda c: c.json_schema([1]), "the JSON schema must be an object, got list"),
         (lambda c: c.json_schema({"type": "objct"}), "JSON schema cannot be used: .*objct"),
-        (lambda c: c.json_schema({"enum": {1, 2}}), "no JSON: .*set"),
+        (lambda c: c.json_schema({"enum": {1, 2}}), "not JSON: .*set"),
         (lambda c: c.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (lambda c: c.json_schema({"$ref": "#/$defs/a"}), "'/\\$defs/a' does not exist"),
         (lambda c: c.json_schema({"$ref": "http://x/y"}), "http://x/y"),
@@ -317,7 +317,7 @@ def test_other_grammars_hold_too(
         (lambda c: c.choice(["a", ""]), "a choice must be a list of texts that are not empty"),
         (lambda c: c.tools([]), "tools is empty"),
         (lambda c: c.tools([{"type": "function"}]), r"tools\[0\] must be a function with a name"),
-        (lambda c: c.tools([tool("f")], "g"), "names 'g', which is none of the tools: f"),
+        (lambda c: c.tools([tool("f")], "g"), "names 'g', which is not a tool here: f"),
         (
             lambda c: c.tools([tool("f", parameters=[1])]),
             "parameters of tool 'f' must be an object",
@@ -340,7 +340,7 @@ def test_depth_is_bounded(compiler: GrammarCompiler) -> None:
         schema = {"type": "array", "items": schema}
     with pytest.raises(ValueError, match="the JSON schema is more than 48 values deep"):
         compiler.json_schema(schema)
-    with pytest.raises(ValueError, match="the JSON schema is no JSON|values deep"):
+    with pytest.raises(ValueError, match="the JSON schema is not JSON|values deep"):
         compiler.json_schema('{"items":' * 100_000)
 
 
@@ -363,7 +363,7 @@ def test_a_vocabulary_may_be_larger_than_the_tokenizers(tokenizer: Any) -> None:
 
 def test_a_mask_says_where_its_grammar_gave_up(compiler: GrammarCompiler) -> None:
     mask = compiler.choice(["yes"])()
-    with pytest.raises(GrammarError, match="the grammar cannot go on: .*satisfy the grammar"):
+    with pytest.raises(GrammarError, match="the grammar cannot continue: .*satisfy the grammar"):
         allowed(mask, [100])
 
 

@@ -1,4 +1,4 @@
-"""Which sampling a checkpoint gets: by its name, by its own file, by options."""
+"""Sampling of a checkpoint: by its name, by its own file, by options."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_names(name: str, preset: str | None) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_arguments_of_generate_whatever_the_file_says(preset: str) -> None:
+def test_presets_override_the_files_arguments_of_generate(preset: str) -> None:
     file = {"do_sample": True, "temperature": 2.0, "top_k": 3, "top_p": 0.4, "min_p": 0.5}
     arguments, words = sampling("any", preset=preset, file=file)
     asked = resolve_args(arguments, None, file, vocab_size=10).sampling

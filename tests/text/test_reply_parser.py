@@ -58,7 +58,7 @@ def parsed(
     cuts: Sequence[int] | None = None,
     **more: Any,
 ) -> tuple[list[tuple[str, Any]], ReplyParser]:
-    """What a reply gives: kinds with texts joined, or calls with their arguments."""
+    """Return the parts of a reply: kinds with joined texts, or calls with their arguments."""
     ids = ids_of(tokenizer, reply) if isinstance(reply, str) else list(reply)
     numbers = itertools.count()
     parser = ReplyParser(
@@ -362,7 +362,7 @@ def test_no_arguments_are_an_empty_mapping(arguments: Any) -> None:
         ({"role": "user", "content": 3}, r"content must be a string or a list"),
         (
             {"role": "user", "content": [{"type": "image_url"}]},
-            r"content\[0\] is of type 'image_url', and this model reads text alone",
+            r"content\[0\] is of type 'image_url', and this model reads only text",
         ),
         ({"role": "user", "content": ["a"]}, r"content\[0\] is of type 'str'"),
         ({"role": "assistant", "tool_calls": "f"}, r"tool_calls must be a list, got str"),
@@ -377,7 +377,7 @@ def test_no_arguments_are_an_empty_mapping(arguments: Any) -> None:
         ),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{} x"}}]},
-            r"text stands behind the object at character 2",
+            r"text follows the object at character 2",
         ),
     ],
 )

@@ -57,7 +57,7 @@ def test_merged_as_peft_runs_it(
 
 
 def test_a_folder_that_is_an_adapter(tiny: Path, tmp_path: Path) -> None:
-    """Its base and its base's tokenizer are found, and quantization comes after merging."""
+    """The adapter's base and its tokenizer are found. Quantization comes after merging."""
     made = make_adapter(tiny, tmp_path, modules_to_save=["embedding_norm"])
     model = lfm2_fast.load(tmp_path, device="cpu", dtype="float32", quantization="int8")
     merged = lfm2_fast.load(tiny, device="cpu", dtype="float32", adapter=str(tmp_path))

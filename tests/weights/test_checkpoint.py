@@ -79,10 +79,10 @@ def test_a_stored_head_that_is_the_embedding_is_tied(random_checkpoint, broken: 
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_a_head_of_its_own_is_used_whatever_the_config_says(
+def test_a_separate_head_is_used_against_the_config(
     broken: Path, caplog, quantization: str | None
 ) -> None:
-    """As Hugging Face's class does; vLLM had left such a head out (vllm-project/vllm#51665)."""
+    """Hugging Face's class uses it too. vLLM had ignored it (vllm-project/vllm#51665)."""
     from transformers import AutoModelForCausalLM
 
     rewrite(broken, lambda t: t.update({"lm_head.weight": -t["model.embed_tokens.weight"]}))
@@ -330,7 +330,7 @@ def sharded_350m(true_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_loading_takes_little_more_memory_than_the_model(
     folder, quantization, most, left, request: pytest.FixtureRequest
 ) -> None:
-    """At the most and afterwards, against the file in bf16, with what is mapped of it counted."""
+    """Peak and final memory, compared with the file in bf16; mapped parts of it count."""
     program = (
         "import sys, json, torch, lfm2_fast; from lfm2_fast.cli.machine_load import memory\n"
         "before = memory()['resident']\n"

@@ -40,7 +40,9 @@ def test_numbers_are_the_nearest(dtype: torch.dtype) -> None:
 
 
 def test_small_numbers_keep_their_size() -> None:
-    """Those of which float32 has 1/127 as a normal number; smaller ones never overflow."""
+    """Numbers keep their size if their 127th part is normal in float32. Smaller ones never
+    overflow.
+    """
     weight = torch.tensor([1e-34, 2e-36, 2e-43, 1e-45])[:, None]
     numbers, scale = INT8.quantize(weight)
     assert numbers[:2].tolist() == [[127], [127]]
@@ -147,7 +149,7 @@ def test_a_gpu_gets_what_it_has_bodies_for(random_checkpoint, caplog) -> None:
     assert weights.keys() == narrow.keys()
     assert not caplog.text
     wide = widen_for(torch.device("meta"), config, weights)
-    assert "no bodies for int4 yet: 20 matrices are held in torch.float32" in caplog.text
+    assert "no code for int4 yet: 20 matrices are held in torch.float32" in caplog.text
     assert dict(wide.formats) == {HEAD: "int8", EMBEDDING: "int8"}
     other = lfm2_fast.Lfm2ForCausalLM(wide, weights, backend="eager")
     assert other.network.layers[0].conv.in_proj.format is DENSE
@@ -214,7 +216,7 @@ def test_weights_take_half_of_bfloat16(true_350m) -> None:
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_bodies_keep_close_to_the_widened_matrix(random_checkpoint, backend, quantization) -> None:
-    """Prefill and steps, whichever product serves them, against float64 of the same numbers."""
+    """Prefill and steps, with any product, against float64 of the same numbers."""
     folder = random_checkpoint(**(EVEN if quantization == "int4" else {}))
     exact = quantized(folder, dtype="float64", backend="eager", quantization=quantization)
     model = quantized(folder, dtype="float32", backend=backend, quantization=quantization)

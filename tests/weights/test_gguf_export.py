@@ -51,7 +51,7 @@ def test_bf16_comes_back_equal(tiny: Path, gguf_of: Make) -> None:
 
 
 def test_q4_0_is_int4(tiny: Path, q4_0: Path) -> None:
-    """But for the embedding, which is in groups there and in rows here."""
+    """All but the embedding are equal: it is in groups there and in rows here."""
     ours = matrices(lfm2_fast.load(q4_0, device="cpu"))
     theirs = matrices(lfm2_fast.load(tiny, device="cpu", quantization="int4"))
     assert ours.keys() == theirs.keys() and len(ours) == 4 * 4 + 2 * 4
@@ -120,7 +120,7 @@ def test_what_llama_cpp_does_not_run_is_refused(
 @pytest.mark.slow
 @pytest.mark.skipif(not llama_build.built(), reason="`make peers` has not built llama.cpp here")
 def test_llama_cpp_writes_the_same_tokens(tiny: Path, gguf_of: Make) -> None:
-    """As this package does in float32, from a text and from a conversation."""
+    """The tokens are those of this package in float32, from a text and from a conversation."""
     file = gguf_of("bf16")
     model = lfm2_fast.load(file, device="cpu", dtype="float32")
     tokenizer = load_tokenizer(str(file))

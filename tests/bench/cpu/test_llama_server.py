@@ -30,7 +30,7 @@ def lives(server: LlamaServer) -> bool:
 
 
 def test_requests_come_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A proxy that nobody serves: a request through it would fail.
+    # A proxy without a server: a request through it would fail.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     prompts = [[5, 6], [7], [8, 9, 10]]
     with start(fake_server(tmp_path)) as server:

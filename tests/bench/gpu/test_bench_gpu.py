@@ -1,4 +1,4 @@
-"""What is measured on a GPU runs: on a CPU with a small model, for there is no GPU to time here."""
+"""GPU benchmarks, run on a CPU with a small model: there is no GPU to time here."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_steps_are_those_of_generate(tiny: Path) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
     decoding = Decoding(model, 2, 20, steps.WARM + 6)
     decoding.run(3)
-    decoding.begin()  # anew, and the same again
+    decoding.begin()  # again, with the same result
     decoding.run(4)
     decoding.end()
     asked = {"max_new_tokens": steps.WARM + 5, "eos_token_id": []}

@@ -1,4 +1,4 @@
-"""What ``bench.gpu.decode`` tells of wrong tokens, and what it times and counts in which order."""
+"""Reports of wrong tokens by ``bench.gpu.decode``, and the order in which it times and counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lfm2_fast.ops.base import Ops
 
 def test_a_red_gate_tells_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
-        """What a GPU might do: its replays differ, and it cannot draw."""
+        """Model with a GPU's possible faults: its replays differ, and it cannot draw."""
 
         def __init__(self, backend: str) -> None:
             self.runs, self.ops, self.sound = 0, Ops(), backend == "eager"

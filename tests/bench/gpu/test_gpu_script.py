@@ -1,4 +1,4 @@
-"""``bench/gpu/test_gpu.sh`` tells what failed, whatever else happens: on a CPU, with stand-ins."""
+"""``bench/gpu/test_gpu.sh`` reports failures in every case: on a CPU, with stand-ins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_hangs():
 
 
 def test_a_part_at_its_limit_tells_its_failures(tmp_path: Path) -> None:
-    """And the parts after it run, with CUDA's tools from where they lie."""
+    """The later parts run too, and find CUDA's tools."""
     script = tmp_path / "bench" / "gpu" / "test_gpu.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)

@@ -1,4 +1,4 @@
-"""What fails on a GPU costs its own case; here processes end as those of a faulty kernel do."""
+"""Failures on a GPU affect only their own case. Processes end here as with a faulty kernel."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_a_dry_run_writes_both_files(
 ) -> None:
     monkeypatch.setattr(tune, "TURNS", 1)
     monkeypatch.setattr(tune, "CONFIRMED", 1)
-    monkeypatch.setattr(tune, "MARGIN", -9.0)  # whatever is fastest
+    monkeypatch.setattr(tune, "MARGIN", -9.0)  # the fastest one wins
     out = tmp_path / "tune.json"
     monkeypatch.setattr(
         Key, "candidates", lambda key, *given: [key.default(*given), Tiling(8, 256, 4, 1)]
@@ -161,7 +161,7 @@ def test_the_table_is_a_file_in_ruffs_form(table: Path) -> None:
     made: tune.Table = {"B": {}, "A GPU": {}}
     tune.keep(made, "A GPU", row("norm_linear", 4, 2, [1, 4, 2]))
     tune.keep(made, "A GPU", row("linear_add", 4, 2, [2, 4, 2]))
-    tune.keep(made, "A GPU", row("linear_add", 4, 2, None))  # measured anew, and no longer better
+    tune.keep(made, "A GPU", row("linear_add", 4, 2, None))  # measured again, and no longer better
     tune.keep(made, "C", row("linear_add", 3, 2, [8, 8, 132]))
     new = tune.table_text(old, made)
     assert new.startswith(old.partition("TUNED")[0])

@@ -1,4 +1,4 @@
-"""Result files say which commit they are of, or that nobody knows."""
+"""Result files name their commit, or "unknown"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.report import gpu_tables, results, tables
 
 
 def said() -> list[str]:
-    """What each report says of a run from here, up to its versions."""
+    """Return the text of each report about this run, up to its versions."""
     found: dict[str, Any] = results.header("", {"threads": 1, "rounds": 1, "order": "in turns"})
     found = json.loads(json.dumps(found))
     found["gpu"] = found["machine"]["name"]
