@@ -17,7 +17,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     kernels = sys.modules[_spec.name] = module_from_spec(_spec)
     del _spec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AsyncEngine",
     "BackendError",
