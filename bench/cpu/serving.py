@@ -55,6 +55,7 @@ print(json.dumps(time.perf_counter() - begin))
 ROWS = 16
 # The engine's int8 over the server's Q8_0, in output tokens a second.
 Q8_0, MUST, AIM = "llama-server Q8_0", 2.4, 3.0
+FIGURES = ("own", "first", "rates", "waits")
 
 
 def drain(engine: lfm2_fast.Engine) -> list[float]:
@@ -141,7 +142,7 @@ def first_token(model: Any, length: int, cached: int, rounds: int) -> dict[str, 
     return found
 
 
-def waits(model: Any, rows: int, length: int) -> dict[str, float]:
+def waits(model: Any, rows: int, length: int) -> dict[str, Any]:
     """Return the seconds that rows wait for a token while a prompt of ``length`` runs."""
     engine = lfm2_fast.Engine(model, max_rows=rows + 1)
     for row in range(rows):
@@ -157,6 +158,7 @@ def waits(model: Any, rows: int, length: int) -> dict[str, float]:
     engine.reset()
     return {
         "steps": len(times),
+        "seconds": [round(each, 4) for each in times],
         "median": median(times),
         "p99": quantile(times, 0.99),
         "longest": max(times),
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="new tokens of each request")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--long", type=int, default=16_000, help="tokens of the long prompt")
+    parser.add_argument("--figures", nargs="+", default=FIGURES, choices=FIGURES)
     parser.add_argument("--out", type=Path, help="default: bench/results/serving-SIZE.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -224,9 +227,10 @@ def main() -> None:
     path = given.llama_server or program("llama-server")
     with ExitStack() as stack:
         own = []
-        if given.llama_server is None and not path.is_file():
+        beside = "rates" in given.figures
+        if beside and given.llama_server is None and not path.is_file():
             print("llama-server is left out: `make peers` builds it", flush=True)
-        else:
+        elif beside:
             kind, length = "Q8_0" if given.quantization else "BF16", given.prompt + new
             server = stack.enter_context(llama_server(path, folder, given.threads, length, kind))
             sides[server.name] = lambda: server.together(prompts, new)
@@ -241,15 +245,19 @@ def main() -> None:
             out = given.out or results.RESULTS / f"serving-{given.size}{suffix}.json"
             results.write(out, found)
 
-        tell("own time, 64 rows", own_time(model, 64, 40))
-        times = first_token(model, 1088, 1024, given.rounds + 3)
-        hit, miss = median(times["hit"]), median(times["miss"])
-        tell("first token", {**times, "hit over miss": hit / miss})
-        rates = interleave(sides, given.requests * new, given.rounds, tell)
-        for name in rates:
-            if name.startswith("llama-server"):
-                tell(f"engine over {name}", verdict(rates["engine"], rates[name], name))
-        tell("waits", waits(model, 8, given.long))
+        if "own" in given.figures:
+            tell("own time, 64 rows", own_time(model, 64, 40))
+        if "first" in given.figures:
+            times = first_token(model, 1088, 1024, given.rounds + 3)
+            hit, miss = median(times["hit"]), median(times["miss"])
+            tell("first token", {**times, "hit over miss": hit / miss})
+        if "rates" in given.figures:
+            rates = interleave(sides, given.requests * new, given.rounds, tell)
+            for name in rates:
+                if name.startswith("llama-server"):
+                    tell(f"engine over {name}", verdict(rates["engine"], rates[name], name))
+        if "waits" in given.figures:
+            tell("waits", waits(model, 8, given.long))
 
 
 if __name__ == "__main__":

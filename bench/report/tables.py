@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 from bench.report import gpu_tables, http_table
@@ -173,6 +174,29 @@ def gguf_loss_table(found: dict[str, Any]) -> str:
     return markdown(["", "loss", "its reference's", "KL"], rows)
 
 
+def speculation_table(found: dict[str, Any]) -> str:
+    """Tokens a second with drafts and without, for each kind of text, then the cost of a step."""
+    rows = []
+    for name, case in found.items():
+        if not isinstance(case, dict) or "verdict" not in case:
+            continue
+        own, rates, share = case["verdict"], case.get("tokens/s"), case.get("accepted")
+        sides = ["", ""] if rates is None else [f"{median(r):.1f}" for r in rates.values()]
+        rows.append(
+            [
+                name if rates else own["what"],
+                *sides,
+                "" if share is None else f"{100 * share:.0f} %",
+                f"{own['value']:.2f} [{own['low']:.2f}, {own['high']:.2f}]",
+                f"{own['must']:g}",
+                f"{own['aim']:g}",
+                own["reached"],
+            ]
+        )
+    heads = ["", "plain tokens/s", "with drafts", "accepted", "ratio", "must", "aim", "reached"]
+    return markdown(heads, rows)
+
+
 def conditions(found: dict[str, Any]) -> str:
     """Origin of a result file, as a sentence."""
     machine, versions, protocol = found["machine"], found["versions"], found["protocol"]
@@ -209,6 +233,10 @@ def tables() -> dict[str, Callable[[], str]]:
     for path in sorted(RESULTS.glob("profile-*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         made[path.stem] = lambda w=whole: profile_table(w)
+    for path in sorted(RESULTS.glob("speculation-*.json")):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        made[path.stem] = lambda w=whole: speculation_table(w)
+        made[f"conditions-{path.stem}"] = lambda w=whole: conditions(w)
     others = {
         "quality": ("quality", quality_table),
         "draws": ("draws", draws_table),
