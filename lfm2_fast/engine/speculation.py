@@ -103,8 +103,8 @@ class Speculation:
         """
         found = [each for each in map(self._find, range(len(going)), going) if each is not None]
         counts, room = [0] * len(found), self._size - len(going)
-        if any(row.request.adapter is not None for row, _ in going):
-            # The rows of a verified step have the model's own adapter, if any.
+        if self._ahead and any(row.adapter is not None for row, _ in going):
+            # On a GPU what adapters add may differ in its last bit with the number of tokens.
             room = 0
         if found and room > 0:
             chances = [each.drafting.acceptance.chance(each.kind) for each in found]

@@ -323,13 +323,20 @@ class Lfm2PreTrainedModel(AdapterMethods):
 
         Shards are at most ``max_shard_size`` bytes ("2GB"). ``state_dict`` replaces the weights, by
         Hugging Face's names. ``variant`` is a word in the names of the weights' files. Raises
-        ValueError for what is not supported, naming it.
+        ValueError for what is not supported, naming it, and while an adapter is active.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not supported: safetensors are written")
         if push_to_hub:
             raise ValueError("push_to_hub=True is not supported: upload the folder yourself")
         check_save_args(others)
+        active = self.network.adapters.active
+        if active is not None and state_dict is None:
+            raise ValueError(
+                f"save_pretrained() would write the weights without the active adapter "
+                f"{active.name!r}: load the model with adapter= to save it merged, or call "
+                "set_adapter(None) to save the base"
+            )
         if not is_main_process:
             return
         names = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")

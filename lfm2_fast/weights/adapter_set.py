@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
 from collections.abc import Mapping
@@ -51,7 +50,8 @@ class AdapterSet:
         self.active: LoadedAdapter | None = None
         self.version = 0
         self._loaded: dict[str, LoadedAdapter] = {}
-        self._numbers = itertools.count(1)
+        # Number of the last adapter; itertools.count cannot be copied from Python 3.14 on.
+        self._number = 0
         # Entries and rank of every stack; the first entry is zeros.
         self._entries, self._rank = 1, 0
         self._owners: list[weakref.ref[LoadedAdapter] | None] = [None]
@@ -123,7 +123,8 @@ class AdapterSet:
             self._write(entry, module, change, like)
         for tensor, bias in adapter.replaced.items():
             self._write_bias(entry, tensor.removesuffix(".bias"), bias, like)
-        made = LoadedAdapter(name, folder, entry, next(self._numbers))
+        self._number += 1
+        made = LoadedAdapter(name, folder, entry, self._number)
         self._loaded[name], self._owners[entry] = made, weakref.ref(made)
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import lfm2_fast
 from bench.cpu.adapters import write_adapter
+from lfm2_fast.engine.draft_length import StepCosts
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Request
 from lfm2_fast.ops.native_library import why_not
@@ -114,6 +116,43 @@ def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, A
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drafts_beside_adapters(
+    backend: str, several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several adapters write the same with drafts, the active one changed meanwhile."""
+    if backend == "native" and why_not(torch.device("cpu")):
+        pytest.skip("the extension is not built")
+    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
+    for name in "ab":
+        model.load_adapter(several[name], name)
+    prompt = IDS[0].tolist() * 3
+    requests = [Request(prompt, max_tokens=12, adapter=name) for name in ("a", None, "b")]
+    alone = [run(model, [request])[0] for request in requests]
+    monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0)
+    engine, written = Engine(model, prompt_lookup=4), {}
+    ids = [engine.add(request) for request in requests]
+    while engine.busy:
+        for event in engine.step():
+            written.setdefault(event.id, []).append(event.token)
+        # The request that names none began with the active one, which was "b".
+        model.set_adapter(None)
+    assert [written[each] for each in ids] == alone
+    assert engine.statistics.drafted > 0
+
+
+def test_weights_are_not_saved_without_the_active_adapter(
+    several: dict[str, Any], tmp_path: Path
+) -> None:
+    model = lfm2_fast.load(several["base"], device="cpu")
+    model.load_adapter(several["a"], "a")
+    with pytest.raises(ValueError, match=r"active adapter 'a'.*set_adapter\(None\)"):
+        model.save_pretrained(tmp_path)
+    model.set_adapter(None)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_triton_gives_what_eager_gives(tmp_path: Path, quick_interpreter: None) -> None:
@@ -173,6 +212,8 @@ def test_adapters_come_and_go_while_requests_run(several: dict[str, Any]) -> Non
     assert model.network.adapters.find("a").entry not in entries
     assert model.network.adapters.version == version and model.active_adapter == "a"
     assert run(model, [Request(first.prompt, max_tokens=12)])[0] == alone[0]
+    # Its iterators cannot be copied from Python 3.14 on.
+    assert b"itertools" not in pickle.dumps(model.network.adapters)
     copied = copy.deepcopy(model)
     copied.set_adapter("b")
     assert copied(IDS).logits.sub(model(IDS).logits).abs().max() > 0.01
