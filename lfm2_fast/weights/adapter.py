@@ -140,23 +140,24 @@ class _Reader:
             # A vocabulary that was resized, and what stands below a change, is saved with it.
             is_base = not (whole.endswith(".bias") or self.fields.is_saved_whole(plain))
             (bases if is_base else replaced)[whole] = tensor
-        low_rank = {module: self.low_rank(module, parts) for module, parts in found.items()}
-        for module in self.modules:
-            theirs = module if not self.is_headless(tensors) else module.removeprefix(BASE)
-            if module not in low_rank and self.fields.is_target(theirs):
-                raise self.error(f"lacks the tensors of {theirs}, which is a target of its config")
+        headless = self.is_headless(tensors)
+        theirs = {each: each.removeprefix(BASE) if headless else each for each in self.modules}
+        low_rank = {each: self.low_rank(each, theirs[each], found[each]) for each in found}
+        for module, name in theirs.items():
+            if module not in low_rank and self.fields.is_target(name):
+                raise self.error(f"lacks the tensors of {name}, which is a target of its config")
         if not low_rank and not replaced:
             raise self.error("has no tensors")
         return Adapter(self.path.parent, self.fields, low_rank, replaced, bases)
 
     def is_headless(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Return True if the names are those of a base without a head."""
-        return any(key.startswith(f"{PREFIX}layers.") for key in tensors)
+        return any(key.removeprefix(PREFIX).startswith("layers.") for key in tensors)
 
-    def low_rank(self, module: str, parts: dict[str, torch.Tensor]) -> LowRank:
-        """Return the change of a module, made of its tensors."""
+    def low_rank(self, module: str, theirs: str, parts: dict[str, torch.Tensor]) -> LowRank:
+        """Return the change of a module, made of its tensors; its config calls it ``theirs``."""
         fields, part = self.fields, self.modules[module]
-        wanted = self.shapes(module, part)
+        wanted = self.shapes(part, self.fields.rank(theirs))
         for kind in wanted.keys() | parts.keys():
             if kind not in parts:
                 raise self.error(f"lacks the {kind} tensor of {module}")
@@ -166,14 +167,14 @@ class _Reader:
         return LowRank(
             parts["down"],
             parts["up"],
-            fields.scale(module),
+            fields.scale(theirs),
             parts.get("bias"),
             parts.get("magnitude"),
         )
 
-    def shapes(self, module: str, part: Part) -> dict[str, tuple[int, ...]]:
+    def shapes(self, part: Part, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor that a module must have."""
-        (rows, columns), rank = part.shape, self.fields.rank(module)
+        rows, columns = part.shape
         if part.name == BASE + EMBEDDING:
             # Its products run over the tokens, so PEFT's names are the other way around.
             rows, columns = columns, rows

@@ -32,10 +32,14 @@ def find_adapter(
     with suppress(RuntimeError):  # "~" of an unknown user
         folder = folder.expanduser()
     text = os.fspath(name)
-    if not folder.is_dir() and text.count("/") == 1 and not text.startswith(("/", ".", "~")):
+    try:
+        is_folder, is_there = folder.is_dir(), (folder / adapter_config.FILE).is_file()
+    except OSError as error:  # a name that is too long, or a folder of somebody else
+        raise CheckpointError(f"{text[:200]} cannot be read: {error.strerror}") from error
+    if not is_folder and text.count("/") == 1 and not text.startswith(("/", ".", "~")):
         options = revision, cache_dir, token, local_files_only, force_download
         return fetch_adapter(Repository(text, *options), weights=True)
-    if not (folder / adapter_config.FILE).is_file():
+    if not is_there:
         raise CheckpointError(
             f"{folder} has no {adapter_config.FILE}; give the folder that PEFT saved an adapter "
             "in, or a hub id"

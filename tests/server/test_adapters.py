@@ -37,5 +37,8 @@ def test_adapters_are_models_by_name(
     lost = {"lora_name": "third", "lora_path": str(tmp_path)}
     message = served.refused(served("/v1/load_lora_adapter", lost), "lora_path", "invalid_value")
     assert "adapter_config.json" in message
+    lost["lora_path"] = "a" * 300
+    message = served.refused(served("/v1/load_lora_adapter", lost), "lora_path", "invalid_value")
+    assert "cannot be read" in message
     # Without the option no client loads anything.
     client.refused(client("/v1/load_lora_adapter", asked), None, "unsupported_endpoint", 404)

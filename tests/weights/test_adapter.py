@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lfm2_fast
+from bench.cpu.adapters import write_adapter
 from lfm2_fast.text.tokenizer import load_tokenizer
+from lfm2_fast.weights.adapter import PREFIX, read_adapter
 from tests.adapters import ALL, IDS, make_adapter
 
 UNTIED, TABLES = {"tie_word_embeddings": False}, ["embed_tokens", "lm_head"]
@@ -137,6 +139,24 @@ def test_nothing_is_passed_over(tiny: Path, tmp_path: Path, monkeypatch: Any) ->
         spoil(folder)
         with pytest.raises(lfm2_fast.CheckpointError, match=message):
             lfm2_fast.load(tiny, device="cpu", adapter=folder)
+
+
+def test_names_of_a_base_without_a_head(tiny: Path, tmp_path: Path) -> None:
+    """Patterns are those of the names that the adapter's base had, with PEFT's prefix or none."""
+    config = lfm2_fast.Config.from_file(tiny / "config.json")
+    folder = write_adapter(tmp_path / "adapter", config, 4, 0)
+    change_config(folder, alpha_pattern={r"^layers\.0\..*": 12}, lora_alpha=4)
+    for prefix in (PREFIX, ""):
+
+        def rename(tensors: dict[str, torch.Tensor], prefix: str = prefix) -> None:
+            for key in list(tensors):
+                tensors[prefix + key.removeprefix(PREFIX).removeprefix("model.")] = tensors.pop(key)
+
+        change_tensors(folder, rename)
+        found = read_adapter(folder, config).low_rank
+        scales = {module: change.scale for module, change in found.items()}
+        assert scales == {m: 3.0 if m.startswith("model.layers.0.") else 1.0 for m in scales}
+        assert len(set(scales.values())) == 2
 
 
 def test_no_merging_where_there_is_no_place_for_it(tiny: Path, tmp_path: Path) -> None:
