@@ -63,6 +63,12 @@ def serve(
     load_adapters: Annotated[
         bool, typer.Option("--load-adapters", help="Let clients load adapters from any path.")
     ] = False,
+    max_adapters: Annotated[
+        int | None, typer.Option(min=1, help="Adapters that may be loaded; their room is reserved.")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank that an adapter may have.")
+    ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
     context_shift: Annotated[bool, typer.Option("--context-shift", hidden=True)] = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", hidden=True)] = False,
@@ -85,7 +91,11 @@ def serve(
     template = None if chat_template is None else opt.read_text(chat_template)
     loading = opt.loading_options(context)
     check_options(**loading)
-    adapters = dict(_named(each) for each in adapter or ())
+    adapters: dict[str, str] = {}
+    for name, path in map(_named, adapter or ()):
+        if name in adapters:
+            raise ValueError(f"--adapter {name}= is given twice; give each adapter its own name")
+        adapters[name] = path
     terminal = Terminal()
     # A port in use is an error before the weights are loaded.
     bound = bound_socket(host, port)
@@ -109,6 +119,8 @@ def serve(
             prompt_lookup=prompt_lookup,
             adapters=adapters,
             load_adapters=load_adapters,
+            max_adapters=max_adapters,
+            max_lora_rank=max_lora_rank,
         )
         service = app.state.service
         terminal.note(f"sampling: {service.defaults.words}")

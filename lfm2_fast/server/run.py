@@ -59,6 +59,8 @@ def create_app(
     prompt_lookup: int = 0,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     load_adapters: bool = False,
+    max_adapters: int | None = None,
+    max_lora_rank: int | None = None,
     **loading: Any,
 ) -> FastAPI:
     """Return the service of a model as an application, to run alone or inside another one.
@@ -74,7 +76,9 @@ def create_app(
     the engine's.
 
     ``adapters`` are LoRA adapters by the name that clients ask for as ``model``: folders or hub
-    ids. With ``load_adapters`` clients may load others from any path, and unload them.
+    ids. With ``load_adapters`` clients may load others from any path, and unload them. Room for
+    ``max_adapters`` of at most ``max_lora_rank`` is reserved, and more are refused; None is no
+    limit.
 
     The application's ``state.service`` has a ``close``, which a server calls at its end; an
     application that this one is mounted in must call it. Raises ImportError without the extra
@@ -104,6 +108,8 @@ def create_app(
         memory = CPU_MEMORY if model.device.type == "cpu" else GPU_MEMORY
     config = model.network.config
     defaults = Defaults.of(name, model.generation_defaults(), config.vocab_size, preset)
+    # A revision is the base's.
+    hub = {**hub_options(loading), "revision": None}
     names = _several(served_model_name) or (_served_name(name),)
     options = Options(
         names,
@@ -113,12 +119,15 @@ def create_app(
         origins=tuple(cors_origins),
         page=page,
         loads_adapters=load_adapters,
+        hub=hub,
     )
     network = model.network
+    if (max_adapters, max_lora_rank) != (None, None):
+        network.adapters.limit(max_adapters, max_lora_rank)
     for each, path in (adapters or {}).items():
         if each in names:
             raise ValueError(f"adapter {each!r} has the model's own name; give it another")
-        folder = find_adapter(path, **hub_options(loading))
+        folder = find_adapter(path, **hub)
         network.adapters.load(folder, each, network.embedding_norm.weight)
     engine = Engine(
         model,

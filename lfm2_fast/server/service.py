@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from lfm2_fast.engine.async_engine import AsyncEngine
@@ -58,7 +58,7 @@ class Options:
     request, ``max_body`` its bytes. If there are ``api_keys``, requests without one are refused.
     ``origins`` are the origins of web pages that may call. ``page`` is True to show the page for
     conversations. With ``loads_adapters`` clients may load adapters from any path or hub id, and
-    unload them.
+    unload them; ``hub`` are then the options of ``find_adapter``.
     """
 
     names: tuple[str, ...]
@@ -68,6 +68,7 @@ class Options:
     origins: tuple[str, ...] = ()
     page: bool = True
     loads_adapters: bool = False
+    hub: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Service:
@@ -139,7 +140,7 @@ class Service:
             )
         like = self.engine.engine.model.embedding_norm.weight
         try:
-            folder = await asyncio.to_thread(find_adapter, path)
+            folder = await asyncio.to_thread(find_adapter, path, **self.options.hub)
             await self.ask(lambda engine: engine.model.adapters.load(folder, name, like))
         except ValueError as error:
             raise of_value_error(error, "lora_path") from None

@@ -55,6 +55,10 @@ class AdapterSet:
         # Entries and rank of every stack; the first entry is zeros.
         self._entries, self._rank = 1, 0
         self._owners: list[weakref.ref[LoadedAdapter] | None] = [None]
+        # Room that was asked for stays when no adapter is left.
+        self._is_reserved = False
+        self.max_adapters: int | None = None
+        self.max_rank: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_owners"}
@@ -83,8 +87,25 @@ class AdapterSet:
     def reserve(self, adapters: int, rank: int) -> None:
         """Have room for ``adapters`` of at most ``rank`` each, in the stacks that there are.
 
-        A module that no adapter had so far gets its stack when one has.
+        A module that no adapter had so far gets its stack when one has. The room stays when no
+        adapter is left.
         """
+        self._is_reserved = True
+        self._grow(adapters, rank)
+
+    def limit(self, adapters: int | None = None, rank: int | None = None) -> None:
+        """Reserve room for ``adapters`` of at most ``rank``, and refuse to load what exceeds it.
+
+        None is no limit. Raises ValueError for one below 1.
+        """
+        for name, value in (("max_adapters", adapters), ("max_lora_rank", rank)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1; leave it out for no limit")
+        self.max_adapters, self.max_rank = adapters, rank
+        if adapters is not None or rank is not None:
+            self.reserve(adapters or 0, rank or 0)
+
+    def _grow(self, adapters: int, rank: int) -> None:
         entries, rank = adapters + 1, math.ceil(rank / RANK_STEP) * RANK_STEP
         if entries <= self._entries and rank <= self._rank:
             return
@@ -108,14 +129,24 @@ class AdapterSet:
         """
         if name in self._loaded:
             raise ValueError(f"adapter {name!r} is loaded already: unload_adapter() it first")
+        if self.max_adapters is not None and len(self) >= self.max_adapters:
+            raise ValueError(
+                f"adapter {name!r} has no room: max_adapters={self.max_adapters} are loaded; "
+                "unload one of them first"
+            )
         adapter = read_adapter(folder, self.config)
         self._check_whole_tensors(adapter)
         entry = self._free_entry()
         most = max((len(change.down) for change in adapter.low_rank.values()), default=0)
+        if self.max_rank is not None and most > self.max_rank:
+            raise CheckpointError(
+                f"{folder} has rank {most}, and max_lora_rank={self.max_rank} here: raise that "
+                "limit, or leave it out"
+            )
         adapters = self._entries - 1
         if entry > adapters:
             adapters = max(FIRST_ADAPTERS, 2 * adapters)
-        self.reserve(adapters, most)
+        self._grow(adapters, most)
         for projection in self.projections.values():
             if projection.adapters is not None:
                 projection.adapters.clear(entry)
@@ -131,11 +162,19 @@ class AdapterSet:
     def unload(self, name: str) -> None:
         """Forget an adapter. Its entry serves another one when no request runs with it any more.
 
+        The memory is freed with the last one, if no room was reserved and no request runs with one.
         Raises ValueError for a name that is not loaded.
         """
         if self.active is self.find(name):
             self.active = None
         del self._loaded[name]
+        in_use = self._loaded or any(owner and owner() for owner in self._owners)
+        if not in_use and not self._is_reserved:
+            # The entries stay as they are counted: steps on a caller's cache may name them.
+            for projection in self.projections.values():
+                projection.adapters = None
+            self._rank = 0
+            self.version += 1
 
     def _free_entry(self) -> int:
         """Return the first entry that nothing holds, or the one after the last."""

@@ -153,6 +153,31 @@ def test_weights_are_not_saved_without_the_active_adapter(
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_memory_is_freed_with_the_last_adapter(several: dict[str, Any]) -> None:
+    """Room that was reserved stays. What runs with an adapter that was unloaded keeps it."""
+    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32")
+    adapters = model.network.adapters
+
+    def held() -> int:
+        stacks = [each.adapters for each in adapters.projections.values()]
+        return sum(stack.nbytes for stack in stacks if stack is not None)
+
+    model.load_adapter(several["a"], "a")
+    logits, loaded = model(IDS).logits, held()
+    running = adapters.find("a")
+    model.unload_adapter("a")
+    assert held() == loaded
+    del running
+    model.load_adapter(several["b"], "b")
+    model.unload_adapter("b")
+    assert held() == 0
+    model.load_adapter(several["a"], "a")
+    assert torch.equal(model(IDS).logits, logits)
+    adapters.reserve(2, 3)
+    model.unload_adapter("a")
+    assert held() == loaded
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_triton_gives_what_eager_gives(tmp_path: Path, quick_interpreter: None) -> None:

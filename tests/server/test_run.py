@@ -95,6 +95,9 @@ def test_adapters_are_named_with_their_paths(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "nowhere", "--adapter", "x"])
     assert ended.value.code == 2 and "--adapter 'x' is not NAME=PATH" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "nowhere", "--adapter", "x=a", "--adapter", "x=b"])
+    assert ended.value.code == 2 and "--adapter x= is given twice" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_remedy_is_told(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
