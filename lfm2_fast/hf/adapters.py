@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lfm2_fast.models.lfm2 import Lfm2
-from lfm2_fast.weights.adapter_hub import find_adapter
+from lfm2_fast.weights.adapter_hub import OPTIONS, find_adapter
 
 
 class AdapterMethods(nn.Module):
@@ -22,9 +22,14 @@ class AdapterMethods(nn.Module):
         """Load the adapter in the folder or hub id ``path`` as ``name``, and make it active.
 
         ``hub_options`` are those of ``load`` that say where on the hub it is. Raises ValueError for
-        a name that is taken, and CheckpointError, naming the tensor or the field, for what cannot
-        be applied.
+        a name that is taken, TypeError for another option, and CheckpointError, naming the tensor
+        or the field, for what cannot be applied.
         """
+        if unknown := sorted(hub_options.keys() - set(OPTIONS)):
+            raise TypeError(
+                f"load_adapter() takes no {unknown[0]}=; it takes path, name, and of the hub "
+                + ", ".join(OPTIONS)
+            )
         folder = find_adapter(path, **hub_options)
         network = self.network
         made = network.adapters.load(folder, name, network.embedding_norm.weight)
@@ -33,8 +38,14 @@ class AdapterMethods(nn.Module):
     def set_adapter(self, name: str | None) -> None:
         """Let forward passes and requests that name no adapter run with ``name``, None for none.
 
-        What a cache holds already stays as it is. Raises ValueError for a name that is not loaded.
+        What a cache holds already stays as it is. Raises ValueError for a name that is not loaded,
+        and TypeError for several.
         """
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"set_adapter() takes one name or None, not {name!r}; rows of an engine "
+                "may have different adapters, each one"
+            )
         adapters = self.network.adapters
         adapters.active = None if name is None else adapters.find(name)
 

@@ -12,6 +12,9 @@ from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import adapter, adapter_config
 from lfm2_fast.weights.hub_files import Repository
 
+# Options of ``find_adapter`` for the place of an adapter on the hub, and its download.
+OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
 
 def find_adapter(
     name: str | os.PathLike[str],
@@ -34,7 +37,7 @@ def find_adapter(
     text = os.fspath(name)
     try:
         is_folder, is_there = folder.is_dir(), (folder / adapter_config.FILE).is_file()
-    except OSError as error:  # a name that is too long, or a folder of somebody else
+    except OSError as error:  # a name that is too long, or a folder that may not be read
         raise CheckpointError(f"{text[:200]} cannot be read: {error.strerror}") from error
     if not is_folder and text.count("/") == 1 and not text.startswith(("/", ".", "~")):
         options = revision, cache_dir, token, local_files_only, force_download

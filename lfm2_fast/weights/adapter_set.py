@@ -124,9 +124,12 @@ class AdapterSet:
     def load(self, folder: Path, name: str, like: torch.Tensor) -> LoadedAdapter:
         """Load the adapter in ``folder`` as ``name``, in the dtype and on the device of ``like``.
 
-        Raises ValueError for a name that is taken, and CheckpointError as ``read_adapter`` does and
-        for what cannot stand beside the weights; nothing has changed then.
+        Raises ValueError for a name that is taken or empty, and for an adapter beyond the limits.
+        Raises CheckpointError as ``read_adapter`` does, and for what cannot stand beside the
+        weights. Nothing has changed then.
         """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the adapter's name must be a text that is not empty, got {name!r}")
         if name in self._loaded:
             raise ValueError(f"adapter {name!r} is loaded already: unload_adapter() it first")
         if self.max_adapters is not None and len(self) >= self.max_adapters:

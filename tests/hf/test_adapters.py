@@ -268,3 +268,10 @@ def test_what_cannot_stand_beside_the_weights(tiny: Path, tmp_path: Path) -> Non
     assert model.adapters() == [] and model.active_adapter is None
     with pytest.raises(ValueError, match="'x' is not loaded.*none"):
         model.set_adapter("x")
+    with pytest.raises(TypeError, match="takes one name or None"):
+        model.set_adapter(["x"])  # as transformers takes several
+    # transformers' name of the argument: the adapter would be called "default".
+    with pytest.raises(TypeError, match=r"takes no adapter_name=.*path, name"):
+        model.load_adapter(tmp_path, adapter_name="x")
+    with pytest.raises(ValueError, match="not empty, got None"):
+        model.load_adapter(tmp_path, None)

@@ -63,7 +63,7 @@ def test_adapters_are_models_by_name(
 def test_adapters_come_with_the_hub_options_of_the_base(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its revision is not theirs. What clients load is not asked of a hub that is ruled out."""
+    """Revisions are the base's alone. What clients load is not asked of a hub that is ruled out."""
     pytest.importorskip("fastapi", reason=EXTRA)
     config = lfm2_fast.Config.from_file(tiny / "config.json")
     folder, asked = write_adapter(tmp_path / "adapter", config, 4, 0), []
