@@ -360,7 +360,7 @@ def test_what_cannot_run_is_refused(native) -> None:
         (Request(text(9), seed=-1), "seed must be a whole number from 0"),
         (Request(text(9), seed=2**64), "seed must be a whole number from 0"),
         (Request(text(9), min_tokens=4, max_tokens=3), "min_tokens must be from 0 to max_tokens=3"),
-        (Request(text(9), adapter="mine"), "adapter='mine' is not there"),
+        (Request(text(9), adapter="mine"), "adapter 'mine' is not loaded"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.add(request)
