@@ -75,7 +75,8 @@ class Assistant:
     def _catch_up(self, rows: Sequence[Row]) -> list[list[int]]:
         """Run what is new of texts, but for a few last tokens, which are returned."""
         cache, missing = self._cache, []
-        room = self.size
+        # A step writes all conv rows of a slot before it reads them.
+        room, fit = self.size, cache.ring - cache.past
         for left, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
             text, slot = row.text, row.slot
             held = cache.history[slot]
@@ -88,7 +89,7 @@ class Assistant:
             if cache.replay(slot):
                 cache.truncate(slot, 0)
             rest = list(text[cache.lengths[slot] :])
-            if len(rest) > max(room - left, 1):
+            if len(rest) > min(max(room - left, 1), fit):
                 self._runner.prefill([rest[:-1]], [slot])
                 rest = rest[-1:]
             room -= len(rest)

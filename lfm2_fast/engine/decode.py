@@ -201,8 +201,9 @@ class DecodeLoop:
         on_logits = self.on_logits
         assert not (on_logits and self._unread)
         if self.speculation is not None:
-            self.speculation.count_step()
             verified = None if self._unread else self.speculation.launch(going)
+            # Afterwards: ``waits`` and ``launch`` must agree on whether this step looks for drafts.
+            self.speculation.count_step()
             if verified is not None:
                 self._unread.append(verified)
                 return 1

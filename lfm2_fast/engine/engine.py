@@ -142,6 +142,8 @@ class Engine:
             prompt_lookup=self._prompt_lookup,
             assistant=assistant,
         )
+        # Drafted and accepted tokens of this cache that the statistics have.
+        self._told = 0, 0
         # Rows whose prompts have run. They will begin together.
         self._held: list[tuple[Row, torch.Tensor]] = []
         self._awake = True
@@ -480,5 +482,7 @@ class Engine:
         statistics.pages_free, statistics.pages_cached = pool.free, pool.cached
         statistics.pages_used = pool.used
         if self.decode.speculation is not None:
-            statistics.drafted = self.decode.speculation.drafted
-            statistics.accepted = self.decode.speculation.accepted
+            before = self._told
+            self._told = self.decode.speculation.drafted, self.decode.speculation.accepted
+            statistics.drafted += self._told[0] - before[0]
+            statistics.accepted += self._told[1] - before[1]

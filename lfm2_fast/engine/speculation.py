@@ -76,7 +76,7 @@ class Speculation:
 
     def waits(self, rows: Sequence[Row]) -> bool:
         """Return True if the next step of ``rows`` may have drafts, so that all must be read."""
-        return any(self._looks(row) for row in rows)
+        return len(rows) < self._size and any(self._looks(row) for row in rows)
 
     def _most_looked_up(self, row: Row) -> int:
         asked = row.request.prompt_lookup
@@ -101,17 +101,17 @@ class Speculation:
 
         All launches before must have been read.
         """
+        room = self._size - len(going)
+        if room < 1:
+            return None
         found = [each for each in map(self._find, range(len(going)), going) if each is not None]
-        counts, room = [0] * len(found), self._size - len(going)
-        if self._ahead and any(row.adapter is not None for row, _ in going):
-            # On a GPU what adapters add may differ in its last bit with the number of tokens.
-            room = 0
-        if found and room > 0:
-            chances = [each.drafting.acceptance.chance(each.kind) for each in found]
-            most, drafting = [each.most for each in found], 0.0
-            if self._assistant is not None and any(each.place is None for each in found):
-                drafting = self._assistant.seconds(self.costs.of(len(going)))
-            counts = draft_lengths(self.costs, len(going), chances, most, room, drafting)
+        if not found or not self._verifies(going):
+            return None
+        chances = [each.drafting.acceptance.chance(each.kind) for each in found]
+        most, drafting = [each.most for each in found], 0.0
+        if self._assistant is not None and any(each.place is None for each in found):
+            drafting = self._assistant.seconds(self.costs.of(len(going)))
+        counts = draft_lengths(self.costs, len(going), chances, most, room, drafting)
         drafted = [Drafted(row, place, ()) for row, place in going]
         ends = {row.slot: row.length for row, _ in going}
         for each, count in zip(found, counts, strict=True):
@@ -130,6 +130,12 @@ class Speculation:
         self._draft([(each, n) for each, n in zip(found, counts, strict=True) if n], drafted)
         return self._run(drafted)
 
+    def _verifies(self, going: Sequence[tuple[Row, int]]) -> bool:
+        """Return True if a step of ``going`` may have drafts beside the adapters of its rows."""
+        # Beside adapters, a GPU's kernels keep no bits and take one token of a slot.
+        slots = (row.slot for row, _ in going)
+        return not self._ahead or not self._buffers.adapted(self._model, slots)
+
     def _draft(self, found: Sequence[tuple[_Found, int]], drafted: Sequence[Drafted]) -> None:
         """Put the given number of tokens of each draft into the rows of ``drafted``."""
         assisted = []
@@ -143,7 +149,12 @@ class Speculation:
         if assisted:
             assert self._assistant is not None
             rows, counts = [each.row for each, _ in assisted], [count for _, count in assisted]
-            drafts = self._assistant.draft(rows, counts)
+            try:
+                drafts = self._assistant.draft(rows, counts)
+            except CacheError:
+                # Its cache finds no memory to grow. Rows need not suffer: they go on without it.
+                self._assistant = None
+                return
             for (own, _), draft in zip(assisted, drafts, strict=True):
                 own.draft = draft
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import lfm2_fast
+from lfm2_fast.cache.page_pool import CacheError
+from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.prompt_lookup import PromptLookup
-from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.engine.request import Event, Request, Row
+from lfm2_fast.engine.speculation import IDLE
+from lfm2_fast.engine.step_buffers import MAX_STEPS
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams
 from tests.batches import events_by_request, text
@@ -38,6 +43,11 @@ class Only:
         self.asked.append(written[-1] if written else -1)
         bits = torch.arange(4096) % 3 == 0
         return (bits.view(-1, 32).long() << torch.arange(32)).sum(1).int()
+
+
+@pytest.fixture
+def eager(tiny: Path) -> Lfm2:
+    return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager").network
 
 
 @pytest.fixture
@@ -219,6 +229,54 @@ def test_an_assistant_changes_no_text(native, tiny, known) -> None:
     assert texts(events_by_request(engine, given)) == wanted
     # The same model agrees where no penalty, constraint or hook has a say, drawn tokens too.
     assert engine.statistics.accepted > 0.6 * engine.statistics.drafted > 100
+
+
+def test_an_assistant_without_memory_is_given_up(native, known, monkeypatch) -> None:
+    def fail(*_: Any) -> None:
+        raise CacheError("no memory")
+
+    wanted = texts(events_by_request(Engine(native, max_rows=2), requests()[:2]))
+    monkeypatch.setattr(Assistant, "draft", fail)
+    engine = Engine(native, max_rows=2, assistant=native)
+    assert texts(events_by_request(engine, requests()[:2])) == wanted
+    assert not engine.statistics.preemptions
+
+
+def test_an_assistant_catches_up_with_many_tokens(eager) -> None:
+    """Tokens that were written without it are more than its conv windows hold in one step."""
+    row = Row(0, Request(LOOP, assisted=True), 0, limit=60, arrival=0, slot=0)
+    behind, fresh = (Assistant(eager, eager, 1, 256) for _ in range(2))
+    row.written += text(1, 3)
+    behind.draft([row], [3])
+    row.written += text(14, 4)
+    assert behind.draft([row], [1]) == fresh.draft([row], [1])
+    found, wanted = (
+        torch.cat([each._cache.pool.memory.page(p) for p in each._cache.pages(0)], -2)
+        for each in (behind, fresh)
+    )
+    assert torch.allclose(found[..., : row.length, :], wanted[..., : row.length, :])
+
+
+def test_drafts_are_looked_for_again_where_the_host_runs_ahead(eager, monkeypatch) -> None:
+    """After long without a draft, only some steps look for one: those must find it."""
+    eager.ops = Capturing()
+    asked = itertools.count(1)
+    monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
+    monkeypatch.setattr(PromptLookup, "find", lambda _: (1, 4) if next(asked) > IDLE + 1 else None)
+    engine = Engine(eager, max_rows=1, prompt_lookup=7)
+    engine.add(Request(LOOP[:9], max_tokens=60 * MAX_STEPS))
+    while engine.busy and not engine.statistics.drafted:
+        engine.step()
+    assert engine.busy
+
+
+def test_counts_stay_after_a_reset(native, known) -> None:
+    engine = Engine(native, max_rows=1)
+    events_by_request(engine, [drafting(Request(LOOP, max_tokens=20))])
+    before = engine.statistics.drafted
+    engine.reset()
+    events_by_request(engine, [Request(LOOP, max_tokens=2)])
+    assert engine.statistics.drafted == before > 0
 
 
 def test_an_assistant_of_another_vocabulary_is_refused(native, random_checkpoint) -> None:
