@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lfm2_fast
+from bench.cpu.adapters import write_adapter
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
@@ -268,6 +269,24 @@ def test_drafts_are_looked_for_again_where_the_host_runs_ahead(eager, monkeypatc
     while engine.busy and not engine.statistics.drafted:
         engine.step()
     assert engine.busy
+
+
+def test_steps_with_an_adapter_keep_their_bits(tiny, tmp_path, known) -> None:
+    """Drafts stand beside an active adapter on a CPU. A GPU's kernels cannot verify them there."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    network = model.network
+    model.load_adapter(write_adapter(tmp_path / "a", network.config, 4, seed=1, std=0.1))
+    assert network.adapters.active is not None
+    request = Request(LOOP, max_tokens=24)
+    plain = events_by_request(Engine(network, max_rows=2), [request, request])
+    known.append([*LOOP, *[event.token for event in plain[0]]])
+    engine = Engine(network, max_rows=2)
+    found = events_by_request(engine, [drafting(request), request])
+    assert texts(found) == texts(plain) and engine.statistics.accepted > 8
+    network.ops = Capturing()
+    engine = Engine(network, max_rows=2)
+    events_by_request(engine, [drafting(Request(LOOP, max_tokens=6))])
+    assert not engine.statistics.drafted
 
 
 def test_counts_stay_after_a_reset(native, known) -> None:
