@@ -412,6 +412,7 @@ def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
     assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
     commands = ("generate", "chat", "info", "eval", "bench", "serve", "batch", "demo")
     options = "\n".join(run(name, "--help").out for name in commands)
+    options += run("export", "gguf", "--help").out
     for page in (ROOT / "docs" / "usage").glob("*.md"):
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()))
         assert {option for option in mentioned if f"{option} " not in options} <= {"--traceback"}

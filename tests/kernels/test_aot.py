@@ -133,14 +133,14 @@ for pdl, sizes, names in ((True, dependent, chain), (False, ((0, False),), plain
                 aot.launch_sample(aot.VOCABULARIES[0], torch.bfloat16, pdl=pdl, most=True)
         for name, kernel, _ in launches:
             source = kernel.src
-            names = source.fn.arg_names
+            arguments = source.fn.arg_names
             found.append({
                 "name": name,
                 "case": f"{name} {aot.SIZES[place].name} int8={int8}",
                 "int8": int8,
                 "dependent": kernel.metadata.launch_pdl,
-                "constants": {names[at[0]]: value for at, value in source.constants.items()},
-                "parameters": [arg for arg in names if source.signature[arg] != "constexpr"],
+                "constants": {arguments[at[0]]: value for at, value in source.constants.items()},
+                "parameters": [each for each in arguments if source.signature[each] != "constexpr"],
                 "ptx": kernel.asm["ptx"],
                 "sass": kernel.asm["sass"] if pdl and disassembles and name in early else None,
             })
