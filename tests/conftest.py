@@ -430,8 +430,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     made: list[Graphs] = []
     init = StepBuffers.__init__
 
-    def with_graphs(self: StepBuffers, model: Any, cache: Any) -> None:
-        init(self, model, cache, Recorded)
+    def with_graphs(self: StepBuffers, model: Any, cache: Any, **options: Any) -> None:
+        init(self, model, cache, Recorded, **options)
         assert self.graphs is not None
         made.append(self.graphs)
 

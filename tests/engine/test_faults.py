@@ -36,7 +36,7 @@ def test_a_partial_page_without_memory_is_done_without(native: Any, monkeypatch:
     engine.add(Request(stem, max_tokens=1))
     events_of(engine)
     expected = events_of_one(engine, Request(stem[:100], max_tokens=3))
-    take = engine.cache._take
+    take = engine.cache._pages._take
     calls: list[int] = []
 
     def short(count: int) -> list[int]:
@@ -47,7 +47,7 @@ def test_a_partial_page_without_memory_is_done_without(native: Any, monkeypatch:
 
     engine.clear_prefix_cache()
     events_of_one(engine, Request(stem, max_tokens=1))
-    monkeypatch.setattr(engine.cache, "_take", short)
+    monkeypatch.setattr(engine.cache._pages, "_take", short)
     id = engine.add(Request(stem[:100], max_tokens=3))
     events = events_of(engine)
     assert events[0].cached_tokens == PAGE_SIZE and calls

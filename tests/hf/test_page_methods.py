@@ -103,7 +103,9 @@ def test_methods(models: tuple[Any, Any], name: str) -> None:
 
 
 def test_methods_have_a_trial_each(models: tuple[Any, Any]) -> None:
-    assert names(METHODS, "same") == ANSWERS.keys()
+    # tests/hf/test_adapters.py has the trials of these, beside PEFT.
+    of_adapters = {"load_adapter", "set_adapter"}
+    assert names(METHODS, "same") - of_adapters == ANSWERS.keys()
     theirs, ours = models
     plain = ours(IDS).logits
     accepted = {

@@ -78,7 +78,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(client, capsys) 
 @pytest.mark.parametrize(
     ("option", "advice"),
     [
-        (["--tensor-parallel-size", "2"], "one a device"),
+        (["--tensor-parallel-size", "2"], "one for each device"),
         (["--context-shift"], "drops the middle"),
         (["--embeddings"], "sentence-transformers"),
     ],
