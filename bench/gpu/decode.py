@@ -27,7 +27,7 @@ import torch
 
 import lfm2_fast
 from bench.gpu import steps
-from bench.gpu.isolated import Case, isolated, measured, too_late, why
+from bench.gpu.isolated import Case, isolated, keep, measured, too_late, why
 from bench.gpu.limits import copy_bandwidth, empty_kernels, matmul_rate, told_by_driver
 from bench.gpu.steps import STEPS, TURN_STEPS, TURNS
 from bench.report.results import header, made_here, write
@@ -184,13 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for i, (size, cases) in enumerate(plan(configs, device, results)):
         late = i > 0 and time.monotonic() > until
         found = too_late(cases) if late else isolated(configs[size], device, cases, until)
-        for name, value in found:
-            place = results
-            for part in name[:-1]:
-                place = place.setdefault(part, {})
-            place[name[-1]] = value
-            write(given.out, results)
-            print(*name, value, flush=True)
+        keep(found, results, given.out)
 
 
 if __name__ == "__main__":

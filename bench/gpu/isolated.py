@@ -10,14 +10,16 @@ import faulthandler
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import lfm2_fast
+from bench.report.results import write
 from bench.shapes import random_weights
 from lfm2_fast.cli.machine_load import memory
 
@@ -56,6 +58,17 @@ def isolated(
         if time.monotonic() > until:
             yield from too_late(left)
             return
+
+
+def keep(found: Iterable[tuple[Name, Any]], results: dict[str, Any], out: Path) -> None:
+    """Put each result into ``results`` by the parts of its name, write ``out``, and print it."""
+    for name, value in found:
+        place = results
+        for part in name[:-1]:
+            place = place.setdefault(part, {})
+        place[name[-1]] = value
+        write(out, results)
+        print(*name, value, flush=True)
 
 
 def send(pipe: Connection, config: Any, device: torch.device, cases: Any, until: float) -> None:

@@ -24,9 +24,9 @@ import torch
 
 import lfm2_fast
 from bench.gpu import steps
-from bench.gpu.isolated import Case, isolated, too_late
+from bench.gpu.isolated import Case, isolated, keep, too_late
 from bench.gpu.limits import copy_bandwidth, quantiles, told_by_driver
-from bench.report.results import header, made_here, write
+from bench.report.results import header, made_here
 from bench.shapes import SIZES, config_of
 from lfm2_fast.cli.benchmark import bytes_read_per_step
 from lfm2_fast.ops.sampling import SamplingParams
@@ -205,13 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for i, (size, config) in enumerate(configs.items()):
         cases = plan(size, config, copied, device)
         late = i > 0 and time.monotonic() > until
-        for name, value in too_late(cases) if late else isolated(config, device, cases, until):
-            place = results
-            for part in name[:-1]:
-                place = place.setdefault(part, {})
-            place[name[-1]] = value
-            write(given.out, results)
-            print(*name, value, flush=True)
+        found = too_late(cases) if late else isolated(config, device, cases, until)
+        keep(found, results, given.out)
 
 
 if __name__ == "__main__":
