@@ -10,6 +10,7 @@
 #include <arm_neon.h>
 
 #include "dots.h"
+#include "neon_totals.h"
 
 namespace lfm2 {
 namespace {
@@ -45,13 +46,7 @@ struct BfdotStep {
   static LFM2_INLINE void fold(const Sum& sum, float32x4_t& lanes) {
     lanes = vaddq_f32(sum.first, sum.second);
   }
-  static LFM2_INLINE void total(const float32x4_t* folded, float* to) {
-    for (int i = 0; i < 8; i += 4) {
-      const float32x4_t first = vpaddq_f32(folded[i], folded[i + 1]);
-      const float32x4_t second = vpaddq_f32(folded[i + 2], folded[i + 3]);
-      vst1q_f32(to + i, vpaddq_f32(first, second));
-    }
-  }
+  static LFM2_INLINE void total(const float32x4_t* folded, float* to) { neon_totals(folded, to); }
 };
 
 }  // namespace

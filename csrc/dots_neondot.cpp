@@ -10,6 +10,7 @@
 #include <arm_neon.h>
 
 #include "dots.h"
+#include "neon_totals.h"
 
 namespace lfm2 {
 namespace {
@@ -39,13 +40,7 @@ struct DotStep {
     sum.lanes = vdotq_s32(sum.lanes, row.d, vld1q_s8(numbers + 48));
   }
   static LFM2_INLINE void fold(const Sum& sum, int32x4_t& lanes) { lanes = sum.lanes; }
-  static LFM2_INLINE void total(const int32x4_t* folded, int32_t* to) {
-    for (int i = 0; i < 8; i += 4) {
-      const int32x4_t first = vpaddq_s32(folded[i], folded[i + 1]);
-      const int32x4_t second = vpaddq_s32(folded[i + 2], folded[i + 3]);
-      vst1q_s32(to + i, vpaddq_s32(first, second));
-    }
-  }
+  static LFM2_INLINE void total(const int32x4_t* folded, int32_t* to) { neon_totals(folded, to); }
 };
 
 }  // namespace

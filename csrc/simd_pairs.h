@@ -6,6 +6,7 @@
 #include <arm_neon.h>
 
 #include "dtypes.h"
+#include "neon_totals.h"
 
 namespace lfm2 {
 
@@ -97,12 +98,6 @@ template <class T>
 LFM2_INLINE constexpr int64_t place(int64_t i) {
   return i;
 }
-
-LFM2_INLINE float32x4_t pairs_of(const float32x4_t& a, const float32x4_t& b) {
-  return vpaddq_f32(a, b);
-}
-
-LFM2_INLINE int32x4_t pairs_of(const int32x4_t& a, const int32x4_t& b) { return vpaddq_s32(a, b); }
 
 // sums[i] = the sum of the lanes of v[i], eight vectors
 template <class T>
