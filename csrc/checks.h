@@ -30,6 +30,8 @@ constexpr ScalarType kType<int32_t> = ScalarType::Int;
 template <>
 constexpr ScalarType kType<int64_t> = ScalarType::Long;
 template <>
+constexpr ScalarType kType<uint8_t> = ScalarType::Byte;
+template <>
 constexpr ScalarType kType<bool> = ScalarType::Bool;
 
 // Fails unless `tensor` has this type and shape, and no gaps in its last dimension. -1 is any size.

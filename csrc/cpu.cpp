@@ -14,6 +14,7 @@
 #include "flash_decode.h"
 #include "gated_conv.h"
 #include "group_matrix.h"
+#include "operations.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "rope.h"
@@ -364,15 +365,15 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
-  library.impl("rms_norm_native", TORCH_BOX(&rms_norm_native));
-  library.impl("add_rms_norm_native", TORCH_BOX(&add_rms_norm_native));
-  library.impl("embed_native", TORCH_BOX(&embed_native));
-  library.impl("swiglu_native", TORCH_BOX(&swiglu_native));
-  library.impl("gated_conv_native", TORCH_BOX(&gated_conv_native));
-  library.impl("gated_conv_step_native", TORCH_BOX(&gated_conv_step_native));
-  library.impl("rope_native", TORCH_BOX(&rope_native));
-  library.impl("qk_norm_rope_native", TORCH_BOX(&qk_norm_rope_native));
-  library.impl("flash_decode_native", TORCH_BOX(&flash_decode_native));
+  implement(library, "rms_norm_native", TORCH_BOX(&rms_norm_native));
+  implement(library, "add_rms_norm_native", TORCH_BOX(&add_rms_norm_native));
+  implement(library, "embed_native", TORCH_BOX(&embed_native));
+  implement(library, "swiglu_native", TORCH_BOX(&swiglu_native));
+  implement(library, "gated_conv_native", TORCH_BOX(&gated_conv_native));
+  implement(library, "gated_conv_step_native", TORCH_BOX(&gated_conv_step_native));
+  implement(library, "rope_native", TORCH_BOX(&rope_native));
+  implement(library, "qk_norm_rope_native", TORCH_BOX(&qk_norm_rope_native));
+  implement(library, "flash_decode_native", TORCH_BOX(&flash_decode_native));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CompositeExplicitAutograd, library) {

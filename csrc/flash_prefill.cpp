@@ -10,6 +10,7 @@
 
 #include "cache_checks.h"
 #include "cpu_features.h"
+#include "operations.h"
 #include "threads.h"
 
 namespace {
@@ -77,7 +78,7 @@ void flash_prefill_native(const Tensor& q, const Tensor& k_pages, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
-  library.impl("flash_prefill_native", TORCH_BOX(&flash_prefill_native));
+  implement(library, "flash_prefill_native", TORCH_BOX(&flash_prefill_native));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CompositeExplicitAutograd, library) {

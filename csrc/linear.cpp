@@ -11,6 +11,7 @@
 #include "group_tokens.h"
 #include "int8.h"
 #include "linear.h"
+#include "operations.h"
 #include "rms_norm.h"
 #include "threads.h"
 
@@ -216,9 +217,9 @@ void finish_products_native(const Tensor& products, const Tensor& token_scales,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
-  library.impl("norm_linear_native", TORCH_BOX(&norm_linear_native));
-  library.impl("linear_add_native", TORCH_BOX(&linear_add_native));
-  library.impl("norm_swiglu_native", TORCH_BOX(&norm_swiglu_native));
-  library.impl("quantize_native", TORCH_BOX(&quantize_native));
-  library.impl("finish_products_native", TORCH_BOX(&finish_products_native));
+  implement(library, "norm_linear_native", TORCH_BOX(&norm_linear_native));
+  implement(library, "linear_add_native", TORCH_BOX(&linear_add_native));
+  implement(library, "norm_swiglu_native", TORCH_BOX(&norm_swiglu_native));
+  implement(library, "quantize_native", TORCH_BOX(&quantize_native));
+  implement(library, "finish_products_native", TORCH_BOX(&finish_products_native));
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "operations.h"
 #include "threads.h"
 
 namespace {
@@ -60,5 +61,5 @@ void low_rank_native(const Tensor& x, const Tensor& entries, const Tensor& down,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
-  library.impl("low_rank_native", TORCH_BOX(&low_rank_native));
+  implement(library, "low_rank_native", TORCH_BOX(&low_rank_native));
 }

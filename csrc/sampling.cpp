@@ -7,6 +7,7 @@
 
 #include "advance.h"
 #include "checks.h"
+#include "operations.h"
 #include "sampling.h"
 #include "threads.h"
 
@@ -126,9 +127,9 @@ void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
-  library.impl("best_tokens_native", TORCH_BOX(&best_tokens_native));
-  library.impl("penalize_native", TORCH_BOX(&penalize_native));
-  library.impl("warp_native", TORCH_BOX(&warp_native));
-  library.impl("draw_native", TORCH_BOX(&draw_native));
-  library.impl("advance_native", TORCH_BOX(&advance_native));
+  implement(library, "best_tokens_native", TORCH_BOX(&best_tokens_native));
+  implement(library, "penalize_native", TORCH_BOX(&penalize_native));
+  implement(library, "warp_native", TORCH_BOX(&warp_native));
+  implement(library, "draw_native", TORCH_BOX(&draw_native));
+  implement(library, "advance_native", TORCH_BOX(&advance_native));
 }

@@ -122,7 +122,7 @@ def timed_graphs(spent: dict[str, list[float]]) -> Iterator[None]:
     """Note the seconds of each operation that a CPU graph replays."""
 
     def replay(graph: Any) -> None:
-        for operation, arguments, named in graph._calls or ():
+        for operation, arguments, named in graph.recorded or ():
             # A result that is renewed in place is told by the operation that makes it.
             made_by = arguments[1] if operation is cpu_graph._renew else operation
             name = made_by._schema.name.split("::")[1].removesuffix("_native")

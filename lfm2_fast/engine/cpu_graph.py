@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+from lfm2_fast.ops.native_program import Call, joined
 
 # The results of these operations have no content, so a replay need not run them.
 _EMPTY = (
@@ -28,12 +28,14 @@ class CpuGraph:
     """Operations of ``body`` on fixed tensors: run and recorded once, then replayed.
 
     Between replays the caller changes the inputs in place. A replay changes the body's results in
-    place too. Decisions of Python during the recording stay fixed.
+    place too. Decisions of Python during the recording stay fixed. ``recorded`` are the operations,
+    one by one; a replay runs native ones in a row as one.
     """
 
     def __init__(self, body: Callable[[], None]) -> None:
         self._body: Callable[[], None] | None = body
-        self._calls: list[Call] | None = None
+        self.recorded: list[Call] | None = None
+        self._calls: list[Call] = []
 
     def replay(self) -> None:
         """Replay the recorded operations. The first call runs and records the body.
@@ -41,13 +43,13 @@ class CpuGraph:
         The first call raises ValueError if the size of a result, or a Python number, depends on the
         content of tensors: a replay could not repeat it.
         """
-        if self._calls is None:
+        if self.recorded is None:
             assert self._body is not None
             calls: list[Call] = []
             with _Recorder(calls):
                 self._body()
             # The body refers to the objects that made the graph, often in a circle.
-            self._calls, self._body = calls, None
+            self.recorded, self._calls, self._body = calls, joined(calls), None
             return
         for operation, arguments, named in self._calls:
             operation(*arguments, **named)

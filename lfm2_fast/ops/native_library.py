@@ -84,6 +84,9 @@ HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
 # True if the code was compiled only for x86-64 processors without AVX2.
 LACKS_AVX2 = "lacks_avx2_native() -> bool"
 
+# Runs a program of the operations above, with the tensors and names that it has by number.
+REPLAY = "replay_native(Tensor(a!)[] tensors, Tensor program, Tensor names) -> ()"
+
 # Requires the extension, so that a failed build shows its reason.
 REBUILD = "LFM2_FAST_BUILD_EXT=1 pip install --no-build-isolation ."
 
@@ -99,6 +102,7 @@ for _schema in SCHEMAS:
     torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
 _library.define(HAS_FLASH_PREFILL)
 _library.define(LACKS_AVX2)
+_library.define(REPLAY)
 
 
 def _load() -> str | None:
@@ -115,7 +119,7 @@ def _load() -> str | None:
         reason = f"{found[0].name} cannot be loaded ({error}); `{REBUILD}` builds it again"
         logging.getLogger(__name__).warning("%s", reason)
         return reason
-    keys = dict.fromkeys(SCHEMAS, "CPU")
+    keys = dict.fromkeys((*SCHEMAS, REPLAY), "CPU")
     keys |= dict.fromkeys((HAS_FLASH_PREFILL, LACKS_AVX2), "CompositeExplicitAutograd")
     if not all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"lfm2_fast::{schema.split('(')[0]}", key)
