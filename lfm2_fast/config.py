@@ -105,9 +105,12 @@ class Config:
         """Return True if the frequencies of rotary embedding depend on the context's length."""
         return dict(self.rope_scaling).get("rope_type") in ("dynamic", "longrope")
 
-    def cache_bytes(self, item: int, tokens: int = 1) -> int:
-        """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number."""
-        layers = self.layer_types.count("full_attention")
+    def cache_bytes(self, item: int, tokens: int = 1, more_layers: int = 0) -> int:
+        """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number.
+
+        ``more_layers`` are those of a drafter.
+        """
+        layers = self.layer_types.count("full_attention") + more_layers
         return 2 * layers * self.num_key_value_heads * self.head_dim * item * tokens
 
     @classmethod

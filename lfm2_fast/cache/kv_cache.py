@@ -42,6 +42,8 @@ class Cache:
     ``dummy_slot`` is None, or the index of an extra slot. Finished sequences write to it while
     others still run. With ``in_place`` pages never move, as captured graphs need, and tables are
     narrow views that widen. ``reallocations`` counts how often they did.
+
+    ``draft_layers`` more attention layers are those of a drafter. A page holds theirs too.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Cache:
         dummy_slot: bool = False,
         in_place: bool = False,
         pages: int | None = None,
+        draft_layers: int = 0,
     ) -> None:
         if slots < 0 or max_length < 1 or spare < 1:
             raise ValueError(
@@ -73,6 +76,7 @@ class Cache:
             "dummy_slot": dummy_slot,
             "in_place": in_place,
             "pages": pages,
+            "draft_layers": draft_layers,
         }
         self.signature = signature(config, dtype, device)
         self.slots = slots
@@ -90,7 +94,7 @@ class Cache:
         self.history: list[list[int]] = [[] for _ in range(slots)]
         places, most = slots + dummy_slot, pages_of(max_length)
         memory = PageMemory(
-            config.layer_types.count("full_attention"),
+            config.layer_types.count("full_attention") + draft_layers,
             config.num_key_value_heads,
             config.head_dim,
             limit=(slots * most if pages is None else pages) + dummy_slot,
@@ -111,6 +115,7 @@ class Cache:
                     self.layers.append(ConvWindow(rows))
                 else:
                     self.layers.append(next(attention))
+        self.draft_layers = list(attention)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which holds the same sequences in memory of its own."""

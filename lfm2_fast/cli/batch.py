@@ -36,6 +36,7 @@ def batch(
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     gguf_file: opt.GGUFFile = None,
+    adapter: opt.Adapter = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:

@@ -25,6 +25,7 @@ def eval(
     backend: opt.Backend = "auto",
     revision: opt.Revision = None,
     gguf_file: opt.GGUFFile = None,
+    adapter: opt.Adapter = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
 ) -> None:

@@ -39,6 +39,7 @@ def generate(
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
     gguf_file: opt.GGUFFile = None,
+    adapter: opt.Adapter = None,
     max_length: opt.MaxLength = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,

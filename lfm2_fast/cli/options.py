@@ -50,6 +50,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 GGUFFile = Annotated[
     str | None, typer.Option("--gguf-file", help="GGUF file in the folder or repository MODEL.")
 ]
+Adapter = Annotated[
+    str | None, typer.Option(help="LoRA adapter that is merged while loading: hub id or folder.")
+]
 MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
 ServedModelName = Annotated[
     list[str] | None, typer.Option(help="Name that requests may ask for; repeatable.")
@@ -76,6 +79,7 @@ LOADING = (
     "quantization",
     "revision",
     "gguf_file",
+    "adapter",
     "max_length",
     "local_files_only",
     "force_download",

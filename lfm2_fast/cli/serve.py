@@ -56,9 +56,14 @@ def serve(
     gguf_file: opt.GGUFFile = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
-    adapter: Annotated[
+    drafter: Annotated[
+        str | None, typer.Option(help="DSpark drafter, hub id or folder; no text changes.")
+    ] = None,
+    named_adapters: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="LoRA adapter that clients name; repeatable."),
+        typer.Option(
+            "--adapter", metavar="NAME=PATH", help="LoRA adapter that clients name; repeatable."
+        ),
     ] = None,
     load_adapters: Annotated[
         bool, typer.Option("--load-adapters", help="Let clients load adapters from any path.")
@@ -92,7 +97,7 @@ def serve(
     loading = opt.loading_options(context)
     check_options(**loading)
     adapters: dict[str, str] = {}
-    for name, path in map(_named, adapter or ()):
+    for name, path in map(_named, named_adapters or ()):
         if name in adapters:
             raise ValueError(f"--adapter {name}= is given twice; give each adapter its own name")
         adapters[name] = path
@@ -117,6 +122,7 @@ def serve(
             max_body=max_body,
             page=page,
             prompt_lookup=prompt_lookup,
+            drafter=drafter,
             adapters=adapters,
             load_adapters=load_adapters,
             max_adapters=max_adapters,

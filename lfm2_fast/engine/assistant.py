@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from lfm2_fast.cache.batch import on_device
 from lfm2_fast.cache.prefix_index import common_prefix
+from lfm2_fast.engine.block_drafter import drawn_ahead
 from lfm2_fast.engine.draft_length import median
 from lfm2_fast.engine.model_runner import MOST_DRAFTED, ModelRunner, new_cache
 from lfm2_fast.engine.request import Row
 from lfm2_fast.engine.step_buffers import bucket
 from lfm2_fast.models.lfm2 import Lfm2
-from lfm2_fast.ops.sampling import SamplingState
 
 # Share of a step that a drafted token costs, as long as none was measured.
 COST = 0.15
@@ -51,9 +50,12 @@ class Assistant:
         self._times: deque[float] = deque(maxlen=5)
         self._warm = 2 if model.ops.uses_graphs else 0
 
-    def seconds(self, step: float) -> float:
-        """Return what a drafted token of all rows takes, where a step takes ``step`` seconds."""
-        return median(self._times) if self._times else COST * step
+    def seconds(self, step: float) -> tuple[float, float]:
+        """Return what drafts take at all, and one more token of all rows.
+
+        ``step`` are the seconds of a step without drafts.
+        """
+        return 0.0, median(self._times) if self._times else COST * step
 
     def draft(self, rows: Sequence[Row], counts: Sequence[int]) -> list[list[int]]:
         """Return ``counts[i]`` tokens that are likely to follow the text of each row."""
@@ -136,13 +138,5 @@ class Assistant:
             return [max(chosen[at], 0) for at in last]
         assert own.logits is not None
         logits = own.logits[on_device(last, torch.int64, model.device)]
-        state = SamplingState(
-            [replace(row.request.sampling, repetition_penalty=1.0) for row in rows],
-            device=model.device,
-            seed=[row.request.seed for row in rows],
-            rows=on_device(
-                [row.request.first_row + row.index for row in rows], torch.int64, model.device
-            ),
-            positions=on_device([row.length + depth for row in rows], torch.int64, model.device),
-        )
+        state = drawn_ahead(rows, depth, model.device)
         return model.ops.sample(logits, state).clamp(min=0).tolist()

@@ -19,6 +19,7 @@ import torch
 from lfm2_fast.cache.batch import DecodeInputs, on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.assistant import Assistant
+from lfm2_fast.engine.block_drafter import BlockDrafter
 from lfm2_fast.engine.launch import Launch, Written
 from lfm2_fast.engine.logits import adjusted, prepare, told_log_probs
 from lfm2_fast.engine.request import Row
@@ -128,7 +129,7 @@ class DecodeLoop:
         params: SamplingParams | None = None,
         chooser: Chooser | None = None,
         prompt_lookup: int = 0,
-        assistant: Assistant | None = None,
+        assistant: Assistant | BlockDrafter | None = None,
     ) -> None:
         self.model, self.cache, self.chooser = model, cache, chooser
         self.hooked = model.has_hooked_layers

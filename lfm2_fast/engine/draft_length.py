@@ -124,13 +124,14 @@ def draft_lengths(
     most: Sequence[int],
     room: int,
     drafting: float = 0.0,
+    at_all: float = 0.0,
 ) -> list[int]:
     """Return how many tokens to draft for each row that may: the most new tokens a second.
 
     The step has ``rows`` in all, and room for ``room`` drafted tokens. A row's first drafted token
     is accepted by its chance, each further one by its chance again; ``most`` bounds its draft. The
     tokens of a step are a power of two, so that few sizes are captured. ``drafting`` are the
-    seconds of one more token of all drafts.
+    seconds of one more token of all drafts, ``at_all`` those of any draft.
     """
     counts, best = [0] * len(chances), [0] * len(chances)
     values, expected = list(chances), float(rows)
@@ -146,7 +147,7 @@ def draft_lengths(
         tokens = rows + total
         if tokens & (tokens - 1):
             continue
-        rate = expected / (costs.of(tokens) + drafting * max(counts))
+        rate = expected / (costs.of(tokens) + at_all + drafting * max(counts))
         if rate > most_rate:
             most_rate, best = rate, list(counts)
     return best

@@ -14,6 +14,7 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_memory import PAGE_SIZE, pages_of
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
+from lfm2_fast.engine.block_drafter import BlockDrafter
 from lfm2_fast.engine.decode import Chooser, DecodeLoop, sampling_state
 from lfm2_fast.engine.events import Events
 from lfm2_fast.engine.memory import pages_in
@@ -56,8 +57,8 @@ class Engine:
     tokens.
 
     ``prompt_lookup`` is that of requests that say none. ``assistant`` is a smaller model of the
-    same vocabulary, which drafts tokens for requests; its cache is made as it is needed. Drafts
-    change no text.
+    same vocabulary, which drafts tokens for requests; its cache is made as it is needed. Without
+    one, the model's own drafter does, if one was loaded. Drafts change no text.
 
     Only one thread may use an engine. Time affects only the length of chunks, deadlines and the
     statistics. Raises ValueError if the memory is too small for one page.
@@ -98,7 +99,7 @@ class Engine:
         if memory is not None:
             if pages is not None:
                 raise ValueError("give memory or pages, not both")
-            pages = pages_in(memory, model.config, model.device, model.dtype, max_rows)
+            pages = pages_in(memory, model, max_rows)
         if pages is not None:
             pages = min(pages, max_rows * pages_of(self.max_length))
             if pages < 1:
@@ -131,8 +132,10 @@ class Engine:
         self.slots = Slots(cache, shares=self._prefix_cache)
         runner = ModelRunner(self.model, cache, buffers)
         self.prefill = Prefill(runner, self.slots, self.scheduler, self.statistics)
-        assistant = None
-        if self._assistant is not None:
+        assistant: Assistant | BlockDrafter | None = None
+        if self._assistant is None and cache.draft_layers and self.model.drafter is not None:
+            assistant = BlockDrafter(self.model, cache)
+        elif self._assistant is not None:
             assistant = Assistant(self._assistant, self.model, cache.slots, self.max_length)
         self.decode = DecodeLoop(
             self.model,

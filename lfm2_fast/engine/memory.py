@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from lfm2_fast.cache.page_memory import PAGE_SIZE
-from lfm2_fast.config import Config
 from lfm2_fast.engine.model_runner import MOST_DRAFTED
+from lfm2_fast.models.lfm2 import Lfm2
 
 
 def free_memory(device: torch.device) -> int:
@@ -50,18 +50,17 @@ def bytes_of(memory: int | str, device: torch.device) -> int:
     )
 
 
-def pages_in(
-    memory: int | str, config: Config, device: torch.device, dtype: torch.dtype, max_rows: int
-) -> int:
-    """Return how many pages fit into ``memory`` beside the conv windows of ``max_rows``.
+def pages_in(memory: int | str, model: Lfm2, max_rows: int) -> int:
+    """Return how many pages of a model fit into ``memory`` beside the conv windows of ``max_rows``.
 
     ``memory`` is as in ``bytes_of``. Raises ValueError if it is too small for one page.
     """
-    taken = bytes_of(memory, device)
-    page = config.cache_bytes(dtype.itemsize, PAGE_SIZE)
+    config, item = model.config, model.dtype.itemsize
+    taken = bytes_of(memory, model.device)
+    page = config.cache_bytes(item, PAGE_SIZE, model.draft_layers)
     ring = config.conv_L_cache + MOST_DRAFTED + 1
     window = config.layer_types.count("conv") * ring * config.hidden_size
-    windows = (max_rows + 1) * window * dtype.itemsize
+    windows = (max_rows + 1) * window * item
     pages = (taken - windows) // max(page, 1)
     if pages < 1:
         raise ValueError(

@@ -44,6 +44,7 @@ def new_cache(
         dummy_slot=captures and slots > 1,
         in_place=captures,
         pages=pages,
+        draft_layers=model.draft_layers,
     )
 
 

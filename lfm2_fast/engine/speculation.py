@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
+from lfm2_fast.engine.block_drafter import BlockDrafter
 from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
 from lfm2_fast.engine.logits import prepare
 from lfm2_fast.engine.prompt_lookup import PromptLookup
@@ -61,7 +62,7 @@ class Speculation:
         buffers: StepBuffers,
         *,
         prompt_lookup: int = 0,
-        assistant: Assistant | None = None,
+        assistant: Assistant | BlockDrafter | None = None,
     ) -> None:
         self._model, self._cache, self._buffers = model, cache, buffers
         self._prompt_lookup, self._assistant = prompt_lookup, assistant
@@ -108,10 +109,10 @@ class Speculation:
         if not found or not self._verifies(going):
             return None
         chances = [each.drafting.acceptance.chance(each.kind) for each in found]
-        most, drafting = [each.most for each in found], 0.0
+        most, at_all, drafting = [each.most for each in found], 0.0, 0.0
         if self._assistant is not None and any(each.place is None for each in found):
-            drafting = self._assistant.seconds(self.costs.of(len(going)))
-        counts = draft_lengths(self.costs, len(going), chances, most, room, drafting)
+            at_all, drafting = self._assistant.seconds(self.costs.of(len(going)))
+        counts = draft_lengths(self.costs, len(going), chances, most, room, drafting, at_all)
         drafted = [Drafted(row, place, ()) for row, place in going]
         ends = {row.slot: row.length for row, _ in going}
         for each, count in zip(found, counts, strict=True):

@@ -16,6 +16,7 @@ from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.hf.adapters import AdapterMethods
 from lfm2_fast.hf.compiling import is_own_method
 from lfm2_fast.hf.configuration import FIELDS, Lfm2Config
+from lfm2_fast.hf.drafter import DrafterMethods
 from lfm2_fast.hf.load_args import check_load_args, check_save_args, quantization_of
 from lfm2_fast.hf.loading import load_as
 from lfm2_fast.hf.resizing import resized
@@ -31,7 +32,7 @@ from lfm2_fast.weights.hub import HUB_OPTIONS
 INFERENCE = "lfm2_fast is for inference: train with transformers' class, and load the result"
 
 
-class Lfm2PreTrainedModel(AdapterMethods):
+class Lfm2PreTrainedModel(AdapterMethods, DrafterMethods):
     """LFM2 model, ready to run: ``network`` is LFM2 itself, ``config`` is for callers.
 
     ``config`` is any LFM2 config; the network is made from its present values. ``weights`` are the

@@ -6,8 +6,8 @@ cache. Prefill, decode, chunked prefill and mixed batches are the same call with
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lfm2_fast.ops.base import Ops, Rope
 from lfm2_fast.ops.residual import settled
 from lfm2_fast.ops.select import choose
 from lfm2_fast.weights.adapter_set import AdapterSet
+from lfm2_fast.weights.drafter import DrafterConfig
 from lfm2_fast.weights.formats import Projection
 from lfm2_fast.weights.fusion import formats_of, tie
 
@@ -158,13 +159,29 @@ class AttentionBlock(Block):
         return self.finish(y, self.self_attn.out_proj, x, ops, rows)
 
 
+class Drafter(Protocol):
+    """Reads the streams of a network; see ``models.dspark.DSpark``."""
+
+    config: DrafterConfig
+
+    def remember(
+        self, streams: Sequence[torch.Tensor], batch: Batch, pages: Sequence[KVPages], ops: Ops
+    ) -> None:
+        """Take the streams ``[T, H]`` of tokens after the layers ``config.target_layers``."""
+
+    def apply_to_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
+        """Move or cast the weights, as the network's are."""
+
+
 class Lfm2(nn.Module):
     """Network: embedding, blocks, last norm and head, on one device.
 
     ``weights`` are the fused tensors of ``weights.fusion`` by name; they are used without a copy.
     ``backend`` is one of ``ops.select.BACKENDS``. ``ops`` are the chosen operations. Moving or
-    casting the module chooses them again.
+    casting the module chooses them again. ``drafter`` reads its streams, if there is one.
     """
+
+    drafter: Drafter | None
 
     def __init__(
         self, config: Config, weights: dict[str, torch.Tensor], *, backend: str = "auto"
@@ -190,6 +207,7 @@ class Lfm2(nn.Module):
         self.adapters = AdapterSet(config, projections)
         self.requires_grad_(False).eval()
         self.backend = backend
+        self.attach_drafter(None)
         self._fit()
 
     def _fit(self) -> None:
@@ -209,6 +227,8 @@ class Lfm2(nn.Module):
         super()._apply(fn, recurse)
         self.tie_weights()
         self._fit()
+        if self.drafter is not None:
+            self.drafter.apply_to_tensors(fn)
         return self
 
     @property
@@ -226,6 +246,17 @@ class Lfm2(nn.Module):
         """Most tokens of a step by ``ops.for_verification``; 0 where there is none."""
         parts = (part for part in self.modules() if isinstance(part, Projection))
         return self.ops.verified_tokens({part.format for part in parts}, self.dtype)
+
+    def attach_drafter(self, drafter: Drafter | None) -> None:
+        """Let new caches have layers for ``drafter``, and passes on them show it their streams."""
+        # Set past nn.Module: a drafter's weights are not the network's.
+        self.__dict__["drafter"] = drafter
+
+    @property
+    def draft_layers(self) -> int:
+        """Number of the drafter's layers, which caches have beside the network's own."""
+        drafter = self.drafter
+        return 0 if drafter is None else drafter.config.blocks.num_hidden_layers
 
     @property
     def has_hooked_layers(self) -> bool:
@@ -287,6 +318,9 @@ class Lfm2(nn.Module):
         """
         ops = self.adapted(ops or self.ops, batch)
         hooked = self.has_hooked_layers
+        drafter = self.drafter if len(cache.draft_layers) == self.draft_layers else None
+        tapped = () if drafter is None else drafter.config.target_layers
+        streams: list[torch.Tensor] = []
         if hooked:
             ops = ops.settling
         frequencies = self.rope_frequencies
@@ -298,16 +332,21 @@ class Lfm2(nn.Module):
             x = ops.embed(tokens, self.embed_tokens, self.dtype)
         if collected is not None:
             collected.append(x)
-        last = self.layers[-1]
-        for layer, state in zip(self.layers, cache.layers, strict=True):
-            # A layer with hooks, or one of a caller's own, gives the whole stream.
-            only = {"rows": rows} if layer is last and not hooked else {}
+        last = len(self.layers) - 1
+        # A layer with hooks, one of a caller's own, or one that is tapped gives the whole stream.
+        whole = hooked or last in tapped
+        for number, (layer, state) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            only = {"rows": rows} if number == last and not whole else {}
             x = layer(x, ops=ops, rope=rope, state=state, batch=batch, **only)
             if hooked:
                 x = checked_stream(x, self.embedding_norm.weight, len(batch.positions))
             if collected is not None:
                 collected.append(settled(x))
-        return x[rows] if hooked and rows is not None else x
+            if number in tapped:
+                streams.append(settled(x))
+        if drafter is not None:
+            drafter.remember(streams, batch, cache.draft_layers, ops.settling)
+        return settled(x)[rows] if whole and rows is not None else x
 
     @torch.no_grad()
     def last_norm(self, x: torch.Tensor) -> torch.Tensor:

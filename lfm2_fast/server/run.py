@@ -15,7 +15,7 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
 from lfm2_fast.text.tokenizer import load_tokenizer
-from lfm2_fast.weights.adapter_hub import find_adapter
+from lfm2_fast.weights.adapter_hub import OPTIONS, find_adapter
 from lfm2_fast.weights.hub import hub_options
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def create_app(
     max_body: int = 16 * 2**20,
     page: bool = True,
     prompt_lookup: int = 0,
+    drafter: str | os.PathLike[str] | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     load_adapters: bool = False,
     max_adapters: int | None = None,
@@ -73,7 +74,7 @@ def create_app(
     are refused with 503. ``preset`` is the sampling of requests without settings. ``chat_template``
     is the text of a template. Pages of ``cors_origins`` may call. A request of more than
     ``timeout`` seconds, or a body of more than ``max_body`` bytes, is refused. ``prompt_lookup`` is
-    the engine's.
+    the engine's, and ``drafter`` the folder or hub id of a DSpark drafter.
 
     ``adapters`` are LoRA adapters by the name that clients ask for as ``model``: folders or hub
     ids. With ``load_adapters`` clients may load others from any path, and unload them. Room for
@@ -121,6 +122,8 @@ def create_app(
         loads_adapters=load_adapters,
         hub=hub,
     )
+    if drafter is not None:
+        model.load_drafter(drafter, **{each: hub[each] for each in OPTIONS if each in hub})
     network = model.network
     if (max_adapters, max_lora_rank) != (None, None):
         network.adapters.limit(max_adapters, max_lora_rank)

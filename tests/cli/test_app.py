@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import lfm2_fast
+from bench.cpu.adapters import write_adapter
 from lfm2_fast.__main__ import main
 from lfm2_fast.cache.page_memory import PAGE_SIZE
 
@@ -125,6 +126,20 @@ def test_generate_is_models_generate(run: Run, tiny: Path) -> None:
     more = "--max-new-tokens 12 --dtype float32"
     out = run("generate", tiny, "The first argument", *options.split(), *more.split()).out
     assert out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_an_adapter_is_merged(run: Run, tiny: Path, tmp_path: Path) -> None:
+    config = lfm2_fast.Config.from_file(tiny / "config.json")
+    path = write_adapter(tmp_path / "adapter", config, 4, 1, std=0.15)
+    ask = ("generate", tiny, "The server", "--raw", "--greedy", "--max-new-tokens", "8")
+    plain, changed = run(*ask), run(*ask, "--adapter", path)
+    assert plain.code == changed.code == 0 and plain.out != changed.out
+    merged = tmp_path / "merged"
+    model = lfm2_fast.load(tiny, device="cpu", adapter=path)
+    model.save_pretrained(merged)
+    for file in tiny.glob("tokenizer*"):
+        shutil.copy(file, merged)
+    assert run("generate", merged, *ask[2:]).out == changed.out
 
 
 def test_prompts_come_from_anywhere(run: Run, tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Random DSpark drafters in the layout of LiquidAI's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+RANK, DEPTH, BLOCK, MASK = 8, 2, 5, 3
+
+
+def write_drafter(folder: Path, target: Any, **changes: Any) -> Path:
+    """Write a random drafter of a target, as LiquidAI's checkpoints are; return its folder."""
+    folder.mkdir()
+    layers = target.num_hidden_layers
+    hidden, width, inner = target.hidden_size, target.head_dim, 96
+    heads, kv = target.num_attention_heads * width, target.num_key_value_heads * width
+    fields = {
+        "architectures": ["Lfm2DSparkDraftModel"],
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": target.num_attention_heads,
+        "num_key_value_heads": target.num_key_value_heads,
+        "head_dim": width,
+        "intermediate_size": inner,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "vocab_size": target.vocab_size,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "layer_types": ["full_attention"] * DEPTH,
+        "block_size": BLOCK,
+        "dflash_config": {
+            "mask_token_id": MASK,
+            "target_layer_ids": [0, layers - 1],
+            "num_target_layers": layers,
+        },
+        "markov_rank": RANK,
+        "markov_head_type": "vanilla",
+        "rope_is_neox_style": False,
+        "enable_confidence_head": True,
+    } | changes
+    (folder / "config.json").write_text(json.dumps(fields))
+    shapes = {
+        "fc.weight": (hidden, 2 * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+        "markov_head.markov_w1.weight": (target.vocab_size, RANK),
+        "markov_head.markov_w2.weight": (target.vocab_size, RANK),
+        "confidence_head.proj.weight": (1, hidden + RANK),
+        "confidence_head.proj.bias": (1,),
+    }
+    for number in range(DEPTH):
+        at = f"layers.{number}."
+        shapes |= {
+            f"{at}input_layernorm.weight": (hidden,),
+            f"{at}post_attention_layernorm.weight": (hidden,),
+            f"{at}self_attn.q_proj.weight": (heads, hidden),
+            f"{at}self_attn.k_proj.weight": (kv, hidden),
+            f"{at}self_attn.v_proj.weight": (kv, hidden),
+            f"{at}self_attn.o_proj.weight": (hidden, heads),
+            f"{at}self_attn.q_norm.weight": (width,),
+            f"{at}self_attn.k_norm.weight": (width,),
+            f"{at}mlp.gate_proj.weight": (inner, hidden),
+            f"{at}mlp.up_proj.weight": (inner, hidden),
+            f"{at}mlp.down_proj.weight": (hidden, inner),
+        }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + drawn / 4 if len(shape) == 1 else drawn / math.sqrt(shape[1])
+    save_file(tensors, folder / "model.safetensors")
+    return folder
