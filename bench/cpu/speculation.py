@@ -5,7 +5,8 @@
 Weights are random, so texts are scripts: the head runs and chooses, and the script's token then
 takes the place of its choice, on both sides alike. There are four texts. One repeats four fifths of
 its prompt, in runs. One has no repetition, and tokens as unequal as words. In one the beginnings
-repeat, but never the continuations. One is guessed by an assistant. Then the time of a step that
+repeat, but never the continuations. One is guessed by an assistant. A DSpark drafter with random
+weights shows what one costs whose drafts are never right. Then the time of a step that
 checks eight tokens of a long context, over that of one.
 """
 
@@ -19,11 +20,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 import lfm2_fast
+from bench.cpu.drafters import published, write_drafter
 from bench.report import results
 from bench.report.goals import judged
 from bench.report.stats import ratio
@@ -31,8 +34,10 @@ from bench.shapes import SIZES, checkpoint
 from lfm2_fast.cli.machine_load import Neighbours
 from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.step_buffers import StepBuffers
+from lfm2_fast.models.dspark import DSpark
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.native_ops import NativeOps
+from lfm2_fast.weights.drafter import DrafterConfig, load_weights
 from lfm2_fast.weights.fusion import random_weights
 
 PROMPT, NEW, DRAFTS = 512, 512, 7
@@ -94,6 +99,7 @@ def small(target: Lfm2, hidden: int, layers: int) -> Lfm2:
 def rate(model: Lfm2, script: list[int], **options: Any) -> tuple[float, list[int], Any]:
     """New tokens a second after the first of a script, the tokens, and the statistics."""
     model.ops = Scripted(script)
+    model.attach_drafter(options.pop("drafter", None))
     engine = lfm2_fast.Engine(model, max_rows=1, prefix_cache=False, **options)
     engine.add(lfm2_fast.Request(script[:PROMPT], max_tokens=NEW))
     tokens: list[int] = []
@@ -123,6 +129,15 @@ def compared(
     value = ratio(rates["drafts"], rates["plain"], paired=True)
     verdict = asdict(judged(name, must, aim, value, more_is_better=True))
     return {"tokens/s": rates, "accepted": median(shares) if shares else None, "verdict": verdict}
+
+
+def random_drafter(target: Lfm2) -> DSpark:
+    """Drafter of the published depth, with random weights: its drafts are never right."""
+    with TemporaryDirectory() as made:
+        folder = write_drafter(Path(made) / "drafter", target.config, **published(target.config))
+        config = DrafterConfig.from_file(folder / "config.json")
+        like = target.embedding_norm.weight
+        return DSpark(config, load_weights(folder, config, target.config, like=like), target)
 
 
 def step_seconds(model: Lfm2, context: int, rounds: int) -> dict[str, Any]:
@@ -162,7 +177,7 @@ def main() -> None:
     options = {} if given.quantization == "none" else {"quantization": given.quantization}
     model = lfm2_fast.load(checkpoint(given.size), device="cpu", **options).network
     vocab, rounds = model.config.vocab_size, given.rounds
-    plain = model.ops
+    plain, drafter = model.ops, random_drafter(model)
     script = fresh(PROMPT + NEW + 1, 3, vocab)
     helper = small(model, 256, 2)
     guesses, draw = list(script), random.Random(4)
@@ -180,6 +195,9 @@ def main() -> None:
         ),
         "beginnings that mislead": lambda name: compared(
             model, misleading(), rounds, 0.97, 1.0, name, **lookup
+        ),
+        "a DSpark drafter with random weights": lambda name: compared(
+            model, script, rounds, 0.97, 1.0, name, drafter=drafter
         ),
         "an assistant that agrees 80 %": lambda name: compared(
             model, script, rounds, 1.4, 1.8, name, assistant=helper

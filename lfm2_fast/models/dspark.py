@@ -54,7 +54,11 @@ class DSpark(nn.Module):
 
     def _fit(self) -> None:
         like = self.norm.weight
-        self.rope_frequencies = RopeFrequencies(self.config.blocks, like.device, like.dtype)
+        own = self.config.blocks
+        self.rope_frequencies = RopeFrequencies(own, like.device, like.dtype)
+        # Of the target's tokens only keys and values are needed. A list is no part of the module.
+        rows = 2 * own.num_key_value_heads * own.head_dim
+        self._keys_values = [_last_rows(block.self_attn.qkv_proj, rows) for block in self._blocks]
 
     def apply_to_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move or cast the weights."""
@@ -68,10 +72,8 @@ class DSpark(nn.Module):
         product = _product(torch.cat(list(streams), -1), self.fc, ops)
         context = ops.rms_norm(product, self.hidden_norm)
         rope = self._rope(batch, ops, context.dtype)
-        for block, own in zip(self._blocks, pages, strict=True):
-            qkv = _product(context, block.self_attn.qkv_proj, ops)
-            # The queries are not used.
-            ops.qk_norm_rope(qkv, block.self_attn, rope, own, batch)
+        for block, proj, own in zip(self._blocks, self._keys_values, pages, strict=True):
+            ops.qk_norm_rope(_product(context, proj, ops), block.self_attn, rope, own, batch)
 
     def run_block(
         self,
@@ -123,6 +125,16 @@ class DSpark(nn.Module):
 def _product(x: torch.Tensor, linear: Projection, ops: Ops) -> torch.Tensor:
     """Return the product ``[T, N]``, by the operation that is fast for few tokens too."""
     return ops.linear_add(x, linear, x.new_zeros(len(x), linear.shape[0]))
+
+
+def _last_rows(linear: Projection, rows: int) -> Projection:
+    """Return the last ``rows`` of a projection, on the same memory."""
+    with torch.device("meta"):
+        made = Projection(rows, linear.shape[1], format=linear.format)
+    made.weight = nn.Parameter(linear.weight[-rows:], requires_grad=False)
+    for name, part in linear.named_buffers():
+        setattr(made, name, part[-rows:])
+    return made
 
 
 def _single_tokens(

@@ -254,8 +254,11 @@ class Lfm2(nn.Module):
 
     @property
     def draft_layers(self) -> int:
-        """Number of the drafter's layers, which caches have beside the network's own."""
-        drafter = self.drafter
+        """Number of the drafter's layers, which caches have beside the network's own.
+
+        A model that was moved to a GPU has none there: its drafter does not run.
+        """
+        drafter = None if self.ops.captures else self.drafter
         return 0 if drafter is None else drafter.config.blocks.num_hidden_layers
 
     @property

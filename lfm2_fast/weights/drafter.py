@@ -79,10 +79,10 @@ class DrafterConfig:
         heads, hidden = read.count("num_attention_heads"), read.count("hidden_size")
         layers = read.items("target_layer_ids") or []
         target_depth = read.count("num_target_layers")
-        if not layers or any(type(n) is not int or not 0 <= n < target_depth for n in layers):
+        if not layers or layers != [n for n in range(target_depth) if n in layers]:
             raise read.error(
                 f"target_layer_ids must be layers of the {target_depth} that num_target_layers "
-                f"says, not {layers!r}"
+                f"says, in order, not {layers!r}"
             )
         mask, vocab_size = read.token("mask_token_id"), read.count("vocab_size")
         if mask is None or not 0 <= mask < vocab_size:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import lfm2_fast
+from bench.cpu.drafters import BLOCK, DEPTH, MASK, write_drafter
 from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.engine.draft_length import Acceptance, StepCosts
 from lfm2_fast.engine.engine import Engine
@@ -21,7 +22,6 @@ from lfm2_fast.engine.request import Request
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.sampling import SamplingParams
 from tests.batches import events_by_request, text
-from tests.drafters import BLOCK, DEPTH, MASK, write_drafter
 
 DRAWN = SamplingParams(do_sample=True, temperature=0.7, top_k=8)
 
@@ -197,6 +197,10 @@ def test_a_drafter_that_knows_the_text_is_accepted(eager, monkeypatch) -> None:
         ({"vocab_size": 4000}, "vocab_size=4000 is that of another model"),
         ({"num_key_value_heads": 1}, "do not fit into the model's pages"),
         ({"dflash_config": {"mask_token_id": 3, "num_target_layers": 4}}, "target_layer_ids must"),
+        (
+            {"dflash_config": {"target_layer_ids": [2, 0], "num_target_layers": 4}},
+            "target_layer_ids must be layers of the 4",
+        ),
         ({"dflash_config": {"target_layer_ids": [0], "num_target_layers": 99}}, "mask_token_id"),
         ({"is_causal": True}, "is_causal=True is not supported"),
         ({"intermediate_size": 64}, "gate_proj.weight has shape"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lfm2_fast
-from tests.drafters import write_drafter
+from bench.cpu.drafters import write_drafter
 
 
 def test_a_drafter_changes_no_answer(

@@ -13,17 +13,38 @@ from safetensors.torch import save_file
 RANK, DEPTH, BLOCK, MASK = 8, 2, 5, 3
 
 
-def write_drafter(folder: Path, target: Any, **changes: Any) -> Path:
-    """Write a random drafter of a target, as LiquidAI's checkpoints are; return its folder."""
+def published(target: Any) -> dict[str, Any]:
+    """Return the arguments of ``write_drafter`` for a drafter like the published ones."""
+    layers = target.num_hidden_layers
+    taps = [layers * n // 6 for n in range(1, 6)]
+    return {"depth": 5, "block": 9, "rank": 256, "inner": 3 * target.hidden_size, "taps": taps}
+
+
+def write_drafter(
+    folder: Path,
+    target: Any,
+    *,
+    depth: int = DEPTH,
+    block: int = BLOCK,
+    rank: int = RANK,
+    inner: int = 96,
+    taps: list[int] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a random drafter of a target, as LiquidAI's checkpoints are; return its folder.
+
+    ``taps`` are the layers of the target that it reads: by default the first and the last.
+    """
     folder.mkdir()
     layers = target.num_hidden_layers
-    hidden, width, inner = target.hidden_size, target.head_dim, 96
+    hidden, width = target.hidden_size, target.head_dim
     heads, kv = target.num_attention_heads * width, target.num_key_value_heads * width
+    taps = taps or [0, layers - 1]
     fields = {
         "architectures": ["Lfm2DSparkDraftModel"],
         "model_type": "qwen3",
         "hidden_size": hidden,
-        "num_hidden_layers": DEPTH,
+        "num_hidden_layers": depth,
         "num_attention_heads": target.num_attention_heads,
         "num_key_value_heads": target.num_key_value_heads,
         "head_dim": width,
@@ -33,29 +54,29 @@ def write_drafter(folder: Path, target: Any, **changes: Any) -> Path:
         "vocab_size": target.vocab_size,
         "rope_theta": 10000.0,
         "max_position_embeddings": 4096,
-        "layer_types": ["full_attention"] * DEPTH,
-        "block_size": BLOCK,
+        "layer_types": ["full_attention"] * depth,
+        "block_size": block,
         "dflash_config": {
             "mask_token_id": MASK,
-            "target_layer_ids": [0, layers - 1],
+            "target_layer_ids": taps,
             "num_target_layers": layers,
         },
-        "markov_rank": RANK,
+        "markov_rank": rank,
         "markov_head_type": "vanilla",
         "rope_is_neox_style": False,
         "enable_confidence_head": True,
     } | changes
     (folder / "config.json").write_text(json.dumps(fields))
     shapes = {
-        "fc.weight": (hidden, 2 * hidden),
+        "fc.weight": (hidden, len(taps) * hidden),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
-        "markov_head.markov_w1.weight": (target.vocab_size, RANK),
-        "markov_head.markov_w2.weight": (target.vocab_size, RANK),
-        "confidence_head.proj.weight": (1, hidden + RANK),
+        "markov_head.markov_w1.weight": (target.vocab_size, rank),
+        "markov_head.markov_w2.weight": (target.vocab_size, rank),
+        "confidence_head.proj.weight": (1, hidden + rank),
         "confidence_head.proj.bias": (1,),
     }
-    for number in range(DEPTH):
+    for number in range(depth):
         at = f"layers.{number}."
         shapes |= {
             f"{at}input_layernorm.weight": (hidden,),
