@@ -156,6 +156,11 @@ def on_device(
     return torch.tensor(list(values), dtype=dtype).to(device, non_blocking=True)
 
 
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """Return float64, or float32 on devices that may lack it: all but CPUs and CUDA devices."""
+    return torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
+
+
 @contextmanager
 def host_by_default() -> Iterator[None]:
     """Make new tensors on the host unless a device is named, despite ``set_default_device``.

@@ -1,4 +1,4 @@
-"""ChunkTimer: seconds that chunks of prompts take on the device, without waiting for it."""
+"""ChunkTimer: seconds that chunks of prompts take on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from lfm2_fast.engine.request import Row
 
 
 class ChunkTimer:
-    """Times chunks: by the clock on a CPU, by events in the stream on a GPU."""
+    """Times chunks without waiting: by the clock on a CPU, by events in the stream on CUDA.
+
+    Elsewhere the clock is read when the device has finished.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,7 +44,9 @@ class ChunkTimer:
             yield rows, tokens, seconds
 
     def _mark(self) -> Any:
-        if self._device.type == "cpu":
+        if self._device.type != "cuda":
+            if self._device.type != "cpu":
+                torch.accelerator.synchronize(self._device)
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))

@@ -316,8 +316,8 @@ class Engine:
             return
         self._awake = False
         del self.cache, self.slots, self.prefill, self.decode
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.model.device.type != "cpu":
+            torch.get_device_module(self.model.device).empty_cache()
 
     def wake(self) -> None:
         """Take memory again after ``sleep``. The cache is empty."""

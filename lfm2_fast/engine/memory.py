@@ -15,12 +15,13 @@ from lfm2_fast.models.lfm2 import Lfm2
 def free_memory(device: torch.device) -> int:
     """Return the bytes of a device's memory that are not in use.
 
-    On a GPU what torch holds and does not use counts as free.
+    On a GPU what torch holds and does not use counts as free. A device that does not tell has the
+    host's.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + held
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        free, _ = module.mem_get_info(device)
+        return free + module.memory_reserved(device) - module.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="ascii").splitlines():

@@ -186,7 +186,7 @@ def find_device(device: Device) -> torch.device:
     """Return the device of a name, "auto" included. Raises ValueError if it does not exist."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        # Other devices than CUDA are accepted by name, but were never tested.
+        # Other devices are accepted by name. Nothing was tried on one.
         is_cuda = accelerator is not None and accelerator.type == "cuda"
         return torch.device("cuda" if is_cuda else "cpu")
     try:
@@ -194,12 +194,13 @@ def find_device(device: Device) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"device={str(device)!r} is not a device; use 'auto', 'cpu' or 'cuda'"
+            f"{_advice(str(device))}"
         ) from error
     if where.type != "cpu":
         if accelerator is None or accelerator.type != where.type:
             raise ValueError(
                 f"device={str(device)!r} is not available: torch {torch.__version__} sees "
-                f"{accelerator or 'no accelerator'} here; use device='cpu'"
+                f"{accelerator or 'no accelerator'} here; use device='cpu'{_advice(where.type)}"
             )
         if where.index is not None and where.index >= torch.accelerator.device_count():
             raise ValueError(
@@ -207,6 +208,16 @@ def find_device(device: Device) -> torch.device:
                 f"{torch.accelerator.device_count()} devices, counted from 0"
             )
     return where
+
+
+def _advice(device: str) -> str:
+    """Return more advice on a device that is missing."""
+    if device.startswith("npu"):
+        return (
+            ". torch has Ascend's NPUs where torch_npu is installed. Intel's run an export: "
+            "lfm2-fast export openvino"
+        )
+    return ""
 
 
 def _whole(device_map: Device | Mapping[str, Device]) -> Device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, widest_float
 from lfm2_fast.config import ORIGINAL, Config
 from lfm2_fast.config_values import CheckpointError
 
@@ -45,7 +45,7 @@ class RopeFrequencies:
             # scalar remainder round differently. In float64, because the rounding of a float32
             # exponent shows in a long context.
             growth = config.head_dim / (config.head_dim - 2)
-            self.growth = torch.full_like(self.shares, growth, dtype=torch.float64)
+            self.growth = torch.full_like(self.shares, growth, dtype=widest_float(device))
 
     def of(self, batch: Batch) -> torch.Tensor:
         """Return ``inv_freq [D/2]``, or ``[T, D/2]`` if they depend on the context's length.

@@ -7,6 +7,7 @@ the work was split. A small error of a score changes the draw only if the two la
 close. So other implementations and narrower types mostly draw the same tokens.
 
 The mass of top-p is summed in float64, so that the order of summation does not change the cut.
+Noise is float64 too. Devices that may lack float64 compute both in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from lfm2_fast.cache.batch import on_device
+from lfm2_fast.cache.batch import on_device, widest_float
 
 MASK32 = 0xFFFFFFFF
 # Marks a row without a token to choose.
@@ -43,9 +44,10 @@ class SamplingState:
     """State of the choice of the next token of each of B rows, on the device.
 
     ``do_sample [B]`` bool, ``top_k [B]`` int64 and ``temperature, top_p, min_p, repetition_penalty
-    [B]`` float64 are SamplingParams by row. ``seeds, rows, positions [B]`` int64 decide the draws;
-    the position is that of the next token. ``seen [B, V]`` bool marks the earlier tokens of each
-    row, or is None if no row has a repetition penalty. ``sample`` updates both.
+    [B]`` in the device's widest float are SamplingParams by row. ``seeds, rows, positions [B]``
+    int64 decide the draws; the position is that of the next token. ``seen [B, V]`` bool marks the
+    earlier tokens of each row, or is None if no row has a repetition penalty. ``sample`` updates
+    both.
 
     ``active``, on the host, names the parameters that some row sets. So an implementation can leave
     out the others without waiting for the device.
@@ -65,7 +67,8 @@ class SamplingState:
         self.params = tuple(params)
         for field in fields(SamplingParams):
             values = [getattr(row, field.name) for row in params]
-            kind = {"do_sample": torch.bool, "top_k": torch.int64}.get(field.name, torch.float64)
+            wide = widest_float(device)
+            kind = {"do_sample": torch.bool, "top_k": torch.int64}.get(field.name, wide)
             setattr(self, field.name, on_device(values, kind, device))
         each = [seed] * count if isinstance(seed, int) else seed
         signed = [one - 2**64 if one >= 2**63 else one for one in each]
@@ -203,7 +206,7 @@ def warp(scores: torch.Tensor, state: SamplingState) -> torch.Tensor:
     if "top_p" in state.active:
         ascending, order = scores.sort(stable=True)
         # Compared in float32, as Hugging Face does: of ten equal scores, 0.9 cuts one.
-        mass = ascending.double().softmax(-1).cumsum(-1).float()
+        mass = ascending.to(widest_float(scores.device)).softmax(-1).cumsum(-1).float()
         tail = (mass <= (1 - state.top_p).float()[:, None]) & (state.top_p < 1)[:, None]
         tail[:, -1] = False
         scores = scores.masked_fill(tail.scatter(1, order, tail), -math.inf)
@@ -222,20 +225,20 @@ def draw(scores: torch.Tensor, state: SamplingState) -> torch.Tensor:
     NO_TOKEN if softmax is undefined: with NaN, infinity, or only -inf.
     """
     noise = gumbel(state.seeds, state.rows, state.positions, scores.shape[-1])
-    return best_tokens(scores.double() + noise)
+    return best_tokens(scores.to(noise.dtype) + noise)
 
 
 def gumbel(
     seeds: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Gumbel noise ``[B, count]`` float64 of the first tokens of every row: ``-ln(-ln(1 - u))``.
+    """Gumbel noise ``[B, count]`` of the first tokens of every row: ``-ln(-ln(1 - u))``.
 
     ``u`` is ``(word + 1/2) / 2^32``. The smallest ``u`` give the largest noise, and they have the
     finest steps. Still, a token of probability 1e-9 is drawn a quarter of a percent too rarely, and
-    one of 1e-11 hardly ever.
+    one of 1e-11 hardly ever. It is float64, or the widest float of the device.
     """
     words = philox(seeds, rows, positions, count)
-    less = words.double().add_(0.5).mul_(-(2.0**-32))
+    less = words.to(widest_float(words.device)).add_(0.5).mul_(-(2.0**-32))
     return less.log1p_().neg_().log_().neg_()
 
 
