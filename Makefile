@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test test-clients check nightly lint peers bench bench-report bench-gpu bench-gpu-peers probe-gpu first-gpu tune-gpu aot sanitize
+.PHONY: help demo test test-clients test-export check nightly lint peers bench bench-report bench-gpu bench-gpu-peers probe-gpu first-gpu tune-gpu aot sanitize
 .PHONY: test-gpu test-arm wheel clean
 .DEFAULT_GOAL := help
 
@@ -39,6 +39,9 @@ nightly: lint $(HARNESS) ## Run all tests, long proofs too; write bench/results/
 
 test-clients: $(READY) $(CLIENTS) ## Test the server with clients of other projects, in their own venv
 	LFM2_FAST_PYTHON=$(abspath $(BIN))/python $(VENV)-clients/bin/pytest -p no:cacheprovider --confcutdir=tests/clients tests/clients
+
+test-export: $(READY) ## Export the small checkpoint by the vendors' programs, in environments of their own
+	$(BIN)/pytest -p no:benchmark -n0 -v tests/export/real_exports.py
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check

@@ -10,6 +10,7 @@ import typer
 
 import lfm2_fast
 from lfm2_fast.cli.app import app
+from lfm2_fast.export.errors import ExportError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +53,7 @@ def _explained(error: Exception) -> str:
     if hasattr(error, "format_message"):
         where = getattr(getattr(error, "ctx", None), "command_path", "lfm2-fast")
         return f"{' '.join(error.format_message().split())} (see {where} --help)"
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | ExportError):
         return message
     if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError | lfm2_fast.LogitsError):
         return message

@@ -74,7 +74,8 @@ def test_what_is_imported_is_declared() -> None:
     optional = {"matplotlib", "fastapi", "llguidance", "prometheus_client", "pydantic"}
     optional |= {"starlette", "uvicorn", "gguf", "numpy"}
     imported = set()
-    for file in (*(ROOT / "lfm2_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
+    package = [file for file in (ROOT / "lfm2_fast").rglob("*.py") if file.parent != VENDOR]
+    for file in (*package, *(ROOT / "kernels").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
@@ -84,16 +85,22 @@ def test_what_is_imported_is_declared() -> None:
     assert imported - ours - optional == declared
 
 
+# Programs that run in the environments of vendors' exporters.
+VENDOR = ROOT / "lfm2_fast" / "export" / "vendor"
 # From left to right, as docs/architecture.md draws them: a room imports from those after it only.
-ROOMS = "cli, cluster, server, text, hf, engine, models, ops, cache weights".split(", ")
+ROOMS = "cli, cluster, export server, text, hf, engine, models, ops, cache weights".split(", ")
 FILES = ["config", "config_values"]
 RANK = {name: place for place, names in enumerate(ROOMS + FILES) for name in names.split()}
 
 
 def modules() -> dict[str, ast.Module]:
-    """Every file of the package by its dotted name, but those that import only by name."""
+    """Every file of the package by its dotted name, but those that import only by name.
+
+    Programs of other environments are not among them.
+    """
     folder = ROOT / "lfm2_fast"
-    files = (file for file in folder.rglob("*.py") if not file.stem.startswith("__"))
+    files = [file for file in folder.rglob("*.py") if not file.stem.startswith("__")]
+    files = [file for file in files if file.parent != VENDOR]
     return {
         ".".join(file.relative_to(folder).with_suffix("").parts): ast.parse(
             file.read_text(encoding="utf-8")
@@ -170,6 +177,11 @@ def test_a_folders_own_file_holds_a_sentence_alone() -> None:
     for file in (ROOT / "lfm2_fast").glob("*/__init__.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree) and len(tree.body) == 1, file
+
+
+def test_programs_of_other_environments_import_nothing_of_the_package() -> None:
+    for file in VENDOR.glob("*.py"):
+        assert not list(imported(ast.parse(file.read_text(encoding="utf-8")))), file.name
 
 
 def test_kernels_import_kernels_alone() -> None:

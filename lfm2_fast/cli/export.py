@@ -1,4 +1,4 @@
-"""``lfm2-fast export``: a checkpoint as a file that other programs run."""
+"""``lfm2-fast export``: a checkpoint as files that other programs run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import typer
 
 from lfm2_fast.cli import options as opt
 
-app = typer.Typer(
-    help="Write a checkpoint as a file that other programs run.", no_args_is_help=True
-)
+app = typer.Typer(help="Write a checkpoint as files that other programs run.", no_args_is_help=True)
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id or folder of the unquantized checkpoint.")
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder to write; it must be empty, or not exist.")
+]
 
 
 @app.command()
 def gguf(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id or folder of the unquantized checkpoint.")
-    ],
+    model: Checkpoint,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file to write.")],
     type: Annotated[
         str, typer.Option(help="Matrices: f16, bf16, q8_0, q4_0, f32, q4_1, q5_0, q5_1.")
@@ -48,3 +51,72 @@ def gguf(
         raise ValueError(f"{folder} is a GGUF file itself: llama.cpp's llama-quantize converts it")
     export_gguf(folder, file, type.lower())
     Terminal().note(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
+
+
+@app.command()
+def openvino(
+    model: Checkpoint,
+    folder: Folder,
+    type: Annotated[str, typer.Option(help="Weights: f32, f16, int8, int4.")] = "int8",
+    environment: opt.Environment = None,
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
+) -> None:
+    """Write a folder for OpenVINO, which runs on Intel's NPUs, GPUs and CPUs.
+
+    optimum-intel makes it. Its logits and greedy tokens are compared with the model's before it is
+    done. Run it with lfm2-fast generate DIR --device npu.
+    """
+    _export(
+        "openvino", model, folder, type, environment, revision, local_files_only, force_download
+    )
+
+
+@app.command()
+def onnx(
+    model: Checkpoint,
+    folder: Folder,
+    type: Annotated[str, typer.Option(help="Weights: f32, int8, int4.")] = "int4",
+    environment: opt.Environment = None,
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
+) -> None:
+    """Write a folder for ONNX Runtime GenAI.
+
+    Its model builder makes it. The head is connected with the right norm if the builder took
+    another one. Logits and greedy tokens are compared with the model's before it is done.
+    """
+    hub = (revision, local_files_only, force_download)
+    _export("onnx", model, folder, type, environment, *hub)
+
+
+def _export(
+    vendor: str,
+    model: str,
+    folder: Path,
+    type: str,
+    environment: Path | None,
+    revision: str | None,
+    local_files_only: bool,
+    force_download: bool,
+) -> None:
+    from lfm2_fast.cli.terminal import Terminal
+    from lfm2_fast.export.exporting import export
+    from lfm2_fast.export.vendors import VENDORS
+
+    terminal = Terminal()
+    export(
+        VENDORS[vendor],
+        model,
+        folder,
+        type.lower(),
+        environment=environment,
+        note=terminal.note,
+        revision=revision,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    size = sum(file.stat().st_size for file in folder.rglob("*"))
+    terminal.note(f"{folder}: {size / 1e6:,.1f} MB; run it with lfm2-fast generate {folder}")

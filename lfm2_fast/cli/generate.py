@@ -43,23 +43,32 @@ def generate(
     max_length: opt.MaxLength = None,
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
+    environment: opt.Environment = None,
 ) -> None:
     """Answer a prompt, or continue it, and show the text token by token.
 
     A checkpoint with a chat template answers, unless its name has Base in it. --raw continues the
-    prompt without a template, and shows every marker.
+    prompt without a template, and shows every marker. A folder of lfm2-fast export runs by its own
+    runtime, with --device cpu, gpu or npu.
     """
     text = _prompt(prompt, file)
     if system is not None:
         if chat is False:
             raise ValueError("--system needs the chat template; leave --raw out")
         chat = True
-    from lfm2_fast.cli.session import session_of
+    from lfm2_fast.cli.export_session import ExportSession, export_session_of
+    from lfm2_fast.cli.session import Session, session_of
     from lfm2_fast.cli.terminal import Terminal, interruptible
+    from lfm2_fast.export.answering import read_record
     from lfm2_fast.text.presets import preset_of
 
     terminal = Terminal()
-    session = session_of(terminal, context, chat=bool(chat))
+    record = read_record(model)
+    session: Session | ExportSession
+    if record is None:
+        session = session_of(terminal, context, chat=bool(chat))
+    else:
+        session = export_session_of(terminal, context, record, chat=bool(chat))
     if chat is None:
         chat = bool(session.tokenizer.chat_template) and preset_of(model) != "base"
     try:
@@ -72,6 +81,8 @@ def generate(
                 terminal.write("\n")
     finally:
         terminal.finish()  # an error in the middle of a text gets its own line
+        if isinstance(session, ExportSession):
+            session.exported.runtime.close()
     terminal.note(str(answer))
     if answer.stopped:
         raise typer.Exit(130)

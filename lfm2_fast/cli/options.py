@@ -66,6 +66,13 @@ Memory = Annotated[
     typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
 ]
 ChatTemplate = Annotated[Path | None, typer.Option(help="File with another chat template.")]
+Environment = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="LFM2_FAST_ENVIRONMENT",
+        help="Folder of a virtual environment with the exporter; else one is made in the cache.",
+    ),
+]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Download nothing.")]
 ForceDownload = Annotated[
     bool, typer.Option("--force-download", help="Download files again that the cache has.")

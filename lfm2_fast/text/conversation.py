@@ -73,7 +73,8 @@ def stream_answer(
     if room < 1:
         raise ValueError(f"{len(ids)} tokens fill the context of {model.max_length}")
     budget = min(max_new_tokens or room, room)
-    request = _request(model, tokenizer, ids, budget, arguments)
+    defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
+    request = streamed_request(defaults, vocab_size, tokenizer, ids, budget, arguments)
     stream, end, kept = TokenStream(tokenizer, sink), "", 0
     held = model.workspace.take(model.network, 1, model.max_length) if cache is None else cache
     engine = model.workspace.engine(model.network, held)
@@ -101,8 +102,9 @@ def stream_answer(
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
 
 
-def _request(
-    model: Lfm2ForCausalLM,
+def streamed_request(
+    defaults: Mapping[str, Any],
+    vocab_size: int,
     tokenizer: Any,
     ids: list[int],
     budget: int,
@@ -110,9 +112,9 @@ def _request(
 ) -> Request:
     """Return the request that ``generate`` would make of one prompt.
 
-    Raises TypeError for arguments that need all rows, like ``logits_processor``.
+    ``defaults`` are those of the checkpoint's generation config. Raises ValueError for arguments
+    that need all rows, like ``num_beams``.
     """
-    defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
     given = dict(arguments)
     seed = seed_of(given.pop("seed", None), given.pop("generator", None))
     asked = resolve_args(given, given.pop("generation_config", None), defaults, vocab_size)

@@ -1,0 +1,164 @@
+"""Runs an export in the environment of its runtime, for a process of this package.
+
+Imports nothing of the package. Usage: ``run.py RUNTIME PATH DEVICE CONTEXT EXACT``. Each line of
+stdin is a JSON object:
+
+- ``{"op": "open"}`` opens the export, and answers with facts about the runtime;
+- ``{"op": "feed", "ids": [...], "restart": bool, "all": bool}`` runs tokens after those before, or
+  after none, and answers with logits: of every token, or of the last one.
+
+An answer is a line of JSON. After the one of "feed" come ``rows * columns`` float32. An answer with
+the key "error" says why there is no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class OpenVINO:
+    """Stateful OpenVINO model, as optimum-intel writes it.
+
+    The device STATIC is the CPU with the static shapes that an NPU gets: the NPU's plugin makes
+    them, and needs no NPU for it. It gives logits of the last token alone.
+    """
+
+    # Arithmetic of the file alone: no bfloat16, no integers in place of activations or the cache.
+    EXACT = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
+
+    def __init__(self, folder: str, device: str, context: int, exact: bool) -> None:
+        import openvino
+
+        core = openvino.Core()
+        devices = core.available_devices
+        self.is_static = device in ("NPU", "STATIC")
+        if device != "STATIC" and not any(name.startswith(device) for name in devices):
+            raise LookupError(f"OpenVINO finds {', '.join(devices)} here, and no {device}")
+        settings: dict[str, str] = dict(self.EXACT) if exact and not self.is_static else {}
+        if self.is_static:
+            settings = static_settings(context)
+        if device == "STATIC":
+            settings["NPUW_DEVICES"] = "CPU"
+        model = core.read_model(Path(folder) / "openvino_model.xml")
+        self.names = {name for port in model.inputs for name in port.names}
+        self.compiled = core.compile_model(model, "NPU" if self.is_static else device, settings)
+        self.request = self.compiled.create_infer_request()
+        self.length = 0
+        found = "CPU" if device == "STATIC" else device
+        self.facts = {
+            "runtime": f"openvino {openvino.__version__.partition('-')[0]}",
+            "device": core.get_property(found, "FULL_DEVICE_NAME"),
+        }
+
+    def feed(self, ids: list[int], restart: bool, every: bool) -> np.ndarray:
+        if restart and self.length:
+            # Static shapes know a new text by position_ids alone, which this model does not have.
+            self.request = self.compiled.create_infer_request()
+            self.length = 0
+        end = self.length + len(ids)
+        given = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        self.request.infer({name: given[name] for name in self.names})
+        self.length = end
+        logits = self.request.get_tensor("logits").data[0]
+        return logits if every else logits[-1:]
+
+
+def static_settings(context: int) -> dict[str, str]:
+    """Return the settings with which the NPU's plugin makes all shapes static.
+
+    Two of its defaults are wrong for LFM2. A prompt in chunks applies the mask of the first chunk
+    to the convolutions of all. Transposed values give NaN.
+    """
+    prompt = context // 2
+    return {
+        "NPU_USE_NPUW": "YES",
+        "NPUW_LLM": "YES",
+        "NPUW_LLM_MAX_PROMPT_LEN": str(prompt),
+        "NPUW_LLM_MIN_RESPONSE_LEN": str(context - prompt),
+        "NPUW_LLM_PREFILL_HINT": "STATIC",
+        "NPUW_LLM_OPTIMIZE_V_TENSORS": "NO",
+    }
+
+
+class OnnxGenAI:
+    """ONNX Runtime GenAI model, as its model builder writes it."""
+
+    PROVIDERS = {"CPU": None, "GPU": "dml", "NPU": "qnn"}
+
+    def __init__(self, folder: str, device: str, context: int, exact: bool) -> None:
+        import onnxruntime_genai
+
+        self.library = onnxruntime_genai
+        config = onnxruntime_genai.Config(folder)
+        config.clear_providers()
+        provider = self.PROVIDERS[device]
+        if provider is not None:
+            config.append_provider(provider)
+        try:
+            self.model = onnxruntime_genai.Model(config)
+        except RuntimeError as error:
+            if provider is None:
+                raise
+            raise LookupError(f"ONNX Runtime has no {device} by {provider} here: {error}") from (
+                error
+            )
+        self.context = context
+        self.generator: Any = None
+        self.facts = {
+            "runtime": f"onnxruntime-genai {onnxruntime_genai.__version__}",
+            "device": self.model.device_type,
+        }
+
+    def feed(self, ids: list[int], restart: bool, every: bool) -> np.ndarray:
+        if restart or self.generator is None:
+            params = self.library.GeneratorParams(self.model)
+            params.set_search_options(max_length=self.context, batch_size=1)
+            self.generator = self.library.Generator(self.model, params)
+        self.generator.append_tokens(np.array([ids], np.int32))
+        if every:
+            return np.array(self.generator.get_output("logits"), np.float32)[0]
+        return np.array(self.generator.get_logits(), np.float32)[0]
+
+
+RUNTIMES = {"openvino": OpenVINO, "onnx": OnnxGenAI}
+
+
+def main() -> None:
+    runtime, path, device, context, exact = sys.argv[1:]
+    # What the libraries print goes to stderr, so that stdout has answers alone.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    opened: Any = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        data = b""
+        try:
+            if asked["op"] == "open":
+                opened = RUNTIMES[runtime](path, device, int(context), exact == "exact")
+                told: dict[str, Any] = opened.facts
+            else:
+                logits = opened.feed(asked["ids"], asked["restart"], asked["all"])
+                data = np.ascontiguousarray(logits, np.float32).tobytes()
+                told = {"rows": logits.shape[0], "columns": logits.shape[1]}
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(told).encode() + b"\n" + data)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
