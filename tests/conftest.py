@@ -6,17 +6,15 @@ Triton kernels run on the machine's GPU, or in Triton's interpreter where there 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
+import gc
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -45,6 +43,7 @@ from lfm2_fast.cache.kv_cache import KVPages  # noqa: E402
 from lfm2_fast.engine.graphs import Graphs  # noqa: E402
 from lfm2_fast.engine.step_buffers import StepBuffers  # noqa: E402
 from lfm2_fast.weights.fusion import fusion_table  # noqa: E402
+from tests.quick_interpreter import quick_interpreter as quickly  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,13 +89,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         given = getattr(item, "callspec", None)
         if given is None:
             continue
-        body, dtype = given.params.get("body"), given.params.get("kernel_dtype")
-        if isinstance(body, tuple) and body[0] == "triton":
-            dtype = body[1]
-        crossed = dtype, given.params.get("grid_order")
-        if crossed in ((torch.float32, "in_order"), (torch.float16, "reversed")):
-            # Each dtype and each order is in `make test`, every pair of them in `make nightly`.
+        dtype, order = given.params.get("kernel_dtype"), given.params.get("grid_order")
+        body = given.params.get("body")
+        name, dtype = body if isinstance(body, tuple) else ("triton", dtype)
+        # Each dtype and each order is in `make test`, every pair of them in `make nightly`. Other
+        # bodies than Triton's have no grid.
+        crossed = (torch.float32, "in_order"), (torch.float16, "reversed")
+        if (dtype, order) in crossed if name == "triton" else order == "reversed":
             item.add_marker("nightly")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later collections, of which a capture makes one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -229,79 +235,8 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Make Triton's interpreter skip useless and repeated work.
-
-    It checks every sum, difference and product of integers for overflow, but uses the result only
-    with the option ``debug``, which is off. At each launch, and at each call of a function inside
-    of a kernel, it searches all of Triton's language for functions to replace. The launch has
-    replaced them already. It also makes a table of dtypes at each access, and the constants of a
-    shape for each tensor.
-
-    Its products of several matrices are added up in one order for every row. The library's depend
-    on a row's place among the others, which those of a tensor core do not.
-    """
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    tl, builder = interpreter.tl, interpreter.interpreter_builder
-    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    replaced: dict[tuple[str, ...], Any] = {}
-
-    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        replaced.clear()  # a launch puts back at its end what it has replaced
-        launch(self, *args, **kwargs)
-
-    def replace_once(fn: Any) -> Any:
-        language = (interpreter.tl, interpreter.tl.core)
-        # Not by the function's own names: in Triton's files ``tl`` is another part.
-        seen = [v for v in fn.__globals__.values() if any(v is each for each in language)]
-        parts = tuple(part.__name__ for part in seen)
-        if parts not in replaced:
-            replaced[parts] = replace(fn)
-        return replaced[parts]
-
-    @functools.cache
-    def builtins_of(language: Any) -> list[tuple[str, Any]]:
-        return [each for each in inspect.getmembers(language) if tl.core.is_builtin(each[1])]
-
-    def replace_builtins(language: Any, builder: Any, scope: Any) -> None:
-        for name, member in builtins_of(language):
-            interpreter._patch_attr(language, name, member, builder, scope)
-
-    dot = builder.create_dot
-
-    def dot_in_order(a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        if a.data.ndim == 2:
-            return dot(a, b, acc, *options)
-        wide = [each.data.astype(acc.data.dtype) for each in (a, b)]
-        sums = np.einsum("wmk,wkn->wmn", *wide, optimize=False)
-        return interpreter.TensorHandle(sums + acc.data, acc.dtype.scalar)
-
-    in_numpy = interpreter._get_np_dtype
-    of_scalar = functools.cache(in_numpy)
-
-    def in_numpy_once(dtype: Any) -> Any:
-        return in_numpy(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
-
-    @functools.cache
-    def constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
-        return tl.core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
-
-    def make(self: Any, handle: Any, type: Any) -> None:
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = constants(tuple(type.shape) if type.is_block() else ())
-
-    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.GridExecutor, "__call__", begin)
-        patch.setattr(interpreter, "_patch_lang", replace_once)
-        patch.setattr(interpreter, "_patch_builtin", replace_builtins)
-        patch.setattr(interpreter, "_get_np_dtype", in_numpy_once)
-        patch.setattr(tl.core.tensor, "__init__", make)
-        patch.setattr(builder, "options", options)
-        patch.setattr(builder, "create_dot", dot_in_order)
+    """Make Triton's interpreter skip useless and repeated work."""
+    with quickly() if INTERPRETED else nullcontext():
         yield
 
 
@@ -477,13 +412,14 @@ def true_350m(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("350m")
     published = ROOT / "tests" / "data" / "LFM2-350M.json"
     shutil.copy(published, folder / "config.json")
-    generator = torch.Generator().manual_seed(0)
+    # Drawn once and repeated, at no whole number of rows: to draw them all takes seconds.
+    noise = torch.empty(2**22 + 1, dtype=torch.bfloat16)
+    noise.normal_(std=0.04, generator=torch.Generator().manual_seed(0))
     weights = {}
     for fused in fusion_table(lfm2_fast.Config.from_file(published)).values():
         for part in fused.parts:
-            made = torch.empty(part.shape, dtype=torch.bfloat16)
-            weights[part.name] = (
-                made.fill_(1) if fused.is_norm else made.normal_(std=0.04, generator=generator)
-            )
+            count = math.prod(part.shape)
+            made = noise.repeat(-(-count // len(noise)))[:count].reshape(part.shape).contiguous()
+            weights[part.name] = made.fill_(1) if fused.is_norm else made
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -16,7 +16,9 @@ import io
 import itertools
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,16 +289,22 @@ def compile_all(
     only: Collection[str] = (),
     maxnreg: int | None = None,
     sizes: Iterable[Size] = SIZES,
+    *,
+    anew: bool = True,
 ) -> list[Compiled]:
-    """Every kernel that the sizes and vocabularies use, each once."""
+    """Every kernel that the sizes and vocabularies use, each once.
+
+    With ``anew`` False, kernels in Triton's cache are not compiled again.
+    """
     found: dict[str, Compiled] = {}
     used_by = {size.name: functools.partial(launch_size, size) for size in sizes}
     used_by |= {f"V={vocab}": functools.partial(launch_sample, vocab) for vocab in VOCABULARIES}
     for dtype, (user, launch) in itertools.product(dtypes, used_by.items()):
-        with compiling(arch, only, maxnreg) as launches:
+        with compiling(arch, only, maxnreg, anew=anew) as launches:
             launch(getattr(torch, dtype), pdl=arch >= 90)
         for name, kernel, log in launches:
             if kernel.hash not in found:
+                log = log or log_of_code(kernel)
                 found[kernel.hash] = Compiled(
                     name=name,
                     dtype=dtype,
@@ -309,6 +317,20 @@ def compile_all(
             if user not in found[kernel.hash].sizes:
                 found[kernel.hash].sizes.append(user)
     return sorted(found.values(), key=lambda kernel: kernel.name)
+
+
+def log_of_code(kernel: Any) -> str:
+    """Return what ptxas printed of a kernel in Triton's cache, as far as its code tells.
+
+    All of its stack counts as spilled, so no spill is passed over.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = _number(r"REG:(\d+)", told), _number(r"STACK:(\d+)", told)
+    return f"Used {registers} registers, {stack} bytes stack frame, {stack} bytes spill stores"
 
 
 def _number(pattern: str, log: str) -> int:
@@ -325,6 +347,9 @@ def main() -> None:
     names = [size.name for size in SIZES]
     parser.add_argument("--size", nargs="+", default=names, choices=names)
     parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to see spills")
+    parser.add_argument(
+        "--cached", action="store_true", help="compile nothing again that Triton's cache holds"
+    )
     args = parser.parse_args()
 
     print(f"triton {triton.__version__}; bytes: spilled and stack a thread, shared a program")
@@ -334,7 +359,8 @@ def main() -> None:
     )
     spilling, sizes = 0, [size for size in SIZES if size.name in args.size]
     for arch in args.arch:
-        for k in compile_all(arch, args.dtype, args.only, args.maxnreg, sizes):
+        only, anew = args.only, not args.cached
+        for k in compile_all(arch, args.dtype, only, args.maxnreg, sizes, anew=anew):
             print(
                 f"{k.name:16} {arch:3} {k.dtype:8} {k.warps:5} {k.registers:5} {k.spilled:7} "
                 f"{k.stack:5} {k.shared:6}  {' '.join(k.sizes)}"

@@ -5,9 +5,11 @@ What a GPU alone shows, that a capture succeeds and replays the same launches, i
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from tests.engine.capturing import Capturing
 
 # In float64: a bucket's products are summed in another order than those of as many rows as there
 # are, and a draw must not hang on that.
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
     return lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
 
@@ -50,28 +52,43 @@ def ahead(tiny: Path) -> lfm2_fast.Lfm2ForCausalLM:
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
 
 
-def ends_at(model: Any, *steps: int) -> list[int]:
-    """Tokens of greedy decoding at some steps, to stop rows at different times."""
-    written = model.generate(PROMPTS, max_new_tokens=30, eos_token_id=None)[:, 7:]
-    return [int(written[row, step]) for row, step in enumerate(steps)]
+@pytest.fixture(scope="module")
+def ends_at(plain) -> Callable[..., list[int]]:
+    """Return tokens of greedy decoding at some steps, to stop rows at different times."""
+    written = plain.generate(PROMPTS, max_new_tokens=15, eos_token_id=None)[:, 7:]
+    return lambda *steps: [int(written[row, step]) for row, step in enumerate(steps)]
+
+
+@pytest.fixture(scope="module")
+def text_alone(plain) -> Callable[..., list[int]]:
+    """Return the first prompt and 30 tokens, which each kind of sampling writes once."""
+
+    @functools.cache
+    def write(**sampling: Any) -> list[int]:
+        kwargs = {"max_new_tokens": 30, "eos_token_id": None, **sampling}
+        return plain.generate([PROMPTS[0]], **kwargs)[0].tolist()
+
+    return write
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 0.8}])
 @pytest.mark.parametrize("captured", [False, True], ids=["uncaptured", "captured"])
 def test_a_step_ahead_writes_the_same(
-    plain, ahead, sampling: dict[str, Any], captured: bool, request: pytest.FixtureRequest
+    plain, ahead, sampling: dict[str, Any], captured: bool, request: pytest.FixtureRequest, ends_at
 ) -> None:
     """Rows end at different times, in buckets of 8, 4, 2 and 1."""
     if captured:
         request.getfixturevalue("graphs")
-    ends = ends_at(plain, 2, 5, 9, 14)
-    kwargs = {"max_new_tokens": 30, "eos_token_id": ends, "repetition_penalty": 1.1, **sampling}
+    ends = ends_at(2, 5, 9, 14)
+    kwargs = {"max_new_tokens": 24, "eos_token_id": ends, "repetition_penalty": 1.1, **sampling}
     expected = plain.generate(PROMPTS, **kwargs)
     for _ in range(2):
         assert torch.equal(ahead.generate(PROMPTS, **kwargs), expected)
 
 
-def test_buckets_shrink_and_rows_beyond_write_to_the_dummy_slot(plain, ahead, monkeypatch) -> None:
+def test_buckets_shrink_and_rows_beyond_write_to_the_dummy_slot(
+    plain, ahead, monkeypatch, ends_at
+) -> None:
     counts, slots = [], []
     run = StepBuffers.run_steps
 
@@ -80,7 +97,7 @@ def test_buckets_shrink_and_rows_beyond_write_to_the_dummy_slot(plain, ahead, mo
         slots.append(self.inputs.slots[:count].tolist())
         run(self, model, cache, count, **kwargs)
 
-    ends = ends_at(plain, 2, 5, 9, 14)
+    ends = ends_at(2, 5, 9, 14)
     monkeypatch.setattr(StepBuffers, "run_steps", noted)
     ahead.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends)
     assert counts[0] == 8 and slots[0] == [0, 1, 2, 3, 4, 5, 5, 5]
@@ -92,7 +109,7 @@ def test_buckets_shrink_and_rows_beyond_write_to_the_dummy_slot(plain, ahead, mo
 
 
 def test_one_capture_serves_every_length_and_call(ahead, graphs) -> None:
-    for tokens in (3, 40, 200):
+    for tokens in (3, 40, 140):
         ahead.generate([PROMPTS[0]], max_new_tokens=tokens, eos_token_id=None)
     assert len(graphs) == 1, "the second call did not reuse the cache of the first"
     keys = {key for key in graphs[0]._graphs if key[0] != "prompt"}
@@ -109,7 +126,7 @@ def test_graphs_stay_while_a_text_grows(ahead, graphs) -> None:
     cache = ahead.new_cache(1)
     ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None, past_key_values=cache)
     before = dict(graphs[0]._graphs)
-    ahead.generate([PROMPTS[0]], max_new_tokens=400, eos_token_id=None, past_key_values=cache)
+    ahead.generate([PROMPTS[0]], max_new_tokens=150, eos_token_id=None, past_key_values=cache)
     assert cache.reallocations == 0 and before
     assert before.items() <= graphs[0]._graphs.items()
 
@@ -120,7 +137,7 @@ def test_a_table_that_widens_drops_the_graphs(ahead, plain, graphs) -> None:
     cache = ahead.new_cache(1)
     cache._pages.columns = 1
     cache._pages.lay_out()
-    arguments = {"max_new_tokens": 200, "eos_token_id": None}
+    arguments = {"max_new_tokens": 140, "eos_token_id": None}
     found = ahead.generate([PROMPTS[0]], past_key_values=cache, **arguments)
     assert cache.reallocations == 2 and cache._pages.columns == 4
     assert torch.equal(found, plain.generate([PROMPTS[0]], **arguments))
@@ -144,8 +161,10 @@ def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
     assert ahead.workspace.buffers(ahead.network, cache) is not first
 
 
-def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, graphs) -> None:
-    ends = ends_at(plain, 2, 5, 9, 14)
+def test_callers_python_stands_outside_of_the_captured_forward(
+    plain, ahead, graphs, ends_at
+) -> None:
+    ends = ends_at(2, 5, 9, 14)
 
     def dampen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores - 0.5 * torch.nn.functional.one_hot(ids[:, -1], scores.shape[1])
@@ -157,10 +176,12 @@ def test_callers_python_stands_outside_of_the_captured_forward(plain, ahead, gra
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("outside", [False, True], ids=["steps", "with a processor"])
-def test_hooks_on_layers_see_the_text_and_no_graph(plain, ahead, graphs, rows, outside) -> None:
+def test_hooks_on_layers_see_the_text_and_no_graph(
+    plain, ahead, graphs, rows, outside, ends_at
+) -> None:
     """Hooks see each step and row once. Nothing is captured, runs ahead, or fills a bucket."""
-    ends = ends_at(plain, 2, 5, 9, 14)
-    kwargs = {"max_new_tokens": 30, "eos_token_id": ends}
+    ends = ends_at(2, 5, 9, 14)
+    kwargs = {"max_new_tokens": 24, "eos_token_id": ends}
     if outside:
         kwargs["logits_processor"] = [lambda ids, scores: scores * 1.0]
     cache = ahead.new_cache(rows)
@@ -194,7 +215,7 @@ def test_hooks_on_layers_see_the_text_and_no_graph(plain, ahead, graphs, rows, o
     assert sum(graph.replays for graph in ours.values()) > sum(held.values())
 
 
-def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
+def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead, ends_at) -> None:
     """A text ended, then a streamer stopped one. The lengths in the cache are right."""
 
     class Stop(Exception):
@@ -211,7 +232,7 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
         def end(self) -> None:
             pass
 
-    ends = ends_at(plain, 6)
+    ends = ends_at(6)
     cache = ahead.new_cache(1)
     text = ahead.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=ends, past_key_values=cache)
     assert cache.lengths == [text.shape[1] - 1]
@@ -228,12 +249,14 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead) -> None:
 
 
 @pytest.mark.parametrize("step", range(2, 2 + 2 * step_buffers.MAX_STEPS))
-def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: int) -> None:
+def test_what_runs_after_the_end_changes_nothing_before_it(
+    plain, ahead, step: int, ends_at
+) -> None:
     """A text ends at any of the steps of one launch. The next turn is still right."""
     cache, reference = ahead.new_cache(1), plain.new_cache(1)
     for model, held in ((ahead, cache), (plain, reference)):
         text = model.generate(
-            [PROMPTS[0]], max_new_tokens=40, eos_token_id=ends_at(plain, step), past_key_values=held
+            [PROMPTS[0]], max_new_tokens=40, eos_token_id=ends_at(step), past_key_values=held
         )
     length = text.shape[1] - 1
     assert cache.lengths == reference.lengths == [length] and length < 4 + 39
@@ -247,7 +270,7 @@ def test_what_runs_after_the_end_changes_nothing_before_it(plain, ahead, step: i
 
 
 @pytest.mark.parametrize("seen", range(1, 2 * step_buffers.MAX_STEPS + 1))
-def test_a_reader_that_stops_within_a_launch_loses_no_token(plain, ahead, seen: int) -> None:
+def test_a_reader_that_stops_within_a_launch_loses_no_token(text_alone, ahead, seen: int) -> None:
     """Steps of one launch are read one by one. The others are counted later."""
     cache = ahead.new_cache(1)
     row = Row(0, Request(PROMPTS[0]), 0, limit=30, arrival=0, slot=0)
@@ -259,7 +282,7 @@ def test_a_reader_that_stops_within_a_launch_loses_no_token(plain, ahead, seen: 
         pass
     assert len(row.written) >= seen
     steps.settle()
-    expected = plain.generate([PROMPTS[0]], max_new_tokens=30, eos_token_id=None)[0].tolist()
+    expected = text_alone()
     assert row.written == expected[4 : 4 + 1 + 2 * step_buffers.MAX_STEPS]
     assert cache.history[0] == expected[: cache.lengths[0]]
     assert cache.lengths == [4 + 2 * step_buffers.MAX_STEPS]
@@ -303,9 +326,9 @@ class Puts:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_streamer_sees_no_more_than_the_text(plain, ahead, rows: int) -> None:
+def test_a_streamer_sees_no_more_than_the_text(plain, ahead, rows: int, ends_at) -> None:
     """A step is running when the last row ends. It has no rows and does not belong to the text."""
-    ends = ends_at(plain, 4, 7)[:rows]
+    ends = ends_at(4, 7)[:rows]
     seen = {}
     for name, model in (("plain", plain), ("ahead", ahead)):
         streamer = Puts()
@@ -462,11 +485,11 @@ def breaks_after(tiny: Path, token: int) -> lfm2_fast.Lfm2ForCausalLM:
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 1.5}])
 @pytest.mark.parametrize("step", range(2 * step_buffers.MAX_STEPS))
 def test_a_row_without_a_token_among_steps_under_way(
-    tiny: Path, plain, graphs, step: int, sampling: dict[str, Any]
+    tiny: Path, plain, text_alone, graphs, step: int, sampling: dict[str, Any]
 ) -> None:
     """The error names the row at any step of a launch, and the cache's lengths are right."""
     kwargs = {"max_new_tokens": 30, "eos_token_id": None, **sampling}
-    text = plain.generate([PROMPTS[0]], **kwargs)[0].tolist()
+    text = text_alone(**sampling)
     firsts = [place for place in range(4, len(text)) if text[place] not in text[:place]]
     broken = firsts[step]
     model = breaks_after(tiny, text[broken])
@@ -523,13 +546,13 @@ def test_the_other_rows_of_a_batch_are_settled(tiny: Path, plain, graphs) -> Non
     ],
 )
 def test_more_prompts_than_rows(
-    plain, at_a_time: int, which: str, request: pytest.FixtureRequest
+    plain, at_a_time: int, which: str, request: pytest.FixtureRequest, ends_at
 ) -> None:
     """Answers are in order, each as if alone, in slots that were used before."""
     model = request.getfixturevalue(which)
     prompts = PROMPTS + [list(reversed(prompt)) for prompt in PROMPTS] + [PROMPTS[0]]
     kwargs = {
-        "max_new_tokens": 20, "eos_token_id": ends_at(plain, 2, 5, 9), "do_sample": True,
+        "max_new_tokens": 12, "eos_token_id": ends_at(2, 5, 9), "do_sample": True,
         "seed": 4, "repetition_penalty": 1.2, "temperature": 0.7,
     }  # fmt: skip
     expected = plain.generate(prompts, **kwargs)
@@ -539,16 +562,16 @@ def test_more_prompts_than_rows(
     assert torch.equal(model.generate(prompts[:3], **copies, max_batch_size=at_a_time), expected)
 
 
-def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahead) -> None:
+def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahead, ends_at) -> None:
     """Tokens that these steps wrote, and the host has not read, are on the new pages."""
     prompts = [PROMPTS[0], PROMPTS[1], [1 + i % 97 for i in range(300)]]
-    ends = ends_at(plain, 5)
+    ends = ends_at(5)
     kwargs = {"max_new_tokens": 40, "eos_token_id": ends}
     found = ahead.generate(prompts, max_batch_size=2, **kwargs)
     assert torch.equal(found, plain.generate(prompts, **kwargs))
 
 
-def test_rows_stay_busy(plain, monkeypatch) -> None:
+def test_rows_stay_busy(plain, monkeypatch, ends_at) -> None:
     sizes = []
     forward = Lfm2.forward
 
@@ -557,7 +580,7 @@ def test_rows_stay_busy(plain, monkeypatch) -> None:
             sizes.append(len(tokens))
         return forward(self, tokens, batch, *args, **kwargs)
 
-    ends = ends_at(plain, 2, 5, 9, 14)
+    ends = ends_at(2, 5, 9, 14)
     monkeypatch.setattr(Lfm2, "forward", counted)
     plain.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends, max_batch_size=2)
     assert max(sizes) == 2
@@ -591,18 +614,19 @@ def test_progress_is_told(plain, monkeypatch) -> None:
     assert told == [5, 1, 1, 1, 1, 1, 0]
 
 
-def test_out_of_memory_says_what_to_lower(plain, monkeypatch) -> None:
+def test_out_of_memory_says_what_to_lower(tiny: Path, monkeypatch) -> None:
     def full(self: Any, *args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    model = lfm2_fast.load(tiny, device="cpu", backend="eager")
     monkeypatch.setattr(PageMemory, "grow", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"5 rows of up to 27 tokens.*max_batch_size"):
-        plain.generate(PROMPTS, max_new_tokens=20)
+        model.generate(PROMPTS, max_new_tokens=20)
 
 
 @pytest.mark.slow
 def test_contexts_grow_across_pages(plain, ahead) -> None:
-    kwargs = {"max_new_tokens": 300, "eos_token_id": None}
+    kwargs = {"max_new_tokens": 140, "eos_token_id": None}
     assert torch.equal(ahead.generate(PROMPTS[:2], **kwargs), plain.generate(PROMPTS[:2], **kwargs))
 
 
@@ -621,7 +645,7 @@ def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
 
 
 def test_threads_and_models_do_not_disturb_each_other(tiny, plain, ahead, graphs) -> None:
-    kwargs = {"do_sample": True, "max_new_tokens": 15}
+    kwargs = {"do_sample": True, "max_new_tokens": 10}
     expected = [plain.generate(PROMPTS, seed=seed, **kwargs) for seed in range(4)]
     other = lfm2_fast.load(tiny, device="cpu", dtype="float64", backend="eager")
     other.network.ops = Capturing()

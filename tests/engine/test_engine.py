@@ -185,8 +185,8 @@ def test_shared_pages_are_never_written(native) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_requests_pass_through_a_pool_of_five_pages(exact) -> None:
-    requests = [Request(text(45 + 7 * i % 40, i), max_tokens=15 + i % 10) for i in range(50)]
+def test_thirty_requests_pass_through_a_pool_of_five_pages(exact) -> None:
+    requests = [Request(text(45 + 7 * i % 40, i), max_tokens=15 + i % 10) for i in range(30)]
     engine = Engine(exact, max_rows=6, pages=5)
     ids = [engine.add(request) for request in requests]
     found = run(engine)

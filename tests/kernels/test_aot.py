@@ -84,8 +84,9 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     ``sass`` is None without a disassembler.
 
     ``few`` leaves out biases, choices of tokens that need fewer kernels, the larger vocabulary and
-    the second size. Of kernels that load no weights early it disassembles nothing, and few are
-    compiled again for launches that are not dependent. ``early`` and ``plain`` name the kernels
+    the second size. Kernels that are in Triton's cache, by their source and options, are not
+    compiled again. Of kernels that load no weights early it disassembles nothing, and few are
+    compiled for launches that are not dependent. ``early`` and ``plain`` name the kernels
     that were disassembled, and that were compiled again.
     """
     code = """
@@ -112,7 +113,9 @@ def told(*options):
             return table.getvalue(), str(error)
     return table.getvalue(), ""
 
-table, refused = told()
+tools = triton.knobs.nvidia
+disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
+table, refused = told(*["--cached"] * (few and disassembles))
 _, spilled = told("--only", "gated_conv", "--maxnreg", "24")
 lengths = []
 with aot.compiling(90, anew=False) as launches:
@@ -121,8 +124,6 @@ with aot.compiling(90, anew=False) as launches:
                        page_size=page_size, pdl=True)
         aot.launch_few(aot.SIZES[0], torch.bfloat16, tokens=sequences, pdl=True)
         lengths.append((len(launches), len({kernel.hash for _, kernel, _ in launches})))
-tools = triton.knobs.nvidia
-disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
 found, dependent = [], ((0, False), (0, True)) if few else ((0, False), (2, False), (2, True))
 for pdl, sizes, names in ((True, dependent, chain), (False, ((0, False),), plain)):
     for place, int8 in sizes:
