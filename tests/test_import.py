@@ -70,9 +70,9 @@ def test_what_is_imported_is_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))
-    # Of the extras "plot", "server" and "gguf": an error says which to install.
+    # Of the extras "plot", "server", "ray" and "gguf": an error says which to install.
     optional = {"matplotlib", "fastapi", "llguidance", "prometheus_client", "pydantic"}
-    optional |= {"starlette", "uvicorn", "gguf", "numpy"}
+    optional |= {"starlette", "uvicorn", "gguf", "numpy", "ray", "pyarrow"}
     imported = set()
     package = [file for file in (ROOT / "lfm2_fast").rglob("*.py") if file.parent != VENDOR]
     for file in (*package, *(ROOT / "kernels").glob("*.py")):

@@ -77,6 +77,19 @@ LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Downlo
 ForceDownload = Annotated[
     bool, typer.Option("--force-download", help="Download files again that the cache has.")
 ]
+Replicas = Annotated[
+    int | None, typer.Option(min=1, help="Engines that work side by side, run by Ray.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster that runs them: auto, HOST:PORT; else one of this command."),
+]
+CpusPerReplica = Annotated[
+    float | None, typer.Option(min=0, help="Cores; else a replica's share, or 1 beside a GPU.")
+]
+GpusPerReplica = Annotated[
+    float | None, typer.Option(min=0, help="GPUs; else 1 if --device may be one.")
+]
 
 # The parameters of a command that are arguments of ``load``.
 LOADING = (

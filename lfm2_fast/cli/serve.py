@@ -11,10 +11,19 @@ from lfm2_fast.cli import options as opt
 
 # Options of other servers that this one refuses, with advice.
 REFUSED = {
-    "tensor_parallel_size": "run several servers, one for each device, behind a router",
+    "tensor_parallel_size": "use --replicas, or several servers, one for each device",
     "context_shift": "it drops the middle of a text; ask for fewer tokens, or start a new text",
     "embeddings": "load the checkpoint with sentence-transformers instead",
 }
+# Options that ask for replicas.
+SCALE = (
+    "replicas",
+    "min_replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "cpus_per_replica",
+    "gpus_per_replica",
+)
 LOOPBACK = ("127.", "localhost", "::1")
 
 
@@ -74,6 +83,24 @@ def serve(
     max_lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Largest rank that an adapter may have.")
     ] = None,
+    replicas: opt.Replicas = None,
+    ray_address: opt.RayAddress = None,
+    min_replicas: Annotated[int | None, typer.Option(min=0, help="Fewest replicas.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Most replicas; as many as the requests need run.")
+    ] = None,
+    target_ongoing_requests: Annotated[
+        float | None, typer.Option(min=0.1, help="Requests of a replica; else --max-rows.")
+    ] = None,
+    cpus_per_replica: opt.CpusPerReplica = None,
+    gpus_per_replica: opt.GpusPerReplica = None,
+    prefix_routing: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-routing/--no-prefix-routing",
+            help="Prefer the replica that holds a prompt's beginning.",
+        ),
+    ] = True,
     tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
     context_shift: Annotated[bool, typer.Option("--context-shift", hidden=True)] = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", hidden=True)] = False,
@@ -81,7 +108,8 @@ def serve(
     """Serve a checkpoint to OpenAI's clients, until Ctrl-C or SIGTERM.
 
     Needs the extra "server": pip install 'lfm2-fast[server]'. Without --api-key, every program that
-    reaches the address may call.
+    reaches the address may call. Several replicas need the extra "ray". With --ray-address the
+    service stays in that cluster when the command ends; the same command updates it there.
     """
     for name, advice in REFUSED.items():
         value = context.params[name]
@@ -102,43 +130,57 @@ def serve(
             raise ValueError(f"--adapter {name}= is given twice; give each adapter its own name")
         adapters[name] = path
     terminal = Terminal()
+    if not (api_key or host.startswith(LOOPBACK)):
+        terminal.note("without --api-key everyone who reaches this address may call")
+    options = {
+        "served_model_name": served_model_name,
+        "api_key": api_key or (),
+        "max_rows": max_rows,
+        "max_model_len": max_model_len,
+        "memory": memory,
+        "max_queue": max_queue,
+        "preset": preset,
+        "chat_template": template,
+        "cors_origins": cors_origins or (),
+        "timeout": timeout,
+        "max_body": max_body,
+        "page": page,
+        "prompt_lookup": prompt_lookup,
+        "drafter": drafter,
+        "adapters": adapters,
+        "load_adapters": load_adapters,
+        "max_adapters": max_adapters,
+        "max_lora_rank": max_lora_rank,
+    }
+
+    def ready(url: str) -> None:
+        terminal.write(f"ready at {url}\n")
+
+    scale = {name: context.params[name] for name in SCALE}
+    if any(value is not None for value in scale.values()) or ray_address is not None:
+        from lfm2_fast.cluster.serving import serve_replicas
+
+        serve_replicas(
+            {"model": model, "drain": drain, "prefix_routing": prefix_routing}
+            | scale
+            | options
+            | loading,
+            host=host,
+            port=port,
+            address=ray_address,
+            ready=ready,
+        )
+        return
     # A port in use is an error before the weights are loaded.
     bound = bound_socket(host, port)
     with bound:
         loaded, tokenizer = load_both(terminal, model, **loading)
-        app = create_app(
-            loaded,
-            tokenizer=tokenizer,
-            served_model_name=served_model_name,
-            api_key=api_key or (),
-            max_rows=max_rows,
-            max_model_len=max_model_len,
-            memory=memory,
-            max_queue=max_queue,
-            preset=preset,
-            chat_template=template,
-            cors_origins=cors_origins or (),
-            timeout=timeout,
-            max_body=max_body,
-            page=page,
-            prompt_lookup=prompt_lookup,
-            drafter=drafter,
-            adapters=adapters,
-            load_adapters=load_adapters,
-            max_adapters=max_adapters,
-            max_lora_rank=max_lora_rank,
-        )
+        app = create_app(loaded, tokenizer=tokenizer, **options)
         service = app.state.service
         terminal.note(f"sampling: {service.defaults.words}")
         terminal.note(str(service.engine.engine))
-        if not (api_key or host.startswith(LOOPBACK)):
-            terminal.note("without --api-key everyone who reaches this address may call")
         _log_requests()
-
-        def ready() -> None:
-            terminal.write(f"ready at {url_of(bound)}\n")
-
-        run(app, bound, drain, ready)
+        run(app, bound, drain, lambda: ready(url_of(bound)))
         terminal.note("left")
 
 

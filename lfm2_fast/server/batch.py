@@ -96,11 +96,7 @@ class Output:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, whole or not at all."""
-        try:
-            data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        except UnicodeEncodeError:
-            # Half a surrogate pair in a custom_id, which must be read again as it is.
-            data = json.dumps(line).encode() + b"\n"
+        data = encoded(line) + b"\n"
         while data:
             data = data[self.file.write(data) :]
 
@@ -108,6 +104,15 @@ class Output:
         """Write the file to the disk, and close it."""
         os.fsync(self.file.fileno())
         self.file.close()
+
+
+def encoded(line: dict[str, Any]) -> bytes:
+    """Return a line as JSON."""
+    try:
+        return json.dumps(line, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair in a custom_id, which must be read again as it is.
+        return json.dumps(line).encode()
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -138,7 +143,7 @@ def lines_of(path: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[Line]:
         for number, text in enumerate(file, 1):
             if not text.strip():
                 continue
-            line = _line(number, text)
+            line = line_of(number, text)
             if line.id is not None and line.id in seen:
                 error = ApiError(
                     f"line {number}: custom_id {line.id[:100]!r} stands above already",
@@ -152,7 +157,9 @@ def lines_of(path: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[Line]:
                 yield line
 
 
-def _line(number: int, text: bytes) -> Line:
+def line_of(number: int, text: bytes) -> Line:
+    """Return the request of a line, or its fault."""
+
     def wrong(message: str, param: str | None, code: str = "invalid_value") -> Line:
         error = ApiError(f"line {number}: {message}", param=param, code=code)
         return Line(number, wrong=error)
@@ -196,7 +203,7 @@ async def run_batch(
             if output.done.has(line.number, line.id if line.wrong is None else None):
                 summary.kept += 1
                 continue
-            made = await _answer(service, line)
+            made = await answer_line(service, line)
             output.write(made)
             _count(summary, made)
             told(summary)
@@ -211,8 +218,8 @@ async def run_batch(
     return summary
 
 
-async def _answer(service: Service, line: Line) -> dict[str, Any]:
-    """Return the line that answers a request."""
+async def answer_line(service: Service, line: Line) -> dict[str, Any]:
+    """Return the line that answers a request. Raises the engine's error if the engine has ended."""
     made: dict[str, Any] = {
         "id": f"batch_req_{secrets.token_hex(12)}",
         "custom_id": line.id,

@@ -1,0 +1,110 @@
+"""Batches on Ray Data: files of requests, answered by many engines, each request once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lfm2_fast.cluster.extra import check_extra
+from lfm2_fast.cluster.scale import Scale
+from lfm2_fast.server.batch import answer_line, encoded, line_of
+from lfm2_fast.server.run import ROWS, create_app
+
+# Blocks that an engine works on at once, so that rows of the next take the place of ended ones.
+AT_ONCE = 2
+
+
+class Answerer:
+    """Engine that answers blocks of requests; Ray Data makes one in each actor.
+
+    The rows of a block are lines of a file, or with ``tables`` those of a table.
+    """
+
+    def __init__(self, options: dict[str, Any], tables: bool) -> None:
+        self._tables = tables
+        self._service = create_app(**options, max_queue=None).state.service
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
+        """Return the columns of the answers to a block: ``custom_id``, ``status``, ``answer``."""
+        from lfm2_fast.cluster.batch_files import text_of
+
+        names = list(block)
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*block.values(), strict=True)]
+        lines = [
+            line_of(0, text_of(row)) if self._tables else line_of(int(row["line"]), row["text"])
+            for row in rows
+        ]
+
+        async def work() -> list[dict[str, Any]]:
+            return await asyncio.gather(*(answer_line(self._service, line) for line in lines))
+
+        answers = asyncio.run(work())
+        return {
+            "custom_id": [row["custom_id"] for row in rows],
+            "status": [(each["response"] or {}).get("status_code") for each in answers],
+            "answer": [encoded(each).decode() for each in answers],
+        }
+
+
+def run_batch_on_ray(
+    requests: str,
+    output: str,
+    options: Mapping[str, Any],
+    scale: Scale,
+    *,
+    address: str | None = None,
+    rows_per_block: int | None = None,
+) -> None:
+    """Answer files of requests, and write the answers into the folder ``output``.
+
+    ``requests`` is a file, a folder or a URL, of JSON lines or, if it ends in ".parquet", a table
+    with the columns ``custom_id``, ``url`` and ``body``. Each custom_id may be there only once.
+    ``options`` are the arguments of ``create_app``. A block of ``rows_per_block`` requests is
+    written when its last one is answered; None is four times the engine's rows. Its ids are then
+    noted in the folder of the same name with "-done" at its end, so that the same call after a
+    crash leaves them out. ``address`` is as in ``serve_replicas``. Raises ImportError without the
+    extra "ray", and ValueError if there are no requests.
+    """
+    check_extra()
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+
+    from lfm2_fast.cluster.batch_files import Answers, RequestLines
+
+    requests, output = _absolute(requests), _absolute(output)
+    if not ray.is_initialized():
+        ray.init(address or "local")
+    context = ray.data.DataContext.get_current()
+    context.checkpoint_config = CheckpointConfig(
+        id_column="custom_id",
+        checkpoint_path=f"{output.rstrip('/')}-done",
+        delete_checkpoint_on_success=False,
+    )
+    parquet = requests.endswith(".parquet")
+    if parquet:
+        found = ray.data.read_parquet(requests)
+        if "custom_id" not in getattr(found.schema(), "names", ()):
+            raise ValueError(f"{requests} has no column custom_id")
+    else:
+        found = ray.data.read_datasource(RequestLines(requests))
+    rows = options.get("max_rows") or ROWS
+    per_block = rows_per_block or 4 * rows
+    resources = scale.resources(str(options.get("device") or "auto"), ray.cluster_resources())
+    low = scale.most if scale.max_replicas is None else scale.min_replicas or 1
+    pool = ray.data.ActorPoolStrategy(
+        min_size=low, max_size=scale.most, max_concurrent_calls_per_actor=AT_ONCE
+    )
+    found.repartition(target_num_rows_per_block=per_block).map_batches(
+        Answerer,
+        batch_size=per_block,
+        compute=pool,
+        fn_constructor_args=(dict(options), parquet),
+        **resources,
+    ).write_datasink(Answers(output, "parquet" if parquet else "jsonl"))
+
+
+def _absolute(path: str) -> str:
+    """Return a path that means the same in every process; a URL is not changed."""
+    return path if "://" in path else str(Path(path).resolve())

@@ -1,0 +1,119 @@
+"""Front: what takes requests over HTTP and passes each to a replica."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from lfm2_fast.server.errors import ApiError
+from lfm2_fast.server.http import error_response
+
+log = logging.getLogger("ray.serve")
+# Keys of an ASGI scope that a replica's application reads.
+SCOPE = (
+    "type asgi http_version method scheme path raw_path query_string root_path headers client "
+    "server"
+).split()
+# Endpoints that speak of one engine, which a service of many has no single answer to.
+OF_ONE_ENGINE = ("/metrics", "/slots")
+
+
+class Front:
+    """Deployment that reads a request's body and relays the answer of a replica.
+
+    A body of more than ``max_body`` bytes is refused. If a replica dies, its requests end with an
+    error: an HTTP status, or the last event of a stream.
+    """
+
+    def __init__(self, replicas: Any, max_body: int) -> None:
+        self._answer = replicas.options(stream=True).answer
+        self._max_body = max_body
+
+    async def __call__(self, request: Request) -> Response:
+        """Return the answer to a request."""
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        if path in OF_ONE_ENGINE:
+            message = f"{path} is of one engine, and this service has several: Ray's metrics"
+            message += " have the numbers of each replica"
+            return error_response(ApiError(message, status=404, code="unsupported_endpoint"))
+        parts, size = [], 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > self._max_body:
+                    break
+                parts.append(part)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        if size > self._max_body:
+            message = f"the body has more than the {self._max_body} bytes that are read; send less"
+            return error_response(ApiError(message, status=413, code="body_too_large"))
+        scope = {key: request.scope[key] for key in SCOPE if key in request.scope}
+        return Relay(self._answer.remote(scope, b"".join(parts)))
+
+
+class Relay(Response):
+    """Response of a replica, message by message."""
+
+    def __init__(self, messages: Any) -> None:
+        self._messages = messages
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer. A failure becomes a whole error, or the last event of a stream."""
+        start: Message | None = None
+        whole = False
+        try:
+            async for message in self._each():
+                if message["type"] == "http.response.start":
+                    # Ray Serve sets the same header.
+                    del MutableHeaders(scope=message)["x-request-id"]
+                    start = message
+                else:
+                    whole = not message.get("more_body")
+                await send(message)
+        except (RayError, BackPressureError) as error:
+            if whole:
+                return
+            log.warning("a request failed: %s", error)
+            if start is None:
+                await error_response(failure(error))(scope, receive, send)
+            elif not Headers(scope=start).get("content-type", "").startswith("text/event-stream"):
+                # Its announced length tells the client that it is cut.
+                raise
+            else:
+                body = last_event(scope["path"], failure(error))
+                await send({"type": "http.response.body", "body": body, "more_body": False})
+        finally:
+            self._messages.cancel()
+
+    async def _each(self) -> AsyncIterator[Message]:
+        async for messages in self._messages:
+            for message in messages:
+                yield message
+
+
+def failure(error: Exception) -> ApiError:
+    """Return the error of a request that no replica answered to its end."""
+    if isinstance(error, BackPressureError):
+        message, code = "the server is busy: too many requests wait", "queue_full"
+    else:
+        message, code = "the replica that had this request has left; send it again", "replica_lost"
+    return ApiError(message, status=503, code=code, headers={"Retry-After": "1"})
+
+
+def last_event(path: str, error: ApiError) -> bytes:
+    """Return the end of a stream of events that failed."""
+    if path.endswith("/responses"):
+        told = {"type": "error", **error.body["error"]}
+        return f"event: error\ndata: {json.dumps(told)}\n\n".encode()
+    return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n".encode()
