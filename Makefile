@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HARNESS := $(VENV)/.harness
 CLIENTS := $(VENV)-clients/.ready
+CLUSTER := $(VENV)-cluster/.ready
 PEERS := $(or $(LFM2_FAST_PEERS_DIR),build/peers)/.ready
 # One worker with one thread on each core (tests/conftest.py); idle workers take tests of others.
 # Python keeps its compiled files, even if the shell forbids that: tests start it a hundred times.
@@ -18,7 +19,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help demo test test-clients test-export check nightly lint peers bench bench-report bench-gpu bench-gpu-peers probe-gpu first-gpu tune-gpu aot sanitize
+.PHONY: help demo test test-clients test-cluster test-export check nightly lint peers bench bench-report
+.PHONY: bench-gpu bench-gpu-peers probe-gpu first-gpu tune-gpu aot sanitize
 .PHONY: test-gpu test-arm wheel clean
 .DEFAULT_GOAL := help
 
@@ -29,19 +31,23 @@ demo: $(READY) ## Stream text from the small LFM2 checkpoint in the package
 	@$(BIN)/lfm2-fast demo
 
 test: lint ## Check style and types, then run every test but the long proofs
-	$(PYTEST) -m "not nightly"
+	$(PYTEST) -m "not (nightly or cluster)"
 
 check: lint ## Check style and types, then run the quick tests
-	$(PYTEST) -m "not (slow or interpreter or build or bench or nightly)" $(UNCOLLECTED)
+	$(PYTEST) -m "not (slow or interpreter or build or bench or nightly or cluster)" $(UNCOLLECTED)
 
 nightly: lint $(HARNESS) ## Run all tests, long proofs too; write bench/results/nightly.json
-	PYTHONPATH=. $(PYTEST) -p bench.report.nightly --nightly-record bench/results/nightly.json
+	PYTHONPATH=. $(PYTEST) -m "not cluster" -p bench.report.nightly --nightly-record bench/results/nightly.json
 
 test-clients: $(READY) $(CLIENTS) ## Test the server with clients of other projects, in their own venv
 	LFM2_FAST_PYTHON=$(abspath $(BIN))/python $(VENV)-clients/bin/pytest -p no:cacheprovider --confcutdir=tests/clients tests/clients
 
 test-export: $(READY) ## Export the small checkpoint by the vendors' programs, in environments of their own
 	$(BIN)/pytest -p no:benchmark -n0 -v tests/export/real_exports.py
+
+test-cluster: $(CLUSTER) ## Kill replicas, nodes and proxies of a simulated Ray cluster, in a venv of its own
+	PYTHONPATH=. OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 PATH=$(abspath $(VENV)-cluster/bin):$$PATH \
+	$(VENV)-cluster/bin/python -m pytest -p no:benchmark -p no:cacheprovider -m "cluster or not nightly" tests/cluster
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check
@@ -101,7 +107,7 @@ wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## Remove all that the other targets made
-	rm -rf $(VENV) $(VENV)-clients tests/clients/node/node_modules build dist lfm2_fast.egg-info lfm2_fast/*.so
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-cluster tests/clients/node/node_modules build dist lfm2_fast.egg-info lfm2_fast/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -122,6 +128,14 @@ $(CLIENTS): $(wildcard tests/clients/*.txt) tests/clients/node/package.json | $(
 	$(VENV)-clients/bin/pip install -r tests/clients/requirements.txt
 	$(VENV)-clients/bin/pip install --no-deps -r tests/clients/requirements-without-dependencies.txt
 	cd tests/clients/node && if command -v npm; then npm install --no-audit --no-fund --no-package-lock; fi
+	@touch $@
+
+# Ray brings other event loops for the server: its venv sees the packages of .venv, not the reverse.
+$(CLUSTER): tests/cluster/requirements.txt constraints.txt | $(READY)
+	$(BIN)/python -m venv --clear $(VENV)-cluster
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	> "$$($(VENV)-cluster/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth"
+	$(VENV)-cluster/bin/pip install -c constraints.txt -r tests/cluster/requirements.txt
 	@touch $@
 
 $(PEERS): constraints.txt | $(READY)

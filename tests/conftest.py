@@ -66,6 +66,7 @@ SMALL = {
 # What whole folders and files have in common, by how their paths begin.
 MARKS = {
     "bench/": "bench",
+    "cluster/on_ray/": "cluster",
     "csrc/test_extension.py": "build",
     "csrc/test_groups_bodies.py": "build",
     "engine/test_on_a_gpu.py": "interpreter",

@@ -1,0 +1,119 @@
+"""``lfm2-fast batch --ray``: a worker or the driver dies, and every request has one answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bench.cluster.simulated import eventually
+
+pq = pytest.importorskip("pyarrow.parquet")
+pa = pytest.importorskip("pyarrow")
+
+ROOT = Path(__file__).resolve().parents[3]
+ROWS = 96
+
+
+def asks(count: int, tokens: int) -> list[dict[str, Any]]:
+    body = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+    return [
+        {"custom_id": f"r{i}", "url": "/v1/completions", "body": {**body, "prompt": f"{i} is"}}
+        for i in range(count)
+    ]
+
+
+def command(source: Path, output: Path, *more: str) -> list[str]:
+    call = [sys.executable, "-m", "lfm2_fast", "batch", "lfm2_fast/tiny", str(source)]
+    call += ["--output", str(output), "--ray", "--replicas", "2", "--rows-per-block", "8"]
+    return [*call, "--max-rows", "4", "--device", "cpu", "--memory", "64MB", *more]
+
+
+def start(*call: Any, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(command(*call), cwd=ROOT, stdout=file, stderr=file)
+
+
+def finished(process: subprocess.Popen[bytes], log: Path) -> str:
+    code = process.wait(timeout=240)
+    text = log.read_text(errors="replace")
+    assert code == 0, text[-4000:]
+    return text
+
+
+def answers(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in output.glob("*.jsonl") for line in file.open()]
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Processes of a batch whose engines answer."""
+    found = []
+    for each in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(each.cmdline()):
+                found.append(each)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_a_killed_worker_and_a_killed_batch_lose_no_row_and_double_none(tmp_path: Path) -> None:
+    source, output, log = tmp_path / "in.jsonl", tmp_path / "out", tmp_path / "log"
+    lines = [json.dumps(each) for each in asks(ROWS, tokens=200)]
+    lines.insert(5, "")
+    lines.insert(9, "{")
+    lines.append(json.dumps({"custom_id": "wrong", "url": "/v1/files", "body": {}}))
+    source.write_text("\n".join(lines))
+
+    process = start(source, output, log=log)
+    eventually(lambda: len(answers(output)) >= 16 or process.poll() is not None, 200)
+    (victim, *_) = workers(process)
+    victim.kill()
+    kept = len(answers(output))
+    eventually(lambda: len(answers(output)) >= kept + 16 or process.poll() is not None, 200)
+    # The whole run dies: the command, then Ray's processes, which belong to it.
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for each in family:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    kept = len({each["custom_id"] for each in answers(output)} - {None})
+    assert 32 <= kept < ROWS
+
+    text = finished(start(source, output, log=log), log)
+    found = answers(output)
+    ids = Counter(each["custom_id"] for each in found)
+    assert ids == Counter([*(f"r{i}" for i in range(ROWS)), "wrong", None])
+    (fault,) = [each for each in found if each["custom_id"] is None]
+    assert fault["error"]["line"] == 10 and fault["response"] is None
+    good = [each for each in found if str(each["custom_id"]).startswith("r")]
+    assert {each["response"]["status_code"] for each in good} == {200}
+    assert "MapBatches(Answerer)" in text
+    # Nothing is left to do: no file is added.
+    files = sorted(output.iterdir())
+    finished(start(source, output, log=log), log)
+    assert sorted(output.iterdir()) == files
+
+
+def test_tables_are_read_and_written(tmp_path: Path) -> None:
+    source, output, log = tmp_path / "in.parquet", tmp_path / "out", tmp_path / "log"
+    rows = [{**each, "body": json.dumps(each["body"])} for each in asks(12, tokens=4)]
+    rows[3]["body"] = "{"
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    finished(start(source, output, log=log), log)
+    table = pa.concat_tables([pq.read_table(file) for file in output.glob("*.parquet")])
+    found = {row["custom_id"]: row for row in table.to_pylist()}
+    assert found.keys() == {f"r{i}" for i in range(12)} and table.num_rows == 12
+    assert found["r3"]["status"] is None and "body must be" in found["r3"]["answer"]
+    told = json.loads(found["r4"]["answer"])
+    assert found["r4"]["status"] == 200 and told["custom_id"] == "r4"
+    assert told["response"]["body"]["usage"]["completion_tokens"] == 4

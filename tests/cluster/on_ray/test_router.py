@@ -1,0 +1,131 @@
+"""Servers behind ``vllm-router``: prefixes stay where they are, and one that dies is left out."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from bench.cluster.simulated import eventually, free_port
+
+ROOT = Path(__file__).resolve().parents[3]
+ROUTER = shutil.which("vllm-router", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+pytestmark = pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed")
+
+
+class Routed(NamedTuple):
+    url: str
+    servers: list[tuple[str, subprocess.Popen[str]]]
+
+
+def get(url: str, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    except OSError:
+        return 0, ""
+    finally:
+        connection.close()
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    data = json.dumps(body)
+    connection.request("POST", path, data, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
+    """Two servers of the small checkpoint, and the router before them."""
+    serve = [sys.executable, "-m", "lfm2_fast", "serve", "lfm2_fast/tiny", "--port", "0"]
+    serve += ["--device", "cpu", "--dtype", "float32", "--memory", "64MB", "--max-rows", "4"]
+    folder = tmp_path_factory.mktemp("router")
+    quiet = subprocess.DEVNULL
+    processes = [
+        subprocess.Popen(serve, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=quiet)
+        for _ in range(2)
+    ]
+    try:
+        servers = []
+        for process in processes:
+            assert process.stdout is not None
+            servers.append((process.stdout.readline().split()[-1], process))
+        port = free_port()
+        route = [str(ROUTER), "--port", str(port), "--policy", "cache_aware", "--worker-urls"]
+        route += [url for url, _ in servers]
+        route += ["--prometheus-port", str(free_port()), "--health-check-interval-secs", "2"]
+        with (folder / "log").open("w") as log:
+            processes.append(subprocess.Popen(route, text=True, stdout=log, stderr=log))
+        url = f"http://127.0.0.1:{port}"
+        eventually(lambda: get(url, "/v1/models")[0] == 200)
+        yield Routed(url, servers)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def prompts_of(url: str) -> int:
+    """Number of prompts that a server has answered."""
+    page = get(url, "/metrics")[1]
+    found = re.search(r"vllm:request_prompt_tokens_count\{[^}]*\} ([\d.]+)", page)
+    return int(float(found[1])) if found else 0
+
+
+def cached_of(text: str) -> int:
+    return int(json.loads(text)["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_a_conversation_stays_where_its_prefix_is(routed: Routed) -> None:
+    """Four conversations of five turns: each turn but the first finds all that was said before."""
+    before = [prompts_of(url) for url, _ in routed.servers]
+    found: Counter[str] = Counter()
+    for user in range(4):
+        text = f"{user} " * 20 + "The csv module reads and writes tabular data. " * 6
+        for turn in range(5):
+            text += f" Then {user} said {turn}."
+            body = {"prompt": text, "max_tokens": 4, "temperature": 0}
+            status, answer = post(routed.url, "/v1/completions", body)
+            assert status == 200, answer
+            if turn:
+                found["hit" if cached_of(answer) >= 64 else "miss"] += 1
+    assert found == {"hit": 16}
+    counts = [prompts_of(url) - old for (url, _), old in zip(routed.servers, before, strict=True)]
+    assert sum(counts) == 20 and min(counts) >= 5
+
+
+def test_streams_and_chats_go_through(routed: Routed) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5, "stream": True}
+    status, text = post(routed.url, "/v1/chat/completions", body)
+    assert status == 200 and text.endswith("data: [DONE]\n\n")
+    status, text = post(routed.url, "/v1/completions", {"prompt": "x", "temperature": -1})
+    assert status == 400 and json.loads(text)["error"]["param"] == "temperature"
+    assert [each["id"] for each in json.loads(get(routed.url, "/v1/models")[1])["data"]] == ["tiny"]
+
+
+def test_a_killed_server_costs_no_later_request(routed: Routed) -> None:
+    url, process = routed.servers[0]
+    process.kill()
+    process.wait()
+    statuses = Counter()
+    begin = time.monotonic()
+    for number in range(12):
+        body = {"prompt": f"{number} {number}", "max_tokens": 3}
+        statuses[post(routed.url, "/v1/completions", body)[0]] += 1
+    # The router repeats a request whose server is gone.
+    assert statuses == {200: 12} and time.monotonic() - begin < 60
