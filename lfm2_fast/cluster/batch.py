@@ -92,6 +92,7 @@ def run_batch_on_ray(
     rows = options.get("max_rows") or ROWS
     per_block = rows_per_block or 4 * rows
     resources = scale.resources(str(options.get("device") or "auto"), ray.cluster_resources())
+    options = {**options, "memory": options.get("memory") or scale.memory(resources)}
     low = scale.most if scale.max_replicas is None else scale.min_replicas or 1
     pool = ray.data.ActorPoolStrategy(
         min_size=low, max_size=scale.most, max_concurrent_calls_per_actor=AT_ONCE
@@ -100,7 +101,7 @@ def run_batch_on_ray(
         Answerer,
         batch_size=per_block,
         compute=pool,
-        fn_constructor_args=(dict(options), parquet),
+        fn_constructor_args=(options, parquet),
         **resources,
     ).write_datasink(Answers(output, "parquet" if parquet else "jsonl"))
 

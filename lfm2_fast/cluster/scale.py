@@ -68,3 +68,12 @@ class Scale:
             share = cluster.get("CPU", 1.0) / self.most
             cpus = 1.0 if gpus else float(int(share)) if share >= 1 else share
         return {"num_cpus": cpus, "num_gpus": gpus}
+
+    def memory(self, resources: Mapping[str, float]) -> str:
+        """Return the share of the free memory for a replica's pages, where others may be beside it.
+
+        On a CPU all replicas may be on one machine. A GPU is shared by those that reserve a part.
+        """
+        if gpus := resources["num_gpus"]:
+            return f"{int(85 * min(gpus, 1))}%"
+        return f"{max(min(25, 75 // self.most), 1)}%"

@@ -47,6 +47,9 @@ def build(args: Mapping[str, Any]) -> Application:
     drain = options.pop("drain", DRAIN)
     device = str(options.get("device") or "auto")
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    resources = scale.resources(device, cluster)
+    if options.get("memory") is None:
+        options["memory"] = scale.memory(resources)
     return application(
         partial(_make, options),
         scale,
@@ -54,7 +57,7 @@ def build(args: Mapping[str, Any]) -> Application:
         queue=options.get("max_queue", QUEUE),
         max_body=options.get("max_body") or MAX_BODY,
         drain=drain,
-        resources=scale.resources(device, cluster),
+        resources=resources,
     )
 
 
@@ -92,7 +95,7 @@ def application(
         name="Replica",
         ray_actor_options=dict(resources),
         max_ongoing_requests=2 * rows,
-        max_queued_requests=-1 if queue is None else queue,
+        max_queued_requests=-1 if queue is None else max(queue, 1),
         graceful_shutdown_timeout_s=drain,
         health_check_period_s=5,
         **scale.number(rows),

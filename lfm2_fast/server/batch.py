@@ -158,11 +158,11 @@ def lines_of(path: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[Line]:
 
 
 def line_of(number: int, text: bytes) -> Line:
-    """Return the request of a line, or its fault."""
+    """Return the request of a line, or its fault. The number 0 is that of no line."""
 
     def wrong(message: str, param: str | None, code: str = "invalid_value") -> Line:
-        error = ApiError(f"line {number}: {message}", param=param, code=code)
-        return Line(number, wrong=error)
+        place = f"line {number}: " if number else ""
+        return Line(number, wrong=ApiError(place + message, param=param, code=code))
 
     try:
         told = json.loads(text)

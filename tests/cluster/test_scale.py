@@ -44,3 +44,11 @@ def test_a_replica_gets_a_gpu_or_its_share_of_the_cores() -> None:
     assert Scale(replicas=4).resources("cpu", {"CPU": 2}) == {"num_cpus": 0.5, "num_gpus": 0.0}
     given = Scale(replicas=4, cpus_per_replica=0, gpus_per_replica=0.5)
     assert given.resources("cpu", machine) == {"num_cpus": 0, "num_gpus": 0.5}
+
+
+def test_replicas_beside_each_other_share_the_memory() -> None:
+    assert Scale().memory({"num_gpus": 0}) == "25%"
+    assert Scale(replicas=8).memory({"num_gpus": 0}) == "9%"
+    assert Scale(max_replicas=200).memory({"num_gpus": 0}) == "1%"
+    assert Scale(replicas=8).memory({"num_gpus": 1}) == "85%"
+    assert Scale(replicas=8).memory({"num_gpus": 0.25}) == "21%"
