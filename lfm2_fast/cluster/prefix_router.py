@@ -36,7 +36,7 @@ class PrefixRouter(RequestRouter):
             blocks = self._sent.pop(id)[1]
         else:
             blocks = blocks_of(pending_request.args[1])
-            pending_request.future.add_done_callback(lambda f: f.cancelled() and self._ended(id))
+            pending_request.future.add_done_callback(lambda future: self._left(id, future))
         found = {each.replica_id.unique_id: each for each in candidate_replicas}
         loads = dict.fromkeys(found, 0)
         for replica, _ in list(self._sent.values()):
@@ -61,6 +61,10 @@ class PrefixRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Forget a request that has ended."""
         self._ended(internal_request_id)
+
+    def _left(self, id: str, future: Any) -> None:
+        if future.cancelled():
+            self._ended(id)
 
     def _ended(self, id: str) -> None:
         self._sent.pop(id, None)
