@@ -76,4 +76,24 @@ void round_groups(Rows<const T> x, int64_t count, int64_t size, GroupScratch& in
                into.sums.data(), into.half_sums.data());
 }
 
+// The same tokens, with the numbers of two mixed: eight of the first, eight of the second, and so on.
+// A last one without another stays as it is.
+inline GroupTokens pair_tokens(const GroupTokens& x, GroupScratch& scratch) {
+  constexpr int64_t kRun = 8;
+  for (int64_t p = 0; p < x.size / kPiece; ++p) {
+    for (int64_t m = 0; m + 1 < x.count; m += 2) {
+      int8_t* both = scratch.numbers.data() + (p * x.count + m) * kPiece;
+      int8_t mixed[2 * kPiece];
+      for (int64_t k = 0; k < kPiece; k += kRun) {
+        std::memcpy(mixed + 2 * k, both + k, kRun);
+        std::memcpy(mixed + 2 * k + kRun, both + kPiece + k, kRun);
+      }
+      std::memcpy(both, mixed, sizeof mixed);
+    }
+  }
+  GroupTokens paired = x;
+  paired.paired = true;
+  return paired;
+}
+
 }  // namespace lfm2

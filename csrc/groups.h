@@ -95,6 +95,7 @@ struct GroupTokens {
   const int32_t* eights;    // the same: eight times the sum of the numbers
   const float* sums;        // the same: the sum of the numbers times their scale
   const float* half_sums;   // [pieces, count, 2]: that of each half
+  bool paired = false;      // numbers of two tokens are mixed by eights (`pair_tokens`)
 };
 
 // Eight rows of a matrix.
@@ -230,14 +231,24 @@ LFM2_INLINE void dots_of_tile(const GroupTokens& x, const GroupTile& tile, int64
   if (x.count == 1) sums[0] = only;
 }
 
-// The bodies, each as `dots_of_tile`.
-using GroupDots = void (*)(GroupKind kind, const GroupTokens& x, const GroupTile& tile,
-                           int64_t ahead, Lanes* sums);
-void groups_plain(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
-void groups_avx2(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
-void groups_avxvnni(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
-void groups_avx512vnni(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
-void groups_neon(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
-void groups_neondot(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
+// sums[t * x.count + m] = the dot products of token m with tile t of `count`.
+template <class Isa, class F>
+LFM2_INLINE void dots_of_tiles(const GroupTokens& x, const GroupTile* tiles, int64_t count,
+                               int64_t ahead, Lanes* sums) {
+  for (int64_t t = 0; t < count; ++t) {
+    dots_of_tile<Isa, F>(x, tiles[t], ahead, sums + t * x.count);
+  }
+}
+
+// The bodies, each as `dots_of_tiles`.
+using GroupDots = void (*)(GroupKind kind, const GroupTokens& x, const GroupTile* tiles,
+                           int64_t count, int64_t ahead, Lanes* sums);
+void groups_plain(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
+void groups_avx2(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
+void groups_avxvnni(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
+void groups_avx512vnni(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
+void groups_neon(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
+void groups_neondot(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
+void groups_neoni8mm(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
 
 }  // namespace lfm2

@@ -5,13 +5,14 @@
 #pragma GCC target("arch=x86-64-v3")
 #pragma GCC optimize("fp-contract=off")
 #include "groups_avx2.h"
+#include "groups_blocks.h"
 
 namespace lfm2 {
 
-void groups_avx2(GroupKind kind, const GroupTokens& x, const GroupTile& tile, int64_t ahead,
-                     Lanes* sums) {
+void groups_avx2(GroupKind kind, const GroupTokens& x, const GroupTile* tiles, int64_t count,
+                 int64_t ahead, Lanes* sums) {
   with_format(kind, [&](auto format) LFM2_FLAT {
-    dots_of_tile<Avx2, decltype(format)>(x, tile, ahead, sums);
+    dots_by_blocks<Avx2, decltype(format)>(x, tiles, count, ahead, sums);
   });
 }
 

@@ -58,6 +58,20 @@ struct Avx2 {
     return _mm256_set1_epi32(word_of(token + kDots * step));
   }
 
+  // Products of unsigned numbers in a row with a token's, and their sums with more: in 16 bits.
+  static LFM2_INLINE __m256i product(const __m256i& row, const __m256i& token) {
+    return _mm256_maddubs_epi16(row, token);
+  }
+
+  static LFM2_INLINE __m256i plus_product(const __m256i& sum, const __m256i& row,
+                                          const __m256i& token) {
+    return _mm256_add_epi16(sum, product(row, token));
+  }
+
+  static LFM2_INLINE void widen(const __m256i& sum, Places& whole) {
+    whole = reinterpret_cast<Places>(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+  }
+
   static LFM2_INLINE void dots_of_nibbles(const __m256i* rows, const int8_t* token, Places& sums) {
     __m256i a = _mm256_maddubs_epi16(rows[0], four(token, 0));
     __m256i b = _mm256_maddubs_epi16(rows[1], four(token, 1));

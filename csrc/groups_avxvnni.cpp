@@ -7,14 +7,15 @@
 #include <immintrin.h>
 
 #define LFM2_DPBUSD _mm256_dpbusd_avx_epi32
+#include "groups_blocks.h"
 #include "groups_vnni.h"
 
 namespace lfm2 {
 
-void groups_avxvnni(GroupKind kind, const GroupTokens& x, const GroupTile& tile, int64_t ahead,
-                   Lanes* sums) {
+void groups_avxvnni(GroupKind kind, const GroupTokens& x, const GroupTile* tiles, int64_t count,
+                    int64_t ahead, Lanes* sums) {
   with_format(kind, [&](auto format) LFM2_FLAT {
-    dots_of_tile<Vnni, decltype(format)>(x, tile, ahead, sums);
+    dots_by_blocks<Vnni, decltype(format)>(x, tiles, count, ahead, sums);
   });
 }
 

@@ -11,10 +11,10 @@
 
 namespace lfm2 {
 
-void groups_neon(GroupKind kind, const GroupTokens& x, const GroupTile& tile, int64_t ahead,
-                 Lanes* sums) {
+void groups_neon(GroupKind kind, const GroupTokens& x, const GroupTile* tiles, int64_t count,
+                 int64_t ahead, Lanes* sums) {
   with_format(kind, [&](auto format) LFM2_FLAT {
-    dots_of_tile<Neon, decltype(format)>(x, tile, ahead, sums);
+    dots_of_tiles<Neon, decltype(format)>(x, tiles, count, ahead, sums);
   });
 }
 

@@ -53,6 +53,26 @@ struct Neon {
     }
   }
 
+  // The lower and the upper four bits: of int4 less 8 and times 16, so that sums need no correction.
+  template <class F>
+  static LFM2_INLINE void split(const uint8x16_t& both, int8x16_t& low, int8x16_t& high) {
+    if constexpr (F::kOffset == 8) {
+      const int8x16_t numbers = vreinterpretq_s8_u8(veorq_u8(both, vdupq_n_u8(0x88)));
+      low = vshlq_n_s8(numbers, 4);
+      high = vandq_s8(numbers, vdupq_n_s8(static_cast<int8_t>(0xF0)));
+    } else {
+      low = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+      high = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+    }
+  }
+
+  // Sums of products of such numbers, exactly.
+  template <class F>
+  static LFM2_INLINE float32x4_t whole(const int32x4_t& products) {
+    if constexpr (F::kOffset == 8) return vcvtq_n_f32_s32(products, 4);
+    return vcvtq_f32_s32(products);
+  }
+
   // Products of `steps` units, two and two summed by rows.
   template <int steps>
   static LFM2_INLINE void dots(const Ints* rows, const int8_t* token, Places& sums) {

@@ -69,10 +69,10 @@ struct Plain {
 
 }  // namespace
 
-void groups_plain(GroupKind kind, const GroupTokens& x, const GroupTile& tile, int64_t ahead,
-                      Lanes* sums) {
+void groups_plain(GroupKind kind, const GroupTokens& x, const GroupTile* tiles, int64_t count,
+                  int64_t ahead, Lanes* sums) {
   with_format(kind, [&](auto format) LFM2_FLAT {
-    dots_of_tile<Plain, decltype(format)>(x, tile, ahead, sums);
+    dots_of_tiles<Plain, decltype(format)>(x, tiles, count, ahead, sums);
   });
 }
 

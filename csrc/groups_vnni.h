@@ -7,6 +7,20 @@
 namespace lfm2 {
 
 struct Vnni : Avx2 {
+  // The same in 32 bits.
+  static LFM2_INLINE __m256i product(const __m256i& row, const __m256i& token) {
+    return LFM2_DPBUSD(_mm256_setzero_si256(), row, token);
+  }
+
+  static LFM2_INLINE __m256i plus_product(const __m256i& sum, const __m256i& row,
+                                          const __m256i& token) {
+    return LFM2_DPBUSD(sum, row, token);
+  }
+
+  static LFM2_INLINE void widen(const __m256i& sum, Places& whole) {
+    whole = reinterpret_cast<Places>(sum);
+  }
+
   static LFM2_INLINE void dots_of_nibbles(const __m256i* rows, const int8_t* token, Places& sums) {
     __m256i a = LFM2_DPBUSD(_mm256_setzero_si256(), rows[0], four(token, 0));
     __m256i b = LFM2_DPBUSD(_mm256_setzero_si256(), rows[1], four(token, 1));

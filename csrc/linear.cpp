@@ -83,7 +83,9 @@ void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
       std::vector<T> made;
       GroupScratch scratch(count, size);
       round_groups(source.take(m, count, made), count, size, scratch);
-      const GroupTokens x = scratch.tokens(count, size);
+      const GroupTokens plain = scratch.tokens(count, size);
+      const bool paired = groups_by_pairs(matrix.kind, count);
+      const GroupTokens x = paired ? pair_tokens(plain, scratch) : plain;
       then(Grouped(x, matrix, last_tile));
     });
   } else if (scales) {

@@ -171,8 +171,15 @@ inline GroupDots group_dots() {
   if (LFM2_HAS_AVX512VNNI) return &groups_avx512vnni;
   if (LFM2_HAS_AVXVNNI) return &groups_avxvnni;
   if (LFM2_HAS_AVX2) return &groups_avx2;
+  if (LFM2_HAS_ARM_I8MM && LFM2_HAS_ARM_DOT) return &groups_neoni8mm;
   if (LFM2_HAS_ARM_DOT) return &groups_neondot;
   return LFM2_HAS_NEON ? &groups_neon : &groups_plain;
+}
+
+// Of one token SDOT reads a tile as fast; SMMLA would need other sums for groups of sixteen.
+inline bool groups_by_pairs(GroupKind kind, int64_t tokens) {
+  const bool sixteen = kind == GroupKind::kQ6_K || kind == GroupKind::kWide;
+  return LFM2_HAS_ARM_I8MM && LFM2_HAS_ARM_DOT && tokens > 1 && !sixteen;
 }
 
 // The same of a matrix in groups, and of tokens rounded in groups.
@@ -183,17 +190,23 @@ class Grouped {
 
   // sums[m * kChunk + n - first] = x[m] . weight[n]
   void dots(int64_t first, int64_t last, float* sums) const {
-    Lanes of_tile[kTokens];
-    for (int64_t t = first / kLanes; t * kLanes < last; ++t) {
-      const int64_t row = t * kLanes;
-      const bool whole = row + kLanes <= matrix_.rows;
-      dots_(matrix_.kind, x_, whole ? matrix_.tile(t) : last_.tile(), kBytesAhead, of_tile);
+    constexpr int64_t kTiles = kChunk / kLanes + 1;
+    GroupTile tiles[kTiles] = {};
+    Lanes of_tiles[kTiles * kTokens];
+    const int64_t base = first / kLanes;
+    const int64_t count = (last + kLanes - 1) / kLanes - base;
+    for (int64_t t = 0; t < count; ++t) {
+      const bool whole = (base + t + 1) * kLanes <= matrix_.rows;
+      tiles[t] = whole ? matrix_.tile(base + t) : last_.tile();
+    }
+    dots_(matrix_.kind, x_, tiles, count, kBytesAhead, of_tiles);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = (base + t) * kLanes;
       const int64_t from = std::max(first, row);
-      const int64_t count = std::min(last, row + kLanes) - from;
+      const int64_t bytes = (std::min(last, row + kLanes) - from) * sizeof(float);
       for (int64_t m = 0; m < x_.count; ++m) {
-        std::memcpy(sums + m * kChunk + from - first,
-                    reinterpret_cast<const float*>(of_tile + m) + from - row,
-                    count * sizeof(float));
+        const auto* lanes = reinterpret_cast<const float*>(of_tiles + t * x_.count + m);
+        std::memcpy(sums + m * kChunk + from - first, lanes + from - row, bytes);
       }
     }
   }

@@ -22,6 +22,7 @@ COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 # In the order of GroupKind.
 GROUPED = [format for format in FORMATS.values() if isinstance(format, Groups)]
 SIZE = 512
+TILES = 3  # two at once and one alone
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="there is no C++ compiler"),
@@ -49,13 +50,14 @@ static inline __m256i dpbusd(__m256i sum, __m256i a, __m256i b) {
 }
 
 #define LFM2_DPBUSD dpbusd
+#include "groups_blocks.h"
 #include "groups_vnni.h"
 
 namespace lfm2 {
-void groups_emulated(GroupKind kind, const GroupTokens& x, const GroupTile& tile, int64_t ahead,
-                     Lanes* sums) {
+void groups_emulated(GroupKind kind, const GroupTokens& x, const GroupTile* tiles, int64_t count,
+                     int64_t ahead, Lanes* sums) {
   with_format(kind, [&](auto format) {
-    dots_of_tile<Vnni, decltype(format)>(x, tile, ahead, sums);
+    dots_by_blocks<Vnni, decltype(format)>(x, tiles, count, ahead, sums);
   });
 }
 }  // namespace lfm2
@@ -66,19 +68,21 @@ CALLS = """
 
 using namespace lfm2;
 namespace lfm2 {
-void groups_emulated(GroupKind, const GroupTokens&, const GroupTile&, int64_t, Lanes*);
+void groups_emulated(GroupKind, const GroupTokens&, const GroupTile*, int64_t, int64_t, Lanes*);
 }
 
 extern "C" bool dots(int body, int kind, const float* x, int64_t count, int64_t size,
-                     const uint8_t* numbers, const uint8_t* scales, Lanes* out) {
+                     const uint8_t* numbers, const uint8_t* scales, int64_t number_bytes,
+                     int64_t scale_bytes, Lanes* out) {
   GroupScratch scratch(count, size);
   round_groups(Rows<const float>{x, size}, count, size, scratch);
   const GroupTokens tokens = scratch.tokens(count, size);
-  const GroupTile tile{numbers, scales};
+  GroupTile tiles[3];
+  for (int t = 0; t < 3; ++t) tiles[t] = {numbers + t * number_bytes, scales + t * scale_bytes};
   const GroupDots bodies[] = {&groups_plain, &groups_avx2, &groups_emulated, &groups_avxvnni,
                               &groups_avx512vnni};
   const int here[] = {1, LFM2_HAS_AVX2, LFM2_HAS_AVX2, LFM2_HAS_AVXVNNI, LFM2_HAS_AVX512VNNI};
-  if (here[body]) bodies[body](GroupKind(kind), tokens, tile, 0, out);
+  if (here[body]) bodies[body](GroupKind(kind), tokens, tiles, 3, 0, out);
   return here[body];
 }
 """
@@ -98,31 +102,43 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def sums_of(library: ctypes.CDLL, body: int, kind: int, count: int) -> torch.Tensor | None:
-    """Return what a body makes of random tokens and a random tile, or None if it cannot run."""
+    """Return what a body makes of random tokens and ``TILES``, or None if it cannot run."""
     torch.manual_seed(count)
     format = GROUPED[kind]
     x = torch.randn(count, SIZE)
-    (shape, _), (width, dtype) = format.parts((8, SIZE)).values()
+    (shape, _), (width, dtype) = format.parts((8 * TILES, SIZE)).values()
     numbers = torch.randint(256, shape, dtype=torch.uint8)
+    # Some sums are the largest that there can be: of 127 with 15 or 0.
+    x[0] = 1
+    numbers[:4], numbers[4:8] = 255, 0
     if dtype == torch.uint8:
         scales = torch.randint(256, width, dtype=torch.uint8)
         # The upper bytes of float16 words, interleaved, come to no infinity.
         scales[scales & 0x7C == 0x7C] ^= 0x40
     else:
         scales = torch.randn(width).to(dtype)
-    storage = torch.full((8 * count + 8,), float("nan"))
+    floats = TILES * count * 8
+    storage = torch.full((floats + 8,), float("nan"))
     start = -storage.data_ptr() % 32 // 4
-    out = storage[start : start + 8 * count]
-    at = [ctypes.c_void_p(each.data_ptr()) for each in (x, numbers, scales, out)]
-    size, rows = ctypes.c_int64(SIZE), ctypes.c_int64(count)
+    out = storage[start : start + floats]
+    x_at, numbers_at, scales_at, out_at = (
+        ctypes.c_void_p(each.data_ptr()) for each in (x, numbers, scales, out)
+    )
+    rows, size, of_numbers, of_scales = (
+        ctypes.c_int64(each)
+        for each in (count, SIZE, numbers.nbytes // TILES, scales.nbytes // TILES)
+    )
     library.dots.restype = ctypes.c_bool
-    return out if library.dots(body, kind, at[0], rows, size, *at[1:]) else None
+    ran = library.dots(
+        body, kind, x_at, rows, size, numbers_at, scales_at, of_numbers, of_scales, out_at
+    )
+    return out if ran else None
 
 
 @pytest.mark.parametrize("body", range(1, 5), ids=["avx2", "emulated", "avxvnni", "avx512vnni"])
 @pytest.mark.parametrize("kind", range(len(GROUPED)), ids=[each.name for each in GROUPED])
 def test_bodies_give_the_same_bits(library, body: int, kind: int) -> None:
-    for count in (1, 2, 7):
+    for count in (1, 2, 3, 4, 5, 9, 14):
         found = sums_of(library, body, kind, count)
         if found is None:
             pytest.skip("this machine does not have its instructions")
