@@ -44,8 +44,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
-# Size from which a tensor gets its own memory from the system. Smaller ones share large pages.
-LARGE = 1 << 18
+# Most bytes that weights share a piece of memory, which is given back when all of them are gone.
+AREA = 1 << 28
+# Weights begin where a line of the processor's cache does.
+LINE = 64
 
 
 def load_weights(
@@ -95,26 +97,27 @@ def fill_table(
     Dense matrices of ``table`` are converted to the formats of ``config``. All others are copied.
     """
     formats = formats_of(config)
-    weights = {}
+    targets, wanted = {}, {}
+    for name, fused in table.items():
+        target = formats[name] if fused.is_matrix else DENSE
+        converts = fused.is_matrix and fused.format is DENSE and target is not DENSE
+        parts = target.parts(fused.shape) if converts else {"": (fused.shape, fused.dtype)}
+        targets[name] = target if converts else None, [name + suffix for suffix in parts]
+        for suffix, (shape, own) in parts.items():
+            wanted[name + suffix] = shape, own or dtype
+    weights = _empty(wanted, device)
     with progress(table.items()) as tensors:
         for name, fused in tensors:
-            target = formats[name] if fused.is_matrix else DENSE
-            converts = fused.is_matrix and fused.format is DENSE and target is not DENSE
-            parts = target.parts(fused.shape) if converts else {"": (fused.shape, fused.dtype)}
-            made = {
-                name + suffix: _empty(shape, own or dtype, device)
-                for suffix, (shape, own) in parts.items()
-            }
+            format, made = targets[name]
             first = 0
             for part in fused.parts:
-                places = [tensor[first : first + part.rows] for tensor in made.values()]
-                if converts:
-                    found[part.name].fill(target, places)
+                places = [weights[each][first : first + part.rows] for each in made]
+                if format is not None:
+                    found[part.name].fill(format, places)
                     _trim()
                 else:
                     found[part.name].copy_to(places[0])
                 first += part.rows
-            weights.update(made)
     interleave(config, weights)
     return weights
 
@@ -156,19 +159,42 @@ def progress(
     return nullcontext(tensors)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Allocate memory for a weight; on a CPU in large pages, if the system has them.
+def _empty(
+    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Allocate memory for weights; on a CPU in large pages, if the system has them.
 
     A matrix is then read faster: fewer addresses are translated, and the processor's prefetch,
-    which stops at the end of a page, goes further.
+    which stops at the end of a page, goes further. The system gives a large page only inside of one
+    piece of memory, so weights lie side by side in few pieces. Each is a storage of its own.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without large pages; the memory works anyway
-        area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=dtype).view(shape)
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in wanted.items()
+        }
+    pieces: list[dict[str, int]] = []  # where each weight begins in a piece
+    end = AREA
+    for name, (shape, dtype) in wanted.items():
+        size = math.prod(shape) * dtype.itemsize
+        if end + size > AREA:
+            pieces.append({})
+            end = 0
+        pieces[-1][name] = end
+        end += -(-size // LINE) * LINE
+    made = {}
+    for starts in pieces:
+        last, start = list(starts.items())[-1]
+        shape, dtype = wanted[last]
+        size = start + math.prod(shape) * dtype.itemsize
+        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without large pages; the memory works anyway
+            area.madvise(mmap.MADV_HUGEPAGE)
+        for name, start in starts.items():
+            shape, dtype = wanted[name]
+            flat = torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=start)
+            made[name] = flat.view(shape)
+    return made
 
 
 def save(

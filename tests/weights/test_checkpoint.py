@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import lfm2_fast
 from lfm2_fast import CheckpointError
+from lfm2_fast.weights import checkpoint
 
 
 def load(folder: Path, **kwargs: object) -> lfm2_fast.Lfm2ForCausalLM:
@@ -52,6 +54,22 @@ def test_one_file_and_shards_give_the_same_model(random_checkpoint, broken: Path
     parts = load(broken).state_dict()
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_weights_share_large_pages(random_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie side by side, so far as they fit, but each has a storage of its own."""
+
+    def loaded() -> dict[str, torch.Tensor]:
+        return load(random_checkpoint(), quantization="int8").state_dict()
+
+    together = loaded()
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in together.values())
+    places = sorted({(t.data_ptr(), t.nbytes) for t in together.values()})
+    gaps = [after - at - size for (at, size), (after, _) in pairwise(places)]
+    assert len(gaps) > 20 and all(0 <= gap < checkpoint.LINE for gap in gaps)
+    monkeypatch.setattr(checkpoint, "AREA", 1 << 14)
+    apart = loaded()
+    assert all(torch.equal(together[name], apart[name]) for name in together)
 
 
 def test_saving_over_shards_is_what_loads(broken: Path) -> None:
