@@ -71,6 +71,8 @@ def _flash_decode_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
     WHOLE: tl.constexpr,
+    VERIFIED: tl.constexpr,
+    KEYS_ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -112,6 +114,8 @@ def _flash_decode_kernel(
     at = page * stride_pages_p + past % page_size * stride_pages_r + offs_d[None, :]
     tl.store(k_pages_ptr + at, k, mask=mask_d & first_split)
     tl.store(v_pages_ptr + at, v, mask=mask_d & first_split)
+    if KEYS_ALONE:
+        return
     score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
 
     at = (sequence * KV_HEADS + kv_head) * most_splits * GROUP
@@ -162,7 +166,7 @@ def _flash_decode_kernel(
         # all its threads. It then resets the counter. The next launch on this stream waits for this
         # one first, so it reads zero.
         tl.debug_barrier()
-        arrivals_ptr += slot * KV_HEADS + kv_head
+        arrivals_ptr += (sequence if VERIFIED else slot) * KV_HEADS + kv_head
         earlier = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
         if earlier == tl.minimum(splits, tl.num_programs(2)) - 1:
@@ -280,13 +284,16 @@ def flash_decode_triton(
     logsums: torch.Tensor,
     arrivals: torch.Tensor,
     *,
+    verified: bool = False,
     pdl: bool = False,
 ) -> None:
     """Fill ``out`` and the tokens' rows of the pages; ``qkv`` and ``out`` may have gaps between
     rows.
 
-    A slot may occur once in a launch; a slot of length 1 may occur several times. ``pdl``: as in
-    norm_linear.py.
+    A slot may occur once in a launch; a slot of length 1 may occur several times. With ``verified``
+    tokens of one slot may have lengths of their own. An earlier launch writes all k and v then, and
+    this one writes them again with the same bits; ``arrivals`` has a row for each token. ``pdl``:
+    as in norm_linear.py.
     """
     sequences, width = out.shape
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -305,54 +312,60 @@ def flash_decode_triton(
     assert partials.shape == (sequences, kv_heads, splits, group, head_dim)
     assert logsums.shape == (sequences, kv_heads, splits, group)
     assert partials.dtype == logsums.dtype == torch.float32
-    assert arrivals.shape == (table.shape[0], kv_heads) and arrivals.dtype == torch.int32
+    assert arrivals.shape[1:] == (kv_heads,) and arrivals.dtype == torch.int32
+    assert len(arrivals) >= sequences if verified else len(arrivals) == table.shape[0]
     for dense in (q_weight, k_weight, cos, sin, slots, lengths, partials, logsums, arrivals):
         assert dense.is_contiguous()
     if sequences == 0:
         return
     block_d = max(triton.next_power_of_2(head_dim), 16)
     block_g = triton.next_power_of_2(group)
+    programs = _programs(sequences * kv_heads, splits)
     with torch.cuda.device_of(qkv):
-        _flash_decode_kernel[(sequences, kv_heads, _programs(sequences * kv_heads, splits))](
-            qkv,
-            q_weight,
-            k_weight,
-            cos,
-            sin,
-            slots,
-            lengths,
-            table,
-            k_pages,
-            v_pages,
-            out,
-            partials,
-            logsums,
-            arrivals,
-            eps,
-            score_scale(head_dim),
-            page_size,
-            splits,
-            qkv.stride(0),
-            table.stride(0),
-            k_pages.stride(0),
-            k_pages.stride(1),
-            k_pages.stride(2),
-            out.stride(0),
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
-            SHORTEST=SHORTEST_SPLIT,
-            MOST=MOST_SPLITS,
-            BLOCK_M=max(block_g, 16),
-            BLOCK_N=keys_of_block(block_d, qkv.element_size()),
-            BLOCK_D=block_d,
-            BLOCK_S=max(4096 // (block_g * block_d), 1),
-            BLOCK_G=block_g,
-            WHOLE=table.shape[1] == 1,
-            num_warps=4,
-            num_stages=stages(table),
-            **pdl_options(pdl),
-        )
+        for keys_alone in (True, False) if verified else (False,):
+            grid = (sequences, kv_heads, 1 if keys_alone else programs)
+            _flash_decode_kernel[grid](
+                qkv,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                slots,
+                lengths,
+                table,
+                k_pages,
+                v_pages,
+                out,
+                partials,
+                logsums,
+                arrivals,
+                eps,
+                score_scale(head_dim),
+                page_size,
+                splits,
+                qkv.stride(0),
+                table.stride(0),
+                k_pages.stride(0),
+                k_pages.stride(1),
+                k_pages.stride(2),
+                out.stride(0),
+                HEADS=heads,
+                KV_HEADS=kv_heads,
+                HEAD_DIM=head_dim,
+                SHORTEST=SHORTEST_SPLIT,
+                MOST=MOST_SPLITS,
+                BLOCK_M=max(block_g, 16),
+                BLOCK_N=keys_of_block(block_d, qkv.element_size()),
+                BLOCK_D=block_d,
+                BLOCK_S=max(4096 // (block_g * block_d), 1),
+                BLOCK_G=block_g,
+                WHOLE=table.shape[1] == 1,
+                VERIFIED=verified,
+                KEYS_ALONE=keys_alone,
+                num_warps=4,
+                num_stages=stages(table),
+                **pdl_options(pdl),
+            )
 
 
 def most_splits(context: int) -> int:

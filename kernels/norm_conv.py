@@ -49,6 +49,7 @@ def _norm_conv_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
     WARPS: tl.constexpr,
+    VERIFIED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -85,6 +86,11 @@ def _norm_conv_kernel(
         b, x = tl.split(b_x)
         c, _ = tl.split(c_none)
         bx = (b * x).to(DTYPE)
+        if VERIFIED:
+            # Tokens of one slot follow one another: other threads read what these write here.
+            tl.store(window_ptr + new_at + offs_n[None, :], bx, mask=mask)
+            tl.debug_barrier()
+            old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
         history = tl.where(offs_w == WIDTH - 1, bx[:, :, None], old)
         conv = tl.sum(history.to(tl.float32) * taps.to(tl.float32)[None, :, :], axis=2)
         if conv_bias_ptr is not None:
@@ -120,12 +126,15 @@ def norm_conv_triton(
     slots: torch.Tensor,
     out: torch.Tensor,
     *,
+    verified: bool = False,
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
     """Fill ``out`` and update ``window``; ``h`` may have gaps between rows.
 
-    A slot may occur once in a launch. ``pdl``, ``tiling``: as in norm_linear.py.
+    A slot may occur once in a launch. With ``verified`` tokens of one slot may come in a row,
+    each a position later, where the ring holds all that they read and write. ``pdl``, ``tiling``:
+    as in norm_linear.py.
     """
     tokens, size = out.shape
     ring, width = window.shape[1], taps.shape[1]
@@ -162,6 +171,7 @@ def norm_conv_triton(
         stride_out_t=out.stride(0),
         WIDTH=width,
         BLOCK_W=triton.next_power_of_2(width),
+        VERIFIED=verified,
         # What a convolution remembers would spill beside widened int8.
         maxnreg=REGISTERS if scale is None else REGISTERS + 32,
     )

@@ -54,11 +54,15 @@ class TritonOps(PendingResidualOps):
     name = "triton"
     captures = device_only = True
     pdl = False
+    # True if several tokens of a step may be of one slot.
+    verifies = False
 
     def __init__(self, *, dependent: bool = False) -> None:
         # The counters of flash_decode belong to a cache, found by its page table. Launches on one
         # cache never overlap, in any stream or graph. Launches on two caches may overlap.
         self._arrivals = WeakTensorKeyDictionary()
+        # The same by token, for steps in which several are of one slot.
+        self._arrivals_by_token = WeakTensorKeyDictionary()
         self._dependent: TritonOps | None = None
         if dependent:
             # With the same counters, because captured and uncaptured launches share caches.
@@ -77,9 +81,15 @@ class TritonOps(PendingResidualOps):
         embed_triton(None, linear.weight, linear.weight_scale, weight)
         return linear_ref(x, weight, linear.bias)
 
+    @property
+    def for_verification(self) -> TritonOps:
+        made = copy(self)
+        made.verifies = True
+        return made
+
     def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
-        """Return 0: a kernel reads no keys and windows that its own launch writes."""
-        return 0
+        """Return the most tokens of one launch, 0 where PyTorch multiplies some formats."""
+        return MOST_TOKENS if all(format in FORMATS for format in formats) else 0
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x, linear)
@@ -108,6 +118,7 @@ class TritonOps(PendingResidualOps):
             batch.positions,
             batch.slots,
             out,
+            verified=self.verifies,
             pdl=self.pdl,
         )
         return out
@@ -293,6 +304,7 @@ class TritonOps(PendingResidualOps):
             torch.empty(*shape, head_dim, dtype=torch.float32, device=qkv.device),
             torch.empty(shape, dtype=torch.float32, device=qkv.device),
             self._counters(pages.table, kv_heads),
+            verified=self.verifies,
             pdl=self.pdl,
         )
         return out
@@ -313,11 +325,15 @@ class TritonOps(PendingResidualOps):
         return out
 
     def _counters(self, table: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """Return ``[slots, kv_heads]`` int32 zeros, shared by all launches on the table's cache."""
-        if table not in self._arrivals:
-            shape = (len(table), kv_heads)
-            self._arrivals[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)
-        return self._arrivals[table]
+        """Return ``[slots, kv_heads]`` int32 zeros, shared by all launches on the table's cache.
+
+        Steps that verify have a row for each token instead.
+        """
+        known = self._arrivals_by_token if self.verifies else self._arrivals
+        if table not in known:
+            shape = (MOST_TOKENS if self.verifies else len(table), kv_heads)
+            known[table] = torch.zeros(shape, dtype=torch.int32, device=table.device)
+        return known[table]
 
 
 def _few(x: torch.Tensor | PendingResidual, linear: Projection) -> torch.Tensor | None:

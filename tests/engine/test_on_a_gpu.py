@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, LogitsProcessor
 import lfm2_fast
 from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.cli.evaluation import evaluate
+from lfm2_fast.engine import speculation
 from lfm2_fast.engine.captured_prompt import SIZES
 from lfm2_fast.engine.decode import MULTI_STEP_ROWS, DecodeLoop, Launch
 from lfm2_fast.engine.graphs import Graphs, capture_cuda
@@ -234,6 +235,8 @@ CALLS: dict[str, Callable[[Model], Any]] = {
     "beams": write(TWO, num_beams=2, num_return_sequences=2, max_new_tokens=4),
     "embedded": embedded,
     "batched": batched,
+    "drafted": lambda model: write(TWO, assistant_model=model)(model),
+    "drafted and drawn": lambda model: write(ONE, **DRAWN, seed=5, assistant_model=model)(model),
     "logits": lambda model: model(torch.tensor(ONE).to(model.device)).logits,
     "some logits": lambda model: model(torch.tensor(ONE), logits_to_keep=2).logits,
     "masked logits": lambda model: model(PADDED, attention_mask=PADDED != 0).logits[1],
@@ -245,7 +248,7 @@ CALLS: dict[str, Callable[[Model], Any]] = {
 # What other calls show a part at a time.
 COMBINED = {
     "alone", "drawn by torch", "several", "padded", "more than steps take", "two at a time",
-    "no fewer", "processed and drawn", "continued twice",
+    "no fewer", "processed and drawn", "continued twice", "drafted and drawn",
 }  # fmt: skip
 
 
@@ -514,3 +517,22 @@ with StandInGpu():
 assert state() == before and torch.tensor in _device_constructors()
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_verified_step_is_one_graph_for_each_length(models, gpu, monkeypatch) -> None:
+    """It is captured once, and replayed for each draft of its length."""
+    ours, plain = models
+    lengths = iter([1, 3] * 20)
+    monkeypatch.setattr(speculation, "draft_lengths", lambda *_: [next(lengths)])
+    engine = lfm2_fast.Engine(ours, max_rows=1, assistant=ours)
+    engine.add(lfm2_fast.Request(ONE[0], max_tokens=25))
+    tokens = []
+    while engine.busy:
+        tokens += [event.token for event in engine.step()]
+    drafts = engine.decode.buffers._drafts
+    assert drafts is not None and drafts.graphs is not None
+    assert sorted(key[1] for key in drafts.graphs._graphs) == [2, 4]
+    assert min(graph.replays for graph in drafts.graphs._graphs.values()) > 2
+    # Its own assistant guesses all, so that each draft is written.
+    assert engine.statistics.accepted == engine.statistics.drafted > 12
+    assert tokens == write(ONE, max_new_tokens=25)(plain)[0, len(ONE[0]) :].tolist()

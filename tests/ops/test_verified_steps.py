@@ -116,3 +116,23 @@ def test_a_step_of_many_tokens_has_the_bits_of_many_steps(
             )
             length = cache.lengths[slot]
             assert all(torch.equal(a[:, :length], b[:, :length]) for a, b in pairs)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("quantization", [pytest.param(None, marks=pytest.mark.nightly), "int8"])
+def test_kernels_give_the_bits_of_many_steps(
+    random_checkpoint, quick_interpreter, grid_order, quantization
+) -> None:
+    """With contexts of one split and of two, on either side of where a split begins."""
+    layers = ["conv", "full_attention", "conv"]
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = random_checkpoint(
+        vocab_size=1000, layer_types=layers, conv_bias=True, head_dim=16, **sizes
+    )
+    model = lfm2_fast.load(
+        folder, device="cpu", dtype=torch.float32, backend="triton", quantization=quantization
+    )
+    prompts, drafted = {0: 3, 2: 126}, {2: 5, 0: 1, 1: 2}
+    texts = {slot: text(count, 10 + slot) for slot, count in drafted.items()}
+    found = verified(model, prefilled(model, prompts), texts)
+    assert torch.equal(found, by_steps(model, prefilled(model, prompts), texts))
