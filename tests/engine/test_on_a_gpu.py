@@ -248,7 +248,7 @@ CALLS: dict[str, Callable[[Model], Any]] = {
 # What other calls show a part at a time.
 COMBINED = {
     "alone", "drawn by torch", "several", "padded", "more than steps take", "two at a time",
-    "no fewer", "processed and drawn", "continued twice", "drafted and drawn",
+    "no fewer", "processed and drawn", "continued twice", "drafted", "drafted and drawn",
 }  # fmt: skip
 
 
@@ -525,14 +525,14 @@ def test_a_verified_step_is_one_graph_for_each_length(models, gpu, monkeypatch) 
     lengths = iter([1, 3] * 20)
     monkeypatch.setattr(speculation, "draft_lengths", lambda *_: [next(lengths)])
     engine = lfm2_fast.Engine(ours, max_rows=1, assistant=ours)
-    engine.add(lfm2_fast.Request(ONE[0], max_tokens=25))
+    engine.add(lfm2_fast.Request(ONE[0], max_tokens=19))
     tokens = []
     while engine.busy:
         tokens += [event.token for event in engine.step()]
     drafts = engine.decode.buffers._drafts
     assert drafts is not None and drafts.graphs is not None
     assert sorted(key[1] for key in drafts.graphs._graphs) == [2, 4]
-    assert min(graph.replays for graph in drafts.graphs._graphs.values()) > 2
+    assert min(graph.replays for graph in drafts.graphs._graphs.values()) > 1
     # Its own assistant guesses all, so that each draft is written.
-    assert engine.statistics.accepted == engine.statistics.drafted > 12
-    assert tokens == write(ONE, max_new_tokens=25)(plain)[0, len(ONE[0]) :].tolist()
+    assert engine.statistics.accepted == engine.statistics.drafted > 8
+    assert tokens == write(ONE, max_new_tokens=19)(plain)[0, len(ONE[0]) :].tolist()
