@@ -112,8 +112,9 @@ def _flash_decode_kernel(
     )
     page = tl.load(table_ptr + past // page_size).to(tl.int64)
     at = page * stride_pages_p + past % page_size * stride_pages_r + offs_d[None, :]
-    tl.store(k_pages_ptr + at, k, mask=mask_d & first_split)
-    tl.store(v_pages_ptr + at, v, mask=mask_d & first_split)
+    if KEYS_ALONE or not VERIFIED:
+        tl.store(k_pages_ptr + at, k, mask=mask_d & first_split)
+        tl.store(v_pages_ptr + at, v, mask=mask_d & first_split)
     if KEYS_ALONE:
         return
     score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
@@ -291,9 +292,9 @@ def flash_decode_triton(
     rows.
 
     A slot may occur once in a launch; a slot of length 1 may occur several times. With ``verified``
-    tokens of one slot may have lengths of their own. An earlier launch writes all k and v then, and
-    this one writes them again with the same bits; ``arrivals`` has a row for each token. ``pdl``:
-    as in norm_linear.py.
+    several tokens may be of one slot, each with its own length. One launch then writes all k and v,
+    and a second one reads them. ``arrivals`` has a row for each token. ``pdl``: as in
+    norm_linear.py.
     """
     sequences, width = out.shape
     _, kv_heads, page_size, head_dim = k_pages.shape

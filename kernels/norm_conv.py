@@ -74,7 +74,8 @@ def _norm_conv_kernel(
         offs_n = row + tl.arange(0, BLOCK_N)
         mask_n, mask = offs_n < count, is_token[:, None] & (offs_n < count)[None, :]
         old_ptrs = window_ptr + old_at + offs_n[None, :, None]
-        old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
+        if not VERIFIED:
+            old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
         following = _taps(taps_ptr, row + step, count, WIDTH, BLOCK_N, BLOCK_W)
         bcx, tile = multiply(
             tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
@@ -86,9 +87,9 @@ def _norm_conv_kernel(
         b, x = tl.split(b_x)
         c, _ = tl.split(c_none)
         bx = (b * x).to(DTYPE)
+        tl.store(window_ptr + new_at + offs_n[None, :], bx, mask=mask)
         if VERIFIED:
-            # Tokens of one slot follow one another: other threads read what these write here.
-            tl.store(window_ptr + new_at + offs_n[None, :], bx, mask=mask)
+            # Tokens of one slot follow one another: other threads read what these have written.
             tl.debug_barrier()
             old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
         history = tl.where(offs_w == WIDTH - 1, bx[:, :, None], old)
@@ -98,7 +99,6 @@ def _norm_conv_kernel(
             conv += conv_bias.to(tl.float32)[None, :]
         out = (c * conv.to(DTYPE).to(tl.float32)).to(DTYPE)
         tl.store(out_ptr + offs_t[:, None] * stride_out_t + offs_n[None, :], out, mask=mask)
-        tl.store(window_ptr + new_at + offs_n[None, :], bx, mask=mask)
         taps = following
 
 
@@ -132,9 +132,9 @@ def norm_conv_triton(
 ) -> None:
     """Fill ``out`` and update ``window``; ``h`` may have gaps between rows.
 
-    A slot may occur once in a launch. With ``verified`` tokens of one slot may come in a row,
-    each a position later, where the ring holds all that they read and write. ``pdl``, ``tiling``:
-    as in norm_linear.py.
+    A slot may occur once in a launch. With ``verified`` several tokens may be of one slot, each a
+    position later; the ring must hold all that they read and write. ``pdl``, ``tiling``: as in
+    norm_linear.py.
     """
     tokens, size = out.shape
     ring, width = window.shape[1], taps.shape[1]

@@ -188,23 +188,25 @@ def launch_all(
         means = some(
             sequences, kv_heads, splits, heads // kv_heads, size.head_dim, dtype=torch.float32
         )
-        flash_decode_triton(
-            qkv[:sequences],
-            *norms,
-            eps,
-            cos[:sequences],
-            sin[:sequences],
-            slots,
-            lengths,
-            table,
-            k,
-            v,
-            out[:sequences],
-            means,
-            means[..., 0].contiguous(),
-            some(sequences, kv_heads, dtype=torch.int32),
-            pdl=pdl,
-        )
+        for verified in (False, True):
+            flash_decode_triton(
+                qkv[:sequences],
+                *norms,
+                eps,
+                cos[:sequences],
+                sin[:sequences],
+                slots,
+                lengths,
+                table,
+                k,
+                v,
+                out[:sequences],
+                means,
+                means[..., 0].contiguous(),
+                some(sequences, kv_heads, dtype=torch.int32),
+                verified=verified,
+                pdl=pdl,
+            )
 
 
 def launch_few(
@@ -243,7 +245,9 @@ def launch_few(
     places = (some(tokens, dtype=torch.int64) for _ in range(2))
     window = some(tokens, size.width + 1, hidden)
     conv = (some(hidden, size.width), rows_bias(hidden), window, *places)
-    norm_conv_triton(x, *norm, *weight(3 * hidden, hidden), *conv, x, pdl=pdl)
+    for verified in (False, True):
+        in_proj = weight(3 * hidden, hidden)
+        norm_conv_triton(x, *norm, *in_proj, *conv, x, verified=verified, pdl=pdl)
     head = weight(size.vocabulary, hidden)
     embed_triton(some(tokens, dtype=torch.int64), head[0], head[2], x, pdl=pdl)
     if int8:

@@ -244,8 +244,8 @@ class Lfm2(nn.Module):
     @property
     def verified_tokens(self) -> int:
         """Most tokens of a step by ``ops.for_verification``; 0 where there is none."""
-        parts = (part for part in self.modules() if isinstance(part, Projection))
-        return self.ops.verified_tokens({part.format for part in parts}, self.dtype)
+        matrices = (part for part in self.modules() if isinstance(part, Projection))
+        return self.ops.verified_tokens(matrices, self.dtype)
 
     def attach_drafter(self, drafter: Drafter | None) -> None:
         """Let new caches have layers for ``drafter``, and passes on them show it their streams."""

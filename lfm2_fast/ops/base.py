@@ -19,7 +19,7 @@ from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.low_rank import low_rank, low_rank_rows
 from lfm2_fast.ops.sampling import SamplingState, best_tokens, sample_ref
-from lfm2_fast.weights.formats import Format, Projection
+from lfm2_fast.weights.formats import Projection
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -91,10 +91,10 @@ class Ops:
         made.by_token = True
         return made
 
-    def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
+    def verified_tokens(self, matrices: Iterable[Projection], dtype: torch.dtype) -> int:
         """Return the most tokens of a step by ``for_verification``, 0 where it has none.
 
-        ``formats`` are those of the model's matrices, and ``dtype`` is that of its activations.
+        ``matrices`` are the model's, and ``dtype`` is that of its activations.
         """
         return 16
 

@@ -134,8 +134,9 @@ class NativeOps(PendingResidualOps):
     def for_verification(self) -> NativeOps:
         return self
 
-    def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
+    def verified_tokens(self, matrices: Iterable[Projection], dtype: torch.dtype) -> int:
         """Return the fewest of the tokens that the extension multiplies by a matrix itself."""
+        formats = {each.format for each in matrices}
         return min([MOST_VERIFIED, *(few_tokens(format, dtype) for format in formats)])
 
     def add_low_rank(

@@ -33,7 +33,7 @@ from lfm2_fast.ops.base import AttentionLike, ConvLike, Rope, TapsLike, epsilon
 from lfm2_fast.ops.reference import linear_ref
 from lfm2_fast.ops.residual import PendingResidual, PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
-from lfm2_fast.weights.formats import DENSE, INT8, Format, Projection
+from lfm2_fast.weights.formats import DENSE, INT8, Projection
 
 # Weight formats that the kernels read.
 FORMATS = (DENSE, INT8)
@@ -87,9 +87,12 @@ class TritonOps(PendingResidualOps):
         made.verifies = True
         return made
 
-    def verified_tokens(self, formats: Iterable[Format], dtype: torch.dtype) -> int:
-        """Return the most tokens of one launch, 0 where PyTorch multiplies some formats."""
-        return MOST_TOKENS if all(format in FORMATS for format in formats) else 0
+    def verified_tokens(self, matrices: Iterable[Projection], dtype: torch.dtype) -> int:
+        """Return the most tokens of one launch, 0 where PyTorch multiplies by some matrix.
+
+        The bits of its product depend on the number of tokens.
+        """
+        return MOST_TOKENS if all(map(_is_readable, matrices)) else 0
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x, linear)
@@ -338,9 +341,12 @@ class TritonOps(PendingResidualOps):
 
 def _few(x: torch.Tensor | PendingResidual, linear: Projection) -> torch.Tensor | None:
     """Return the rows with nothing pending, if they are few and the kernels know the weight."""
-    if len(x) > MOST_TOKENS or linear.format not in FORMATS or not has_words(linear.weight):
-        return None
-    return settled(x)
+    return settled(x) if len(x) <= MOST_TOKENS and _is_readable(linear) else None
+
+
+def _is_readable(linear: Projection) -> bool:
+    """Return True if the kernels of few tokens know the weight."""
+    return linear.format in FORMATS and has_words(linear.weight)
 
 
 def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:
