@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -520,19 +520,34 @@ assert state() == before and torch.tensor in _device_constructors()
 
 
 def test_a_verified_step_is_one_graph_for_each_length(models, gpu, monkeypatch) -> None:
-    """It is captured once, and replayed for each draft of its length."""
+    """It is captured once, and replayed for each draft of its length; drafts are right here."""
     ours, plain = models
+    answer = write(ONE, max_new_tokens=13)(plain)[0, len(ONE[0]) :].tolist()
+
+    class Known:
+        def __init__(self, *_: Any) -> None:
+            self.place = 0
+
+        def follow(self, prompt: Any, written: Sequence[int]) -> None:
+            self.place = len(written)
+
+        def find(self) -> tuple[int, int]:
+            return self.place, 4
+
+        def draft(self, place: int, count: int) -> list[int]:
+            return answer[place : place + count]
+
+    monkeypatch.setattr(speculation, "PromptLookup", Known)
     lengths = iter([1, 3] * 20)
     monkeypatch.setattr(speculation, "draft_lengths", lambda *_: [next(lengths)])
-    engine = lfm2_fast.Engine(ours, max_rows=1, assistant=ours)
-    engine.add(lfm2_fast.Request(ONE[0], max_tokens=19))
+    engine = lfm2_fast.Engine(ours, max_rows=1)
+    engine.add(lfm2_fast.Request(ONE[0], max_tokens=13, prompt_lookup=7))
     tokens = []
     while engine.busy:
         tokens += [event.token for event in engine.step()]
     drafts = engine.decode.buffers._drafts
     assert drafts is not None and drafts.graphs is not None
     assert sorted(key[1] for key in drafts.graphs._graphs) == [2, 4]
-    assert min(graph.replays for graph in drafts.graphs._graphs.values()) > 1
-    # Its own assistant guesses all, so that each draft is written.
-    assert engine.statistics.accepted == engine.statistics.drafted > 8
-    assert tokens == write(ONE, max_new_tokens=19)(plain)[0, len(ONE[0]) :].tolist()
+    assert min(graph.replays for graph in drafts.graphs._graphs.values()) == 1
+    assert engine.statistics.accepted == engine.statistics.drafted == 8
+    assert tokens == answer

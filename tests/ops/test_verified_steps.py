@@ -124,7 +124,7 @@ def three_layers(random_checkpoint: Callable[..., Path], **changed: Any) -> Path
     layers = ["conv", "full_attention", "conv"]
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     return random_checkpoint(
-        vocab_size=400, layer_types=layers, num_hidden_layers=3, conv_bias=True, **sizes, **changed
+        vocab_size=1000, layer_types=layers, num_hidden_layers=3, conv_bias=True, **sizes, **changed
     )
 
 
@@ -133,23 +133,26 @@ def three_layers(random_checkpoint: Callable[..., Path], **changed: Any) -> Path
     ("dtype", "quantization"),
     [
         pytest.param(torch.float32, None, marks=pytest.mark.nightly),
-        # The interpreter's bfloat16 is wrong. The code of the two is the same.
-        (torch.float16, None),
-        (torch.float16, "int8"),
+        pytest.param(torch.float16, None, marks=pytest.mark.nightly),
+        # The interpreter's bfloat16 is wrong; the code of both is the same.
+        pytest.param(torch.float16, "int8", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_give_the_bits_of_many_steps(
-    random_checkpoint, quick_interpreter, grid_order, dtype, quantization
+    random_checkpoint, quick_interpreter, grid_order, monkeypatch, dtype, quantization
 ) -> None:
     """With contexts of one split and of two, on either side of where a split begins."""
-    folder = three_layers(random_checkpoint, intermediate_size=100)
+    monkeypatch.setattr("lfm2_fast.kernels.flash_decode.SHORTEST_SPLIT", 16)
+    monkeypatch.setattr("lfm2_fast.kernels.flash_decode.keys_of_block", lambda *_: 16)
+    folder = three_layers(random_checkpoint, intermediate_size=100, scale=2.0)
     model = lfm2_fast.load(
         folder, device="cpu", dtype=dtype, backend="triton", quantization=quantization
     )
     assert model.network.verified_tokens == 16
-    prompts, drafted = {0: 3, 2: 126}, {2: 5, 0: 1, 1: 2}
+    prompts, drafted = {0: 3, 2: 14}, {2: 5, 0: 1, 1: 2}
     texts = {slot: text(count, 10 + slot) for slot, count in drafted.items()}
     found = verified(model, prefilled(model, prompts), texts)
+    assert found.isfinite().all()
     assert torch.equal(found, by_steps(model, prefilled(model, prompts), texts))
 
 
