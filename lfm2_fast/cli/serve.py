@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,7 +132,7 @@ def serve(
     terminal = Terminal()
     if not (api_key or host.startswith(LOOPBACK)):
         terminal.note("without --api-key everyone who reaches this address may call")
-    options = {
+    options: dict[str, Any] = {
         "served_model_name": served_model_name,
         "api_key": api_key or (),
         "max_rows": max_rows,
