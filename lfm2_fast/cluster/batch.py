@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from lfm2_fast.server.run import ROWS, create_app
 
 # Blocks that an engine works on at once, so that rows of the next take the place of ended ones.
 AT_ONCE = 2
+# Cores that Ray reserves for reading and writing files, and for the filter of answered requests.
+# Without them engines that have all cores would wait for ever.
+FILES = 2
 
 
 class Answerer:
@@ -75,7 +79,9 @@ def run_batch_on_ray(
 
     requests, output = _absolute(requests), _absolute(output)
     if not ray.is_initialized():
-        ray.init(address or "local")
+        # They need little of the cores that they reserve: here the engines have all.
+        more = {} if address else {"num_cpus": (os.cpu_count() or 1) + FILES}
+        ray.init(address or "local", **more)
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(
         id_column="custom_id",
@@ -91,7 +97,11 @@ def run_batch_on_ray(
         found = ray.data.read_datasource(RequestLines(requests))
     rows = options.get("max_rows") or ROWS
     per_block = rows_per_block or 4 * rows
-    resources = scale.resources(str(options.get("device") or "auto"), ray.cluster_resources())
+    cluster = ray.cluster_resources()
+    cores = cluster.get("CPU", 1.0)
+    resources = scale.resources(
+        str(options.get("device") or "auto"), {**cluster, "CPU": max(cores - FILES, cores / 2)}
+    )
     options = {**options, "memory": options.get("memory") or scale.memory(resources)}
     low = scale.most if scale.max_replicas is None else scale.min_replicas or 1
     pool = ray.data.ActorPoolStrategy(
