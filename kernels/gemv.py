@@ -7,15 +7,17 @@ place among the 16 and the other rows do not change its sums, so neither do they
 A thread loads 16 bytes of one row of the weight at a time, and they become its part of the tensor
 core's operand without an exchange between threads. For this the order of K is changed, in the same
 way for tokens and weight. Each warp has a share of every BLOCK_K columns, and the warps' sums are
-added at the end of a row. While a tile is in use, the next one is loading. `test_aot.py` counts the
-instructions: the compiler would turn another order into shuffles.
+added at the end of a row. `test_aot.py` counts the instructions: the compiler would turn another
+order into shuffles. While a tile is in use, what follows it is loading (``gemv_tiles.py``).
 
 A weight of the tokens' dtype has no ``scale``. An int8 weight has ``scale [N]`` float32. The sum of
-a row is multiplied by it in float32, so the integers are used directly. A kernel gets either as
-32-bit words. Several matrices of one shape, stacked, are multiplied together (``PARTS``).
+a row is multiplied by it in float32, so the integers are used directly. An int4 weight is in the
+interleaved order of its format, eight rows side by side, with a float16 scale for each 32 numbers
+of a row (``gemv_int4.py``). A kernel gets any of them as 32-bit words. Several matrices of one
+shape, stacked, are multiplied together (``PARTS``).
 
-The first tile, like the taps, is loaded above ``pdl_wait`` (pdl.py), while the previous kernel
-still runs. That is the gain of an early launch.
+The first tiles, like the taps, are loaded above ``pdl_wait`` (pdl.py), while the previous
+kernel still runs. That is the gain of an early launch.
 """
 
 from typing import Any
@@ -24,101 +26,62 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.gemv_int4 import int4_operand, natural_rows
+from lfm2_fast.kernels.gemv_tiles import place, weight_tile
 from lfm2_fast.kernels.pdl import pdl_options
-from lfm2_fast.kernels.tiling import Tiling
+from lfm2_fast.kernels.tiling import Tiling, bits_of, least_columns, registers
 
 # The rows of a tensor core's tile.
 MOST_TOKENS = 16
 
 
 @triton.jit
-def weight_places(
-    count,
-    K: tl.constexpr,
-    ITEM: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Rows, words and columns of a tile: where its words lie in PARTS weights ``[count, K]``.
-
-    ``[rows / 8, steps, WARPS, 8, 16]``, or what broadcasts to that: a warp's load has 64 bytes of
-    each of 8 rows. The rows are those of one part after another, and a power of two: a fourth part
-    may be no part, and its rows are beyond any.
-    """
-    EACH: tl.constexpr = 4 // ITEM
-    STEPS: tl.constexpr = BLOCK_K // (16 * EACH * WARPS)
-    ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
-    n = tl.arange(0, ROWS // 8)[:, None, None, None, None] * 8
-    n += tl.arange(0, 8)[None, None, None, :, None]
-    columns = tl.arange(0, STEPS)[None, :, None, None, None] * (16 * WARPS)
-    columns += tl.arange(0, WARPS)[None, None, :, None, None] * 16
-    columns += tl.arange(0, 16)[None, None, None, None, :]
-    rows = n % BLOCK_N
-    words = (rows + n // BLOCK_N * count) * (K // EACH) + columns
-    if ROWS != PARTS * BLOCK_N:
-        rows = tl.where(n < PARTS * BLOCK_N, rows, count)
-    return rows, words, columns
-
-
-@triton.jit
-def weight_tile(
-    words_ptr,
-    rows,
-    words,
-    columns,
-    first,
-    count,
-    k,
-    K: tl.constexpr,
-    ITEM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Words of the rows from ``first`` and the columns from ``k`` on, at ``weight_places``."""
-    EACH: tl.constexpr = 4 // ITEM
-    mask = rows < count - first
-    if K % BLOCK_K != 0:
-        mask = mask & (columns < K // EACH - k // EACH)
-    words_ptr += first * (K // EACH) + k // EACH
-    return tl.load(words_ptr + words, mask=mask, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _numbers(words, ITEM: tl.constexpr, DTYPE: tl.constexpr):
+def _numbers(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Return the numbers of words ``[..., 16]`` as DTYPE, ``[..., 4, numbers in 16 bytes]``."""
     SHAPE: tl.constexpr = words.shape
-    if ITEM == 4:
+    if BITS == 32:
         numbers = words.to(tl.float32, bitcast=True)
-    elif ITEM == 2:
+    elif BITS == 16:
         low = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         numbers = tl.join(low, (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
     else:
         even = tl.join(words << 24 >> 24, words << 8 >> 24)
         numbers = tl.join(even, tl.join(words << 16 >> 24, words >> 24)).to(tl.float32).to(DTYPE)
-    return tl.reshape(numbers, [SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], 4, 16 // ITEM])
+    return tl.reshape(numbers, [SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], 4, 128 // BITS])
 
 
 @triton.jit
-def _weight_operand(words, ITEM: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
+def _weight_operand(tile, tokens, BITS: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
     """Return a tile's numbers as ``[WARPS, K of a warp, rows]``."""
+    if BITS == 4:
+        return int4_operand(tile[0], tile[1], tokens, DTYPE)
+    else:
+        return _wider_operand(tile, BITS, EACH, DTYPE)
+
+
+@triton.jit
+def _wider_operand(words, BITS: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
     S: tl.constexpr = words.shape
     # Of numbers narrower than the tokens' a thread's 16 bytes are several of EACH.
-    shape: tl.constexpr = [S[0], S[1], S[2], 8, 4, 16 // ITEM // EACH, EACH]
-    numbers = tl.reshape(_numbers(words, ITEM, DTYPE), shape)
+    shape: tl.constexpr = [S[0], S[1], S[2], 8, 4, 128 // BITS // EACH, EACH]
+    numbers = tl.reshape(_numbers(words, BITS, DTYPE), shape)
     numbers = tl.permute(numbers, [0, 1, 5, 2, 3, 4, 6])
-    return tl.permute(_operand(numbers), [0, 2, 1])
+    return tl.permute(_operand(numbers, BITS), [0, 2, 1])
 
 
 @triton.jit
-def _operand(tile):
+def _operand(tile, BITS: tl.constexpr):
     """Return ``[rows / 8, steps, parts, WARPS, 8, 4, EACH]`` as ``[WARPS, rows, K of a warp]``.
 
     The order of K gives each of a row's four threads the numbers that the tensor core needs from
     it. With 16-bit numbers these are two adjacent words of one load.
     """
     S: tl.constexpr = tile.shape
-    if S[6] == 8:
+    if BITS == 4:
+        # Two numbers of a half group that int4's words have side by side are two columns apart.
+        tile = tl.reshape(tile, [S[0], S[1], 2, S[3], 8, 4, 2, 2])
+        tile = tl.permute(tile, [3, 0, 4, 1, 2, 5, 7, 6])
+    elif S[6] == 8:
         tile = tl.reshape(tile, [S[0], S[1], S[2], S[3], 8, 4, 2, 2, 2])
         tile = tl.permute(tile, [3, 0, 4, 1, 2, 7, 5, 6, 8])
     else:
@@ -127,14 +90,25 @@ def _operand(tile):
 
 
 @triton.jit
-def _columns(STEPS: tl.constexpr, ITEM: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
-    """Columns ``[1, steps, parts, WARPS, 1, 4, EACH]`` of what a weight's words stand for."""
-    MANY: tl.constexpr = 16 // ITEM
+def _columns(STEPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
+    """Columns ``[1, steps, parts, WARPS, 1, 4, EACH]`` of what a weight's words stand for.
+
+    In int4 a step of a warp is a group, and the parts are its halves.
+    """
+    MANY: tl.constexpr = 8 if BITS == 4 else 128 // BITS
+    APART: tl.constexpr = 16 if BITS == 4 else EACH
+    NEXT: tl.constexpr = EACH if BITS == 4 else MANY
     column = tl.arange(0, STEPS)[None, :, None, None, None, None, None] * (4 * MANY * WARPS)
-    column += tl.arange(0, MANY // EACH)[None, None, :, None, None, None, None] * EACH
+    column += tl.arange(0, MANY // EACH)[None, None, :, None, None, None, None] * APART
     column += tl.arange(0, WARPS)[None, None, None, :, None, None, None] * (4 * MANY)
-    column += tl.arange(0, 4)[None, None, None, None, None, :, None] * MANY
+    column += tl.arange(0, 4)[None, None, None, None, None, :, None] * NEXT
     return column + tl.arange(0, EACH)[None, None, None, None, None, None, :]
+
+
+@triton.constexpr_function
+def _each(dtype: Any, bits: int) -> int:
+    """Numbers of a token that a thread loads at once: 16 bytes, or a quarter of half a group."""
+    return 4 if bits == 4 else 128 // dtype.primitive_bitwidth
 
 
 @triton.jit
@@ -144,7 +118,7 @@ def inverse_rms(
     stride_x_t,
     eps,
     K: tl.constexpr,
-    ITEM: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -152,11 +126,11 @@ def inverse_rms(
 
     Eight tokens at a time, each thread of the columns that it will multiply.
     """
-    EACH: tl.constexpr = 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K // (64 // ITEM * WARPS)
+    EACH: tl.constexpr = _each(x_ptr.dtype.element_ty, BITS)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K // (least_columns(BITS) * WARPS)
     half = tl.arange(0, 2)[:, None, None, None, None, None, None]
     token = tl.arange(0, 8)[None, None, None, None, :, None, None]
-    column = _columns(triton.next_power_of_2(STEPS), ITEM, WARPS, EACH)
+    column = _columns(triton.next_power_of_2(STEPS), BITS, WARPS, EACH)
     scales = tl.zeros([2, 1, 1, 1, 8, 1, 1], tl.float32)
     for first in range(0, tokens, 8):
         x_ptrs = x_ptr + tl.minimum(first + token, tokens - 1) * stride_x_t + column
@@ -170,7 +144,7 @@ def inverse_rms(
 
 @triton.jit
 def multiply(
-    tile,
+    tiles,
     rows,
     words,
     columns,
@@ -186,37 +160,40 @@ def multiply(
     count,
     stride_x_t,
     K: tl.constexpr,
-    ITEM: tl.constexpr,
+    BITS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """Return the tokens' projections to the tile's rows, and the tile ``step`` rows further on.
+    """Return the tokens' projections to the tiles' rows, and the tiles ``step`` rows further on.
 
-    ``[16, rows]`` in float32, rounded once as a number of the tokens' dtype is. ``tile`` has the
-    first BLOCK_K columns of the rows from ``first`` on. Where there is a norm, the tokens are
-    normed, rounded where the reference rounds: scaled, then weighted. What stands in the rows
-    beyond the tokens has no effect.
+    ``[16, rows]`` in float32, rounded once as a number of the tokens' dtype is. ``tiles`` are
+    DEPTH, the first of the rows from ``first`` on and what follows it. Where there is a norm, the
+    tokens are normed, rounded where the reference rounds: scaled, then weighted. What stands in the
+    rows beyond the tokens has no effect.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    EACH: tl.constexpr = 16 // (DTYPE.primitive_bitwidth // 8)
-    STEPS: tl.constexpr = BLOCK_K // (64 // ITEM * WARPS)
+    EACH: tl.constexpr = _each(DTYPE, BITS)
+    STEPS: tl.constexpr = BLOCK_K // (least_columns(BITS) * WARPS)
     ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
     token = tl.arange(0, 2)[:, None, None, None, None, None, None] * 8
     token += tl.arange(0, 8)[None, None, None, None, :, None, None]
-    column = _columns(STEPS, ITEM, WARPS, EACH)
+    column = _columns(STEPS, BITS, WARPS, EACH)
     # Rows beyond the tokens repeat the last: to read it again costs less than to mask it.
     x_ptrs = x_ptr + (tl.minimum(token, tokens - 1) * stride_x_t + column)
     # Of every thread's own columns: in another layout the norm would go through shared memory.
     mine = tl.broadcast_to(column, [1, STEPS, column.shape[2], WARPS, 8, 4, EACH])
     acc = tl.zeros([WARPS, 16, ROWS], tl.float32)
     for k in range(0, K, BLOCK_K):
-        # What follows a row's last tile is the next row's first.
-        is_last = k + BLOCK_K >= K
-        row, at = first + tl.where(is_last, step, 0), tl.where(is_last, 0, k + BLOCK_K)
+        if DEPTH == 1:
+            is_last = k + BLOCK_K >= K
+            row, at = first + tl.where(is_last, step, 0), tl.where(is_last, 0, k + BLOCK_K)
+        else:
+            row, at = place(first, step, k + DEPTH * BLOCK_K, K, BLOCK_K)
         following = weight_tile(
-            words_ptr, rows, words, columns, row, count, at, K, ITEM, BLOCK_K
+            words_ptr, scale_ptr, rows, words, columns, row, count, at, K, BITS, BLOCK_K
         )  # fmt: skip
         if K % BLOCK_K == 0:
             x = tl.load(x_ptrs + k)
@@ -226,26 +203,36 @@ def multiply(
             norm = tl.load(norm_ptr + k + mine, mask=mine < K - k, other=0)
             unit = (x.to(tl.float32) * scales).to(DTYPE)
             x = (unit.to(tl.float32) * norm.to(tl.float32)).to(DTYPE)
-        weight = _weight_operand(tile, ITEM, EACH, DTYPE)
-        acc = tl.dot(_operand(x), weight, acc, input_precision="ieee")
-        tile = following
+        weight = _weight_operand(tiles[0], tokens, BITS, EACH, DTYPE)
+        acc = tl.dot(_operand(x, BITS), weight, acc, input_precision="ieee")
+        if DEPTH == 1:
+            tiles = (following,)
+        else:
+            tiles = (tiles[1], following)
     out = tl.sum(acc, axis=0)
+    if BITS == 4:
+        out = natural_rows(out)
     n = tl.arange(0, ROWS)
     row = n // BLOCK_N * count + first + n % BLOCK_N
     mask = (first + n % BLOCK_N < count) & (n < PARTS * BLOCK_N)
-    if scale_ptr is not None:
+    if scale_ptr is not None and BITS != 4:
         out *= tl.load(scale_ptr + row, mask=mask, other=0)[None, :]
     if bias_ptr is not None:
         out += tl.load(bias_ptr + row, mask=mask, other=0).to(tl.float32)[None, :]
-    return out.to(DTYPE).to(tl.float32), tile
+    return out.to(DTYPE).to(tl.float32), tiles
 
 
-def has_words(weight: torch.Tensor) -> bool:
-    """Return True if each row of a weight begins with a 32-bit word, as these kernels need it.
+def is_readable(weight: torch.Tensor, parts: int = 1) -> bool:
+    """Return True if these kernels read a weight of ``parts`` stacked matrices.
 
-    And if 31 bits number its words: offsets of more cost registers.
+    Each row must begin with a 32-bit word, and in int4 each part must have whole groups of eight
+    rows. 31 bits must number the words: offsets of more cost registers.
     """
-    return weight.shape[1] * weight.element_size() % 4 == 0 and weight.nbytes < 2**33
+    if weight.nbytes >= 2**33:
+        return False
+    if weight.dtype == torch.uint8:
+        return len(weight) % (8 * parts) == 0 and weight.shape[1] % 16 == 0
+    return weight.shape[1] * weight.element_size() % 4 == 0
 
 
 def launch(
@@ -267,21 +254,28 @@ def launch(
     """
     tokens, columns = x.shape
     assert tokens <= MOST_TOKENS and x.stride(1) == 1 and x.dtype != torch.float64
-    assert weight.shape[1] == columns and weight.is_contiguous() and has_words(weight)
-    assert weight.dtype == (x.dtype if scale is None else torch.int8)
-    assert len(weight) % parts == 0
-    for given, dtype in ((bias, x.dtype), (scale, torch.float32)):
-        assert given is None or (given.shape == weight.shape[:1] and given.is_contiguous())
-        assert given is None or given.dtype == dtype
+    bits = bits_of(weight)
+    assert weight.shape[1] * 8 == columns * bits // weight.element_size()
+    assert len(weight) % parts == 0 and weight.is_contiguous() and is_readable(weight, parts)
+    assert bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+    assert bias is None or bias.dtype == x.dtype
+    if scale is None:
+        assert weight.dtype == x.dtype
+    elif bits == 4:
+        assert scale.shape == (len(weight), columns // 32) and scale.dtype == torch.float16
+    else:
+        assert scale.shape == weight.shape[:1] and scale.dtype == torch.float32
+        assert weight.dtype == torch.int8
+    assert scale is None or scale.is_contiguous()
     norm = arguments.get("norm_ptr")
     assert norm is None or (norm.shape == x.shape[1:] and norm.is_contiguous())
     assert norm is None or norm.dtype == x.dtype
     if tokens == 0:
         return
     rows = tiling.block_n * triton.next_power_of_2(parts)
-    least = 64 // weight.element_size() * tiling.warps
+    least = least_columns(bits) * tiling.warps
     assert tiling.block_k % least == 0, f"block_k must be a multiple of {least}, got {tiling}"
-    assert rows % 8 == 0, f"too few rows in {tiling}"
+    assert rows % 8 == 0 and (bits > 4 or tiling.block_n % 8 == 0), f"too few rows in {tiling}"
     block_k = tiling.block_k
     if x.dtype == torch.float32:
         # These pass through shared memory, of which some GPUs have 99 kB for a program.
@@ -297,14 +291,16 @@ def launch(
             count=len(weight) // parts,
             stride_x_t=x.stride(0),
             K=columns,
-            ITEM=weight.element_size(),
+            BITS=bits,
             PARTS=parts,
             BLOCK_N=tiling.block_n,
             BLOCK_K=block_k,
             WARPS=tiling.warps,
+            DEPTH=tiling.depth,
             num_warps=tiling.warps,
             # The loop over K is staged by hand, through registers.
             num_stages=1,
+            maxnreg=registers(bits, parts, tiling.depth, normed=norm is not None),
             **arguments,
             **pdl_options(pdl),
         )

@@ -14,17 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import (
-    MOST_TOKENS,
-    inverse_rms,
-    launch,
-    multiply,
-    weight_places,
-    weight_tile,
-)
+from lfm2_fast.kernels.gemv import MOST_TOKENS, inverse_rms, launch, multiply
+from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 from lfm2_fast.kernels.sample_cut import is_defined
-from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
+from lfm2_fast.kernels.tiling import Tiling, choose_tiling
 
 LAST_ROW = 2**31 - 1
 BELOW_ALL = 1 - 2**63
@@ -43,27 +37,30 @@ def _head_argmax_kernel(
     count,
     stride_x_t,
     K: tl.constexpr,
-    ITEM: tl.constexpr,
+    BITS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
     BELOW_ALL: tl.constexpr,
     LAST_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     step = tl.num_programs(0) * BLOCK_N
-    rows, words, columns = weight_places(count, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS)
-    tile = weight_tile(words_ptr, rows, words, columns, first, count, 0, K, ITEM, BLOCK_K)
+    rows, words, columns = weight_places(count, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS)
+    tiles = first_tiles(
+        words_ptr, scale_ptr, rows, words, columns, first, step, count, K, BITS, BLOCK_K, DEPTH
+    )  # fmt: skip
     pdl_wait(PDL)
-    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, ITEM, BLOCK_K, WARPS)
+    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, BITS, BLOCK_K, WARPS)
     offs_t = tl.arange(0, 16)
     best = tl.full([16], BELOW_ALL, tl.int64)
     for row in range(first, count, step):
-        logits, tile = multiply(
-            tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
-            row, step, tokens, count, stride_x_t, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS,
+        logits, tiles = multiply(
+            tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
+            row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
         offs_n = (row + tl.arange(0, BLOCK_N))[None, :]
         ranks = _rank(logits).to(tl.int64) * (LAST_ROW + 1) + (LAST_ROW - offs_n)
@@ -133,7 +130,6 @@ def head_argmax_triton(
         eps=eps,
         BELOW_ALL=BELOW_ALL,
         LAST_ROW=LAST_ROW,
-        maxnreg=REGISTERS,
     )
 
 

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import launch, multiply, weight_places, weight_tile
+from lfm2_fast.kernels.gemv import launch, multiply
+from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
-from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
+from lfm2_fast.kernels.tiling import Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -28,23 +29,26 @@ def _linear_add_kernel(
     stride_residual_t,
     stride_out_t,
     K: tl.constexpr,
-    ITEM: tl.constexpr,
+    BITS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     step = tl.num_programs(0) * BLOCK_N
-    rows, words, columns = weight_places(count, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS)
-    tile = weight_tile(words_ptr, rows, words, columns, first, count, 0, K, ITEM, BLOCK_K)
+    rows, words, columns = weight_places(count, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS)
+    tiles = first_tiles(
+        words_ptr, scale_ptr, rows, words, columns, first, step, count, K, BITS, BLOCK_K, DEPTH
+    )  # fmt: skip
     pdl_wait(PDL)
     offs_t = tl.arange(0, 16)[:, None]
     for row in range(first, count, step):
-        added, tile = multiply(
-            tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, None, None,
-            row, step, tokens, count, stride_x_t, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS,
+        added, tiles = multiply(
+            tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, None, None,
+            row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
         offs_n = row + tl.arange(0, BLOCK_N)[None, :]
         mask = (offs_t < tokens) & (offs_n < count)
@@ -84,5 +88,4 @@ def linear_add_triton(
         out_ptr=out,
         stride_residual_t=residual.stride(0),
         stride_out_t=out.stride(0),
-        maxnreg=REGISTERS,
     )

@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import inverse_rms, launch, multiply, weight_places, weight_tile
+from lfm2_fast.kernels.gemv import inverse_rms, launch, multiply
+from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
-from lfm2_fast.kernels.tiling import REGISTERS, Tiling, choose_tiling
+from lfm2_fast.kernels.tiling import Tiling, choose_tiling
 
 
 @triton.jit(do_not_specialize=["tokens", "ring"])
@@ -43,23 +44,26 @@ def _norm_conv_kernel(
     stride_out_t,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    ITEM: tl.constexpr,
+    BITS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
     WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
     VERIFIED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     first = tl.program_id(0) * BLOCK_N
     step = tl.num_programs(0) * BLOCK_N
-    rows, words, columns = weight_places(count, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS)
-    tile = weight_tile(words_ptr, rows, words, columns, first, count, 0, K, ITEM, BLOCK_K)
+    rows, words, columns = weight_places(count, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS)
+    tiles = first_tiles(
+        words_ptr, scale_ptr, rows, words, columns, first, step, count, K, BITS, BLOCK_K, DEPTH
+    )  # fmt: skip
     taps = _taps(taps_ptr, first, count, WIDTH, BLOCK_N, BLOCK_W)
     pdl_wait(PDL)
-    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, ITEM, BLOCK_K, WARPS)
+    scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, BITS, BLOCK_K, WARPS)
     offs_t, offs_w = tl.arange(0, 16), tl.arange(0, BLOCK_W)[None, None, :]
     # The window belongs to the chain, like all tensors that are not weights. It is read and written
     # below the wait, so it needs no second copy for any number of running steps.
@@ -77,9 +81,9 @@ def _norm_conv_kernel(
         if not VERIFIED:
             old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
         following = _taps(taps_ptr, row + step, count, WIDTH, BLOCK_N, BLOCK_W)
-        bcx, tile = multiply(
-            tile, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
-            row, step, tokens, count, stride_x_t, K, ITEM, PARTS, BLOCK_N, BLOCK_K, WARPS,
+        bcx, tiles = multiply(
+            tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
+            row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
         # B, C, x and, since a tile's rows are a power of two, a part that is none.
         pairs = tl.permute(tl.reshape(bcx, [16, 2, 2, BLOCK_N]), [0, 3, 1, 2])
@@ -172,6 +176,4 @@ def norm_conv_triton(
         WIDTH=width,
         BLOCK_W=triton.next_power_of_2(width),
         VERIFIED=verified,
-        # What a convolution remembers would spill beside widened int8.
-        maxnreg=REGISTERS if scale is None else REGISTERS + 32,
     )

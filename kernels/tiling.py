@@ -31,24 +31,51 @@ MOST_ROWS = 32
 # Most columns of a warp: its threads have those of 16 tokens in registers, too, and twice as many
 # numbers while they are normed.
 MOST_COLUMNS = 256
-# A program alone on its processor leaves it idle at each barrier, and more than eight warps leave
-# no room for the next kernel's. Both are guesses until a GPU has run this (`make tune-gpu`).
-ALONE, CROWDED = 1.1, 1.05
+# In int4 half of the bytes and columns, and more rows: scales take registers, and a tile has twice
+# as many numbers.
+INT4_THREAD_BYTES, INT4_MOST_COLUMNS, INT4_MOST_ROWS = 64, 128, 64
+# A program alone on its processor leaves it idle at each barrier. More than eight warps leave no
+# room for the next kernel's, and two tiles ahead take registers. All are guesses until a GPU has
+# run this (`make tune-gpu`).
+ALONE, CROWDED, DEEP = 1.1, 1.05, 1.1
 # To read 16 tokens from the nearest cache, beside what reading the weight from memory takes.
 TOKENS_SHARE = 0.125
+
+
+def bits_of(weight: torch.Tensor) -> int:
+    """Return the bits of a weight's number; two of int4 are in a byte."""
+    return 4 if weight.dtype == torch.uint8 else 8 * weight.element_size()
+
+
+@triton.constexpr_function
+def least_columns(bits: int) -> int:
+    """Columns that a warp takes at once: 64 bytes of each row, and in int4 a group of 16."""
+    return 32 if bits == 4 else 512 // bits
+
+
+def registers(bits: int, parts: int, depth: int, *, normed: bool) -> int:
+    """Return the most registers of a thread, for a weight of ``parts`` stacked matrices.
+
+    So many, compiled for sm_90, that none spills in the published sizes.
+    """
+    narrow = {8: 16 * normed, 4: 40}.get(bits, 0)
+    conv = (32 if bits < 16 else 8) * (parts == 3)
+    return REGISTERS + narrow + conv + (32 + conv) * (depth - 1)
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Division of the outputs: tiles of ``block_n`` rows for ``programs`` with ``warps`` each.
 
-    They go through the columns of a tile's rows ``block_k`` at a time.
+    They go through the columns of a tile's rows ``block_k`` at a time, and load ``depth`` tiles
+    ahead.
     """
 
     block_n: int
     block_k: int
     warps: int
     programs: int
+    depth: int = 1
 
 
 def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Tiling:
@@ -58,17 +85,17 @@ def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Ti
     columns are loaded at a time.
     """
     name, processors = chip(weight.device)
-    rows, columns = len(weight) // parts, weight.shape[1]
-    item = weight.element_size()
+    bits = bits_of(weight)
+    rows, columns = len(weight) // parts, weight.shape[1] * 8 * weight.element_size() // bits
     if processors == 0:  # in the interpreter every tile takes the same time, of any size
-        block_k = max(triton.next_power_of_2(columns), 64 // item)
+        block_k = max(triton.next_power_of_2(columns), least_columns(bits))
         most = tl.TRITON_MAX_TENSOR_NUMEL // (4 * block_k)
         block_n = max(LEAST_ROWS, min(triton.next_power_of_2(rows), most))
         return Tiling(block_n, block_k, 1, 1)
     # What is best for numbers of 16 bits, which the table has, is not for others.
-    if item == 2 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
+    if bits == 16 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
         return Tiling(*tuned)
-    return default_tiling(rows, columns, parts, item, processors, normed=operation != "linear_add")
+    return default_tiling(rows, columns, parts, bits, processors, normed=operation != "linear_add")
 
 
 @lru_cache
@@ -81,7 +108,7 @@ def chip(device: torch.device) -> tuple[str, int]:
 
 
 def candidates(
-    rows: int, columns: int, parts: int, item: int, processors: int, *, normed: bool
+    rows: int, columns: int, parts: int, bits: int, processors: int, *, normed: bool
 ) -> Iterator[tuple[float, Tiling]]:
     """Yield the tilings that fit, each with the time that its busiest processor should take.
 
@@ -90,38 +117,56 @@ def candidates(
     """
     stacked = triton.next_power_of_2(parts)
     most_k = MOST_COLUMNS // (2 if normed else 1)
+    thread_bytes, most_rows = THREAD_BYTES, MOST_ROWS
+    most_warps = MOST_WARPS if parts < 3 else 12
+    if bits < 16:
+        # As many as the registers that they have leave room for.
+        most_warps = 8 if parts == 3 else 12
+    if bits == 4:
+        thread_bytes, most_rows = INT4_THREAD_BYTES, INT4_MOST_ROWS
+        most_k = min(most_k, INT4_MOST_COLUMNS)
     # Beside eight warps' sums of three parts, what a convolution remembers would spill.
     widths = (4, 8) if parts < 3 else (4,)
-    for each, warps, exponent in itertools.product((1, 2, 3, 4), widths, range(6)):
-        block_n = max(LEAST_ROWS // stacked, 1) * 2**exponent
-        least_k = 64 // item * warps
-        block_k = THREAD_BYTES * 32 * warps // (block_n * stacked * item)
+    least_n = LEAST_ROWS if bits == 4 else max(LEAST_ROWS // stacked, 1)
+    shapes = itertools.product((1, 2, 3, 4), widths, range(6), (1, 2))
+    for each, warps, exponent, depth in shapes:
+        block_n = least_n * 2**exponent
+        least_k = least_columns(bits) * warps
+        # Three tiles are in a thread's registers then, in place of two.
+        most_bytes = thread_bytes if depth == 1 or parts == 3 else thread_bytes // 2
+        block_k = most_bytes * 32 * warps * 8 // (block_n * stacked * bits)
         block_k = min(block_k, triton.next_power_of_2(columns), most_k * warps)
         if block_k < least_k and exponent > 0:
             continue
         block_k = max(block_k, least_k)
-        tile = block_n * parts * block_k * item
-        if each * tile > PROCESSOR_BYTES or each * warps > MOST_WARPS:
+        tile = block_n * parts * block_k * bits // 8
+        if each * tile * depth > PROCESSOR_BYTES or each * warps > most_warps:
             continue
-        if block_n * stacked > MOST_ROWS:
+        if block_n * stacked > most_rows:
             continue
         tiles = triton.cdiv(rows, block_n)
         rounds = triton.cdiv(tiles, each * processors)
         programs = triton.cdiv(tiles, rounds)
         busiest = triton.cdiv(programs, processors) * rounds * block_n
         padded = triton.cdiv(columns, block_k) * block_k / columns
-        under_way = min(programs * tile / processors, PROCESSOR_BYTES)
-        reads = 1 + TOKENS_SHARE * 32 / (block_n * parts * item)
+        if depth == 2 and (each * warps > 8 or rounds * triton.cdiv(columns, block_k) < 2):
+            continue
+        if depth == 2 and normed and (parts < 3 or bits > 8):
+            # Tiles of fewer rows would norm the tokens more often.
+            continue
+        under_way = min(programs * tile * depth / processors, PROCESSOR_BYTES)
+        reads = 1 + TOKENS_SHARE * 256 / (block_n * parts * bits)
         cost = busiest * padded * reads / under_way
         cost *= ALONE if programs <= processors else 1
         cost *= CROWDED if each * warps > MOST_WARPS // 2 else 1
-        yield cost, Tiling(block_n, block_k, warps, programs)
+        cost *= DEEP if depth == 2 else 1
+        yield cost, Tiling(block_n, block_k, warps, programs, depth)
 
 
 @lru_cache
 def default_tiling(
-    rows: int, columns: int, parts: int, item: int, processors: int, *, normed: bool
+    rows: int, columns: int, parts: int, bits: int, processors: int, *, normed: bool
 ) -> Tiling:
     """Tiling whose busiest processor should be done first, of equals that with fewest warps."""
-    found = candidates(rows, columns, parts, item, processors, normed=normed)
+    found = candidates(rows, columns, parts, bits, processors, normed=normed)
     return min(found, key=lambda each: (each[0], each[1].warps * each[1].programs))[1]

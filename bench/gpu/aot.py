@@ -41,6 +41,7 @@ from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
+from lfm2_fast.kernels.low_rank import low_rank_triton, low_shape
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
@@ -49,6 +50,7 @@ from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
+from lfm2_fast.kernels.widen import widen_int4_triton
 
 # Each with the number of processors that its largest GPU in use has.
 ARCHITECTURES = {80: 108, 90: 132, 100: 148, 120: 188}
@@ -169,6 +171,12 @@ def launch_all(
     swiglu_triton(some(tokens, 2 * size.inner), some(tokens, size.inner))
 
     half, heads, kv_heads = size.head_dim // 2, size.heads, size.kv_heads
+    for parts in ((heads * size.head_dim, *[kv_heads * size.head_dim] * 2), (hidden,)):
+        rows, rank = sum(parts), 16
+        stack = (some(4, len(parts), rank, hidden), some(4, rank, rows), some(4, rows))
+        low = some(*low_shape(tokens, hidden, rank * len(parts)), dtype=torch.float32)
+        product = some(tokens, rows)
+        low_rank_triton(x, positions, *stack, stack[2], parts, None, product, low)
     cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
     rope_triton(positions, some(half, dtype=torch.float32), cos, sin, pdl=pdl)
     norms, eps = (some(size.head_dim), some(size.head_dim)), 1e-5
@@ -215,12 +223,12 @@ def launch_few(
     *,
     tokens: int = 2,
     bias: bool = False,
-    int8: bool = False,
+    bits: int = 16,
     pdl: bool = False,
 ) -> None:
     """Every kernel of few tokens in each of its shapes.
 
-    ``bias`` adds a bias where one is possible; matrices may be int8.
+    ``bias`` adds a bias where one is possible; ``bits`` 8 and 4 are int8 and int4.
     """
     hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
 
@@ -230,9 +238,12 @@ def launch_few(
     def rows_bias(rows: int) -> torch.Tensor | None:
         return some(rows) if bias else None
 
-    def weight(rows: int, columns: int) -> tuple[torch.Tensor, Any, Any]:
-        matrix = some(rows, columns, dtype=torch.int8 if int8 else dtype)
-        return matrix, rows_bias(rows), some(rows, dtype=torch.float32) if int8 else None
+    def weight(rows: int, columns: int, bits: int = bits) -> tuple[torch.Tensor, Any, Any]:
+        if bits == 4:
+            matrix = some(rows, columns // 2, dtype=torch.uint8)
+            return matrix, rows_bias(rows), some(rows, columns // 32, dtype=torch.float16)
+        matrix = some(rows, columns, dtype=torch.int8 if bits == 8 else dtype)
+        return matrix, rows_bias(rows), some(rows, dtype=torch.float32) if bits == 8 else None
 
     x, norm = some(tokens, hidden), (some(hidden), eps)
     qkv = attended + 2 * size.kv_heads * size.head_dim
@@ -248,22 +259,26 @@ def launch_few(
     for verified in (False, True):
         in_proj = weight(3 * hidden, hidden)
         norm_conv_triton(x, *norm, *in_proj, *conv, x, verified=verified, pdl=pdl)
+    table, _, scale = weight(size.vocabulary, hidden, max(bits, 8))
+    embed_triton(some(tokens, dtype=torch.int64), table, scale, x, pdl=pdl)
+    if bits == 8:
+        embed_triton(None, table, scale, some(size.vocabulary, hidden))
     head = weight(size.vocabulary, hidden)
-    embed_triton(some(tokens, dtype=torch.int64), head[0], head[2], x, pdl=pdl)
-    if int8:
-        embed_triton(None, head[0], head[2], some(size.vocabulary, hidden))
+    if bits == 4:
+        widen_int4_triton(head[0], head[2], some(size.vocabulary, hidden))
     best = some(head_tiling(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
     head_argmax_triton(x, *norm, *head, best, pdl=pdl)
     last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
 
 
 def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
-    """All kernels of a published size; few of them stand for those with biases and in int8."""
+    """All kernels of a published size; few of them stand for those with biases and narrow ones."""
     launch_all(size, dtype, pdl=pdl)
     for bias in (False, True) if size is SIZES[0] else (False,):
         launch_few(size, dtype, bias=bias, pdl=pdl)
     if size in SIZES[::2]:
-        launch_few(size, dtype, int8=True, pdl=pdl)
+        for bits in (8, 4):
+            launch_few(size, dtype, bits=bits, pdl=pdl)
 
 
 def launch_sample(

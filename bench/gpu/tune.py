@@ -43,7 +43,7 @@ MOST_COPIES = 64
 MARGIN = 0.01
 TURNS, CONFIRMED, REPLAYS = 7, 15, 5
 
-Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int, int]]]
+Table = dict[str, dict[tuple[str, int, int], tuple[int, int, int, int, int]]]
 
 
 def replayed(operation: OneTokenRun, tiling: Tiling, pdl: bool) -> Callable[[], None]:
@@ -83,7 +83,7 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
     processors = chip(device)[1] or 1
     runs: dict[Tiling, Callable[[], None]] = {}
     failed = {}
-    for tiling in key.candidates(processors, dtype.itemsize):
+    for tiling in key.candidates(processors, 8 * dtype.itemsize):
         try:
             wrong = operation.wrong(tiling)
             if wrong is None:
@@ -92,7 +92,7 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
             failed[tiling] = wrong
-    rule = key.default(processors, dtype.itemsize)
+    rule = key.default(processors, 8 * dtype.itemsize)
     found: dict[str, Any] = {
         "operation": key.operation,
         "N": key.rows,
@@ -117,7 +117,7 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
 
 
 def fields(tiling: Tiling) -> list[int]:
-    return [tiling.block_n, tiling.block_k, tiling.warps, tiling.programs]
+    return [tiling.block_n, tiling.block_k, tiling.warps, tiling.programs, tiling.depth]
 
 
 def table_text(text: str, table: Table) -> str:

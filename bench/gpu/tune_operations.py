@@ -47,16 +47,16 @@ class Key:
     def normed(self) -> bool:
         return self.operation != "linear_add"
 
-    def default(self, processors: int, item: int) -> Tiling:
-        shape = (self.outputs, self.columns, self.parts, item, processors)
+    def default(self, processors: int, bits: int) -> Tiling:
+        shape = (self.outputs, self.columns, self.parts, bits, processors)
         return default_tiling(*shape, normed=self.normed)
 
-    def candidates(self, processors: int, item: int) -> list[Tiling]:
+    def candidates(self, processors: int, bits: int) -> list[Tiling]:
         """Rule's tiling, then others in the order in which it would take them."""
-        shape = (self.outputs, self.columns, self.parts, item, processors)
+        shape = (self.outputs, self.columns, self.parts, bits, processors)
         found = candidates(*shape, normed=self.normed)
         order = sorted(found, key=lambda each: each[0])
-        tilings = dict.fromkeys([self.default(processors, item), *(tiling for _, tiling in order)])
+        tilings = dict.fromkeys([self.default(processors, bits), *(tiling for _, tiling in order)])
         return list(tilings)[:MOST_TRIED]
 
 

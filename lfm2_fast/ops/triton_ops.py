@@ -18,9 +18,10 @@ from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
-from lfm2_fast.kernels.gemv import MOST_TOKENS, has_words
+from lfm2_fast.kernels.gemv import MOST_TOKENS, is_readable
 from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
+from lfm2_fast.kernels.low_rank import low_rank_triton, low_shape
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
@@ -29,14 +30,16 @@ from lfm2_fast.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from lfm2_fast.kernels.rope import rope_triton
 from lfm2_fast.kernels.sample import Scratch, sample_triton
 from lfm2_fast.kernels.swiglu import swiglu_triton
+from lfm2_fast.kernels.widen import widen_int4_triton
 from lfm2_fast.ops.base import AttentionLike, ConvLike, Rope, TapsLike, epsilon
 from lfm2_fast.ops.reference import linear_ref
 from lfm2_fast.ops.residual import PendingResidual, PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
-from lfm2_fast.weights.formats import DENSE, INT8, Projection
+from lfm2_fast.weights.formats import DENSE, INT4, INT8, Projection
 
-# Weight formats that the kernels read.
-FORMATS = (DENSE, INT8)
+# Weight formats that the kernels of few tokens read, and those of them that ``embed`` reads.
+FORMATS = (DENSE, INT8, INT4)
+TABLES = (DENSE, INT8)
 
 
 class TritonOps(PendingResidualOps):
@@ -74,12 +77,16 @@ class TritonOps(PendingResidualOps):
         return self._dependent or self
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
-        """Library's product; an int8 weight is widened for it in one launch."""
-        if linear.format is not INT8:
+        """Library's product; a weight in int8 or int4 is widened for it in one launch."""
+        weight, scale = linear.weight, linear.weight_scale
+        if scale is None or linear.format not in FORMATS:
             return super().linear(x, linear)
-        weight = torch.empty(linear.weight.shape, dtype=x.dtype, device=x.device)
-        embed_triton(None, linear.weight, linear.weight_scale, weight)
-        return linear_ref(x, weight, linear.bias)
+        wide = torch.empty(linear.shape, dtype=x.dtype, device=x.device)
+        if linear.format is INT8:
+            embed_triton(None, weight, scale, wide)
+        else:
+            widen_int4_triton(weight, scale, wide)
+        return self.add_low_rank(x, linear, linear_ref(x, wide, linear.bias))
 
     @property
     def for_verification(self) -> TritonOps:
@@ -94,6 +101,20 @@ class TritonOps(PendingResidualOps):
         """
         return MOST_TOKENS if all(map(_is_readable, matrices)) else 0
 
+    def add_low_rank(
+        self, x: torch.Tensor, linear: Projection, product: torch.Tensor
+    ) -> torch.Tensor:
+        """``product`` itself, to which two launches have added what the tokens' adapters add."""
+        stack = linear.adapters
+        if self.entries is None or stack is None:
+            return product
+        ranks = len(stack.parts) * stack.rank
+        shape = low_shape(*x.shape, ranks)
+        low = torch.empty(shape, dtype=torch.float32, device=x.device)
+        numbers = stack.down, stack.up, stack.gain, stack.shift
+        low_rank_triton(x, self.entries, *numbers, stack.parts, linear.bias, product, low)
+        return product
+
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x, linear)
         if few is None:
@@ -107,7 +128,7 @@ class TritonOps(PendingResidualOps):
     def norm_conv(
         self, x: Any, norm: nn.RMSNorm, conv: ConvLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
-        few = _few(x, conv.in_proj)
+        few = _few(x, conv.in_proj, 3)
         if few is None or batch.max_query != 1 or self.adapts(conv.in_proj):
             return super().norm_conv(x, norm, conv, window, batch)
         taps, out = conv.conv, torch.empty_like(few)
@@ -138,7 +159,7 @@ class TritonOps(PendingResidualOps):
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
-        few = _few(x, gate_up)
+        few = _few(x, gate_up, 2)
         if few is None:
             return super().norm_swiglu(x, norm, gate_up)
         if self.adapts(gate_up):
@@ -209,7 +230,7 @@ class TritonOps(PendingResidualOps):
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
-        if embedding.format not in FORMATS:
+        if embedding.format not in TABLES:
             return super().embed(tokens, embedding, dtype)
         weight, scale = embedding.weight, embedding.weight_scale
         out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
@@ -339,14 +360,16 @@ class TritonOps(PendingResidualOps):
         return known[table]
 
 
-def _few(x: torch.Tensor | PendingResidual, linear: Projection) -> torch.Tensor | None:
+def _few(
+    x: torch.Tensor | PendingResidual, linear: Projection, parts: int = 1
+) -> torch.Tensor | None:
     """Return the rows with nothing pending, if they are few and the kernels know the weight."""
-    return settled(x) if len(x) <= MOST_TOKENS and _is_readable(linear) else None
+    return settled(x) if len(x) <= MOST_TOKENS and _is_readable(linear, parts) else None
 
 
-def _is_readable(linear: Projection) -> bool:
-    """Return True if the kernels of few tokens know the weight."""
-    return linear.format in FORMATS and has_words(linear.weight)
+def _is_readable(linear: Projection, parts: int = 1) -> bool:
+    """Return True if the kernels of few tokens know the weight, of ``parts`` stacked matrices."""
+    return linear.format in FORMATS and is_readable(linear.weight, parts)
 
 
 def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:

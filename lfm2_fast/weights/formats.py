@@ -134,7 +134,6 @@ class Groups(Format):
     """
 
     file = "model.int4.safetensors"
-    on_gpu = False
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class Groups(Format):
         offset: int = 0,
     ) -> None:
         self.name = name
-        self.from_dense = name == "int4"
+        self.from_dense = self.on_gpu = name == "int4"
         self.bits, self.group, self.scales = bits, group, scales
         self.offset, self.words = offset, 1 + minimums
         self.units = 4, max(2, scales.itemsize)

@@ -68,9 +68,20 @@ CHAIN = {
 # Those of few tokens that stand for all of them, launched plainly.
 PLAIN = {"norm_linear", "embed", "last_argmax"}
 # What these read that no step writes.
-CONSTANT = {"words_ptr", "taps_ptr", "q_weight_ptr", "k_weight_ptr", "inv_freq_ptr"}
+CONSTANT = {"words_ptr", "scale_ptr", "taps_ptr", "q_weight_ptr", "k_weight_ptr", "inv_freq_ptr"}
 # Cycles in which an H200 brings 32 kB to each processor: 1.0 us, at 4.3 TB/s and 1.9 GHz.
 MEMORY_CYCLES = 1900
+
+
+# Loads of words and scales in int4, by the rows of a thread.
+INT4_LOADS = {
+    4: ("LDG.E.EF.128", "LDG.E.EF.64"),
+    2: ("LDG.E.EF.64", "LDG.E.EF"),
+    1: ("LDG.E.EF", "LDG.E.EF.U16"),
+}
+# How much longer than the memory the smallest size may take, by bits. Rows are short there, so what
+# is done once a row weighs more, and narrow numbers are widened.
+LONGER = {16: 1.0, 8: 1.3, 4: 2.8}
 
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.nightly)])
@@ -79,7 +90,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
 
     It has the ``table`` of the smallest size; the reasons if it was ``refused``, or if a kernel
     ``spilled``. ``lengths`` has the numbers of launches and kernels after several lengths.
-    ``chain`` has every kernel of a captured step, of one size, two and int8. Each one has a
+    ``chain`` has every kernel of a captured step, of one size, two, int8 and int4. Each one has a
     ``name``, its arguments, ``ptx`` and ``sass``, and is marked if it is a ``dependent`` launch.
     ``sass`` is None without a disassembler.
 
@@ -98,7 +109,8 @@ few, early, chain, plain = (json.loads(argument) for argument in sys.argv[1:])
 def launch_size(size, dtype, *, pdl):
     aot.launch_all(size, dtype, pdl=pdl)
     aot.launch_few(size, dtype, pdl=pdl)
-    aot.launch_few(size, dtype, int8=True, pdl=pdl)
+    for bits in (8, 4):
+        aot.launch_few(size, dtype, bits=bits, pdl=pdl)
 
 if few:
     aot.VOCABULARIES, aot.launch_size = aot.VOCABULARIES[:1], launch_size
@@ -124,12 +136,15 @@ with aot.compiling(90, anew=False) as launches:
                        page_size=page_size, pdl=True)
         aot.launch_few(aot.SIZES[0], torch.bfloat16, tokens=sequences, pdl=True)
         lengths.append((len(launches), len({kernel.hash for _, kernel, _ in launches})))
-found, dependent = [], ((0, False), (0, True)) if few else ((0, False), (2, False), (2, True))
-for pdl, sizes, names in ((True, dependent, chain), (False, ((0, False),), plain)):
-    for place, int8 in sizes:
+tools = triton.knobs.nvidia
+disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
+found = []
+dependent = ((0, 16), (0, 8), (0, 4)) if few else ((0, 16), (2, 16), (2, 8), (2, 4))
+for pdl, sizes, names in ((True, dependent, chain), (False, ((0, 16),), plain)):
+    for place, bits in sizes:
         with aot.compiling(90, names, anew=False) as launches:
-            aot.launch_few(aot.SIZES[place], torch.bfloat16, int8=int8, pdl=pdl)
-            if place == 0 and not int8 and not (few and not pdl):
+            aot.launch_few(aot.SIZES[place], torch.bfloat16, bits=bits, pdl=pdl)
+            if place == 0 and bits == 16 and not (few and not pdl):
                 aot.launch_all(aot.SIZES[place], torch.bfloat16, pdl=pdl)
                 aot.launch_sample(aot.VOCABULARIES[0], torch.bfloat16, pdl=pdl, most=True)
         for name, kernel, _ in launches:
@@ -137,8 +152,8 @@ for pdl, sizes, names in ((True, dependent, chain), (False, ((0, False),), plain
             arguments = source.fn.arg_names
             found.append({
                 "name": name,
-                "case": f"{name} {aot.SIZES[place].name} int8={int8}",
-                "int8": int8,
+                "case": f"{name} {aot.SIZES[place].name} bits={bits}",
+                "bits": bits,
                 "dependent": kernel.metadata.launch_pdl,
                 "constants": {arguments[at[0]]: value for at, value in source.constants.items()},
                 "parameters": [each for each in arguments if source.signature[each] != "constexpr"],
@@ -242,13 +257,18 @@ def test_weights_are_under_way_before_the_wait(compiled) -> None:
             continue
         warps = named["WARPS"]
         parts = 4 if TILES[name] == 3 else TILES[name]
-        tile = parts * named["BLOCK_N"] * named["BLOCK_K"] * named["ITEM"]
-        loads = tile // (16 * 32 * warps)
-        streamed = "LDG.E.EF.128"
-        assert above.count(streamed) == loads, (case, above)
-        assert below.count(streamed) == loads, (case, below)
+        rows = parts * named["BLOCK_N"]
+        tile = rows * named["BLOCK_K"] * named["BITS"] // 8
+        width, scales = "LDG.E.EF.128", ""
+        if named["BITS"] == 4:
+            # A thread has a word of each of four, two or one row, and their scales.
+            width, scales = INT4_LOADS[min(rows // 8, 4)]
+        loads = tile // ({"128": 16, "64": 8}.get(width[-3:].strip("."), 4) * 32 * warps)
+        for streamed in filter(None, (width, scales)):
+            assert above.count(streamed) == loads * named["DEPTH"], (case, above)
+            assert below.count(streamed) == loads, (case, below)
         # The rest is, three to a channel and odd of address, the taps.
-        rest = [mark for mark in above if mark != streamed]
+        rest = [mark for mark in above if mark not in (width, scales)]
         assert all(".U16" in mark for mark in rest), (case, rest)
         assert len(rest) <= named["BLOCK_N"] * (name == "norm_conv") * 4
         # Tile and tokens become operands as they were loaded: a step through K exchanges nothing.
@@ -300,7 +320,7 @@ def issue_cycles(kernel: dict[str, Any], tokens: int) -> tuple[float, float]:
     steps = -(-named["K"] // named["BLOCK_K"])
     assert len(inner) == (steps > 1) and len(squares) <= 1
     per_row = count(row) + sum((steps - 1) * count(each) for each in inner)
-    tile = TILES[kernel["name"]] * named["BLOCK_N"] * named["K"] * named["ITEM"]
+    tile = TILES[kernel["name"]] * named["BLOCK_N"] * named["K"] * named["BITS"] / 8
     round_of_32kb = per_row * named["WARPS"] / 4 * 32768 / tile
     once = sum(code[: row.first]) - sum(map(count, squares))
     once += sum(count(each) for each in squares) * -(-tokens // 8)
@@ -312,12 +332,11 @@ def test_sixteen_tokens_take_hardly_longer_than_one(compiled) -> None:
     if not compiled["disassembles"]:
         pytest.skip("the disassembler that triton brings is not there")
     found = [kernel for kernel in compiled["chain"] if kernel["sass"] and kernel["name"] in TILES]
-    assert {(kernel["name"], kernel["int8"]) for kernel in found} == {
-        (name, int8) for name in TILES for int8 in (False, True)
+    assert {(kernel["name"], kernel["bits"]) for kernel in found} == {
+        (name, bits) for name in TILES for bits in LONGER
     }
     for kernel in found:
         one, sixteen = issue_cycles(kernel, 1), issue_cycles(kernel, 16)
-        # A row of the 350M in int8 has 1 kB: what is done once a row weighs more there.
-        most = MEMORY_CYCLES * (1.3 if kernel["int8"] else 1)
+        most = MEMORY_CYCLES * LONGER[kernel["bits"]]
         assert sixteen[0] == one[0] < most, (kernel["case"], one)
         assert sixteen[1] <= 1.3 * one[1], (kernel["case"], one, sixteen)

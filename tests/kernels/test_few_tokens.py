@@ -21,12 +21,13 @@ EPS = 1e-5
 NAN = float("nan")
 WORDS = ("norm_linear", "norm_swiglu", "linear_add")
 # N, K and a tiling: one of everything; rows and columns that fill no tile; whole tiles; programs
-# that take several tiles, unequally many; K of several tiles and the last of them not full.
+# that take several tiles, unequally many, and load two ahead; K of several tiles and the last of
+# them not full.
 SHAPES = [
     (1, 2, Tiling(8, 64, 1, 1)),
     (7, 100, Tiling(8, 128, 2, 3)),
     (32, 64, Tiling(8, 64, 1, 4)),
-    (21, 96, Tiling(8, 64, 1, 2)),
+    (21, 96, Tiling(8, 64, 1, 2, depth=2)),
     (5, 1500, Tiling(8, 512, 4, 1)),
 ]
 SEVERAL = Tiling(8, 512, 4, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from lfm2_fast.engine.model_runner import ModelRunner, run_batch
 from lfm2_fast.kernels.gemv import MOST_TOKENS
 from lfm2_fast.ops import reference, triton_ops
 from lfm2_fast.ops.select import BackendError, Ops, choose
-from lfm2_fast.weights.formats import Projection
+from lfm2_fast.weights.adapter_stack import AdapterStack
+from lfm2_fast.weights.formats import DENSE, INT4, INT8, Projection
 from tests.batches import logits_of
 
 
@@ -101,12 +103,17 @@ def test_logits_equal_eager(random_checkpoint, load, kernel_dtype, within_budget
         within_budget(ours, a, b)
 
 
-def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_narrow_weights_equal_eager(
+    random_checkpoint, load, within_budget, monkeypatch, quantization
+) -> None:
     """The steps of few tokens multiply by the integers themselves."""
-    folder, int8 = random_checkpoint(**TWO_LAYERS), {"quantization": "int8"}
-    exact = logits_of(load(folder, "eager", torch.float64, **int8), STEPS)
-    plain = logits_of(load(folder, "eager", torch.float32, **int8), STEPS)
-    ours = load(folder, "triton", torch.float32, **int8)
+    # All rows are whole groups and begin at a word.
+    folder = random_checkpoint(**TWO_LAYERS, intermediate_size=160)
+    narrow = {"quantization": quantization}
+    exact = logits_of(load(folder, "eager", torch.float64, **narrow), STEPS)
+    plain = logits_of(load(folder, "eager", torch.float32, **narrow), STEPS)
+    ours = load(folder, "triton", torch.float32, **narrow)
     for found, a, b in zip(logits_of(ours, STEPS), exact, plain, strict=True):
         within_budget(found, a, b)
 
@@ -117,6 +124,36 @@ def test_int8_equals_eager(random_checkpoint, load, within_budget, monkeypatch) 
     cache = ours.new_cache(2)
     batch = cache.next_batch([1, 1], [1, 0], ours.device)
     run_batch(ours.network, torch.tensor([9, 12], device=ours.device), batch, cache)
+
+
+@pytest.mark.parametrize("format", [DENSE, INT8, INT4], ids=lambda format: str(format.name))
+@pytest.mark.parametrize("tokens", [3, MOST_TOKENS + 1])
+def test_products_have_what_adapters_add(kernel_device, within_budget, format, tokens) -> None:
+    """Of few tokens and of many, with each format; a bias alone has no rank."""
+    torch.manual_seed(0)
+    linear = Projection(24, 32, bias=True, format=format)
+    places = format.quantize(torch.randn(24, 32))
+    for place, part in zip(linear.parts, places, strict=True):
+        place.copy_(part)
+    format.interleave(linear.parts)
+    assert linear.bias is not None
+    torch.nn.init.normal_(linear.bias)
+    norm = torch.nn.RMSNorm(32, eps=1e-5)
+    x, entries = torch.randn(tokens, 32), torch.arange(tokens) % 3
+    for rank in (8, 0):
+        stack = AdapterStack.empty(3, rank, (16, 8), 32, is_table=False, like=x)
+        for part in (stack.down, stack.up, stack.gain, stack.shift):
+            part[1:].normal_()
+        linear.adapters = stack
+        with torch.no_grad():
+            plain = Ops().adapted(entries).norm_linear(x, norm, linear)
+            wide = copy.deepcopy(linear).double()
+            exact = Ops().adapted(entries).norm_linear(x.double(), norm.double(), wide)
+            here = [each.to(kernel_device) for each in (x, entries)]
+            norm = norm.float()
+            ours = triton_ops.TritonOps().adapted(here[1])
+            found = ours.norm_linear(here[0], norm.to(kernel_device), linear.to(kernel_device))
+        within_budget(found.cpu(), exact, plain)
 
 
 def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:

@@ -139,15 +139,17 @@ def test_mixed_formats_are_saved_and_loaded(random_checkpoint, tmp_path) -> None
     assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
 
 
-def test_a_gpu_gets_what_it_has_bodies_for(random_checkpoint, caplog) -> None:
-    """Matrices in 4 bits become dense, with the same values, and a note says so."""
+def test_a_gpu_gets_what_it_has_bodies_for(random_checkpoint, caplog, monkeypatch) -> None:
+    """Matrices of other formats become dense, with the same values, and a note says so."""
     model = quantized(random_checkpoint(**EVEN), quantization="int4", backend="eager")
     config, weights = model.network.config, dict(model.network.state_dict())
     weights = {name: part for name, part in weights.items() if not name.startswith("lm_head")}
     narrow = dict(weights)
     assert widen_for(torch.device("cpu"), config, weights) is config
+    assert widen_for(torch.device("meta"), config, weights) is config
     assert weights.keys() == narrow.keys()
     assert not caplog.text
+    monkeypatch.setattr(INT4, "on_gpu", False)
     wide = widen_for(torch.device("meta"), config, weights)
     assert "no code for int4 yet: 20 matrices are held in torch.float32" in caplog.text
     assert dict(wide.formats) == {HEAD: "int8", EMBEDDING: "int8"}

@@ -61,8 +61,8 @@ def test_every_shape_of_the_published_sizes_is_there() -> None:
 
 @pytest.mark.parametrize("key", keys(map(config_of, SIZES)), ids=str)
 def test_candidates_stand_around_the_rule(key: Key) -> None:
-    first, *others = key.candidates(H100, 2)
-    assert first == key.default(H100, 2)
+    first, *others = key.candidates(H100, 16)
+    assert first == key.default(H100, 16)
     assert 4 <= len(others) < 16 and len({first, *others}) == len(others) + 1
     for tiling in (first, *others):
         tiles = -(-key.outputs // tiling.block_n)
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_not_timed(
 
 def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Key("norm_linear", 42, 24)
-    rule = key.default(1, 4)
+    rule = key.default(1, 32)
     noise = [1.0, 1.02, 0.98, 1.01, 0.99]
 
     def kept(first: float, again: float) -> Any:

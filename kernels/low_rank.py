@@ -1,0 +1,187 @@
+"""Low-rank changes of adapters, added to a product: tokens of several adapters in two launches.
+
+T tokens, A entries, P parts of the rows, R ranks. ``x [T, K]``, ``entries [T]`` int64 from 0 to A -
+1 (not checked); entry 0 changes nothing. ``down [A, P, R, K]``, ``up [A, R, N]``, ``gain, shift [A,
+N]``, ``bias [N]`` or None. ``product [T, N]`` becomes ``product + gain * (product - bias) + up.T @
+(down @ x) + shift`` of each token's entry, each part's rows by that part's ``down``.
+
+Sixteen tokens are a tile. It is multiplied by the matrices of each entry that it has, one after
+another, and a token keeps the result of its own. So its bits depend on no other token. The first
+launch leaves ``low [splits, T, P R]`` float32, partial sums over parts of K, and the second adds
+them up. What entries hold is read on the device. The result is rounded once. Least bytes: the
+matrices of the entries that occur.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+TOKENS = 16
+COLUMNS = 512
+ROWS = 64
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _low_rank_down_kernel(
+    x_ptr,
+    entries_ptr,
+    down_ptr,
+    low_ptr,
+    tokens,
+    stride_x_t,
+    K: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    is_token = token < tokens
+    entry = tl.load(entries_ptr + token, mask=is_token, other=0)
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x_t + k[None, :]
+    x = tl.load(x_ptrs, mask=is_token[:, None] & (k < K)[None, :], other=0)
+    low = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    mask = (k < K)[:, None] & (rank < RANKS)[None, :]
+    of_all = tl.max(entry, axis=0)
+    while of_all > 0:
+        down_ptrs = down_ptr + (of_all * RANKS + rank)[None, :] * K + k[:, None]
+        down = tl.load(down_ptrs, mask=mask, other=0)
+        made = tl.dot(x, down, input_precision="ieee")
+        low = tl.where((entry == of_all)[:, None], made, low)
+        of_all = tl.max(tl.where(entry < of_all, entry, 0), axis=0)
+    row = tl.program_id(2).to(tl.int64) * tokens + token
+    mask = is_token[:, None] & (rank < RANKS)[None, :]
+    tl.store(low_ptr + row[:, None] * RANKS + rank[None, :], low, mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _low_rank_up_kernel(
+    low_ptr,
+    entries_ptr,
+    up_ptr,
+    gain_ptr,
+    shift_ptr,
+    bias_ptr,
+    product_ptr,
+    tokens,
+    first_end,
+    second_end,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    part = tl.program_id(2)
+    begin = tl.where(part == 0, 0, tl.where(part == 1, first_end, second_end))
+    end = tl.where(part == PARTS - 1, N, tl.where(part == 0, first_end, second_end))
+    n = begin + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (n < end)[None, :]
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rank = tl.arange(0, BLOCK_R)
+    is_token, is_rank = (token < tokens)[:, None], rank < RANK
+    entry = tl.load(entries_ptr + token, mask=token < tokens, other=0)
+    low = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    low_ptrs = low_ptr + (token.to(tl.int64) * PARTS + part)[:, None] * RANK + rank[None, :]
+    for split in range(SPLITS):
+        at = tokens.to(tl.int64) * split * (PARTS * RANK)
+        low += tl.load(low_ptrs + at, mask=is_token & is_rank[None, :], other=0)
+    low = low.to(up_ptr.dtype.element_ty)
+    delta = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    of_all = tl.max(entry, axis=0)
+    while of_all > 0:
+        up_ptrs = up_ptr + (of_all * RANK + rank)[:, None] * N + n[None, :]
+        up = tl.load(up_ptrs, mask=is_rank[:, None] & mask_n, other=0)
+        made = tl.dot(low, up, input_precision="ieee")
+        delta = tl.where((entry == of_all)[:, None], made, delta)
+        of_all = tl.max(tl.where(entry < of_all, entry, 0), axis=0)
+    mask = is_token & mask_n & (entry > 0)[:, None]
+    at = entry[:, None] * N + n[None, :]
+    gain = tl.load(gain_ptr + at, mask=mask, other=0).to(tl.float32)
+    delta += tl.load(shift_ptr + at, mask=mask, other=0).to(tl.float32)
+    product_ptrs = product_ptr + token.to(tl.int64)[:, None] * N + n[None, :]
+    product = tl.load(product_ptrs, mask=mask, other=0).to(tl.float32)
+    plain = product
+    if bias_ptr is not None:
+        plain -= tl.load(bias_ptr + n, mask=n < end, other=0).to(tl.float32)[None, :]
+    out = product + (gain * plain + delta)
+    tl.store(product_ptrs, out.to(product_ptr.dtype.element_ty), mask=mask)
+
+
+def low_rank_triton(
+    x: torch.Tensor,
+    entries: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    gain: torch.Tensor,
+    shift: torch.Tensor,
+    parts: tuple[int, ...],
+    bias: torch.Tensor | None,
+    product: torch.Tensor,
+    low: torch.Tensor,
+) -> None:
+    """Add to ``product``; ``parts`` has the rows of each part, at most three; ``low`` is scratch.
+
+    Rows of ``x`` may stand apart.
+    """
+    tokens, columns = x.shape
+    count, rows = down.shape[0], product.shape[1]
+    rank, ranks = down.shape[2], len(parts) * down.shape[2]
+    assert down.shape == (count, len(parts), rank, columns) and up.shape == (count, rank, rows)
+    assert gain.shape == shift.shape == (count, rows) and sum(parts) == rows and len(parts) <= 3
+    assert entries.shape == (tokens,) and entries.dtype == torch.int64
+    assert product.shape == (tokens, rows) and x.stride(1) == 1
+    assert low.shape == low_shape(tokens, columns, ranks) and low.dtype == torch.float32
+    assert bias is None or bias.shape == (rows,)
+    for dense in (entries, down, up, gain, shift, product, low):
+        assert dense.is_contiguous()
+    for part in (down, up, gain, shift, product, *([] if bias is None else [bias])):
+        assert part.dtype == x.dtype
+    if tokens == 0:
+        return
+    block_k = min(max(triton.next_power_of_2(columns), 16), COLUMNS)
+    tiles, ends = triton.cdiv(tokens, TOKENS), [parts[0], sum(parts[:2])]
+    with torch.cuda.device_of(x):
+        if rank:
+            _low_rank_down_kernel[(tiles, triton.cdiv(ranks, 16), len(low))](
+                x,
+                entries,
+                down,
+                low,
+                tokens,
+                x.stride(0),
+                K=columns,
+                RANKS=ranks,
+                BLOCK_T=TOKENS,
+                BLOCK_R=16,
+                BLOCK_K=block_k,
+                num_warps=4,
+            )
+        _low_rank_up_kernel[(tiles, triton.cdiv(max(parts), ROWS), len(parts))](
+            low,
+            entries,
+            up,
+            gain,
+            shift,
+            bias,
+            product,
+            tokens,
+            *ends,
+            N=rows,
+            RANK=rank,
+            PARTS=len(parts),
+            SPLITS=len(low),
+            BLOCK_T=TOKENS,
+            BLOCK_R=max(triton.next_power_of_2(rank), 16),
+            BLOCK_N=ROWS,
+            num_warps=4,
+        )
+
+
+def low_shape(tokens: int, columns: int, ranks: int) -> tuple[int, int, int]:
+    """Return the shape of the scratch for ``ranks`` of all parts together."""
+    return triton.cdiv(columns, COLUMNS), tokens, ranks
