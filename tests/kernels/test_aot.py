@@ -136,8 +136,6 @@ with aot.compiling(90, anew=False) as launches:
                        page_size=page_size, pdl=True)
         aot.launch_few(aot.SIZES[0], torch.bfloat16, tokens=sequences, pdl=True)
         lengths.append((len(launches), len({kernel.hash for _, kernel, _ in launches})))
-tools = triton.knobs.nvidia
-disassembles = all(shutil.which(tool.path) for tool in (tools.cuobjdump, tools.nvdisasm))
 found = []
 dependent = ((0, 16), (0, 8), (0, 4)) if few else ((0, 16), (2, 16), (2, 8), (2, 4))
 for pdl, sizes, names in ((True, dependent, chain), (False, ((0, 16),), plain)):
