@@ -60,6 +60,7 @@ async def conversations(url: str, users: int, turns: int, seed: int) -> dict[str
 def measured(simulated: Simulated, by_prefix: bool, users: int, turns: int) -> dict[str, float]:
     """Deploy four replicas with empty caches, and run conversations."""
     scale = Scale(replicas=4, cpus_per_replica=1, prefix_routing=by_prefix)
+    simulated.remove()
     simulated.run(STEP, scale=scale, max_rows=ROWS)
     return asyncio.run(conversations(simulated.urls[0], users, turns, seed=int(by_prefix)))
 

@@ -32,6 +32,7 @@ def throughput(simulated: Simulated, replicas: int, seconds: float) -> float:
 
     An answer counts with the share of its time that lies in the measured seconds.
     """
+    simulated.remove()
     simulated.run(STEP, scale=Scale(replicas=replicas, cpus_per_replica=1), max_rows=ROWS)
     return asyncio.run(_measured(simulated.urls[0], round(1.5 * ROWS * replicas), seconds))
 

@@ -73,6 +73,10 @@ class Simulated:
         )
         serve.run(made, name=NAME, route_prefix="/")
 
+    def remove(self) -> None:
+        """Remove what was deployed."""
+        serve.delete(NAME)
+
     def processes(self, title: str) -> list[Any]:
         """Return the living processes of this cluster that Ray calls by a name."""
         found = []
