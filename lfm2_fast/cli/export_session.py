@@ -17,7 +17,7 @@ from lfm2_fast.text.presets import SAMPLING, sampling
 from lfm2_fast.text.reply_parser import Delta, ReplyParser
 
 # Options of ``load`` that an export's own files decide.
-DECIDED = ("dtype", "backend", "quantization", "revision", "gguf_file")
+DECIDED = ("dtype", "backend", "quantization", "revision", "gguf_file", "adapter")
 
 
 @dataclass
