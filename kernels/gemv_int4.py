@@ -1,9 +1,9 @@
-"""The int4 part of products of a few tokens: tiles, their order, and how they become numbers.
+"""Tiles of an int4 weight, for products of a few tokens: their order, and how they become numbers.
 
 A weight is in the interleaved order of format ``INT4``: ``weight [N, K / 2]`` bytes and ``scale [N,
 K / 32]`` float16. Eight rows are side by side: word ``j`` of each, then word ``j + 1`` of each.
-Scales have the same order. A word has 8 of the 32 numbers of a group, which has one scale: columns
-``4 q`` to ``4 q + 3`` in the lower halves of its bytes, and those 16 further on in the upper ones.
+Scales have the same order. A group of 32 numbers has one scale, and a word has 8 of them. Columns
+``4 q`` to ``4 q + 3`` are in the lower halves of its bytes, those 16 further on in the upper ones.
 
 A step of a warp is one group of every row. Of 32 rows a thread loads word ``q`` of four rows, which
 are 16 bytes, and their scales. Of 16 or 8 rows it loads 8 or 4 bytes. A warp's load has whole lines

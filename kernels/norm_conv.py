@@ -93,7 +93,7 @@ def _norm_conv_kernel(
         bx = (b * x).to(DTYPE)
         tl.store(window_ptr + new_at + offs_n[None, :], bx, mask=mask)
         if VERIFIED:
-            # Tokens of one slot follow one another: other threads read what these have written.
+            # A token reads the window that an earlier token of its slot, in another thread, wrote.
             tl.debug_barrier()
             old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
         history = tl.where(offs_w == WIDTH - 1, bx[:, :, None], old)

@@ -56,7 +56,7 @@ def least_columns(bits: int) -> int:
 def registers(bits: int, parts: int, depth: int, *, normed: bool) -> int:
     """Return the most registers of a thread, for a weight of ``parts`` stacked matrices.
 
-    So many, compiled for sm_90, that none spills in the published sizes.
+    Compiled for sm_90, none spills at 350M and 1.2B, nor in 16 bits at any published size.
     """
     narrow = {8: 16 * normed, 4: 40}.get(bits, 0)
     conv = (32 if bits < 16 else 8) * (parts == 3)

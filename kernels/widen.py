@@ -1,4 +1,4 @@
-"""An int4 matrix widened for a library's product: ``out [N, K] = scale * (number - 8)``.
+"""Widening of an int4 matrix, for a library's product: ``out [N, K] = scale * (number - 8)``.
 
 ``weight [N, K / 2]`` bytes and ``scale [N, K / 32]`` float16 in the interleaved order of format
 ``INT4``, which gemv_int4.py describes. The last ``N % 8`` rows are side by side with each other.

@@ -520,7 +520,7 @@ assert state() == before and torch.tensor in _device_constructors()
 
 
 def test_a_verified_step_is_one_graph_for_each_length(models, gpu, monkeypatch) -> None:
-    """It is captured once, and replayed for each draft of its length; drafts are right here."""
+    """Captured once, it is replayed for each draft of its length; drafts are right here."""
     ours, plain = models
     answer = write(ONE, max_new_tokens=13)(plain)[0, len(ONE[0]) :].tolist()
 

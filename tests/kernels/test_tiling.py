@@ -42,13 +42,13 @@ def test_one_resident_wave_that_all_share(processors, bits) -> None:
             assert busy > 0.5 and padded <= 4 / 3, (rows, columns, chosen)
 
 
-# Bytes that should be under way on each processor. In int4 issuing takes longer than loading.
+# Bytes that should be in flight on each processor. In int4 issuing takes longer than loading.
 WANTED = {16: 23000, 8: 23000, 4: 7900}
 
 
 @pytest.mark.parametrize("bits", WANTED)
 def test_enough_is_under_way_on_hopper(bits) -> None:
-    """So much, or all that there is; of the 700M three quarters, whose rows divide badly."""
+    """WANTED, or all that there is. The 700M's rows divide badly: three quarters of it."""
     for hidden, inner, qkv in SIZES:
         wanted = WANTED[bits] * (0.75 if hidden == 1536 else 1)
         for rows, columns, parts, normed in shapes(hidden, inner, qkv):

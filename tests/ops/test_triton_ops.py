@@ -129,7 +129,7 @@ def test_narrow_weights_equal_eager(
 @pytest.mark.parametrize("format", [DENSE, INT8, INT4], ids=lambda format: str(format.name))
 @pytest.mark.parametrize("tokens", [3, MOST_TOKENS + 1])
 def test_products_have_what_adapters_add(kernel_device, within_budget, format, tokens) -> None:
-    """Of few tokens and of many, with each format; a bias alone has no rank."""
+    """Few tokens and many, with each format; a bias alone has no rank."""
     torch.manual_seed(0)
     linear = Projection(24, 32, bias=True, format=format)
     places = format.quantize(torch.randn(24, 32))
