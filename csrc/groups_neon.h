@@ -66,7 +66,7 @@ struct Neon {
     }
   }
 
-  // Sums of products of such numbers, exactly.
+  // Sums of products of these numbers, exactly.
   template <class F>
   static LFM2_INLINE float32x4_t whole(const int32x4_t& products) {
     if constexpr (F::kOffset == 8) return vcvtq_n_f32_s32(products, 4);

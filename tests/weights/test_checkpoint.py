@@ -57,7 +57,7 @@ def test_one_file_and_shards_give_the_same_model(random_checkpoint, broken: Path
 
 
 def test_weights_share_large_pages(random_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They lie side by side, so far as they fit, but each has a storage of its own."""
+    """Addresses are side by side, so far as they fit, but each weight is a storage of its own."""
 
     def loaded() -> dict[str, torch.Tensor]:
         return load(random_checkpoint(), quantization="int8").state_dict()
