@@ -155,7 +155,8 @@ def main() -> None:
                 data = np.ascontiguousarray(logits, np.float32).tobytes()
                 told = {"rows": logits.shape[0], "columns": logits.shape[1]}
         except Exception as error:
-            told = {"error": f"{type(error).__name__}: {error}"}
+            kind = "" if type(error) is LookupError else f"{type(error).__name__}: "
+            told = {"error": f"{kind}{error}"}
         answers.write(json.dumps(told).encode() + b"\n" + data)
         answers.flush()
 
