@@ -313,7 +313,7 @@ def compile_all(
 ) -> list[Compiled]:
     """Every kernel that the sizes and vocabularies use, each once.
 
-    With ``anew`` False, kernels in Triton's cache are not compiled again.
+    With ``anew`` False, kernels in Triton's cache are only assembled again, from their PTX.
     """
     found: dict[str, Compiled] = {}
     used_by = {size.name: functools.partial(launch_size, size) for size in sizes}
@@ -323,7 +323,7 @@ def compile_all(
             launch(getattr(torch, dtype), pdl=arch >= 90)
         for name, kernel, log in launches:
             if kernel.hash not in found:
-                log = log or log_of_code(kernel)
+                log = log or log_of_ptx(kernel)
                 found[kernel.hash] = Compiled(
                     name=name,
                     dtype=dtype,
@@ -338,18 +338,16 @@ def compile_all(
     return sorted(found.values(), key=lambda kernel: kernel.name)
 
 
-def log_of_code(kernel: Any) -> str:
-    """Return what ptxas printed of a kernel in Triton's cache, as far as its code tells.
-
-    All of its stack counts as spilled, so no spill is passed over.
-    """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = _number(r"REG:(\d+)", told), _number(r"STACK:(\d+)", told)
-    return f"Used {registers} registers, {stack} bytes stack frame, {stack} bytes spill stores"
+def log_of_ptx(kernel: Any) -> str:
+    """Return what ptxas prints of a kernel whose PTX is in Triton's cache."""
+    target = re.search(r"\.target (\w+)", kernel.asm["ptx"])
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"], encoding="utf-8")
+        command = [triton.knobs.nvidia.ptxas.path, "-lineinfo", "-v", f"--gpu-name={target[1]}"]
+        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _number(pattern: str, log: str) -> int:
@@ -367,7 +365,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=names, choices=names)
     parser.add_argument("--maxnreg", type=int, help="registers a thread may have, to see spills")
     parser.add_argument(
-        "--cached", action="store_true", help="compile nothing again that Triton's cache holds"
+        "--cached", action="store_true", help="keep the PTX of kernels in Triton's cache"
     )
     args = parser.parse_args()
 
