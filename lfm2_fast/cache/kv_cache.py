@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lfm2_fast.cache.batch import Batch, on_device
+from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.conv_windows import ConvWindow, ConvWindows
 from lfm2_fast.cache.page_memory import PageMemory, pages_of
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.cache.prefix_index import Match
 from lfm2_fast.cache.slot_pages import KVPages, SlotPages
 from lfm2_fast.config import Config
-
-
-@dataclass
-class ConvWindow:
-    """One conv layer's past ``B * x``: ``rows [slots, ring, hidden]``, by position modulo ring."""
-
-    rows: torch.Tensor
 
 
 class Cache:
@@ -31,10 +24,10 @@ class Cache:
     with the same beginning may share full pages. A page with two owners is never written. ``pages``
     limits the pages of all sequences together (default: enough for all at full length).
 
-    A conv layer keeps a ring of the last ``width - 1 + spare`` rows of ``B * x``, addressed by
-    position, so a step writes one row and shifts nothing. A window that is no longer in the ring is
-    restored: the last ``replay_length`` tokens run again, reading keys and values and writing none.
-    ``replay`` gives the tokens that a slot must run again before it continues.
+    A conv layer keeps a ring of the last ``width - 1 + spare`` rows of ``B * x`` (``ConvWindows``).
+    A window that is no longer in the ring is restored: the last ``replay_length`` tokens run again,
+    reading keys and values and writing none. ``replay`` gives the tokens that a slot must run again
+    before it continues.
 
     ``lengths[slot]``, on the host, is the number of tokens in a slot. Nothing beyond it in the
     tensors is read. ``history[slot]`` lists the token ids that ``record_tokens`` was given.
@@ -83,16 +76,9 @@ class Cache:
         self.dummy_slot = slots if dummy_slot else None
         self.max_length = max_length
         self._follows_length = config.rope_follows_length
-        self.past = config.conv_L_cache - 1
-        self.ring = self.past + spare
-        self.replay_length = self.past * config.layer_types.count("conv")
         self.lengths = [0] * slots
-        # The first position whose conv row is still in the ring, steps that failed included; and
-        # the context to which launched steps may have extended the slot.
-        self._oldest = [0] * slots
-        self._expected = [0] * slots
         self.history: list[list[int]] = [[] for _ in range(slots)]
-        places, most = slots + dummy_slot, pages_of(max_length)
+        most = pages_of(max_length)
         memory = PageMemory(
             config.layer_types.count("full_attention") + draft_layers,
             config.num_key_value_heads,
@@ -104,17 +90,15 @@ class Cache:
         )
         self._pages = SlotPages(memory, slots, most, dummy=dummy_slot, in_place=in_place)
         self.pool = self._pages.pool
-        attention = iter(self._pages.layers)
-        self.layers: list[KVPages | ConvWindow] = []
-        window = (places, self.ring, config.hidden_size)
-        # A cache made inside torch.inference_mode must stay writable outside of it.
-        with torch.inference_mode(False):
-            for kind in config.layer_types:
-                if kind == "conv":
-                    rows = torch.zeros(window, device=device, dtype=dtype)
-                    self.layers.append(ConvWindow(rows))
-                else:
-                    self.layers.append(next(attention))
+        self.windows = ConvWindows(
+            config, slots, spare=spare, dummy_slot=dummy_slot, device=device, dtype=dtype
+        )
+        self.past, self.ring = self.windows.past, self.windows.ring
+        self.replay_length = self.windows.replay_length
+        attention, conv = iter(self._pages.layers), iter(self.windows.layers)
+        self.layers: list[KVPages | ConvWindow] = [
+            next(conv) if kind == "conv" else next(attention) for kind in config.layer_types
+        ]
         self.draft_layers = list(attention)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,8 +126,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes that the pages and windows take on their device."""
-        windows = (layer.rows.nbytes for layer in self.layers if isinstance(layer, ConvWindow))
-        return self.pool.memory.nbytes + sum(windows)
+        return self.pool.memory.nbytes + self.windows.nbytes
 
     def pages(self, slot: int) -> list[int]:
         """Return the numbers of the pages that hold a slot's sequence, in order."""
@@ -198,14 +181,10 @@ class Cache:
                     "larger max_length"
                 )
             if known - start < min(known, self.replay_length):
-                self._check_window(slot, start)
+                self.windows.check(slot, start)
         self.make_room({slot: start + n for slot, start, n in host})
         for (slot, start, n), known in zip(host, held, strict=True):
-            # A replay restores one whole window; the conv rows before it are not right.
-            kept = self._first_kept(slot) if known and start == known else 0
-            if start < known:
-                kept = max(known - self.past, 0)
-            self._oldest[slot], self._expected[slot] = max(kept, start + n - self.ring), 0
+            self.windows.note_step(slot, start, known, start + n)
 
     def commit_batch(self, batch: Batch) -> None:
         """Count the tokens of ``batch`` as held. Called after a step has run."""
@@ -231,11 +210,11 @@ class Cache:
 
         They overwrite its conv rows. A later call replaces this value.
         """
-        self._expected[slot] = length
+        self.windows.expect(slot, length)
 
     def overwrite(self, slot: int, length: int) -> None:
         """Note that a step writes the slot's conv rows up to ``length`` tokens, accepted or not."""
-        self._oldest[slot] = max(self._oldest[slot], length - self.ring)
+        self.windows.overwrite(slot, length)
 
     def commit_token(self, slot: int, token: int) -> None:
         """Count one more token that an expected step has run in ``slot``."""
@@ -260,11 +239,11 @@ class Cache:
         tokens are unknown.
         """
         length = self.lengths[slot]
-        if self._has_window(slot, length):
+        if self.windows.holds(slot, length):
             return []
         first = max(0, length - self.replay_length)
         if len(self.history[slot]) < length:
-            self._check_window(slot, length)
+            self.windows.check(slot, length)
         return self.history[slot][first:length]
 
     def rollback(self, tokens: int, slots: Iterable[int] | None = None) -> None:
@@ -282,7 +261,7 @@ class Cache:
                 raise CacheError(
                     f"cannot remove {tokens} tokens of slot {slot}, it holds {self.lengths[slot]}"
                 )
-            self._check_window(slot, length)
+            self.windows.check(slot, length)
         for slot in chosen:
             self.truncate(slot, self.lengths[slot] - tokens)
 
@@ -300,7 +279,7 @@ class Cache:
         del self.history[slot][length:]
         self._pages.truncate(slot, length)
         if length == 0:
-            self._oldest[slot] = self._expected[slot] = 0
+            self.windows.restart(slot)
 
     def go_back(self, slot: int, length: int) -> int:
         """Keep at most the first ``length`` tokens of a slot, and return how many it holds.
@@ -308,7 +287,7 @@ class Cache:
         The result is 0 if the conv windows are gone and a replay cannot restore them. This is so
         with RoPE scaling that depends on the length of the context.
         """
-        if self._follows_length and not self._has_window(slot, length):
+        if self._follows_length and not self.windows.holds(slot, length):
             length = 0
         self.truncate(slot, length)
         return length
@@ -323,7 +302,7 @@ class Cache:
         self.lengths[slot] = held
         self.history[slot] = list(tokens[:held])
         # The slot has no window yet, so its last tokens must be replayed.
-        self._oldest[slot] = held + 1 if held else 0
+        self.windows.restart(slot, held)
 
     def copy(self, source: int, target: int) -> None:
         """Make slot ``target`` hold what slot ``source`` holds, sharing its full pages."""
@@ -338,7 +317,7 @@ class Cache:
         """
         moved = {slot: source for slot, source in sources.items() if slot != source}
         held = {
-            slot: (self.lengths[source], self._first_kept(source), list(self.history[source]))
+            slot: (self.lengths[source], list(self.history[source]))
             for slot, source in moved.items()
         }
         try:
@@ -346,22 +325,15 @@ class Cache:
         except CacheError:
             self.reset(moved)
             raise
-        at = [
-            on_device(list(slots), torch.int64, self.pool.memory.device)
-            for slots in (moved, moved.values())
-        ]
-        for layer in self.layers:
-            if isinstance(layer, ConvWindow):
-                layer.rows[at[0]] = layer.rows[at[1]]
-        for slot, (length, first_kept, history) in held.items():
+        self.windows.reorder(moved)
+        for slot, (length, history) in held.items():
             self.lengths[slot], self.history[slot] = length, history
-            self._oldest[slot], self._expected[slot] = first_kept, 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copy all sequences into named tensors, for ``load_state_dict``."""
         state = {
             "lengths": torch.tensor(self.lengths, dtype=torch.int64),
-            "oldest": torch.tensor(list(map(self._first_kept, range(self.slots)))).long(),
+            "oldest": self.windows.oldest(),
             "recorded": torch.tensor([len(h) for h in self.history], dtype=torch.int64),
             "history": torch.tensor([t for h in self.history for t in h], dtype=torch.int64),
         }
@@ -403,29 +375,11 @@ class Cache:
         for slot in range(self.slots):
             for page in self._pages[slot]:
                 self.pool.memory.page(page).copy_(next(saved))
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, ConvWindow):
-                layer.rows[: self.slots].copy_(state[f"layers.{i}.rows"])
+        rows = [state[name] for name in wanted if name.startswith("layers.")]
+        self.windows.load(state["oldest"], rows)
         self.lengths = lengths
-        self._oldest, self._expected = state["oldest"].tolist(), [0] * self.slots
         parts = state["history"].split(state["recorded"].tolist())
         self.history = [part.tolist() for part in parts]
-
-    def _first_kept(self, slot: int) -> int:
-        """Return the first position whose conv row is surely still in the ring."""
-        return max(self._oldest[slot], self._expected[slot] - self.ring)
-
-    def _has_window(self, slot: int, length: int) -> bool:
-        """Return True if the ring holds the conv rows that token ``length`` needs."""
-        return length == 0 or max(0, length - self.past) >= self._first_kept(slot)
-
-    def _check_window(self, slot: int, length: int) -> None:
-        if not self._has_window(slot, length):
-            raise CacheError(
-                f"slot {slot} cannot continue from token {length}: its conv rows before that were "
-                f"overwritten (it can remove {self.ring - self.past} tokens; a step that failed "
-                "counts too); reset the slot and run its tokens again"
-            )
 
 
 def signature(config: Config, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, ...]:
