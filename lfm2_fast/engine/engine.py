@@ -12,17 +12,15 @@ import torch
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_memory import PAGE_SIZE, pages_of
-from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
-from lfm2_fast.engine.decode import Chooser, DecodeLoop, sampling_state
+from lfm2_fast.engine.decode import Chooser
 from lfm2_fast.engine.events import Events
 from lfm2_fast.engine.memory import pages_in
-from lfm2_fast.engine.model_runner import ModelRunner, new_cache
-from lfm2_fast.engine.prefill import Prefill
+from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.request import Event, Request, Row
+from lfm2_fast.engine.row_runner import RowRunner
 from lfm2_fast.engine.scheduler import LEAST, MOST, Scheduler
-from lfm2_fast.engine.slots import Slots
 from lfm2_fast.engine.statistics import Statistics
 from lfm2_fast.engine.step_buffers import StepBuffers
 from lfm2_fast.engine.warm_up import warm_up_requests
@@ -129,26 +127,25 @@ class Engine:
         self.cache = cache
         if self._memory is not None:
             self._take_memory(self._memory)
-        self.slots = Slots(cache, shares=self._prefix_cache)
-        runner = ModelRunner(self.model, cache, buffers)
-        self.prefill = Prefill(runner, self.slots, self.scheduler, self.statistics)
         assistant: Assistant | BlockDrafter | None = None
         if self._assistant is None and cache.draft_layers and self.model.drafter is not None:
             assistant = BlockDrafter(self.model, cache)
         elif self._assistant is not None:
             assistant = Assistant(self._assistant, self.model, cache.slots, self.max_length)
-        self.decode = DecodeLoop(
+        self.runner = RowRunner(
             self.model,
             cache,
-            runner.buffers,
+            buffers,
+            self.scheduler,
+            self.statistics,
+            self.events,
+            shares=self._prefix_cache,
             chooser=self._chooser,
             prompt_lookup=self._prompt_lookup,
             assistant=assistant,
         )
-        # Drafted and accepted tokens of this cache that the statistics have.
-        self._told = 0, 0
-        # Rows whose prompts have run. They will begin together.
-        self._held: list[tuple[Row, torch.Tensor]] = []
+        self.slots, self.prefill = self.runner.slots, self.runner.prefill
+        self.decode = self.runner.decode
         self._awake = True
 
     def _take_memory(self, memory: int | str) -> None:
@@ -182,8 +179,7 @@ class Engine:
         """Return True while a request has not ended, or an event was not returned."""
         if not self._awake:
             return bool(self.events)
-        rows = self.decode.rows or self.scheduler.waiting or self.scheduler.prefilling
-        return bool(rows or self.events or self.slots.leaving or self.decode.unread)
+        return self.runner.busy or bool(self.events)
 
     def add(self, request: Request, slots: Sequence[int] | None = None) -> int:
         """Take a request and return its id.
@@ -228,7 +224,7 @@ class Engine:
         """
         for row in self.rows:
             if row.id == id and index in (None, row.index):
-                self._end(row, "cancelled")
+                self.runner.end(row, "cancelled")
 
     # Not in a caller's inference mode either: a cache's tensors must be writable outside of it.
     @torch.inference_mode(False)
@@ -243,17 +239,7 @@ class Engine:
         self._check_awake()
         self.statistics.steps += 1
         self._expire()
-        self._release()
-        decoding, waiting = bool(self.decode.rows), len(self.scheduler.waiting)
-        self.prefill.admit(others=bool(decoding or self.slots.leaving))
-        began = self._run_prompts(stuck=waiting == len(self.scheduler.waiting))
-        if began and not decoding and not self.decode.lag:
-            # No row waits for a launch, so the first tokens are returned before it.
-            self._read(0)
-        else:
-            self._run_rows()
-        self._release()
-        self._count()
+        self.runner.step()
         return self.events.take()
 
     def warm_up(self, sampling: Iterable[SamplingParams] = ()) -> None:
@@ -287,8 +273,8 @@ class Engine:
         self.decode.settle()
         self.events.take()
         for row in rows:
-            self._leave(row)
-        self._release()
+            self.runner.leave(row)
+        self.runner.release()
 
     def reset(self, error: Exception | None = None) -> None:
         """Drop all requests, with ``error`` in their last events, and empty the cache.
@@ -315,7 +301,7 @@ class Engine:
         if not self._awake:
             return
         self._awake = False
-        del self.cache, self.slots, self.prefill, self.decode
+        del self.cache, self.runner, self.slots, self.prefill, self.decode
         if self.model.device.type != "cpu":
             torch.get_device_module(self.model.device).empty_cache()
 
@@ -333,7 +319,6 @@ class Engine:
         if self._awake and self._is_callers:
             self.abandon()
         self.events.take()
-        self._held.clear()
         self.scheduler = self._new_scheduler()
         self._put_away()
 
@@ -346,10 +331,7 @@ class Engine:
     @property
     def rows(self) -> list[Row]:
         """Every row that has not ended."""
-        if not self._awake:
-            return []
-        rows = (*self.decode.rows, *self.scheduler.prefilling, *self.scheduler.waiting)
-        return [row for row in rows if row.finish_reason is None]
+        return self.runner.rows if self._awake else []
 
     def _check_awake(self) -> None:
         if not self._awake:
@@ -368,124 +350,4 @@ class Engine:
         now = time.monotonic()
         for row in self.rows:
             if row.request.deadline is not None and now >= row.request.deadline:
-                self._end(row, "deadline")
-
-    def _end(self, row: Row, reason: str) -> None:
-        """End a row before its time."""
-        self.events.end(row, reason)
-        self._leave(row)
-
-    def _leave(self, row: Row) -> None:
-        """Mark an ended row, to free its slot as soon as no running launch writes to it."""
-        row.ended = True
-        self.scheduler.leave(row)
-        if row.slot >= 0:
-            self.slots.leaving.append(row)
-
-    def _release(self) -> None:
-        """Free the slots of ended rows that no running launch writes to."""
-        for row in list(self.slots.leaving):
-            if not self.decode.is_under_way(row):
-                self.slots.leaving.remove(row)
-                self.slots.give_back(row)
-
-    def _run_prompts(self, *, stuck: bool) -> bool:
-        """Run a chunk of the prompts; rows whose prompts have run get their first tokens.
-
-        Return True if rows got them. A chooser sees all rows of a step, so with one they begin when
-        all prompts have run. ``stuck`` is True if no waiting row could be admitted.
-        """
-        try:
-            self._held += self.prefill.run(decoding=len(self.decode.rows))
-        except CacheError:
-            if not self._preempt():
-                raise
-            return False
-        self._held = [each for each in self._held if each[0] in self.scheduler.prefilling]
-        if not self._held:
-            return False
-        waits = len(self._held) < len(self.scheduler.prefilling)
-        if self.decode.chooser is not None and (waits or (self.scheduler.waiting and not stuck)):
-            return False
-        begun, self._held = sorted(self._held, key=lambda each: each[0].arrival), []
-        rows = [row for row, _ in begun]
-        logits = torch.stack([own for _, own in begun])
-        self.decode.admit(rows, logits, sampling_state(self.model, rows))
-        for row in rows:
-            self.scheduler.leave(row)
-        return True
-
-    def _run_rows(self) -> None:
-        """Launch a step of the rows that decode, and read the tokens of earlier launches."""
-        launched = 0
-        if self.decode.rows:
-            if self.decode.reads_first:
-                self._read(0)
-            while True:
-                try:
-                    launched = self.decode.launch()
-                    break
-                except CacheError:
-                    if not self._preempt():
-                        raise
-        ahead = launched and self.decode.runs_ahead
-        self._read(self.decode.lag if ahead else 0)
-
-    def _read(self, keep: int) -> None:
-        """Turn the tokens of all launches but the last ``keep`` into events."""
-        now = time.monotonic()
-        for rows, tokens, told in self.decode.read(keep):
-            for row, token in zip(rows, tokens, strict=True):
-                if row.finish_reason is not None:
-                    continue
-                self.events.token(row, token, told.get(row), now)
-                if row.finish_reason is not None:
-                    self._leave(row)
-                elif self.cache.lengths[row.slot] % PAGE_SIZE == 0:
-                    self.slots.enter(row)
-
-    def _preempt(self) -> bool:
-        """Take the pages of the youngest row. Return False if only the oldest is left.
-
-        A row in a slot of a caller's cache is never preempted, because the slot keeps its pages.
-        With a chooser no row is preempted, because its rows go together.
-
-        Unread launches are read first. If rows end by that, their pages may be enough. The row's
-        full pages stay in the index until another row needs them. The row waits again, and
-        continues later with the same tokens.
-        """
-        before = self.cache.pool.available
-        self._read(0)
-        self._release()
-        if self.cache.pool.available > before:
-            return True
-        if self.decode.chooser is not None:
-            return False
-        rows = [row for row in self.rows if row.slot >= 0 and row.pinned is None]
-        rows.sort(key=lambda row: (row.request.priority, row.arrival))
-        if len(rows) < 2:
-            return False
-        row = rows[-1]
-        self.decode.remove(row)
-        self.scheduler.leave(row)
-        self.slots.give_back(row)
-        row.launched = len(row.written)
-        # They are computed again, from the prompt's first chunk on.
-        row.prompt_logprobs = None
-        self._held = [each for each in self._held if each[0] is not row]
-        self.scheduler.wait(row)
-        self.statistics.preemptions += 1
-        return True
-
-    def _count(self) -> None:
-        """Update the present numbers in the statistics."""
-        statistics, pool = self.statistics, self.cache.pool
-        statistics.running = len(self.decode.rows) + len(self.scheduler.prefilling)
-        statistics.waiting = len(self.scheduler.waiting)
-        statistics.pages_free, statistics.pages_cached = pool.free, pool.cached
-        statistics.pages_used = pool.used
-        if self.decode.speculation is not None:
-            before = self._told
-            self._told = self.decode.speculation.drafted, self.decode.speculation.accepted
-            statistics.drafted += self._told[0] - before[0]
-            statistics.accepted += self._told[1] - before[1]
+                self.runner.end(row, "deadline")

@@ -168,7 +168,7 @@ def test_a_fault_reaches_everyone_and_the_next_request_works(native, monkeypatch
         inner = Engine(native, max_rows=2)
         async with AsyncEngine(inner) as engine:
             with monkeypatch.context() as patch:
-                patch.setattr(inner, "_run_prompts", lambda **_: 1 / 0)
+                patch.setattr(inner.runner, "_run_prompts", lambda **_: 1 / 0)
                 asked = [tokens_of(engine, request) for _ in range(3)]
                 found = await asyncio.gather(*asked, return_exceptions=True)
             assert all(isinstance(each, ZeroDivisionError) for each in found), found

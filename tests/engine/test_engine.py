@@ -298,7 +298,7 @@ def test_a_preempted_prompt_tells_its_log_probabilities_once(exact) -> None:
     id = engine.add(told)
     engine.step()
     engine.step()
-    assert engine.scheduler.prefilling and engine._preempt()
+    assert engine.scheduler.prefilling and engine.runner.preempt()
     events = []
     while engine.busy:
         events += [event for event in engine.step() if event.id == id]

@@ -57,7 +57,7 @@ def test_a_prompt_is_counted_once(native: Any) -> None:
     engine.step()
     engine.step()
     assert len(engine.decode.rows) == 3
-    assert engine._preempt() and engine.statistics.preemptions == 1
+    assert engine.runner.preempt() and engine.statistics.preemptions == 1
     events = [event for event in events_of(engine) if event.id == id]
     assert {event.cached_tokens for event in events} == {len(stem)}
     assert engine.statistics.prompt_tokens == 2 * len(stem) + 3

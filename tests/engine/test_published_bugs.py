@@ -118,7 +118,7 @@ def test_no_resume_reads_a_window_that_was_there(native) -> None:
             assert event.error is None, event.error
             found[event.id].append(event.token)
         if engine.statistics.steps % 8 == 0:
-            engine._preempt()
+            engine.runner.preempt()
     assert engine.statistics.preemptions > 3 and sum(map(bool, resumed)) > 6
     for request, tokens in zip(requests, found.values(), strict=True):
         assert [tokens] == alone(native, request)

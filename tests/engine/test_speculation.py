@@ -161,7 +161,7 @@ def test_preempted_rows_go_on_with_their_drafts(native, known, monkeypatch) -> N
 
     def interrupted(engine: Engine) -> list[Event]:
         if next(steps) % 4 == 0:
-            engine._preempt()
+            engine.runner.preempt()
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", interrupted)

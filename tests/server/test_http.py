@@ -130,7 +130,7 @@ def test_a_row_is_freed_within_eight_steps_of_being_told(client, monkeypatch) ->
     engine: Engine = client.service.engine.engine
     closed: list[int] = []
     ended: list[int] = []
-    forget, leave = AsyncEngine.forget, engine._leave
+    forget, leave = AsyncEngine.forget, engine.runner.leave
 
     def forgotten(self: Any, ids: Any) -> None:
         closed.append(engine.statistics.steps)
@@ -141,7 +141,7 @@ def test_a_row_is_freed_within_eight_steps_of_being_told(client, monkeypatch) ->
         leave(row)
 
     monkeypatch.setattr(AsyncEngine, "forget", forgotten)
-    monkeypatch.setattr(engine, "_leave", left)
+    monkeypatch.setattr(engine.runner, "leave", left)
     response = client.send("/v1/completions", {**LONG, "stream": True})
     response.fp.readline()
     response.close()
