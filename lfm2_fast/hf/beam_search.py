@@ -54,9 +54,27 @@ def run_beam_search(
     if seed is not None:
         beams.generator = torch.Generator(texts.device).manual_seed(seed % 2**63)
 
-    class Search(generation_mixin(USER)):  # type: ignore[misc]
-        """Model as transformers' beam search calls it."""
+    rules: list[Any] = [MaxLengthCriteria(texts.shape[1] + budget), *criteria]
+    if asked.eos_token_id and EosTokenCriteria not in map(type, criteria):
+        rules.append(EosTokenCriteria(list(asked.eos_token_id)))
+    output = _search(model, beams, skips=skips)._beam_search(
+        texts,
+        logits_processor=LogitsProcessorList([*processors, beams.check_scores]),
+        stopping_criteria=StoppingCriteriaList(rules),
+        generation_config=generation_config(asked, texts, budget),
+        use_cache=True,
+        past_key_values=beams,
+    )
+    # Without end tokens, transformers pads with -1, which no tokenizer knows.
+    output["sequences"] = output.sequences.where(output.sequences >= 0, asked.pad_token_id)
+    return {**output, "past_key_values": steps.cache}
 
+
+def _search(model: Any, beams: Beams, *, skips: bool) -> Any:
+    """Return the model as transformers' beam search calls it."""
+    asked, steps = beams.asked, beams.steps
+
+    class Search(generation_mixin(USER)):  # type: ignore[misc]
         config = model.config
 
         def _prefill(self, *_: Any, **__: Any) -> Output:
@@ -103,20 +121,7 @@ def run_beam_search(
             )
             return accumulated_log_probs.gather(1, drawn), sequences, indices
 
-    rules: list[Any] = [MaxLengthCriteria(texts.shape[1] + budget), *criteria]
-    if asked.eos_token_id and EosTokenCriteria not in map(type, criteria):
-        rules.append(EosTokenCriteria(list(asked.eos_token_id)))
-    output = Search()._beam_search(
-        texts,
-        logits_processor=LogitsProcessorList([*processors, beams.check_scores]),
-        stopping_criteria=StoppingCriteriaList(rules),
-        generation_config=generation_config(asked, texts, budget),
-        use_cache=True,
-        past_key_values=beams,
-    )
-    # Without end tokens, transformers pads with -1, which no tokenizer knows.
-    output["sequences"] = output.sequences.where(output.sequences >= 0, asked.pad_token_id)
-    return {**output, "past_key_values": steps.cache}
+    return Search()
 
 
 @dataclass

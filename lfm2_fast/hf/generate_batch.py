@@ -12,7 +12,7 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Event
 from lfm2_fast.hf.batch_request import NEEDS_ALL_ROWS, Generated, Maker
 from lfm2_fast.hf.generate import seed_of
-from lfm2_fast.hf.generate_loop import progress_bar
+from lfm2_fast.hf.generate_call import progress_bar
 from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 

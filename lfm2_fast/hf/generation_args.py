@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,84 +98,27 @@ def resolve_args(
     ignored. Raises TypeError for an unknown name. Raises ValueError, which names the argument, for
     a value that is out of range or not supported.
     """
-    given = {name for name, value in call.items() if value is not None}
     for name in call:
         if name not in KNOWN:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
-    values = {
-        **DEFAULTS,
-        **_known(defaults),
-        **_known(_as_mapping(generation_config)),
-        **call,
-    }
     asked = {**_known(_as_mapping(generation_config)), **call}
-    processed = {
-        name: values[name]
-        for name, neutral in PROCESSED.items()
-        if _asks(values, name, neutral) and (values.get("do_sample") or name not in FILTERS)
-    }
-    for name, (neutral, remedy) in REFUSED.items():
-        if _asks(values, name, neutral):
-            stands = "it is in the checkpoint's generation_config.json"
-            remedy = remedy if name in asked else f"{stands}: pass {name}=None, or {remedy}"
-            raise ValueError(
-                f"{name}={in_a_line(values[name])} is not supported by lfm2_fast: {remedy}"
-            )
-    idle = {name: neutral for name, (neutral, _) in WITHOUT_EFFECT.items()}
-    if not values.get("do_sample"):
-        idle |= {name: PROCESSED[name] for name in FILTERS}
-    if values.get("num_beams") in (None, 1):
-        idle |= {name: (DEFAULTS[name],) for name in BEAMS_ONLY}
-    for name, neutral in idle.items():
-        if name in asked and _asks(values, name, neutral):
-            warn(f"{name}={values[name]!r} has no effect here")
+    values = {**DEFAULTS, **_known(defaults), **asked}
+    _refuse(values, asked)
     check = Checked(values)
-    do_sample = check.flag("do_sample")
-    sampling = SamplingParams(
-        do_sample=do_sample,
-        # Callers often write greedy decoding with a temperature of 0.
-        temperature=check.number("temperature", 1.0, above=0.0) if do_sample else 1.0,
-        top_k=check.count("top_k", least=0) or 0,
-        top_p=check.number("top_p", 1.0, low=0.0, high=1.0),
-        min_p=check.number("min_p", 0.0, low=0.0, high=1.0),
-        repetition_penalty=check.number("repetition_penalty", 1.0, above=0.0),
-    )
-    if not sampling.do_sample:
-        unused = [name for name in SAMPLING_ONLY if name in given]
-        if unused:
-            warn(f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy")
     for name in ("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
         check.count(name, least=0)  # in transformers any of these means none
     eos = check.tokens("eos_token_id", vocab_size)
     pad = check.tokens("pad_token_id", vocab_size) or eos
-    max_new_tokens = check.count("max_new_tokens", least=1)
-    max_length = check.count("max_length", least=1)
-    if max_new_tokens is not None and "max_length" in given:
-        warn("max_new_tokens takes precedence over max_length")
-    min_new_tokens = check.count("min_new_tokens", least=0) or 0
-    if max_new_tokens is not None and min_new_tokens > max_new_tokens:
-        warn(f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}")
-    count = check.count("num_return_sequences", least=1) or 1
-    beams = check.count("num_beams", least=1) or 1
-    if 1 < beams < count:
-        raise ValueError(
-            f"num_return_sequences={count} is more than num_beams={beams}: raise num_beams"
-        )
-    if count > 1 and not sampling.do_sample and beams == 1:
-        raise ValueError(
-            f"num_return_sequences={count} needs do_sample=True or num_beams: greedy decoding "
-            f"would write the same text {count} times"
-        )
-    return GenerationArgs(
-        sampling=sampling,
-        processed=processed,
+    args = GenerationArgs(
+        sampling=_sampling(check),
+        processed=_processed(values),
         max_time=check.number("max_time", math.inf, above=0.0),
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
+        max_new_tokens=check.count("max_new_tokens", least=1),
+        max_length=check.count("max_length", least=1),
         max_length_is_given=asked.get("max_length") is not None,
-        min_new_tokens=min_new_tokens,
-        num_return_sequences=count,
-        num_beams=beams,
+        min_new_tokens=check.count("min_new_tokens", least=0) or 0,
+        num_return_sequences=check.count("num_return_sequences", least=1) or 1,
+        num_beams=check.count("num_beams", least=1) or 1,
         length_penalty=check.number("length_penalty", 1.0),
         early_stopping=check.early_stopping(),
         stop_strings=check.strings("stop_strings"),
@@ -191,6 +134,82 @@ def resolve_args(
         prompt_lookup_num_tokens=check.count("prompt_lookup_num_tokens", least=1) or 0,
         max_matching_ngram_size=check.count("max_matching_ngram_size", least=1) or 2,
     )
+    _check_copies(args)
+    for note in (*_idle(values, asked), *_overruled(args, call)):
+        warn(note)  # from here, for its stack level
+    return args
+
+
+def _refuse(values: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter of Hugging Face that is set and not supported."""
+    for name, (neutral, remedy) in REFUSED.items():
+        if _asks(values, name, neutral):
+            stands = "it is in the checkpoint's generation_config.json"
+            remedy = remedy if name in asked else f"{stands}: pass {name}=None, or {remedy}"
+            raise ValueError(
+                f"{name}={in_a_line(values[name])} is not supported by lfm2_fast: {remedy}"
+            )
+
+
+def _processed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of transformers' logits processors that have an effect."""
+    return {
+        name: values[name]
+        for name, neutral in PROCESSED.items()
+        if _asks(values, name, neutral) and (values.get("do_sample") or name not in FILTERS)
+    }
+
+
+def _sampling(check: Checked) -> SamplingParams:
+    do_sample = check.flag("do_sample")
+    return SamplingParams(
+        do_sample=do_sample,
+        # Callers often write greedy decoding with a temperature of 0.
+        temperature=check.number("temperature", 1.0, above=0.0) if do_sample else 1.0,
+        top_k=check.count("top_k", least=0) or 0,
+        top_p=check.number("top_p", 1.0, low=0.0, high=1.0),
+        min_p=check.number("min_p", 0.0, low=0.0, high=1.0),
+        repetition_penalty=check.number("repetition_penalty", 1.0, above=0.0),
+    )
+
+
+def _check_copies(args: GenerationArgs) -> None:
+    """Raise ValueError where the continuations of a prompt would be too few or all the same."""
+    count, beams = args.num_return_sequences, args.num_beams
+    if 1 < beams < count:
+        raise ValueError(
+            f"num_return_sequences={count} is more than num_beams={beams}: raise num_beams"
+        )
+    if count > 1 and not args.sampling.do_sample and beams == 1:
+        raise ValueError(
+            f"num_return_sequences={count} needs do_sample=True or num_beams: greedy decoding "
+            f"would write the same text {count} times"
+        )
+
+
+def _idle(values: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning of each parameter that has no effect here."""
+    idle = {name: neutral for name, (neutral, _) in WITHOUT_EFFECT.items()}
+    if not values.get("do_sample"):
+        idle |= {name: PROCESSED[name] for name in FILTERS}
+    if values.get("num_beams") in (None, 1):
+        idle |= {name: (DEFAULTS[name],) for name in BEAMS_ONLY}
+    for name, neutral in idle.items():
+        if name in asked and _asks(values, name, neutral):
+            yield f"{name}={values[name]!r} has no effect here"
+
+
+def _overruled(args: GenerationArgs, call: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning of each argument of the call that another one overrules."""
+    given = {name for name, value in call.items() if value is not None}
+    unused = [name for name in SAMPLING_ONLY if name in given]
+    if unused and not args.sampling.do_sample:
+        yield f"{', '.join(unused)} without do_sample=True has no effect: decoding is greedy"
+    most, least = args.max_new_tokens, args.min_new_tokens
+    if most is not None and "max_length" in given:
+        yield "max_new_tokens takes precedence over max_length"
+    if most is not None and least > most:
+        yield f"min_new_tokens={least} is more than max_new_tokens={most}"
 
 
 def warn(message: str) -> None:

@@ -17,7 +17,7 @@ from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
 from lfm2_fast.weights import checkpoint, compressed_tensors, gguf_checkpoint, gguf_config, hub
-from lfm2_fast.weights.adapter import is_adapter, read_adapter
+from lfm2_fast.weights.adapter import Adapter, is_adapter, read_adapter
 from lfm2_fast.weights.adapter_hub import find_adapter
 from lfm2_fast.weights.adapter_merge import merged_config
 from lfm2_fast.weights.formats import FORMATS
@@ -67,40 +67,13 @@ def load_as(
     adapter = None if adapter_folder is None else read_adapter(adapter_folder, inner)
     if adapter is not None:
         merged_config(inner, adapter)  # raises before anything is read
+    quantization, variant = options["quantization"], hub_options.get("variant")
     if file is not None:
-        if adapter is not None:
-            raise CheckpointError(
-                f"{adapter.folder} cannot be merged into a GGUF file's weights: load the model "
-                "without adapter= and call load_adapter()"
-            )
-        inner = gguf_checkpoint.held(file, inner)
-        gguf_checkpoint.check_quantization(file, inner, options["quantization"])
-        weights = gguf_checkpoint.load_weights(
-            file,
-            inner,
-            device=where,
-            dtype=named or torch.bfloat16,
-            quantization=options["quantization"],
-        )
-    elif inner.quantization == OTHER_METHOD:
-        _refuse_twice(folder, options["quantization"])
-        inner, found = compressed_tensors.sources(folder, inner, hub_options.get("variant"))
-        weights = compressed_tensors.load_weights(folder, inner, found, device=where, dtype=named)
+        inner, weights = _of_gguf(file, inner, where, named, quantization, adapter)
     else:
-        inner = checkpoint.with_stored_head(folder, inner, hub_options.get("variant"))
-        weights = checkpoint.load_weights(
-            folder,
-            inner,
-            device=where,
-            dtype=named,
-            quantization=options["quantization"],
-            variant=hub_options.get("variant"),
-            adapter=adapter,
-        )
-        if adapter is not None:
-            inner = merged_config(inner, adapter)
+        inner, weights = _of_folder(folder, inner, where, named, quantization, variant, adapter)
     given.tie_word_embeddings = inner.tie_word_embeddings
-    inner = replace(inner, quantization=inner.quantization or options["quantization"])
+    inner = replace(inner, quantization=inner.quantization or quantization)
     inner = widen_for(where, inner, weights)
     if inner.quantization is not None:
         given.quantization_config = inner.quantization_config
@@ -117,6 +90,56 @@ def load_as(
         # Clients that see this attribute do not move the model.
         setattr(made, "hf_device_map", {"": where})  # noqa: B010  (a type checker knows it not)
     return made
+
+
+def _of_gguf(
+    file: GGUFFile,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantization: str | None,
+    adapter: Adapter | None,
+) -> tuple[Config, dict[str, torch.Tensor]]:
+    """Return the config and tensors of a GGUF file."""
+    if adapter is not None:
+        raise CheckpointError(
+            f"{adapter.folder} cannot be merged into a GGUF file's weights: load the model "
+            "without adapter= and call load_adapter()"
+        )
+    config = gguf_checkpoint.held(file, config)
+    gguf_checkpoint.check_quantization(file, config, quantization)
+    weights = gguf_checkpoint.load_weights(
+        file, config, device=device, dtype=dtype or torch.bfloat16, quantization=quantization
+    )
+    return config, weights
+
+
+def _of_folder(
+    folder: Path,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantization: str | None,
+    variant: str | None,
+    adapter: Adapter | None,
+) -> tuple[Config, dict[str, torch.Tensor]]:
+    """Return the config and tensors of a folder of safetensors, with an adapter merged."""
+    if config.quantization == OTHER_METHOD:
+        _refuse_twice(folder, quantization)
+        config, found = compressed_tensors.sources(folder, config, variant)
+        weights = compressed_tensors.load_weights(folder, config, found, device=device, dtype=dtype)
+        return config, weights
+    config = checkpoint.with_stored_head(folder, config, variant)
+    weights = checkpoint.load_weights(
+        folder,
+        config,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        variant=variant,
+        adapter=adapter,
+    )
+    return (config if adapter is None else merged_config(config, adapter)), weights
 
 
 def _refuse_twice(folder: Path, quantization: str | None) -> None:

@@ -26,7 +26,7 @@ from lfm2_fast.engine.decode import DecodeLoop
 from lfm2_fast.engine.model_runner import CHUNK, ModelRunner
 from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
-from lfm2_fast.hf import generate_loop
+from lfm2_fast.hf import generate_call
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.reference import advance_ref
@@ -609,7 +609,7 @@ def test_progress_is_told(plain, monkeypatch) -> None:
         def close(self) -> None:
             told.append(0)
 
-    monkeypatch.setattr(generate_loop, "progress_bar", lambda rows: told.append(rows) or Bar())
+    monkeypatch.setattr(generate_call, "progress_bar", lambda rows: told.append(rows) or Bar())
     plain.generate(PROMPTS, max_new_tokens=3, max_batch_size=2)
     assert told == [5, 1, 1, 1, 1, 1, 0]
 
