@@ -107,6 +107,7 @@ def test_a_vocabulary_need_not_fill_its_last_word(vocab_size: int) -> None:
     assert torch.equal(made, expected)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_its_row_was_preempted(model: Any) -> None:
     requests = [
         Request([n + 1] * 40, max_tokens=150, constraint=constraint)

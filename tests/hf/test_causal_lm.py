@@ -201,6 +201,7 @@ def held_out(tiny: Path, count: int) -> torch.Tensor:
     return tokenizer(tiny)(text, return_tensors="pt").input_ids[:, :count]
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_hugging_faces(tiny: Path, pair) -> None:
     """The loss that Hugging Face's class had on the held-out text, stored when it was trained."""
     stored = json.loads((tiny / "heldout.json").read_text(encoding="utf-8"))

@@ -107,6 +107,7 @@ def write_pairs(
         assert torch.equal(ours, theirs), (one, other)
 
 
+@pytest.mark.slow
 def test_neighbours_write_what_hugging_face_writes(models, batch, plain) -> None:
     """Each argument beside the next one of the list, and beside the one after that."""
     pairs = [(one, NAMES[i - by]) for i, one in enumerate(NAMES) for by in (1, 2)]

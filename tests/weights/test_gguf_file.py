@@ -136,6 +136,7 @@ def read_all_else(path: Path) -> None:
     load_tokenizer(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [load, read_all_else])
 def test_hostile_files_are_refused(q4_0: Path, tmp_path: Path, use: Callable[[Path], Any]) -> None:
     # Others hit a text of the tokenizer, and load.
