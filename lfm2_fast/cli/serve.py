@@ -94,13 +94,10 @@ def serve(
     ] = None,
     cpus_per_replica: opt.CpusPerReplica = None,
     gpus_per_replica: opt.GpusPerReplica = None,
-    prefix_routing: Annotated[
+    no_prefix_routing: Annotated[
         bool,
-        typer.Option(
-            "--prefix-routing/--no-prefix-routing",
-            help="Prefer the replica that holds a prompt's beginning.",
-        ),
-    ] = True,
+        typer.Option("--no-prefix-routing", help="Send requests to any replica that is free."),
+    ] = False,
     tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
     context_shift: Annotated[bool, typer.Option("--context-shift", hidden=True)] = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", hidden=True)] = False,
@@ -161,7 +158,7 @@ def serve(
         from lfm2_fast.cluster.serving import serve_replicas
 
         serve_replicas(
-            {"model": model, "drain": drain, "prefix_routing": prefix_routing}
+            {"model": model, "drain": drain, "prefix_routing": not no_prefix_routing}
             | scale
             | options
             | loading,

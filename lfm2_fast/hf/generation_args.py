@@ -174,7 +174,7 @@ def _sampling(check: Checked) -> SamplingParams:
 
 
 def _check_copies(args: GenerationArgs) -> None:
-    """Raise ValueError where the continuations of a prompt would be too few or all the same."""
+    """Raise ValueError where a prompt would have too few continuations, or equal ones."""
     count, beams = args.num_return_sequences, args.num_beams
     if 1 < beams < count:
         raise ValueError(
