@@ -189,7 +189,7 @@ def sample_triton(
                 blocks,
                 math.log(vocab),
                 BLOCK_B=block_b,
-                BLOCK_C=8,
+                BLOCK_C=16,
                 num_warps=8,
                 **pdl_options(pdl),
             )

@@ -4,7 +4,8 @@ The rank of a score among all floats is an integer with the same order. So bisec
 finds a score in at most 32 steps, without sorting. The best scores of the blocks of 128 are a lower
 bound of the k-th best score. So a small k needs few scores. All scores lower than the best plus
 ``log((1 - p) / V)`` have together less than 1 - p of the mass. They are dropped without another
-look.
+look. While more scores are left than one pass holds, a halving drops those that it decided, so a
+search of many scores takes few passes.
 """
 
 import triton
@@ -141,7 +142,14 @@ def _sample_cut_kernel(
         share = 1 / (rest + _mass(few_ptr, few_masses_ptr, few, cut, NAN, BLOCK_C * BLOCK))
         # All scores below `low` are dropped. Not all below `high + 1` are.
         low, high = tl.maximum(cut, worthless).to(tl.int64), best.to(tl.int64)
+        is_first = True
         while low < high:
+            if (few > BLOCK_C * BLOCK) & (not is_first):
+                few, dropped = _narrowed(
+                    few_ptr, few_masses_ptr, few, cut, low, high, BLOCK_C * BLOCK
+                )
+                rest += dropped
+            is_first = False
             middle = low + (high - low + 1) // 2
             under = rest + _mass(few_ptr, few_masses_ptr, few, cut, middle, BLOCK_C * BLOCK)
             goes = (under * share).to(tl.float32) <= limit
@@ -163,6 +171,32 @@ def _sample_cut_kernel(
         first_token = _token_behind(few_ptr, few, cut, skip, BLOCK_C * BLOCK)
     tl.store(cuts_ptr + row, cut)
     tl.store(firsts_ptr + row, first_token)
+
+
+@triton.jit
+def _narrowed(few_ptr, masses_ptr, count, cut, low, high, BLOCK_N: tl.constexpr):
+    """Keep the ranks from ``low`` to ``high`` in their order, and the masses.
+
+    Return their number, and the mass of those dropped from ``cut`` to below ``low``.
+    """
+    kept = count * 0
+    dropped = tl.sum(tl.zeros([BLOCK_N], tl.float64), axis=0)
+    for first in range(0, count, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        is_one = offs_n < count
+        key = tl.load(few_ptr + offs_n, mask=is_one, other=NO_KEY)
+        mass = tl.load(masses_ptr + offs_n, mask=is_one, other=0)
+        place = key >> 32
+        stays = is_one & (place >= low) & (place <= high)
+        at = kept + tl.cumsum(stays.to(tl.int32), axis=0) - 1
+        # All of these are read before any is overwritten; later ones are not reached.
+        tl.debug_barrier()
+        tl.store(few_ptr + at, key, mask=stays)
+        tl.store(masses_ptr + at, mass, mask=stays)
+        kept += tl.sum(stays.to(tl.int32), axis=0)
+        dropped += tl.sum(tl.where((place >= cut) & (place < low), mass, 0.0), axis=0)
+    tl.debug_barrier()
+    return kept, dropped
 
 
 @triton.jit

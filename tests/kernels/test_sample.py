@@ -109,6 +109,13 @@ def test_the_order_of_programs_decides_nothing(agrees) -> None:
     agrees([logits_of("ties", 2 * TILE + 9)[:2]], rows, seed=3)
 
 
+def test_a_search_of_many_scores_drops_those_that_it_decided(agrees) -> None:
+    """More scores may be the cut than one pass holds; top-p alone, and behind a top-k."""
+    torch.manual_seed(2)
+    rows = [SamplingParams(do_sample=True, top_p=p, top_k=k) for p, k in ((0.5, 0), (0.4, 4000))]
+    agrees([logits_of("ties", 2 * TILE + 50)[:2] / 30], rows, seed=4)
+
+
 @pytest.mark.parametrize("vocab", [1, 129])
 def test_small_vocabularies(agrees, vocab: int) -> None:
     torch.manual_seed(0)
