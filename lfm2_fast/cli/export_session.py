@@ -18,6 +18,7 @@ from lfm2_fast.text.reply_parser import Delta, ReplyParser
 
 # Options of ``load`` that an export's own files decide.
 DECIDED = ("dtype", "backend", "quantization", "revision", "gguf_file", "adapter")
+DECIDED += ("force_download", "local_files_only")
 
 
 @dataclass
@@ -98,7 +99,7 @@ def export_session_of(
     """
     asked = context.params
     for name in DECIDED:
-        if asked[name] not in (None, "auto"):
+        if asked[name] not in (None, False, "auto"):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} has no effect on an export; leave it out")
     name, given = asked["model"], {key: asked[key] for key in SAMPLING}
@@ -113,13 +114,17 @@ def export_session_of(
         environment=asked["environment"],
         note=terminal.note,
     )
-    if chat:
-        check_template(exported.tokenizer, name)
-    facts = exported.runtime.facts
-    terminal.note(f"{record['type']} weights, on {facts['device']} with {facts['runtime']}")
-    arguments, words = sampling(
-        name, preset=asked["preset"], file=exported.defaults or None, given=given
-    )
+    try:
+        if chat:
+            check_template(exported.tokenizer, name)
+        facts = exported.runtime.facts
+        terminal.note(f"{record['type']} weights, on {facts['device']} with {facts['runtime']}")
+        arguments, words = sampling(
+            name, preset=asked["preset"], file=exported.defaults or None, given=given
+        )
+    except BaseException:
+        exported.runtime.close()
+        raise
     terminal.note(f"sampling: {words}")
     if asked["stop"]:
         arguments["stop_strings"] = asked["stop"]

@@ -168,6 +168,8 @@ def serve(
             ready=ready,
         )
         return
+    if no_prefix_routing:
+        raise ValueError("--no-prefix-routing needs replicas: add --replicas or --ray-address")
     # A port in use is an error before the weights are loaded.
     bound = bound_socket(host, port)
     with bound:

@@ -8,6 +8,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+# Seconds that an application has to end after its client has left.
+LEAVING = 1.0
+
 
 async def run_app(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
     """Yield the messages of an ASGI application that is called with a whole body."""
@@ -43,5 +46,7 @@ async def run_app(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncIter
     finally:
         gone.set()
         if not work.done():
+            # An application that waits for its client sees it leave.
+            await asyncio.wait({work}, timeout=LEAVING)
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lfm2_fast.cluster.extra import check_extra
+from lfm2_fast.cluster.extra import check_extra, node_cores
 from lfm2_fast.cluster.scale import Scale
 from lfm2_fast.server.batch import answer_line, encoded, line_of
 from lfm2_fast.server.run import ROWS, create_app
@@ -97,11 +97,10 @@ def run_batch_on_ray(
         found = ray.data.read_datasource(RequestLines(requests))
     rows = options.get("max_rows") or ROWS
     per_block = rows_per_block or 4 * rows
-    cluster = ray.cluster_resources()
-    cores = cluster.get("CPU", 1.0)
-    resources = scale.resources(
-        str(options.get("device") or "auto"), {**cluster, "CPU": max(cores - FILES, cores / 2)}
-    )
+    # Some cores of each node read and write the files.
+    nodes = [max(cores - FILES, cores / 2) for cores in node_cores()]
+    device = str(options.get("device") or "auto")
+    resources = scale.resources(device, ray.cluster_resources(), nodes)
     options = {**options, "memory": options.get("memory") or scale.memory(resources)}
     low = scale.most if scale.max_replicas is None else scale.min_replicas or 1
     pool = ray.data.ActorPoolStrategy(

@@ -45,20 +45,25 @@ class Front:
             message = f"{path} is of one engine, and this service has several: Ray's metrics"
             message += " have the numbers of each replica"
             return error_response(ApiError(message, status=404, code="unsupported_endpoint"))
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > self._max_body:
+            return self._too_large()
         parts, size = [], 0
         try:
             async for part in request.stream():
                 size += len(part)
                 if size > self._max_body:
-                    break
+                    return self._too_large()
                 parts.append(part)
         except ClientDisconnect:
             return Response(status_code=499)
-        if size > self._max_body:
-            message = f"the body has more than the {self._max_body} bytes that are read; send less"
-            return error_response(ApiError(message, status=413, code="body_too_large"))
         scope = {key: request.scope[key] for key in SCOPE if key in request.scope}
         return Relay(self._answer.remote(scope, b"".join(parts)))
+
+    def _too_large(self) -> Response:
+        message = f"the body has more than the {self._max_body} bytes that are read; send less, or "
+        message += "start the service with a larger --max-body"
+        return error_response(ApiError(message, status=413, code="body_too_large"))
 
 
 class Relay(Response):
@@ -114,6 +119,6 @@ def failure(error: Exception) -> ApiError:
 def last_event(path: str, error: ApiError) -> bytes:
     """Return the end of a stream of events that failed."""
     if path.endswith("/responses"):
-        told = {"type": "error", **error.body["error"]}
+        told = {"type": "error", "code": error.code, "message": str(error), "param": error.param}
         return f"event: error\ndata: {json.dumps(told)}\n\n".encode()
     return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n".encode()

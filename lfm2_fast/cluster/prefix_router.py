@@ -53,7 +53,10 @@ class PrefixRouter(RequestRouter):
     ) -> None:
         """Note which replica took a request."""
         id = pending_request.metadata.internal_request_id
-        chosen, blocks = self._sent.get(id, (None, ()))
+        if id not in self._sent:
+            # It has ended already.
+            return
+        chosen, blocks = self._sent[id]
         self._sent[id] = replica_id.unique_id, blocks
         if chosen != replica_id.unique_id:
             self._affinity.note(blocks, replica_id.unique_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,17 +57,28 @@ class Scale:
         scaling = {"min_replicas": low, "max_replicas": self.max_replicas}
         return {"autoscaling_config": {**scaling, "target_ongoing_requests": target}}
 
-    def resources(self, device: str, cluster: Mapping[str, float]) -> dict[str, float]:
-        """Return what Ray reserves for a replica on a device, in a cluster with these resources."""
+    def resources(
+        self, device: str, cluster: Mapping[str, float], nodes: Sequence[float] = ()
+    ) -> dict[str, float]:
+        """Return what Ray reserves for a replica on a device, in a cluster with these resources.
+
+        ``nodes`` are the cores of each node, by default one node with all of them.
+        """
         gpus = self.gpus_per_replica
         if gpus is None:
             gpus = float(device.startswith("cuda") or device == "auto" and cluster.get("GPU", 0))
             gpus = min(gpus, 1.0)
         cpus = self.cpus_per_replica
         if cpus is None:
-            share = cluster.get("CPU", 1.0) / self.most
-            cpus = 1.0 if gpus else float(int(share)) if share >= 1 else share
+            cpus = 1.0 if gpus else self._share(nodes or (cluster.get("CPU", 1.0),))
         return {"num_cpus": cpus, "num_gpus": gpus}
+
+    def _share(self, nodes: Sequence[float]) -> float:
+        """Return the most whole cores of which all replicas find their number, or a part of one."""
+        for cores in range(int(max(nodes)), 0, -1):
+            if sum(int(own // cores) for own in nodes) >= self.most:
+                return float(cores)
+        return sum(nodes) / self.most
 
     def memory(self, resources: Mapping[str, float]) -> str:
         """Return the share of the free memory for a replica's pages, where others may be beside it.

@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lfm2_fast.cluster.extra import check_extra
+from lfm2_fast.cluster.extra import check_extra, node_cores
 from lfm2_fast.cluster.scale import Scale
 from lfm2_fast.server.run import DRAIN, FAREWELL, QUEUE, ROWS, bound_socket, create_app, url_of
 
@@ -47,14 +47,17 @@ def build(args: Mapping[str, Any]) -> Application:
     drain = options.pop("drain", DRAIN)
     device = str(options.get("device") or "auto")
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
-    resources = scale.resources(device, cluster)
+    # Requests wait at the fronts: an engine takes all that its replica may get.
+    queue = options.get("max_queue", QUEUE)
+    options["max_queue"] = None
+    resources = scale.resources(device, cluster, node_cores())
     if options.get("memory") is None:
         options["memory"] = scale.memory(resources)
     return application(
         partial(_make, options),
         scale,
         rows=options.get("max_rows") or ROWS,
-        queue=options.get("max_queue", QUEUE),
+        queue=queue,
         max_body=options.get("max_body") or MAX_BODY,
         drain=drain,
         resources=resources,
@@ -62,7 +65,10 @@ def build(args: Mapping[str, Any]) -> Application:
 
 
 def _make(options: dict[str, Any]) -> Any:
-    given = options.get("api_key") or os.environ.get("LFM2_FAST_API_KEY", "").split()
+    given = options.get("api_key")
+    # An empty text is refused there: it is no key, and not the absence of one.
+    if given is None or given in ((), []):
+        given = os.environ.get("LFM2_FAST_API_KEY", "").split()
     return create_app(**{**options, "api_key": given})
 
 
@@ -138,6 +144,8 @@ def serve_replicas(
     from ray import serve
 
     drain = args.get("drain", DRAIN)
+    if address is not None and port == 0:
+        raise ValueError("port=0 has no meaning in a cluster: give one that is free on all nodes")
     if address is None:
         with bound_socket(host, port) as bound:
             port, url = bound.getsockname()[1], url_of(bound)
@@ -156,9 +164,11 @@ def serve_replicas(
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if address is None:
-            _stop(drain + FAREWELL)
-        signal.signal(signal.SIGTERM, before)
+        try:
+            if address is None:
+                _stop(drain + FAREWELL)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Terminated(BaseException):
@@ -173,15 +183,21 @@ def _stop(seconds: float) -> None:
     """Let running requests end, for some seconds at most, and stop Ray."""
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     end = time.monotonic() + seconds
-    while True:
-        try:
-            serve.delete(NAME)
-            break
-        except TimeoutError:
-            # The library waits for a minute at most.
-            if time.monotonic() > end:
+    try:
+        while True:
+            try:
+                serve.delete(NAME)
                 break
-    serve.shutdown()
-    ray.shutdown()
+            except TimeoutError:
+                # The library waits for a minute at most.
+                if time.monotonic() > end:
+                    break
+            except RayServeException:
+                # It was never started.
+                break
+    finally:
+        serve.shutdown()
+        ray.shutdown()

@@ -115,19 +115,17 @@ def open_export(
     if device not in DEVICES:
         raise ValueError(f"device={device!r} does not run an export; use {', '.join(DEVICES)}")
     config = Config.from_file(Path(name) / "config.json")
-    context = min(max_length or CONTEXT, config.context_length)
-    if max_length is not None and max_length > config.context_length:
-        raise ValueError(f"max_length={max_length} is over the context of {config.context_length}")
+    if max_length is not None and not 1 <= max_length <= config.context_length:
+        raise ValueError(f"max_length={max_length} is not from 1 to {config.context_length}")
+    context = min(CONTEXT, config.context_length) if max_length is None else max_length
     vendor = VENDORS[record["runtime"]]
     # Importing an exporter takes seconds: of a given environment, only the runtime is asked for.
     needed = vendor.modules if environment is None else vendor.modules[-1:]
     python = vendor_python(vendor.name, needed, environment, note)
     stored = Path(name) / GENERATION_CONFIG
     where = "CPU" if device == "auto" else device.upper()
-    return Exported(
-        Runtime(python, vendor.name, Path(name), device=where, context=context),
-        load_tokenizer(name),
-        config.vocab_size,
-        read_json(stored) if stored.is_file() else {},
-        context,
-    )
+    tokenizer = load_tokenizer(name)
+    defaults = read_json(stored) if stored.is_file() else {}
+    # Last, because its process must be closed.
+    runtime = Runtime(python, vendor.name, Path(name), device=where, context=context)
+    return Exported(runtime, tokenizer, config.vocab_size, defaults, context)

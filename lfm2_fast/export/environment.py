@@ -38,11 +38,16 @@ def vendor_python(name: str, modules: Sequence[str], given: Path | None, note: N
     if given is not None:
         python = _python(given)
         if not python.is_file():
-            raise ExportError(f"environment={str(given)!r} has no {python.relative_to(given)}")
+            raise ExportError(
+                f"environment={str(given)!r} has no {python.relative_to(given)}: make it with "
+                "python -m venv, or leave --environment out"
+            )
         _check(python, modules, f"install {_requirements(name)} there")
         return python
     folder = cached_environment(name)
-    if not folder.is_dir():
+    if not _python(folder).is_file():
+        # Missing, or made by a Python that is gone.
+        shutil.rmtree(folder, ignore_errors=True)
         _make(folder, name, modules, note)
     return _python(folder)
 

@@ -57,18 +57,19 @@ def export(
     proven with float32 weights first, then with those of ``type``: see ``proof``.
 
     Raises ValueError for a wrong argument or a folder that is not empty, ExportError if the
-    exporter or a proof fails. Then no folder is left.
+    exporter or a proof fails. Then nothing is left in the folder or beside it.
     """
     if type not in vendor.types:
         raise ValueError(f"type={type!r} is not supported; use {', '.join(vendor.types)}")
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: remove it, or name another")
-    python = vendor_python(vendor.name, vendor.modules, environment, note)
     tokenizer = load_tokenizer(name, **options)
     model = load(name, device="cpu", dtype="float32", backend="eager", **options)
     if model.network.config.quantization:
         raise ValueError(f"{name} is quantized already: export the checkpoint it was made from")
+    # It may take minutes to make, so all else is checked before.
+    python = vendor_python(vendor.name, vendor.modules, environment, note)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         source = Path(temporary) / "checkpoint"

@@ -6,11 +6,12 @@ logits' difference, relative to the norm of the eager logits.
 
 - With unquantized weights it is at most LIMIT at every position, and the tokens are equal.
 - With rounded weights an error is expected. The eager model is rounded alike, and its error is
-  measured. The export's may be FACTOR times as large, over the prompt and over the steps. The same
-  graph is proven with unquantized weights first, so that a small fault cannot hide there.
+  measured. The export's may be FACTOR times as large, or LIMIT, over the prompt and over the
+  steps. The same graph is proven with unquantized weights first, so that a small fault cannot hide
+  there.
 - With static shapes, as an NPU has them, a runtime may keep keys and values in float16. The same
   file is run on the same tokens. Its distance from the first run is at most that of the eager model
-  in float16, which rounds these and all else.
+  in float16, which rounds these and all else, or LIMIT.
 """
 
 from __future__ import annotations

@@ -238,7 +238,9 @@ def gumbel(
     one of 1e-11 hardly ever. It is float64, or the widest float of the device.
     """
     words = philox(seeds, rows, positions, count)
-    less = words.to(widest_float(words.device)).add_(0.5).mul_(-(2.0**-32))
+    wide = widest_float(words.device)
+    # In float32 the largest words would round up to u = 1, whose noise is not finite.
+    less = words.to(wide).add_(0.5).mul_(-(2.0**-32)).clamp_(min=torch.finfo(wide).eps - 1)
     return less.log1p_().neg_().log_().neg_()
 
 

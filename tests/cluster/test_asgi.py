@@ -71,7 +71,7 @@ def test_a_consumer_that_leaves_is_a_client_that_disconnects() -> None:
         await messages.aclose()
 
     asyncio.run(within(work()))
-    assert seen[-1] == "ended"
+    assert seen == ["http.disconnect", "ended"]
 
 
 def test_an_application_that_fails_is_an_error_after_its_messages() -> None:

@@ -42,6 +42,11 @@ def test_a_replica_gets_a_gpu_or_its_share_of_the_cores() -> None:
     assert Scale(replicas=3).resources("cpu", machine) == {"num_cpus": 5.0, "num_gpus": 0.0}
     assert Scale(replicas=3).resources("auto", {"CPU": 16}) == {"num_cpus": 5.0, "num_gpus": 0.0}
     assert Scale(replicas=4).resources("cpu", {"CPU": 2}) == {"num_cpus": 0.5, "num_gpus": 0.0}
+    # A replica lies on one node.
+    two, three = {"CPU": 16.0}, {"CPU": 12.0}
+    assert Scale().resources("cpu", two, (8.0, 8.0))["num_cpus"] == 8
+    assert Scale(replicas=2).resources("cpu", three, (4.0, 4.0, 4.0))["num_cpus"] == 4
+    assert Scale(replicas=3).resources("cpu", two, (12.0, 4.0))["num_cpus"] == 4
     given = Scale(replicas=4, cpus_per_replica=0, gpus_per_replica=0.5)
     assert given.resources("cpu", machine) == {"num_cpus": 0, "num_gpus": 0.5}
 

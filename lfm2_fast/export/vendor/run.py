@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,9 @@ RUNTIMES = {"openvino": OpenVINO, "onnx": OnnxGenAI}
 
 def main() -> None:
     runtime, path, device, context, exact = sys.argv[1:]
+    # A terminal's Ctrl-C reaches this process too. The caller decides what it means, and the end of
+    # stdin ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What the libraries print goes to stderr, so that stdout has answers alone.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
