@@ -17,8 +17,16 @@ from lfm2_fast.text.presets import SAMPLING, sampling
 from lfm2_fast.text.reply_parser import Delta, ReplyParser
 
 # Options of ``load`` that an export's own files decide.
-DECIDED = ("dtype", "backend", "quantization", "revision", "gguf_file", "adapter")
-DECIDED += ("force_download", "local_files_only")
+DECIDED = (
+    "dtype",
+    "backend",
+    "quantization",
+    "revision",
+    "gguf_file",
+    "adapter",
+    "force_download",
+    "local_files_only",
+)
 
 
 @dataclass

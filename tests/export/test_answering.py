@@ -78,7 +78,7 @@ def test_the_command_writes_the_models_text(
         ("--device npu", "OpenVINO finds CPU here, and no NPU"),
         ("--device cuda", "device='cuda' does not run an export; use auto, cpu, gpu, npu"),
         ("--dtype bfloat16", "--dtype has no effect on an export"),
-        ("--max-length 9000", "max_length=9000 is over the context of 2048"),
+        ("--max-length 9000", "max_length=9000 is not from 1 to 2048"),
     ],
 )
 def test_wrong_options_say_what_was_found(
