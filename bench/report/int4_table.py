@@ -12,11 +12,7 @@ _OF_INT4 = {goal.name: goal for goal in GOALS if goal.ours == INT4}
 _OF_Q4_K_M = [goal for goal in GOALS if goal.ours == Q4_K_M]
 # Result file -> the goals that it has figures of, and what is special about its figures.
 FILES = {
-    "int4-350M": ([_OF_INT4["decode"], _OF_INT4["memory after load"]], ""),
-    "int4-350M-one-thread": (
-        [_OF_INT4["decode"], _OF_INT4["prefill 512"]],
-        ", one thread beside other work",
-    ),
+    "int4-350M": ([_OF_INT4["memory after load"]], ""),
     "batch-int4-350M": ([_OF_INT4["decode, batch 8"]], ""),
     "beside-Q4_0-350M": ([_OF_INT4["decode"], _OF_INT4["prefill 512"]], ""),
     "beside-Q4_0-1.2B": ([INT4_AT_1_2B], ""),
