@@ -33,13 +33,13 @@ def write_drafter(
 ) -> Path:
     """Write a random drafter of a target, as LiquidAI's checkpoints are; return its folder.
 
-    ``taps`` are the layers of the target that it reads: by default the first and the last.
+    ``taps`` are the layers of the target that it reads: by default the first and the last but one.
     """
     folder.mkdir()
     layers = target.num_hidden_layers
     hidden, width = target.hidden_size, target.head_dim
     heads, kv = target.num_attention_heads * width, target.num_key_value_heads * width
-    taps = taps or [0, layers - 1]
+    taps = taps or [0, layers - 2]
     fields = {
         "architectures": ["Lfm2DSparkDraftModel"],
         "model_type": "qwen3",

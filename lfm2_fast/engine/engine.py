@@ -128,7 +128,7 @@ class Engine:
         if self._memory is not None:
             self._take_memory(self._memory)
         assistant: Assistant | BlockDrafter | None = None
-        if self._assistant is None and cache.draft_layers and self.model.drafter is not None:
+        if self._assistant is None and self.model.drafts_on(cache):
             assistant = BlockDrafter(self.model, cache)
         elif self._assistant is not None:
             assistant = Assistant(self._assistant, self.model, cache.slots, self.max_length)

@@ -158,6 +158,8 @@ class Speculation:
                 return
             for (own, _), draft in zip(assisted, drafts, strict=True):
                 own.draft = draft
+                if not draft:
+                    self._rows[own.row].acceptance.skip(ASSISTED)
 
     def _run(self, drafted: list[Drafted]) -> VerifiedLaunch:
         prepare(each.row for each in drafted)

@@ -39,7 +39,8 @@ class StepBuffers:
         self._kept_counts = 4 if drafts else 1
         self._drafts: StepBuffers | None = None
         self.size, self.vocab = size, model.config.vocab_size
-        self.made_for = model.ops
+        # What recorded steps depend on, beside the tensors here.
+        self.made_for = model.ops, model.drafter
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
         tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.inputs = DecodeInputs(

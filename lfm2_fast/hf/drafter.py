@@ -22,9 +22,10 @@ class DrafterMethods(nn.Module):
         """Let new engines and calls draft with the DSpark drafter in the folder or hub id ``path``.
 
         Drafts change no text. The drafter's matrices are in the model's format. Engines that exist
-        already go on without it. ``hub_options`` are those of ``load`` that say where on the hub it
-        is. Raises ValueError for a model on a GPU, TypeError for another option, and
-        CheckpointError, naming the field or tensor, for a drafter of another model or kind.
+        already go on without it, until they are reset or asleep. ``hub_options`` are those of
+        ``load`` that say where on the hub it is. Raises ValueError for a model on a GPU, TypeError
+        for another option, and CheckpointError, naming the field or tensor, for a drafter of
+        another model or kind.
         """
         if unknown := sorted(hub_options.keys() - set(OPTIONS)):
             raise TypeError(

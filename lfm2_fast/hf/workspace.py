@@ -38,7 +38,7 @@ class Workspace:
     def buffers(self, model: Lfm2, cache: Cache) -> StepBuffers:
         """Return the step buffers of a cache, made again if the operations have changed."""
         found = self._buffers.get(cache)
-        if found is None or found.made_for is not model.ops:
+        if found is None or found.made_for != (model.ops, model.drafter):
             found = self._buffers[cache] = StepBuffers(model, cache)
         return found
 

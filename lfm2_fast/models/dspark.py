@@ -11,6 +11,7 @@ The description is that of LiquidAI's checkpoints in SGLang; ``weights.drafter``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,6 +60,14 @@ class DSpark(nn.Module):
         # Of the target's tokens only keys and values are needed. A list is no part of the module.
         rows = 2 * own.num_key_value_heads * own.head_dim
         self._keys_values = [_last_rows(block.self_attn.qkv_proj, rows) for block in self._blocks]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which has views of its own tensors."""
+        return {name: value for name, value in self.__dict__.items() if name != "_keys_values"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fit()
 
     def apply_to_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move or cast the weights."""

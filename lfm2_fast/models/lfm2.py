@@ -261,6 +261,10 @@ class Lfm2(nn.Module):
         drafter = None if self.ops.captures else self.drafter
         return 0 if drafter is None else drafter.config.blocks.num_hidden_layers
 
+    def drafts_on(self, cache: Cache) -> bool:
+        """Return True if ``cache`` has layers for the drafter that is attached."""
+        return 0 < len(cache.draft_layers) == self.draft_layers
+
     @property
     def has_hooked_layers(self) -> bool:
         """Return True if layers run a caller's Python. Steps are then not replayed."""
@@ -321,7 +325,7 @@ class Lfm2(nn.Module):
         """
         ops = self.adapted(ops or self.ops, batch)
         hooked = self.has_hooked_layers
-        drafter = self.drafter if len(cache.draft_layers) == self.draft_layers else None
+        drafter = self.drafter if self.drafts_on(cache) else None
         tapped = () if drafter is None else drafter.config.target_layers
         streams: list[torch.Tensor] = []
         if hooked:
@@ -336,10 +340,9 @@ class Lfm2(nn.Module):
         if collected is not None:
             collected.append(x)
         last = len(self.layers) - 1
-        # A layer with hooks, one of a caller's own, or one that is tapped gives the whole stream.
-        whole = hooked or last in tapped
         for number, (layer, state) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            only = {"rows": rows} if number == last and not whole else {}
+            # A layer with hooks, or one of a caller's own, gives the whole stream.
+            only = {"rows": rows} if number == last and not hooked else {}
             x = layer(x, ops=ops, rope=rope, state=state, batch=batch, **only)
             if hooked:
                 x = checked_stream(x, self.embedding_norm.weight, len(batch.positions))
@@ -349,7 +352,7 @@ class Lfm2(nn.Module):
                 streams.append(settled(x))
         if drafter is not None:
             drafter.remember(streams, batch, cache.draft_layers, ops.settling)
-        return settled(x)[rows] if whole and rows is not None else x
+        return x[rows] if hooked and rows is not None else x
 
     @torch.no_grad()
     def last_norm(self, x: torch.Tensor) -> torch.Tensor:

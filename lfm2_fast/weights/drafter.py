@@ -75,14 +75,20 @@ class DrafterConfig:
         kinds = read.items("layer_types")
         if kinds is not None and kinds != ["full_attention"] * depth:
             raise read.error(f"layer_types must be 'full_attention' {depth} times, not {kinds!r}")
-        theta = (read.value("rope_parameters", default={}) or {}).get("rope_theta")
+        rope = read.value("rope_parameters", default={})
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+            raise read.error(
+                f"rope_parameters={rope!r} is not supported, only RoPE without scaling"
+            )
+        theta = rope.get("rope_theta")
         heads, hidden = read.count("num_attention_heads"), read.count("hidden_size")
         layers = read.items("target_layer_ids") or []
         target_depth = read.count("num_target_layers")
-        if not layers or layers != [n for n in range(target_depth) if n in layers]:
+        # The last layer ends for a prompt's last token alone, as without a drafter.
+        if not layers or layers != [n for n in range(target_depth - 1) if n in layers]:
             raise read.error(
                 f"target_layer_ids must be layers of the {target_depth} that num_target_layers "
-                f"says, in order, not {layers!r}"
+                f"says, in order and without the last one, not {layers!r}"
             )
         mask, vocab_size = read.token("mask_token_id"), read.count("vocab_size")
         if mask is None or not 0 <= mask < vocab_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_block_has_the_logits_of_the_description(eager, tmp_path) -> None:
     batch = fresh.next_batch([69], [0], "cpu")
     fresh.reserve(batch)
     network.run_blocks(torch.tensor(ids[:69]), batch, fresh, collected=states)
-    streams = torch.cat([states[1], states[-1]], -1)
+    streams = torch.cat([states[1], states[-2]], -1)
     weights = {
         name: each.double()
         for name, each in load_file(tmp_path / "drafter" / "model.safetensors").items()
@@ -250,3 +251,28 @@ def test_a_cast_model_drafts_on(eager) -> None:
     while engine.busy:
         tokens += [event.token for event in engine.step()]
     assert text(20, 3) + tokens == plain[0].tolist()
+
+
+def test_a_caches_own_drafter_alone_is_used(eager, tmp_path) -> None:
+    """Caches of a drafter of another depth, of none, and of a model where drafters do not run."""
+    ids, options = [text(12, 3)], {"max_new_tokens": 6, "eos_token_id": []}
+    cache = eager.new_cache(1, spare=8)
+    expected = eager.generate(ids, past_key_values=cache, **options)
+    config = eager.network.config
+    eager.load_drafter(write_drafter(tmp_path / "deeper", config, depth=DEPTH + 1))
+    cache.reset()
+    assert not eager.network.drafts_on(cache)
+    assert torch.equal(eager.generate(ids, past_key_values=cache, **options), expected)
+    eager.unload_drafter()
+    bare = eager.new_cache(1, spare=8)
+    assert torch.equal(eager.generate(ids, past_key_values=bare, **options), expected)
+    eager.load_drafter(tmp_path / "deeper")
+    eager.network.ops.captures = True
+    assert eager.network.draft_layers == 0 and not eager.network.drafts_on(bare)
+
+
+def test_a_copy_of_a_drafter_has_tensors_of_its_own(eager) -> None:
+    copied = copy.deepcopy(eager.network).drafter
+    for block, own in zip(copied.layers, copied._keys_values, strict=True):
+        whole = block.self_attn.qkv_proj.weight
+        assert own.weight.data_ptr() == whole[-len(own.weight) :].data_ptr()
