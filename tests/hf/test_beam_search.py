@@ -139,9 +139,11 @@ def test_beams_continue_from_a_callers_cache(ours, tokenizer, monkeypatch) -> No
         return run(self, prompts, slots)
 
     monkeypatch.setattr(ModelRunner, "prefill", counted)
-    for _ in range(2):
+    for new in (ids.shape[1], 1):
         assert torch.equal(ours.generate(ids, past_key_values=cache, **kwargs), whole)
-    assert ran == [ids.shape[1], 1]
+        # Steps come this way too where none is captured, a token at a time.
+        assert ran[0] == new and set(ran[1:]) <= {1}
+        ran.clear()
     assert cache.lengths == [ids.shape[1] + 5] * 3
     assert all(cache.history[slot][: ids.shape[1]] == ids[0].tolist() for slot in range(3))
     ours(ids[:, :4].repeat(3, 1), past_key_values=(cache := ours.new_cache(3)))
