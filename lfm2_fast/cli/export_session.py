@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import typer
 
+from lfm2_fast.cli.session import chosen
 from lfm2_fast.cli.terminal import Terminal
 from lfm2_fast.export.answering import Exported, open_export
 from lfm2_fast.hf.generation_args import resolve_args
@@ -127,15 +127,16 @@ def export_session_of(
             check_template(exported.tokenizer, name)
         facts = exported.runtime.facts
         terminal.note(f"{record['type']} weights, on {facts['device']} with {facts['runtime']}")
-        arguments, words = sampling(
-            name, preset=asked["preset"], file=exported.defaults or None, given=given
+        arguments = chosen(
+            terminal,
+            name,
+            preset=asked["preset"],
+            file=exported.defaults or None,
+            given=given,
+            stop=asked["stop"],
+            seed=asked["seed"],
         )
     except BaseException:
         exported.runtime.close()
         raise
-    terminal.note(f"sampling: {words}")
-    if asked["stop"]:
-        arguments["stop_strings"] = asked["stop"]
-    if asked["seed"] is not None:
-        torch.manual_seed(asked["seed"])
     return ExportSession(exported, arguments)

@@ -82,13 +82,31 @@ def open_session(
     check_options(**options)
     model, tokenizer = load_both(terminal, name, chat=chat, **options)
     file = model.generation_defaults()
+    arguments = chosen(terminal, name, preset=preset, file=file, given=given, stop=stop, seed=seed)
+    return Session(model, tokenizer, arguments)
+
+
+def chosen(
+    terminal: Terminal,
+    name: str,
+    *,
+    preset: str | None,
+    file: Mapping[str, Any] | None,
+    given: Mapping[str, Any] | None,
+    stop: list[str] | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Return the arguments of sampling and stopping, and write a note about the former.
+
+    ``preset``, ``file`` and ``given`` are as in ``presets.sampling``; ``seed`` is torch's.
+    """
     arguments, words = sampling(name, preset=preset, file=file, given=given)
     terminal.note(f"sampling: {words}")
     if stop:
         arguments["stop_strings"] = stop
     if seed is not None:
         torch.manual_seed(seed)
-    return Session(model, tokenizer, arguments)
+    return arguments
 
 
 def load_both(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import adapter, adapter_config
-from lfm2_fast.weights.hub_files import Repository
+from lfm2_fast.weights.hub_files import Repository, folder_or_repository, looking_up
 
 # Options of ``find_adapter`` for the place of an adapter on the hub, and its download.
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -31,17 +30,12 @@ def find_adapter(
     The options are those of ``hub.find_checkpoint``; a checkpoint's own are passed over. Raises
     CheckpointError.
     """
-    folder = Path(name)
-    with suppress(RuntimeError):  # "~" of an unknown user
-        folder = folder.expanduser()
-    text = os.fspath(name)
-    try:
-        is_folder, is_there = folder.is_dir(), (folder / adapter_config.FILE).is_file()
-    except OSError as error:  # a name that is too long, or a folder that may not be read
-        raise CheckpointError(f"{text[:200]} cannot be read: {error.strerror}") from error
-    if not is_folder and text.count("/") == 1 and not text.startswith(("/", ".", "~")):
-        options = revision, cache_dir, token, local_files_only, force_download
-        return fetch_adapter(Repository(text, *options), weights=True)
+    options = revision, cache_dir, token, local_files_only, force_download
+    folder = folder_or_repository(name, *options)
+    if isinstance(folder, Repository):
+        return fetch_adapter(folder, weights=True)
+    with looking_up(name):
+        is_there = (folder / adapter_config.FILE).is_file()
     if not is_there:
         raise CheckpointError(
             f"{folder} has no {adapter_config.FILE}; give the folder that PEFT saved an adapter "

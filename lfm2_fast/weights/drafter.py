@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from lfm2_fast.config import Config
 from lfm2_fast.config_values import CheckpointError, Reader, read_json
 from lfm2_fast.weights.formats import INT8, MIXED, Format, find_format
-from lfm2_fast.weights.hub_files import Repository
+from lfm2_fast.weights.hub_files import Repository, folder_or_repository
 from lfm2_fast.weights.safetensors_files import INDEX, Stored, open_tensors
 
 ARCHITECTURE = "Lfm2DSparkDraftModel"
@@ -267,17 +266,16 @@ def find_drafter(
 
     The options are those of ``hub.find_checkpoint``. Raises CheckpointError.
     """
-    folder, text = Path(name), os.fspath(name)
-    with suppress(RuntimeError):  # "~" of an unknown user
-        folder = folder.expanduser()
-    if folder.is_dir():
-        return folder
-    if text.count("/") != 1 or text.startswith(("/", ".", "~")):
-        raise CheckpointError(f"there is no folder {text!r}; give a drafter's folder or hub id")
-    repository = Repository(text, revision, cache_dir, token, local_files_only, force_download)
-    config = repository.fetch("config.json", needed=True)
+    options = revision, cache_dir, token, local_files_only, force_download
+    found = folder_or_repository(name, *options)
+    if not isinstance(found, Repository):
+        if not found.is_dir():
+            text = os.fspath(name)
+            raise CheckpointError(f"there is no folder {text!r}; give a drafter's folder or hub id")
+        return found
+    config = found.fetch("config.json", needed=True)
     if config is None:
-        raise CheckpointError(f"{text} on the hub has no config.json; it is no drafter")
+        raise CheckpointError(f"{found.name} on the hub has no config.json; it is no drafter")
     DrafterConfig.from_file(config)  # before its weights follow
-    repository.at_commit_of(config, "config.json").fetch(WHOLE, needed=True)
+    found.at_commit_of(config, "config.json").fetch(WHOLE, needed=True)
     return config.parent

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lfm2_fast.config_values import CheckpointError
 
@@ -154,3 +155,30 @@ def _is_network(error: Exception) -> bool:
 def _inside(folder: str, names: Sequence[str]) -> list[str]:
     """Return the names in a folder, without the folder's, sorted."""
     return sorted(name.removeprefix(folder) for name in names if name.startswith(folder))
+
+
+def folder_or_repository(name: str | os.PathLike[str], *options: Any) -> Path | Repository:
+    """Return the folder ``name``, or the repository that it means where there is none.
+
+    ``options`` are the fields of the repository behind its name. A path of one part, or one that
+    begins like a path, is a folder's even if that is missing. Raises CheckpointError for a name
+    that cannot be looked up.
+    """
+    folder, text = Path(name), os.fspath(name)
+    with suppress(RuntimeError):  # "~" of an unknown user
+        folder = folder.expanduser()
+    with looking_up(name):
+        if folder.is_dir() or text.count("/") != 1 or text.startswith(("/", ".", "~")):
+            return folder
+    return Repository(text, *options)
+
+
+@contextmanager
+def looking_up(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise CheckpointError for a name that is too long, or a folder that may not be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{os.fspath(name)[:200]} cannot be read: {error.strerror}"
+        ) from error
