@@ -29,32 +29,19 @@ def weight_places(
     if BITS == 4:
         return int4_places(count, K, PARTS, BLOCK_N, BLOCK_K, WARPS)
     else:
-        return _places(count, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS)
-
-
-@triton.jit
-def _places(
-    count,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    EACH: tl.constexpr = 32 // BITS
-    STEPS: tl.constexpr = BLOCK_K // (16 * EACH * WARPS)
-    ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
-    n = tl.arange(0, ROWS // 8)[:, None, None, None, None] * 8
-    n += tl.arange(0, 8)[None, None, None, :, None]
-    columns = tl.arange(0, STEPS)[None, :, None, None, None] * (16 * WARPS)
-    columns += tl.arange(0, WARPS)[None, None, :, None, None] * 16
-    columns += tl.arange(0, 16)[None, None, None, None, :]
-    rows = n % BLOCK_N
-    words = (rows + n // BLOCK_N * count) * (K // EACH) + columns
-    if ROWS != PARTS * BLOCK_N:
-        rows = tl.where(n < PARTS * BLOCK_N, rows, count)
-    return rows, words, columns
+        EACH: tl.constexpr = 32 // BITS
+        STEPS: tl.constexpr = BLOCK_K // (16 * EACH * WARPS)
+        ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
+        n = tl.arange(0, ROWS // 8)[:, None, None, None, None] * 8
+        n += tl.arange(0, 8)[None, None, None, :, None]
+        columns = tl.arange(0, STEPS)[None, :, None, None, None] * (16 * WARPS)
+        columns += tl.arange(0, WARPS)[None, None, :, None, None] * 16
+        columns += tl.arange(0, 16)[None, None, None, None, :]
+        rows = n % BLOCK_N
+        words = (rows + n // BLOCK_N * count) * (K // EACH) + columns
+        if ROWS != PARTS * BLOCK_N:
+            rows = tl.where(n < PARTS * BLOCK_N, rows, count)
+        return rows, words, columns
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from lfm2_fast.cli.options import LOADING
 from lfm2_fast.cli.session import chosen
 from lfm2_fast.cli.terminal import Terminal
 from lfm2_fast.export.answering import Exported, open_export
@@ -17,16 +18,7 @@ from lfm2_fast.text.presets import SAMPLING, sampling
 from lfm2_fast.text.reply_parser import Delta, ReplyParser
 
 # Options of ``load`` that an export's own files decide.
-DECIDED = (
-    "dtype",
-    "backend",
-    "quantization",
-    "revision",
-    "gguf_file",
-    "adapter",
-    "force_download",
-    "local_files_only",
-)
+DECIDED = [name for name in LOADING if name not in ("device", "max_length")]
 
 
 @dataclass
