@@ -19,6 +19,8 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.engine.elsewhere import Elsewhere, Refused, given_back, numbers_of
+
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
 BY_INDEX = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
@@ -26,45 +28,12 @@ BY_INDEX = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 ASKED = {"is_available", "is_initialized", "is_current_stream_capturing", "manual_seed_all"}
 
 
-class Refused(Exception):
-    """Error for work that the device would not do. Code that catches RuntimeError lets it pass."""
+class OnDevice(Elsewhere):
+    """Tensor on the device."""
 
-
-class OnDevice(torch.Tensor):
-    """Tensor on the device; its numbers are those of ``numbers``, on the host."""
-
-    numbers: torch.Tensor
     place: torch.device
 
-    @staticmethod
-    def __new__(cls, numbers: torch.Tensor, place: torch.device) -> OnDevice:
-        if numbers.dtype == torch.float64:
-            raise Refused(f"{place} has no float64")
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            numbers.shape,
-            strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype,
-            device="meta",
-        )
-        made.numbers, made.place = numbers, place
-        return made
-
     device = property(lambda self: self.place)
-    is_cpu = is_cuda = is_meta = property(lambda self: False)
-
-    def __repr__(self, **_: Any) -> str:
-        return f"OnDevice({self.numbers!r})"
-
-    def tolist(self) -> Any:
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        raise NotImplementedError("the device is not active")
 
 
 class StandInDevice(TorchDispatchMode):
@@ -91,18 +60,16 @@ class StandInDevice(TorchDispatchMode):
             wraps = isinstance(args[0], OnDevice)
         if kwargs.pop("pin_memory", False):
             raise Refused("memory is pinned for CUDA alone")
-        args, kwargs = tree_map(_numbers, (tuple(args), kwargs))
+        args, kwargs = tree_map(numbers_of, (tuple(args), kwargs))
         result = func(*args, **kwargs)
-        known = {id(_numbers(each)): each for each in tensors}
+        return given_back(result, tensors, self._wrapped if wraps else lambda each: each)
 
-        def outer(each: Any) -> Any:
-            if not isinstance(each, torch.Tensor):
-                return each
-            if id(each) in known:
-                return known[id(each)]
-            return OnDevice(each, self.place) if wraps else each
-
-        return tree_map(outer, result)
+    def _wrapped(self, tensor: torch.Tensor) -> OnDevice:
+        if tensor.dtype == torch.float64:
+            raise Refused(f"{self.place} has no float64")
+        made = OnDevice.of(tensor)
+        made.place = self.place
+        return made
 
     def _check(self, func: Any, tensors: list[torch.Tensor]) -> None:
         strangers = [each for each in tensors if not isinstance(each, OnDevice)]
@@ -135,10 +102,6 @@ class StandInDevice(TorchDispatchMode):
         finally:
             self.patch.undo()
             torch._C._set_only_lift_cpu_tensors(self.lifted)
-
-
-def _numbers(each: Any) -> Any:
-    return each.numbers if isinstance(each, OnDevice) else each
 
 
 def _refused(name: str) -> Callable[..., Any]:

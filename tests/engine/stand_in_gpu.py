@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lfm2_fast.kernels.tiling import chip
+from tests.engine.elsewhere import Elsewhere, Refused, given_back, numbers_of
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -58,49 +59,14 @@ READS = (
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
-class Refused(Exception):
-    """Error for work that a GPU would not do. It is not a RuntimeError, which code may catch."""
-
-
-class OnGpu(torch.Tensor):
-    """A tensor on the GPU; its numbers are those of ``numbers``, on the host.
-
-    For C++ it is on the meta device, which has no memory to touch by mistake.
-    """
-
-    numbers: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, numbers: torch.Tensor) -> OnGpu:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            numbers.shape,
-            strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype,
-            device="meta",
-        )
-        made.numbers = numbers
-        return made
+class OnGpu(Elsewhere):
+    """A tensor on the GPU."""
 
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
-    is_cpu = is_meta = property(lambda self: False)
-
-    def __repr__(self, **_: Any) -> str:
-        return f"OnGpu({self.numbers!r})"
 
     def get_device(self) -> int:
         return 0
-
-    def tolist(self) -> Any:
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        raise NotImplementedError("there is no GPU in this thread")
 
 
 class Graph:
@@ -184,7 +150,7 @@ class StandInGpu(TorchDispatchMode):
             self._record(func, args, kwargs, result, tensors)
         if pinned:
             self.pinned.append(result)
-        return self._given_back(func, args, kwargs, result, wraps, tensors)
+        return given_back(result, tensors, self._wrapped if wraps else lambda each: each)
 
     def launch(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Launch a kernel of Triton's; the interpreter knows of no dependent launches."""
@@ -301,30 +267,10 @@ class StandInGpu(TorchDispatchMode):
 
         self.capturing.work.append(again)
 
-    def _given_back(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: Any,
-        result: Any,
-        wraps: bool,
-        tensors: list[torch.Tensor],
-    ) -> Any:
-        """Return the result in the caller's form: a written tensor is the argument itself."""
-        known = {id(numbers_of(each)): each for each in tensors}
-
-        def outer(each: Any) -> Any:
-            if not is_tensor(each):
-                return each
-            if id(each) in known:
-                return known[id(each)]
-            if not wraps:
-                return each
-            made = OnGpu(each)
-            self.tensors.add(made)
-            return made
-
-        return tree_map(outer, result)
+    def _wrapped(self, tensor: torch.Tensor) -> OnGpu:
+        made = OnGpu.of(tensor)
+        self.tensors.add(made)
+        return made
 
     def __enter__(self) -> StandInGpu:
         # Both are filled once: with torch.tensor as it is, and without a device that goes again.
@@ -412,10 +358,6 @@ class OnStream:
 
     def __exit__(self, *error: Any) -> None:
         self.gpu.stream = self.before
-
-
-def numbers_of(each: Any) -> Any:
-    return each.numbers if isinstance(each, OnGpu) else each
 
 
 def is_tensor(each: Any) -> bool:
