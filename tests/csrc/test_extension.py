@@ -27,7 +27,10 @@ INCLUDE = Path(torch.__file__).parent / "include"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 compiles = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="there is no C++ compiler")
-compiles_cuda = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+# nvcc preprocesses every source by the host's compiler.
+compiles_cuda = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("gcc")), reason="nvcc and gcc are not on PATH"
+)
 x86 = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
     reason="the instruction sets are those of x86-64",
