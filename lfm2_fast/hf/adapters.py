@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from torch import nn
@@ -65,3 +66,18 @@ class AdapterMethods(nn.Module):
         """Name of the active adapter, or None."""
         active = self.network.adapters.active
         return None if active is None else active.name
+
+    def named_modules(self, *args: Any, **options: Any) -> Any:
+        """Return the modules with their names, as torch does.
+
+        Raises TypeError for PEFT, which asks for them before it changes a model. It would find
+        fused matrices, or none of the names that an adapter has.
+        """
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == "peft":
+            raise TypeError(
+                "PEFT cannot change this model, whose matrices are fused: call "
+                "model.load_adapter(folder_or_hub_id, name) for an adapter that PEFT saved; train "
+                "with transformers' class"
+            )
+        return super().named_modules(*args, **options)

@@ -117,7 +117,27 @@ class Ops:
 
     def adapts(self, linear: Projection) -> bool:
         """Return True if tokens have adapters, and some may change this projection."""
-        return self.entries is not None and linear.adapters is not None
+        return self.entries is not None and bool(linear.adapters or linear.replaced)
+
+    def adapt(self, x: torch.Tensor, linear: Projection, product: torch.Tensor) -> torch.Tensor:
+        """``product [T, N]`` of tokens ``x [T, K]`` as their adapters change it; mutates it."""
+        if self.entries is None:
+            return product
+        for (entry, first), own in linear.replaced.items():
+            here = product[:, first : first + own.shape[0]]
+            here.copy_(torch.where(self._have(entry), self._unadapted_product(x, own), here))
+        return self.add_low_rank(x, linear, product)
+
+    def _have(self, entry: int) -> torch.Tensor:
+        """Return the tokens that have the adapter of ``entry``: ``[T, 1]``."""
+        assert self.entries is not None
+        return (self.entries == entry)[:, None]
+
+    def _unadapted_product(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
+        """Product of tokens ``x [T, K]``, by the code for few tokens if there are few."""
+        plain = copy(self.settling)
+        plain.entries = None
+        return plain.linear_add(x, linear, x.new_zeros(len(x), linear.shape[0]))
 
     def add_low_rank(
         self, x: torch.Tensor, linear: Projection, product: torch.Tensor
@@ -214,19 +234,23 @@ class Ops:
             product = torch.cat(rows)
         else:
             product = ref.linear_ref(x, weight, linear.bias)
-        return self.add_low_rank(x, linear, product)
+        return self.adapt(x, linear, product)
 
     def embed(
         self, tokens: torch.Tensor, embedding: Projection, dtype: torch.dtype
     ) -> torch.Tensor:
         """Rows of the embedding for the tokens: ``[T] -> [T, H]``."""
-        return self.add_low_rank_rows(tokens, embedding, embedding.rows(tokens, dtype))
+        return self.adapt_rows(tokens, embedding, embedding.rows(tokens, dtype))
 
-    def add_low_rank_rows(
+    def adapt_rows(
         self, tokens: torch.Tensor, embedding: Projection, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Rows ``[T, H]`` of the embedding with what the tokens' adapters add."""
-        if self.entries is None or embedding.adapters is None:
+        """Rows ``[T, H]`` of the embedding as the tokens' adapters change them."""
+        if self.entries is None:
+            return rows
+        for (entry, _), own in embedding.replaced.items():
+            rows = torch.where(self._have(entry), own.rows(tokens, rows.dtype), rows)
+        if embedding.adapters is None:
             return rows
         return low_rank_rows(tokens, rows, self.entries, embedding.adapters)
 

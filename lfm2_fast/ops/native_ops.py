@@ -157,7 +157,7 @@ class NativeOps(PendingResidualOps):
         matrix = linear.weight, linear.weight_scale, linear.bias
         _norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
         if self.adapts(linear):
-            return self.add_low_rank(self.rms_norm(x, norm), linear, out)
+            return self.adapt(self.rms_norm(x, norm), linear, out)
         return out
 
     def linear_add(self, y: torch.Tensor, linear: Projection, residual: Any) -> Any:
@@ -168,7 +168,7 @@ class NativeOps(PendingResidualOps):
         matrix = linear.weight, linear.weight_scale, linear.bias
         if self.adapts(linear):
             _linear_add(y, *matrix, torch.zeros_like(out), out)
-            return residual + self.add_low_rank(y, linear, out)
+            return residual + self.adapt(y, linear, out)
         _linear_add(y, *matrix, residual, out)
         return out
 
@@ -191,7 +191,7 @@ class NativeOps(PendingResidualOps):
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         """Projection of many tokens, by PyTorch's products."""
-        return self.add_low_rank(x, linear, self._product(x, linear))
+        return self.adapt(x, linear, self._product(x, linear))
 
     def _product(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
         if linear.format is INT8 and multiplies_int8():
@@ -232,7 +232,7 @@ class NativeOps(PendingResidualOps):
         weight, width = embedding.weight, embedding.shape[1]
         out = weight.new_empty(len(tokens), width, dtype=dtype)
         _embed(tokens, weight, embedding.weight_scale, out)
-        return self.add_low_rank_rows(tokens, embedding, out)
+        return self.adapt_rows(tokens, embedding, out)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = x.new_empty(x.shape)

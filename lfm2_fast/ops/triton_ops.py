@@ -86,7 +86,7 @@ class TritonOps(PendingResidualOps):
             embed_triton(None, weight, scale, wide)
         else:
             widen_int4_triton(weight, scale, wide)
-        return self.add_low_rank(x, linear, linear_ref(x, wide, linear.bias))
+        return self.adapt(x, linear, linear_ref(x, wide, linear.bias))
 
     @property
     def for_verification(self) -> TritonOps:
@@ -122,7 +122,7 @@ class TritonOps(PendingResidualOps):
         out = few.new_empty(len(few), len(linear.weight))
         norm_linear_triton(few, *_norm(norm), *_linear(linear), out, pdl=self.pdl)
         if self.adapts(linear):
-            return self.add_low_rank(self.rms_norm(few, norm), linear, out)
+            return self.adapt(self.rms_norm(few, norm), linear, out)
         return out
 
     def norm_conv(
@@ -154,7 +154,7 @@ class TritonOps(PendingResidualOps):
         out = torch.empty_like(few)
         if self.adapts(linear):
             linear_add_triton(y, *_linear(linear), torch.zeros_like(few), out, pdl=self.pdl)
-            return few + self.add_low_rank(y, linear, out)
+            return few + self.adapt(y, linear, out)
         linear_add_triton(y, *_linear(linear), few, out, pdl=self.pdl)
         return out
 
@@ -235,7 +235,7 @@ class TritonOps(PendingResidualOps):
         weight, scale = embedding.weight, embedding.weight_scale
         out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
         embed_triton(tokens, weight, scale, out, pdl=self.pdl)
-        return self.add_low_rank_rows(tokens, embedding, out)
+        return self.adapt_rows(tokens, embedding, out)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = torch.empty_like(x)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lfm2_fast.config import Config
 from lfm2_fast.config_values import CheckpointError
@@ -41,7 +42,8 @@ class AdapterSet:
     """Loads adapters into stacks beside ``projections``, those of a model of ``config`` by name.
 
     ``active`` is the adapter of tokens that are not told another, None for none. ``version`` counts
-    how often stacks were made or grew: captured graphs point at them.
+    how often stacks were made or grew, and replaced matrices came or went: captured graphs point at
+    them.
     """
 
     def __init__(self, config: Config, projections: Mapping[str, Projection]) -> None:
@@ -141,22 +143,21 @@ class AdapterSet:
         self._check_whole_tensors(adapter)
         entry = self._free_entry()
         most = max((len(change.down) for change in adapter.low_rank.values()), default=0)
-        if self.max_rank is not None and most > self.max_rank:
-            raise CheckpointError(
-                f"{folder} has rank {most}, and max_lora_rank={self.max_rank} here: raise that "
-                "limit, or leave it out"
-            )
+        self._check_limit(adapter, most)
         adapters = self._entries - 1
         if entry > adapters:
             adapters = max(FIRST_ADAPTERS, 2 * adapters)
         self._grow(adapters, most)
+        self._drop_replaced()
         for projection in self.projections.values():
             if projection.adapters is not None:
                 projection.adapters.clear(entry)
         for module, change in adapter.low_rank.items():
             self._write(entry, module, change, like)
-        for tensor, bias in adapter.replaced.items():
-            self._write_bias(entry, tensor.removesuffix(".bias"), bias, like)
+        for name_of, tensor in adapter.replaced.items():
+            module, _, kind = name_of.rpartition(".")
+            write = self._write_bias if kind == "bias" else self._replace
+            write(entry, module, tensor, like)
         self._number += 1
         made = LoadedAdapter(name, folder, entry, self._number)
         self._loaded[name], self._owners[entry] = made, weakref.ref(made)
@@ -165,12 +166,13 @@ class AdapterSet:
     def unload(self, name: str) -> None:
         """Forget an adapter. Its entry serves another one when no request runs with it any more.
 
-        The memory is freed with the last one, if no room was reserved and no request runs with one.
-        Raises ValueError for a name that is not loaded.
+        The stacks are freed with the last one, if no room was reserved and no request runs with
+        one. Raises ValueError for a name that is not loaded.
         """
         if self.active is self.find(name):
             self.active = None
         del self._loaded[name]
+        self._drop_replaced()
         in_use = self._loaded or any(owner and owner() for owner in self._owners)
         if not in_use and not self._is_reserved:
             # The entries stay as they are counted: steps on a caller's cache may name them.
@@ -178,6 +180,15 @@ class AdapterSet:
                 projection.adapters = None
             self._rank = 0
             self.version += 1
+
+    def _drop_replaced(self) -> None:
+        """Free the replaced matrices of entries that nothing holds."""
+        for projection in self.projections.values():
+            for key in list(projection.replaced):
+                owner = self._owners[key[0]]
+                if owner is None or owner() is None:
+                    del projection.replaced[key]
+                    self.version += 1
 
     def _free_entry(self) -> int:
         """Return the first entry that nothing holds, or the one after the last."""
@@ -200,13 +211,13 @@ class AdapterSet:
         )
 
     def _check_whole_tensors(self, adapter: Adapter) -> None:
-        """Raise CheckpointError for a tensor that is no low-rank change and not the base's own."""
+        """Raise CheckpointError for a tensor that is of no matrix, or should be the base's own."""
         for name in adapter.replaced:
-            module = name.removesuffix(".bias")
-            if module == name or module not in self._places:
+            if name.rpartition(".")[0] not in self._places:
                 raise CheckpointError(
-                    f"{adapter.folder} replaces {name} (modules_to_save or bias), which cannot "
-                    "stand beside the base's: load the model with adapter=, which merges it"
+                    f"{adapter.folder} replaces {name} (modules_to_save or bias), and only tensors "
+                    "of projections, embedding and head stand beside the base's: load the model "
+                    "with adapter=, which merges it"
                 )
         for name, tensor in adapter.bases.items():
             if not _holds(self.projections[self._places[name.removesuffix(".weight")][0]], tensor):
@@ -214,6 +225,35 @@ class AdapterSet:
                     f"{adapter.folder} was saved with a {name} that is not this base's: load the "
                     "unquantized base with adapter=, which merges it"
                 )
+
+    def _check_limit(self, adapter: Adapter, rank: int) -> None:
+        """Raise CheckpointError for an adapter that the room for ``max_rank`` cannot hold."""
+        if self.max_rank is None:
+            return
+        if rank > self.max_rank:
+            raise CheckpointError(
+                f"{adapter.folder} has rank {rank}, and max_lora_rank={self.max_rank} here: raise "
+                "that limit, or leave it out"
+            )
+        for name in adapter.replaced:
+            if name.endswith(".weight"):
+                raise CheckpointError(
+                    f"{adapter.folder} replaces {name} (modules_to_save), for which "
+                    f"max_lora_rank={self.max_rank} keeps no room: leave that limit out, or load "
+                    "the model with adapter=, which merges it"
+                )
+
+    def _replace(self, entry: int, module: str, matrix: torch.Tensor, like: torch.Tensor) -> None:
+        """Let tokens of an entry have a module's dense ``matrix`` instead of the base's."""
+        name, _, rows = self._places[module]
+        projection = self.projections[name]
+        with torch.device("meta"):
+            own = Projection(*matrix.shape)
+        own.weight = nn.Parameter(matrix.to(like), requires_grad=False)
+        if projection.bias is not None:
+            own.bias = nn.Parameter(projection.bias[rows].clone(), requires_grad=False)
+        projection.replaced[entry, rows.start] = own
+        self.version += 1
 
     def _write(self, entry: int, module: str, change: LowRank, like: torch.Tensor) -> None:
         """Write a module's change into its stack, as one entry."""

@@ -316,7 +316,8 @@ class Projection(nn.Module):
 
     ``weight`` holds the numbers; the format's other parts are buffers, ``weight_scale`` of int8.
     ``bias [N]`` or None is added to the product. ``adapters`` are changes beside the matrix, or
-    None; only a forward pass that is told the tokens' adapters adds them.
+    None. ``replaced`` are matrices that adapters have instead of some rows, by entry in the stacks
+    and first row. Only a forward pass that is told the tokens' adapters takes account of both.
     """
 
     bias: nn.Parameter | None
@@ -328,6 +329,7 @@ class Projection(nn.Module):
         super().__init__()
         self.shape = rows, columns
         self.adapters: AdapterStack | None = None
+        self.replaced: dict[tuple[int, int], Projection] = {}
         self.register_buffer("weight_scale", None)
         self.store_as(format)
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
@@ -377,4 +379,6 @@ class Projection(nn.Module):
             self._buffers[name] = part.to(self.weight.device)
         if self.adapters is not None:
             self.adapters = self.adapters.apply(fn)
+        for own in self.replaced.values():
+            own._apply(fn)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from lfm2_fast.ops.native_library import why_not
 from tests.adapters import ALL, IDS, make_adapter
 
 TABLES = ["embed_tokens", "lm_head"]
+WHOLE = [*TABLES, "v_proj", "in_proj", "w2", "w3"]
 BIASED = {"conv_bias": True}
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all": (BIASED, {"target_modules": [*ALL, *TABLES], "rank_pattern": {"w1": 9}}),
     "DoRA": (BIASED, {"target_modules": [*ALL, *TABLES], "use_dora": True}),
     "biases": (BIASED, {"lora_bias": True, "target_modules": r".*(proj|w\d)"}),
+    "whole": (
+        BIASED,
+        {"target_modules": ["q_proj", "w1"], "use_dora": True, "modules_to_save": WHOLE},
+    ),
 }
 BACKENDS = ["eager", "native"]
 
@@ -68,12 +74,13 @@ def run(model: Any, requests: list[Request], **options: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def several(random_checkpoint: Callable[..., Path], tmp_path_factory: Any) -> dict[str, Any]:
-    """A base, and two adapters of different targets and ranks."""
+    """A base, and adapters of different targets and ranks; "c" has whole matrices."""
     base = random_checkpoint()
-    a, b = (tmp_path_factory.mktemp(name) for name in "ab")
+    a, b, c = (tmp_path_factory.mktemp(name) for name in "abc")
     make_adapter(base, a, target_modules=[*ALL, "lm_head"], r=3)
     make_adapter(base, b, seed=1, target_modules=["in_proj", "w2", "embed_tokens"], r=12)
-    return {"base": base, "a": a, "b": b}
+    make_adapter(base, c, seed=2, target_modules=["q_proj"], modules_to_save=WHOLE)
+    return {"base": base, "a": a, "b": b, "c": c}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -83,18 +90,18 @@ def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, A
         pytest.skip("the extension is not built")
     model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
     prompt = IDS[0].tolist() * 7
-    names = ["a", "b", None, "a"]
+    names = ["a", "b", None, "c", "a"]
     count = 6
     plain = Request(prompt, max_tokens=count)
     alone = {None: run(model, [plain])[0]}
-    for name in "ab":
+    for name in "abc":
         merged = lfm2_fast.load(
             several["base"], device="cpu", dtype="float32", adapter=several[name]
         )
         alone[name] = run(merged, [plain])[0]
         model.load_adapter(several[name], name)
     model.set_adapter(None)
-    assert len({tuple(tokens) for tokens in alone.values()}) == 3, "the adapters change nothing"
+    assert len({tuple(tokens) for tokens in alone.values()}) == 4, "the adapters change nothing"
     requests = [Request(prompt, max_tokens=count, adapter=name) for name in names]
     assert run(model, requests, chunk=32) == [alone[name] for name in names]
     # One after another on one cache: what one adapter left is no other's.
@@ -107,7 +114,7 @@ def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, A
             events += engine.step()
         assert [event.token for event in events] == alone[request.adapter]
         cached.append(events[0].cached_tokens)
-    assert [tokens > 0 for tokens in cached] == [False, False, False, True, True]
+    assert [tokens > 0 for tokens in cached] == [False, False, False, False, True, True]
     model.set_adapter("b")
     assert run(model, [plain])[0] == alone["b"]
     assert (
@@ -124,10 +131,10 @@ def test_drafts_beside_adapters(
     if backend == "native" and why_not(torch.device("cpu")):
         pytest.skip("the extension is not built")
     model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
-    for name in "ab":
+    for name in "acb":
         model.load_adapter(several[name], name)
     prompt = IDS[0].tolist() * 3
-    requests = [Request(prompt, max_tokens=12, adapter=name) for name in ("a", None, "b")]
+    requests = [Request(prompt, max_tokens=12, adapter=name) for name in ("a", "c", None, "b")]
     alone = [run(model, [request])[0] for request in requests]
     monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0)
     engine, written = Engine(model, prompt_lookup=4), {}
@@ -162,15 +169,27 @@ def test_memory_is_freed_with_the_last_adapter(several: dict[str, Any]) -> None:
         stacks = [each.adapters for each in adapters.projections.values()]
         return sum(stack.nbytes for stack in stacks if stack is not None)
 
+    def replaced() -> int:
+        own = [list(each.replaced.values()) for each in adapters.projections.values()]
+        return sum(each.weight.nbytes for each in chain(*own))
+
     model.load_adapter(several["a"], "a")
     logits, loaded = model(IDS).logits, held()
-    running = adapters.find("a")
+    model.load_adapter(several["c"], "c")
+    running = adapters.find("a"), adapters.find("c")
     model.unload_adapter("a")
-    assert held() == loaded
+    model.unload_adapter("c")
+    assert held() == loaded and replaced() > model.network.embed_tokens.weight.nbytes
+    version = adapters.version
     del running
-    model.load_adapter(several["b"], "b")
-    model.unload_adapter("b")
-    assert held() == 0
+    model.load_adapter(several["a"], "a")
+    # Captured steps point at the matrices that are gone.
+    assert replaced() == 0 and adapters.version > version
+    model.unload_adapter("a")
+    for name in "bc":
+        model.load_adapter(several[name], name)
+        model.unload_adapter(name)
+        assert held() == replaced() == 0
     model.load_adapter(several["a"], "a")
     assert torch.equal(model(IDS).logits, logits)
     adapters.reserve(2, 3)
@@ -260,11 +279,14 @@ def test_beside_quantized_weights(
     assert error < 1.5 * other and error < 0.5 * before
 
 
-def test_what_cannot_stand_beside_the_weights(tiny: Path, tmp_path: Path) -> None:
-    make_adapter(tiny, tmp_path, modules_to_save=["embedding_norm"])
-    model = lfm2_fast.load(tiny, device="cpu")
+def test_what_cannot_stand_beside_the_weights(several: dict[str, Any], tmp_path: Path) -> None:
+    make_adapter(several["base"], tmp_path, modules_to_save=["embedding_norm"])
+    model = lfm2_fast.load(several["base"], device="cpu")
     with pytest.raises(lfm2_fast.CheckpointError, match="replaces model.embedding_norm.weight"):
         model.load_adapter(tmp_path)
+    model.network.adapters.limit(rank=64)
+    with pytest.raises(lfm2_fast.CheckpointError, match="replaces .*max_lora_rank=64 keeps no"):
+        model.load_adapter(several["c"])
     assert model.adapters() == [] and model.active_adapter is None
     with pytest.raises(ValueError, match="'x' is not loaded.*none"):
         model.set_adapter("x")

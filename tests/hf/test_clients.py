@@ -13,6 +13,7 @@ import torch
 
 import lfm2_fast
 from bench import harness
+from tests.adapters import IDS, make_adapter
 
 PROMPTS = ["The first argument", "Return a list of the"]
 
@@ -54,16 +55,22 @@ def test_an_assistant_of_the_pipeline_changes_no_text(tiny: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_an_adapter_on_our_model_is_refused(tiny: Path) -> None:
-    """PEFT finds no modules of its names, or none that it knows; nothing is left half done."""
-    peft = pytest.importorskip("peft", reason="PEFT comes with the extra 'eval' alone")
+def test_peft_is_told_how_adapters_are_loaded(tiny: Path, tmp_path: Path) -> None:
+    """Nothing is left half done, and the call that the message names gives PEFT's logits."""
+    peft = pytest.importorskip("peft", reason="PEFT comes with the extra 'test'")
+    made = make_adapter(tiny, tmp_path, target_modules=["q_proj", "out_proj"])
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     expected = model.generate([[1, 40, 41]], max_new_tokens=4)
-    for names in (["q_proj", "v_proj"], ["out_proj"], ["lm_head"]):
+    told = r"PEFT cannot change this model.*model\.load_adapter\("
+    for names in (["q_proj", "v_proj"], ["out_proj"], "all-linear"):
         lora = peft.LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM")
-        with pytest.raises(ValueError, match="not found in the base model|not supported"):
+        with pytest.raises(TypeError, match=told):
             peft.get_peft_model(model, lora)
-        assert torch.equal(model.generate([[1, 40, 41]], max_new_tokens=4), expected)
+    with pytest.raises(TypeError, match=told):
+        peft.PeftModel.from_pretrained(model, tmp_path)
+    assert torch.equal(model.generate([[1, 40, 41]], max_new_tokens=4), expected)
+    model.load_adapter(tmp_path)
+    made.check(model(IDS).logits)
 
 
 def test_the_pipeline_loads_ours(tiny: Path, registered: None) -> None:

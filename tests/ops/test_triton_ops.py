@@ -145,7 +145,10 @@ def test_products_have_what_adapters_add(kernel_device, within_budget, format, t
         for part in (stack.down, stack.up, stack.gain, stack.shift):
             part[1:].normal_()
         linear.adapters = stack
+        own = linear.replaced[1, 16] = Projection(8, 32, bias=True)
         with torch.no_grad():
+            for part in own.parameters():
+                part.normal_()
             plain = Ops().adapted(entries).norm_linear(x, norm, linear)
             wide = copy.deepcopy(linear).double()
             exact = Ops().adapted(entries).norm_linear(x.double(), norm.double(), wide)
