@@ -23,17 +23,18 @@ lfm2_fast.register()  # from here on, transformers' Auto classes give this packa
 def test_hugging_faces_example_runs_unchanged_or_with_one_line_changed(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After ``register``, with the line of ``from_pretrained`` changed, and as transformers has it.
+    """After ``register``, with the short example's line of ``load``, and with transformers' class.
 
-    The same tokens come in float32, greedy; the two that are ours draw the same in bfloat16 too.
+    The tokens are the same in float32, greedy. Both of ours draw the same in bfloat16 too.
     """
     text = README.read_text(encoding="utf-8")
-    example, changed = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    short, example = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert example.startswith(BEFORE)
     theirs = example.removeprefix(BEFORE)
     assert "lfm2_fast" not in theirs
+    (changed,) = re.findall(r"^model = .*\n", short, re.MULTILINE)
     ours, count = re.subn(r"^model = .*\n", lambda _: changed, theirs, flags=re.MULTILINE)
-    assert count == 1 and "from_pretrained" not in changed
+    assert count == 1 and "lfm2_fast.load" in changed and "from_pretrained" not in changed
 
     def run(code: str, *replaced: tuple[str, str]) -> tuple[str, str]:
         for old, new in (("LiquidAI/LFM2-1.2B", tiny.as_posix()), ("=512", "=8"), *replaced):
@@ -57,3 +58,5 @@ def test_hugging_faces_example_runs_unchanged_or_with_one_line_changed(
     assert unchanged == [run(ours), run(ours, *exact)]
     assert unchanged[1][1] == plain[1]
     assert "What is C. elegans?<|im_end|>" in plain[1]
+    name, text = run(short)
+    assert name == "lfm2_fast" and "What is C. elegans?<|im_end|>" in text

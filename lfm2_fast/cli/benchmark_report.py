@@ -11,7 +11,10 @@ from rich.table import Table
 
 from lfm2_fast.cli.environment import readable
 
-COLUMNS = ("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "of")
+COLUMNS = (
+    *("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s"),
+    "of peak",
+)
 
 # Columns that a table of the largest figures needs.
 WIDE = 160
@@ -47,8 +50,8 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     # A narrow terminal wraps the lines: it must not cut a figure off.
     Console(highlight=False, width=WIDE).print(table)
     console.print(
-        "first: from the call to the first token; p50, p90, p99: of the steps after it; of: the "
-        "share of the faster of both at which weights and cache were read",
+        "first: from the call to the first token; p50, p90, p99: of the steps after it; of peak: "
+        "bytes of weights and cache read a second, over the faster memory speed above",
         style="dim",
     )
     if found["others"]:
