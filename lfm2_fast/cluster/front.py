@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lfm2_fast.server.errors import ApiError
 from lfm2_fast.server.http import error_response
+from lfm2_fast.server.middleware import OPEN, Checks
 
 log = logging.getLogger("ray.serve")
 # Keys of an ASGI scope that a replica's application reads.
@@ -30,40 +31,38 @@ OF_ONE_ENGINE = ("/metrics", "/slots")
 class Front:
     """Deployment that reads a request's body and relays the answer of a replica.
 
-    A body of more than ``max_body`` bytes is refused. If a replica dies, its requests end with an
+    ``keys`` returns the API keys. A request without one is refused before its body is read. So is
+    one whose body has more than ``max_body`` bytes. If a replica dies, its requests end with an
     error: an HTTP status, or the last event of a stream.
     """
 
-    def __init__(self, replicas: Any, max_body: int) -> None:
+    def __init__(self, replicas: Any, keys: Callable[[], Sequence[str]], max_body: int) -> None:
         self._answer = replicas.options(stream=True).answer
-        self._max_body = max_body
+        self._checks = Checks(keys(), max_body)
 
     async def __call__(self, request: Request) -> Response:
         """Return the answer to a request."""
+        if error := self._checks.refusal(request.scope):
+            return error_response(error)
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         if path in OF_ONE_ENGINE:
             message = f"{path} is of one engine, and this service has several: Ray's metrics"
             message += " have the numbers of each replica"
             return error_response(ApiError(message, status=404, code="unsupported_endpoint"))
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > self._max_body:
-            return self._too_large()
-        parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                if size > self._max_body:
-                    return self._too_large()
-                parts.append(part)
+            body = await self._body(request)
+        except ApiError as error:
+            return error_response(error)
         except ClientDisconnect:
             return Response(status_code=499)
         scope = {key: request.scope[key] for key in SCOPE if key in request.scope}
-        return Relay(self._answer.remote(scope, b"".join(parts)))
+        return Relay(self._answer.remote(scope, body))
 
-    def _too_large(self) -> Response:
-        message = f"the body has more than the {self._max_body} bytes that are read; send less, or "
-        message += "start the service with a larger --max-body"
-        return error_response(ApiError(message, status=413, code="body_too_large"))
+    async def _body(self, request: Request) -> bytes:
+        # No other endpoint reads a body, and of a client without a key none may be read.
+        if request.method != "POST" or request.scope["path"] in OPEN:
+            return b""
+        return await Request(request.scope, self._checks.bounded(request.receive)).body()
 
 
 class Relay(Response):

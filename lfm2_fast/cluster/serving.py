@@ -6,14 +6,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lfm2_fast.cluster.extra import check_extra, node_cores
 from lfm2_fast.cluster.scale import Scale
-from lfm2_fast.server.run import DRAIN, FAREWELL, QUEUE, ROWS, bound_socket, create_app, url_of
+from lfm2_fast.server.run import DRAIN, FAREWELL, QUEUE, ROWS, bound_socket, create_app
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -22,6 +22,9 @@ NAME = "lfm2_fast"
 MAX_BODY = 16 * 2**20
 # Requests that one Front relays at once before another one starts.
 FRONT_REQUESTS = 64
+# What Ray reserves for a Front. Cores may all be the replicas', and Ray puts actors that reserve
+# nothing on any node: the loss of one could then be that of all.
+FRONT = {"num_cpus": 0, "memory": 2**20}
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -58,6 +61,7 @@ def build(args: Mapping[str, Any]) -> Application:
         scale,
         rows=options.get("max_rows") or ROWS,
         queue=queue,
+        keys=partial(_keys, options.get("api_key")),
         max_body=options.get("max_body") or MAX_BODY,
         drain=drain,
         resources=resources,
@@ -65,11 +69,15 @@ def build(args: Mapping[str, Any]) -> Application:
 
 
 def _make(options: dict[str, Any]) -> Any:
-    given = options.get("api_key")
-    # An empty text is refused there: it is no key, and not the absence of one.
-    if given is None or given in ((), []):
-        given = os.environ.get("LFM2_FAST_API_KEY", "").split()
-    return create_app(**{**options, "api_key": given})
+    return create_app(**{**options, "api_key": _keys(options.get("api_key"))})
+
+
+def _keys(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the keys that are given, else those in this process's environment."""
+    if isinstance(given, str):
+        # An empty text is no key, and not the absence of one: the application refuses it.
+        return (given,)
+    return tuple(given or os.environ.get("LFM2_FAST_API_KEY", "").split())
 
 
 def application(
@@ -78,14 +86,16 @@ def application(
     *,
     rows: int = ROWS,
     queue: int | None = QUEUE,
+    keys: Callable[[], Sequence[str]] = tuple,
     max_body: int = MAX_BODY,
     drain: int = DRAIN,
     resources: Mapping[str, float],
 ) -> Application:
     """Return replicas of what ``make`` returns, behind fronts that take the requests.
 
-    ``make`` is called in each replica and can be pickled. A replica gets twice its ``rows``
-    requests, so that a free row finds one. Of others, ``queue`` wait at each front.
+    ``make`` is called in each replica. ``keys`` is called in each front, and returns the API keys.
+    Both can be pickled. A replica gets twice its ``rows`` requests, so that a free row finds one.
+    Of others, ``queue`` wait at each front.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -109,7 +119,7 @@ def application(
     )
     fronts = serve.deployment(Front).options(
         name="Front",
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=FRONT,
         max_ongoing_requests=10_000,
         # Its requests may tell clients how those of a replica ended.
         graceful_shutdown_timeout_s=drain + FAREWELL,
@@ -120,7 +130,7 @@ def application(
             "target_ongoing_requests": FRONT_REQUESTS,
         },
     )
-    return fronts.bind(replicas.bind(make), max_body)
+    return fronts.bind(replicas.bind(make), keys, max_body)
 
 
 def serve_replicas(
@@ -136,28 +146,30 @@ def serve_replicas(
     Without ``address`` a Ray of its own runs on this machine until Ctrl-C, which raises
     KeyboardInterrupt, or SIGTERM. Requests that run then have ``drain`` seconds. With the
     ``address`` of a cluster, "auto" for one on this machine, the service stays there when the call
-    returns. A service that is there already is updated without a failed request.
-    Raises OSError if the address cannot be used, and what ``build`` raises.
+    returns. A service that is there already is updated without a failed request. If Serve runs
+    already, its host and port stay, and ``ready`` gets those. Raises OSError if the address cannot
+    be used, and what ``build`` raises.
     """
     check_extra()
     import ray
     from ray import serve
+    from ray.serve.context import _get_global_client
 
     drain = args.get("drain", DRAIN)
     if address is not None and port == 0:
         raise ValueError("port=0 has no meaning in a cluster: give one that is free on all nodes")
     if address is None:
         with bound_socket(host, port) as bound:
-            port, url = bound.getsockname()[1], url_of(bound)
-    else:
-        url = f"http://{host}:{port} on every node"
+            port = bound.getsockname()[1]
     if not ray.is_initialized():
         ray.init(address or "local", include_dashboard=False if address is None else None)
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(build(args), name=NAME, route_prefix="/")
-        ready(url)
+        # A Serve that ran before has its own address, which nothing public tells.
+        url = _get_global_client().root_url
+        ready(url if address is None else f"{url} on each node with a proxy of Ray Serve")
         if address is None:
             threading.Event().wait()
     except Terminated:

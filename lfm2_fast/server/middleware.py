@@ -19,57 +19,20 @@ OPEN = {"/", "/health", "/ping"}
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
-class Gate:
-    """ASGI middleware around all endpoints.
+class Checks:
+    """Checks of a request before its body is read, and of the body's size.
 
-    A request's id is the client's X-Request-Id, else a new one. The answer has it as a header, and
-    so has the access log. Bodies of more than ``max_body`` bytes are refused. If there are
-    ``api_keys``, requests without one are refused.
+    If there are ``api_keys``, requests without one are refused. So are bodies of more than
+    ``max_body`` bytes.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body: int) -> None:
-        self.app, self._max_body = app, max_body
+    def __init__(self, api_keys: Sequence[str], max_body: int) -> None:
         self._keys = [key.encode() for key in api_keys]
+        self._max_body = max_body
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        begin, headers = time.perf_counter(), Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
-        status = 0
-
-        async def sent(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = id
-            await send(message)
-
-        try:
-            if error := self._refused(scope, headers):
-                await error_response(error)(scope, receive, sent)
-                return
-            await self.app(scope, self._bounded(receive), sent)
-        except ClientGone:
-            status = status or 499
-        except ApiError as error:
-            # Raised in the middle of a body, where the framework looks for no errors.
-            if status:
-                raise
-            await error_response(error)(scope, receive, sent)
-        finally:
-            client = scope.get("client") or ("-", 0)
-            path = scope["path"].encode("unicode_escape").decode()[:200]
-            seconds = time.perf_counter() - begin
-            log.info(
-                '%s "%s %s" %s %s %.3fs', client[0], scope["method"], path, status, id, seconds
-            )
-
-    def _refused(self, scope: Scope, headers: Headers) -> ApiError | None:
+    def refusal(self, scope: Scope) -> ApiError | None:
         """Return why a request is refused before its body is read, None if it is not."""
+        headers = Headers(scope=scope)
         preflight = scope["method"] == "OPTIONS"
         if self._keys and scope["path"] not in OPEN and not preflight and not self._knows(headers):
             return ApiError(
@@ -102,7 +65,7 @@ class Gate:
             headers={"Connection": "close"},
         )
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def bounded(self, receive: Receive) -> Receive:
         """Return a ``receive`` that raises ApiError if a body grows too large."""
         read = 0
 
@@ -115,3 +78,51 @@ class Gate:
             return message
 
         return bounded
+
+
+class Gate:
+    """ASGI middleware around all endpoints, which does the ``Checks``.
+
+    A request's id is the client's X-Request-Id, else a new one. The answer has it as a header, and
+    so has the access log.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body: int) -> None:
+        self.app, self._checks = app, Checks(api_keys, max_body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin = time.perf_counter()
+        given = Headers(scope=scope).get("x-request-id", "")
+        id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+        status = 0
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = id
+            await send(message)
+
+        try:
+            if error := self._checks.refusal(scope):
+                await error_response(error)(scope, receive, sent)
+                return
+            await self.app(scope, self._checks.bounded(receive), sent)
+        except ClientGone:
+            status = status or 499
+        except ApiError as error:
+            # Raised in the middle of a body, where the framework looks for no errors.
+            if status:
+                raise
+            await error_response(error)(scope, receive, sent)
+        finally:
+            client = scope.get("client") or ("-", 0)
+            path = scope["path"].encode("unicode_escape").decode()[:200]
+            seconds = time.perf_counter() - begin
+            log.info(
+                '%s "%s %s" %s %s %.3fs', client[0], scope["method"], path, status, id, seconds
+            )

@@ -42,11 +42,12 @@ def test_one_address_serves_the_whole_application_until_a_signal(served) -> None
     key = {"Authorization": "Bearer secret"}
     assert client("/health").body == {"status": "ok"}
     client.refused(client("/v1/models"), None, "invalid_api_key", 401)
+    large = {"prompt": "x" * 200_000}
+    client.refused(client("/v1/completions", large), None, "invalid_api_key", 401)
     assert [each["id"] for each in client("/v1/models", **key).body["data"]] == ["tiny"]
     assert "<html" in client("/").body.lower()
     client.refused(client("/metrics", **key), None, "unsupported_endpoint", 404)
     client.refused(client("/v1/completions", b"{", **key), None, "invalid_json")
-    large = {"prompt": "x" * 200_000}
     client.refused(client("/v1/completions", large, **key), None, "body_too_large", 413)
     answer = client("/v1/completions", {"prompt": "The csv module", "max_tokens": 5}, **key)
     assert answer.status == 200 and answer.body["usage"]["completion_tokens"] == 5

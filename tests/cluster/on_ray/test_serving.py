@@ -14,6 +14,7 @@ import pytest
 from bench.cluster.load import CLEAN, Ending, ask, load
 from bench.cluster.simulated import Simulated, eventually
 from lfm2_fast.cluster.scale import Scale
+from lfm2_fast.cluster.serving import serve_replicas
 
 REPLICA, PROXY = "ServeReplica:lfm2_fast:Replica", "ray::ProxyActor"
 PROMPT = {"prompt": "The csv module reads and"}
@@ -64,6 +65,17 @@ def kill(processes: list[Any]) -> None:
     time.sleep(2)
     processes[-1].kill()
     time.sleep(6)
+
+
+def test_the_address_of_a_serve_that_runs_is_told(
+    service: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its port, and what the command asks for does not count."""
+    monkeypatch.setattr("ray.serve.run", lambda *_, **__: None)
+    told: list[str] = []
+    address = service.cluster.address
+    serve_replicas({"model": "x"}, host="0.0.0.0", port=1, address=address, ready=told.append)
+    assert told == [f"{service.urls[0]} on each node with a proxy of Ray Serve"]
 
 
 def test_a_client_that_leaves_frees_its_row(service: Simulated) -> None:
@@ -117,12 +129,16 @@ def test_an_update_fails_no_request(service: Simulated) -> None:
 
 
 def test_a_lost_node_costs_only_what_it_ran(service: Simulated) -> None:
+    urls = [service.urls[0], service.urls[2]]
+
     def lose() -> None:
         time.sleep(2)
         service.cluster.remove_node(service.workers[0], allow_graceful=False)
-        time.sleep(15)
+        # Ray takes a node for dead that was silent for so long.
+        time.sleep(12)
+        eventually(lambda: all(alone(url).kind == "complete" for url in urls))
 
-    endings = loaded(service, lose, [service.urls[0], service.urls[2]])
+    endings = loaded(service, lose, urls)
     assert all(each.kind == "complete" for each in endings[-6:])
     eventually(lambda: len(service.processes(REPLICA)) == 2)
 
