@@ -10,7 +10,7 @@ from typing import Any
 
 from lfm2_fast.cluster.extra import check_extra, node_cores
 from lfm2_fast.cluster.scale import Scale
-from lfm2_fast.server.batch import answer_line, encoded, line_of
+from lfm2_fast.server.batch import answer_line, encoded, line_of, repeated
 from lfm2_fast.server.run import ROWS, create_app
 
 # Blocks that an engine works on at once, so that rows of the next take the place of ended ones.
@@ -21,32 +21,24 @@ FILES = 2
 
 
 class Answerer:
-    """Engine that answers blocks of requests; Ray Data makes one in each actor.
+    """Engine that answers blocks of requests; Ray Data makes one in each actor."""
 
-    The rows of a block are lines of a file, or with ``tables`` those of a table.
-    """
-
-    def __init__(self, options: dict[str, Any], tables: bool) -> None:
-        self._tables = tables
+    def __init__(self, options: dict[str, Any]) -> None:
         self._service = create_app(**options, max_queue=None).state.service
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
         """Return the columns of the answers to a block: ``custom_id``, ``status``, ``answer``."""
-        from lfm2_fast.cluster.batch_files import text_of
-
-        names = list(block)
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*block.values(), strict=True)]
-        lines = [
-            line_of(0, text_of(row)) if self._tables else line_of(int(row["line"]), row["text"])
-            for row in rows
-        ]
+        lines = [line_of(*each) for each in zip(block["line"].tolist(), block["text"], strict=True)]
+        for place in block["repeated"].nonzero()[0]:
+            if lines[place].wrong is None:
+                lines[place] = repeated(lines[place])
 
         async def work() -> list[dict[str, Any]]:
             return await asyncio.gather(*(answer_line(self._service, line) for line in lines))
 
         answers = asyncio.run(work())
         return {
-            "custom_id": [row["custom_id"] for row in rows],
+            "custom_id": list(block["custom_id"]),
             "status": [(each["response"] or {}).get("status_code") for each in answers],
             "answer": [encoded(each).decode() for each in answers],
         }
@@ -64,18 +56,19 @@ def run_batch_on_ray(
     """Answer files of requests, and write the answers into the folder ``output``.
 
     ``requests`` is a file, a folder or a URL, of JSON lines or, if it ends in ".parquet", a table
-    with the columns ``custom_id``, ``url`` and ``body``. Each custom_id may be there only once.
-    ``options`` are the arguments of ``create_app``. A block of ``rows_per_block`` requests is
-    written when its last one is answered; None is four times the engine's rows. Its ids are then
-    noted in the folder of the same name with "-done" at its end, so that the same call after a
-    crash leaves them out. ``address`` is as in ``serve_replicas``. Raises ImportError without the
-    extra "ray", and ValueError if there are no requests.
+    with the columns ``custom_id``, ``url`` and ``body``. The first request of a custom_id is
+    answered, and each other one gets an error. ``options`` are the arguments of ``create_app``. A
+    block of ``rows_per_block`` requests is written when its last one is answered; None is four
+    times the engine's rows. Its ids are then noted in the folder of the same name with "-done" at
+    its end, so that the same call after a crash leaves them out. ``address`` is as in
+    ``serve_replicas``. Raises ImportError without the extra "ray", and ValueError if there are no
+    requests.
     """
     check_extra()
     import ray
     from ray.data.checkpoint import CheckpointConfig
 
-    from lfm2_fast.cluster.batch_files import Answers, RequestLines
+    from lfm2_fast.cluster.batch_files import Answers, RequestLines, RequestTables
 
     requests, output = _absolute(requests), _absolute(output)
     if not ray.is_initialized():
@@ -89,12 +82,7 @@ def run_batch_on_ray(
         delete_checkpoint_on_success=False,
     )
     parquet = requests.endswith(".parquet")
-    if parquet:
-        found = ray.data.read_parquet(requests)
-        if "custom_id" not in getattr(found.schema(), "names", ()):
-            raise ValueError(f"{requests} has no column custom_id")
-    else:
-        found = ray.data.read_datasource(RequestLines(requests))
+    found = ray.data.read_datasource((RequestTables if parquet else RequestLines)(requests))
     rows = options.get("max_rows") or ROWS
     per_block = rows_per_block or 4 * rows
     # Some cores of each node read and write the files.
@@ -110,7 +98,7 @@ def run_batch_on_ray(
         Answerer,
         batch_size=per_block,
         compute=pool,
-        fn_constructor_args=(options, parquet),
+        fn_constructor_args=(options,),
         **resources,
     ).write_datasink(Answers(output, "parquet" if parquet else "jsonl"))
 

@@ -145,24 +145,28 @@ def lines_of(path: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[Line]:
                 continue
             line = line_of(number, text)
             if line.id is not None and line.id in seen:
-                error = ApiError(
-                    f"line {number}: custom_id {line.id[:100]!r} stands above already",
-                    param="custom_id",
-                    code="duplicate_custom_id",
-                )
-                line = Line(number, line.id, wrong=error)
+                line = repeated(line)
             elif line.id is not None:
                 seen.add(line.id)
             if number % shard[1] == shard[0] % shard[1]:
                 yield line
 
 
+def repeated(line: Line) -> Line:
+    """Return a line whose custom_id another line before it has: a fault."""
+    error = ApiError(
+        f"line {line.number}: custom_id {(line.id or '')[:100]!r} stands above already",
+        param="custom_id",
+        code="duplicate_custom_id",
+    )
+    return Line(line.number, line.id, wrong=error)
+
+
 def line_of(number: int, text: bytes) -> Line:
-    """Return the request of a line, or its fault. The number 0 is that of no line."""
+    """Return the request of a line, or its fault."""
 
     def wrong(message: str, param: str | None, code: str = "invalid_value") -> Line:
-        place = f"line {number}: " if number else ""
-        return Line(number, wrong=ApiError(place + message, param=param, code=code))
+        return Line(number, wrong=ApiError(f"line {number}: {message}", param=param, code=code))
 
     try:
         told = json.loads(text)

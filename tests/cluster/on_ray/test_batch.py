@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from bench.cluster.simulated import eventually
+from lfm2_fast.cluster.batch import run_batch_on_ray
+from lfm2_fast.cluster.scale import Scale
 
 pq = pytest.importorskip("pyarrow.parquet")
 pa = pytest.importorskip("pyarrow")
@@ -69,6 +71,7 @@ def test_a_killed_worker_and_a_killed_batch_lose_no_row_and_double_none(tmp_path
     lines.insert(5, "")
     lines.insert(9, "{")
     lines.append(json.dumps({"custom_id": "wrong", "url": "/v1/files", "body": {}}))
+    lines.append(lines[0])
     source.write_text("\n".join(lines))
 
     process = start(source, output, log=log)
@@ -93,12 +96,16 @@ def test_a_killed_worker_and_a_killed_batch_lose_no_row_and_double_none(tmp_path
     found = answers(output)
     ids = Counter(each["custom_id"] for each in found)
     # As in a batch without Ray, a line that is no request has a number and no custom_id.
-    assert ids == Counter([*(f"r{i}" for i in range(ROWS)), None, None])
-    faults = [each for each in found if each["custom_id"] is None]
-    assert {each["error"]["line"] for each in faults} == {10, len(lines)}
-    assert not any(each["response"] for each in faults)
-    good = [each for each in found if str(each["custom_id"]).startswith("r")]
-    assert {each["response"]["status_code"] for each in good} == {200}
+    assert ids == Counter([*(f"r{i}" for i in range(ROWS)), None, None, "r0"])
+    faults = {each["error"]["line"]: each for each in found if each["error"]}
+    assert {line: each["error"]["code"] for line, each in faults.items()} == {
+        10: "invalid_json",
+        len(lines) - 1: "invalid_value",
+        len(lines): "duplicate_custom_id",
+    }
+    assert not any(each["response"] for each in faults.values())
+    good = [each for each in found if not each["error"]]
+    assert len(good) == ROWS and {each["response"]["status_code"] for each in good} == {200}
     assert "MapBatches(Answerer)" in text
     # Nothing is left to do: no file is added.
     files = sorted(output.iterdir())
@@ -107,15 +114,37 @@ def test_a_killed_worker_and_a_killed_batch_lose_no_row_and_double_none(tmp_path
 
 
 def test_tables_are_read_and_written(tmp_path: Path) -> None:
-    source, output, log = tmp_path / "in.parquet", tmp_path / "out", tmp_path / "log"
+    import ray
+
+    source, output = tmp_path / "in.parquet", tmp_path / "out"
     rows = [{**each, "body": json.dumps(each["body"])} for each in asks(12, tokens=4)]
     rows[3]["body"] = "{"
-    pq.write_table(pa.Table.from_pylist(rows), source)
-    finished(start(source, output, log=log), log)
+    rows.append({**rows[3], "custom_id": None})
+    source.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), source / "1.parquet")
+    # Ids that stand in the other file already, and bodies that are no texts.
+    (body,) = (each["body"] for each in asks(1, tokens=4))
+    more = [{"custom_id": id, "url": rows[0]["url"], "body": body} for id in ("r2", "r3", "last")]
+    pq.write_table(pa.Table.from_pylist(more), source / "2.parquet")
+    pq.write_table(pa.table({"body": ["{}"]}), tmp_path / "nameless.parquet")
+    options = {"model": "lfm2_fast/tiny", "max_rows": 4, "device": "cpu", "memory": "64MB"}
+    try:
+        with pytest.raises(ValueError, match="nameless.parquet has no column custom_id"):
+            run_batch_on_ray(f"{tmp_path}/nameless.parquet", str(output), options, Scale())
+        run_batch_on_ray(str(source), str(output), options, Scale())
+    finally:
+        ray.shutdown()
     table = pa.concat_tables([pq.read_table(file) for file in output.glob("*.parquet")])
     found = {row["custom_id"]: row for row in table.to_pylist()}
-    assert found.keys() == {f"r{i}" for i in range(12)} and table.num_rows == 12
+    nameless = f"line 13 of {source / '1.parquet'}"
+    again = [f"line {number} of {source / '2.parquet'}" for number in (1, 2)]
+    assert found.keys() == {*(f"r{i}" for i in range(12)), nameless, *again, "last"}
+    assert table.num_rows == 16
     assert found["r3"]["status"] is None and "body must be" in found["r3"]["answer"]
-    told = json.loads(found["r4"]["answer"])
-    assert found["r4"]["status"] == 200 and told["custom_id"] == "r4"
-    assert told["response"]["body"]["usage"]["completion_tokens"] == 4
+    assert found[nameless]["status"] is None and "custom_id must" in found[nameless]["answer"]
+    for id in again:
+        assert found[id]["status"] is None and "stands above already" in found[id]["answer"]
+    for id in ("r2", "last"):
+        told = json.loads(found[id]["answer"])
+        assert found[id]["status"] == 200 and told["custom_id"] == id
+        assert told["response"]["body"]["usage"]["completion_tokens"] == 4
