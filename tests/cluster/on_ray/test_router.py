@@ -41,12 +41,26 @@ def get(url: str, path: str) -> tuple[int, str]:
         connection.close()
 
 
-def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
+def sent(url: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     data = json.dumps(body)
     connection.request("POST", path, data, {"Content-Type": "application/json"})
-    response = connection.getresponse()
+    return connection.getresponse()
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    response = sent(url, path, body)
     return response.status, response.read().decode()
+
+
+def rest(response: http.client.HTTPResponse) -> str:
+    """The rest of a stream, however it ends."""
+    try:
+        return response.read().decode()
+    except http.client.IncompleteRead as cut:
+        return cut.partial.decode(errors="replace") + " cut"
+    except ConnectionError:
+        return " cut"
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +94,14 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
             process.wait()
 
 
+def metric(url: str, name: str) -> int:
+    found = re.search(rf"vllm:{name}\{{[^}}]*\}} ([\d.]+)", get(url, "/metrics")[1])
+    return int(float(found[1])) if found else 0
+
+
 def prompts_of(url: str) -> int:
     """Number of prompts that a server has answered."""
-    page = get(url, "/metrics")[1]
-    found = re.search(r"vllm:request_prompt_tokens_count\{[^}]*\} ([\d.]+)", page)
-    return int(float(found[1])) if found else 0
+    return metric(url, "request_prompt_tokens_count")
 
 
 def cached_of(text: str) -> int:
@@ -117,10 +134,23 @@ def test_streams_and_chats_go_through(routed: Routed) -> None:
     assert [each["id"] for each in json.loads(get(routed.url, "/v1/models")[1])["data"]] == ["tiny"]
 
 
-def test_a_killed_server_costs_no_later_request(routed: Routed) -> None:
-    url, process = routed.servers[0]
-    process.kill()
-    process.wait()
+def test_a_killed_server_costs_its_streams_and_no_later_request(routed: Routed) -> None:
+    fields = {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+    streams = [
+        sent(routed.url, "/v1/completions", {"prompt": f"{number} is", **fields})
+        for number in range(4)
+    ]
+    assert all(each.readline().startswith(b"data: ") for each in streams)
+    running = {each: metric(each[0], "num_requests_running") for each in routed.servers}
+    assert sum(running.values()) == 4
+    victim = max(running, key=lambda each: running[each])
+    victim[1].kill()
+    victim[1].wait()
+    texts = [rest(each) for each in streams]
+    print([text[-60:] for text in texts])
+    # A stream of the other server is whole. One that is cut has neither of a whole one's marks.
+    assert sum(text.endswith("data: [DONE]\n\n") for text in texts) == 4 - running[victim]
+    assert sum('"finish_reason":"length"' in text for text in texts) == 4 - running[victim]
     statuses = Counter()
     begin = time.monotonic()
     for number in range(12):
