@@ -54,7 +54,7 @@ def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
 
 
 def rest(response: http.client.HTTPResponse) -> str:
-    """The rest of a stream, however it ends."""
+    """Rest of a stream, also of one that is cut."""
     try:
         return response.read().decode()
     except http.client.IncompleteRead as cut:

@@ -70,7 +70,7 @@ def kill(processes: list[Any]) -> None:
 def test_the_address_of_a_serve_that_runs_is_told(
     service: Simulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It keeps its port, and what the command asks for does not count."""
+    """A Serve keeps its port; what the command asks for does not count."""
     monkeypatch.setattr("ray.serve.run", lambda *_, **__: None)
     told: list[str] = []
     address = service.cluster.address
