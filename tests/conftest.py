@@ -70,6 +70,7 @@ MARKS = {
     "csrc/test_extension.py": "build",
     "csrc/test_groups_bodies.py": "build",
     "engine/test_decode.py": "slow",
+    "engine/test_first_token.py": "interpreter",
     "engine/test_on_a_gpu.py": "interpreter",
     "hf/test_adapters.py": "slow",
     "hf/test_beam_search.py": "slow",

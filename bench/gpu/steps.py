@@ -19,7 +19,7 @@ from lfm2_fast.engine.decode import DecodeLoop
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.engine.request import Request, Row
 from lfm2_fast.engine.step_buffers import StepBuffers
-from lfm2_fast.ops.sampling import SamplingParams, SamplingState
+from lfm2_fast.ops.sampling import SamplingParams
 from lfm2_fast.ops.triton_ops import TritonOps
 from lfm2_fast.weights.formats import INT8
 from lfm2_fast.weights.fusion import fusion_table
@@ -62,7 +62,7 @@ class Decoding:
 
     def begin(self) -> None:
         """Start over with the prompt, and warm up; what was captured stays."""
-        device, context = self.model.device, self.context
+        context = self.context
         self.end()
         self.cache.reset()
         network = self.model.network
@@ -72,15 +72,7 @@ class Decoding:
         logits = ModelRunner(network, self.cache, self.buffers).prefill([prompt(context)], [0])
         for slot in range(1, self.batch):
             self.cache.copy(0, slot)
-        positions = torch.full((self.batch,), context, device=device)
-        seen = None
-        if self.params.repetition_penalty != 1.0:
-            seen = torch.zeros(self.batch, logits.shape[1], dtype=torch.bool, device=device)
-            seen[:, prompt(context)] = True
-        state = SamplingState(
-            [self.params] * self.batch, positions=positions, seen=seen, device=device
-        )
-        steps.admit(rows, logits.expand(self.batch, -1), state)
+        steps.admit(rows, logits.expand(self.batch, -1))
         self.steps = steps
         self.run(WARM)
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+# Values on the host, and their dtype on the device.
+Field = tuple[Sequence[int] | Sequence[float], torch.dtype]
+
 
 @dataclass(frozen=True)
 class HostBatch:
@@ -102,18 +105,18 @@ class Batch:
         for n in host.query_lengths:
             bounds.append(bounds[-1] + n)
         positions = [p for _, start, n in host for p in range(start, start + n)]
-        return cls(
-            positions=on_device(positions, torch.int64, device),
-            cu_seqlens=on_device(bounds, torch.int32, device),
-            slots=on_device(host.slots, torch.int64, device),
-            lengths=on_device(ends, torch.int32, device),
-            max_query=max(host.query_lengths, default=0),
-            host=host,
-            final_lengths=None if finals == ends else on_device(finals, torch.int32, device),
-            write_from=None
-            if host.write_from is None
-            else on_device(host.write_from, torch.int32, device),
-        )
+        fields: dict[str, Field] = {
+            "positions": (positions, torch.int64),
+            "cu_seqlens": (bounds, torch.int32),
+            "slots": (host.slots, torch.int64),
+            "lengths": (ends, torch.int32),
+        }
+        if finals != ends:
+            fields["final_lengths"] = (finals, torch.int32)
+        if host.write_from is not None:
+            fields["write_from"] = (host.write_from, torch.int32)
+        moved = dict(zip(fields, together_on_device(device, *fields.values()), strict=True))
+        return cls(max_query=max(host.query_lengths, default=0), host=host, **moved)
 
     @property
     def required_host(self) -> HostBatch:
@@ -154,6 +157,30 @@ def on_device(
 ) -> torch.Tensor:
     """Return ``values`` on the device, without waiting for the device."""
     return torch.tensor(list(values), dtype=dtype).to(device, non_blocking=True)
+
+
+def together_on_device(device: torch.device | str, *fields: Field) -> list[torch.Tensor]:
+    """Return the values of each field on the device, without waiting for the device.
+
+    A CUDA device gets all of them by one copy of pinned memory, as each copy costs the host as much
+    as a launch. There they share memory.
+    """
+    if torch.device(device).type != "cuda":
+        return [on_device(values, dtype, device) for values, dtype in fields]
+    hosts = [torch.tensor(list(values), dtype=dtype) for values, dtype in fields]
+    starts, size = [], 0
+    for each in hosts:
+        starts.append(size)
+        # Triton compiles a kernel again for pointers that are not multiples of 16 bytes.
+        size += -(-each.nbytes // 16) * 16
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    for start, each in zip(starts, hosts, strict=True):
+        packed[start : start + each.nbytes] = each.view(torch.uint8)
+    moved = packed.to(device, non_blocking=True)
+    return [
+        moved[start : start + each.nbytes].view(each.dtype)
+        for start, each in zip(starts, hosts, strict=True)
+    ]
 
 
 def widest_float(device: torch.device | str) -> torch.dtype:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lfm2_fast.cache.batch import on_device
+from lfm2_fast.cache.batch import on_device, together_on_device
 from lfm2_fast.cache.page_memory import PAGE_SIZE, PageMemory, pages_of
 from lfm2_fast.cache.page_pool import CacheError, PagePool
 from lfm2_fast.cache.prefix_index import Match
@@ -90,9 +90,9 @@ class SlotPages:
             else:
                 pages.append(page)
         rows, columns = zip(*wanted, strict=True)
-        device = self._table.device
-        at = on_device(rows, torch.int64, device), on_device(columns, torch.int64, device)
-        self._table[at] = on_device(taken, torch.int32, device)
+        fields = (rows, torch.int64), (columns, torch.int64), (taken, torch.int32)
+        *at, pages_taken = together_on_device(self._table.device, *fields)
+        self._table[tuple(at)] = pages_taken
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep only the pages of a slot's first ``length`` tokens."""

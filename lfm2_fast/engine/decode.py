@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from lfm2_fast.cache.batch import DecodeInputs, on_device
+from lfm2_fast.cache.batch import on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
@@ -68,25 +68,6 @@ def no_token(
     return LogitsError(
         f"row {place} has no token to choose as its new token {number}, at position "
         f"{row.start + number - 1}: the best of its logits is NaN or infinite ({why})"
-    )
-
-
-def sampling_state(model: Lfm2, rows: Sequence[Row]) -> SamplingState:
-    """Return the state that chooses the next tokens of ``rows``, after their texts."""
-    params, device, seen = [row.request.sampling for row in rows], model.device, None
-    if any(each.repetition_penalty != 1.0 for each in params):
-        shape = (len(rows), model.config.vocab_size)
-        seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        for marks, row in zip(seen, rows, strict=True):
-            marks.index_fill_(0, on_device(row.text, torch.int64, device), True)
-    numbers = [row.request.first_row + row.index for row in rows]
-    return SamplingState(
-        params,
-        device=device,
-        seed=[row.request.seed for row in rows],
-        rows=on_device(numbers, torch.int64, device),
-        positions=on_device([row.length for row in rows], torch.int64, device),
-        seen=seen,
     )
 
 
@@ -159,30 +140,21 @@ class DecodeLoop:
         """Return True if an unread launch runs the row."""
         return any(row is other for launch in self._unread for other, _ in launch.rows)
 
-    def admit(self, rows: Sequence[Row], logits: torch.Tensor, state: SamplingState) -> None:
+    def admit(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
         """Choose the next tokens of rows whose texts have run, from ``logits [B, V]``."""
         self._retire()
-        buffers, device = self.buffers, self.model.device
+        buffers, ops = self.buffers, self.model.ops
         free = [place for place, row in enumerate(self.places) if row is None]
         places = (free + list(range(len(self.places), len(self.places) + len(rows))))[: len(rows)]
-        at = on_device(places, torch.int64, device)
-        buffers.set_eos(places, [row.request.eos for row in rows])
+        made, at = buffers.first_rows(places, rows)
         numbered = list(zip(rows, range(len(rows)), strict=True))
         if self.chooser is None:
-            chosen = self.model.ops.sample(adjusted(logits, numbered), state)
+            chosen = ops.sample(adjusted(logits, numbered), made.state)
         else:
-            chosen = self.chooser(rows, logits, state)
-        slots = on_device([row.slot for row in rows], torch.int64, device)
-        # Each row is at the last token of its text.
-        positions = on_device([row.start + row.launched - 1 for row in rows], torch.int64, device)
-        lengths = (positions + 1).int()
-        finished, tokens = torch.zeros_like(slots, dtype=torch.bool), torch.empty_like(slots)
-        inputs = DecodeInputs(tokens, slots, positions, lengths, finished)
+            chosen = self.chooser(rows, logits, made.state)
         written = torch.empty_like(chosen)
-        self.model.ops.advance(chosen, buffers.eos[at], self.cache.dummy_slot, inputs, written)
-        for ours, made in zip(buffers.inputs, inputs, strict=True):
-            ours[at] = made
-        buffers.set_sampling(places, state)
+        ops.advance(chosen, made.eos, self.cache.dummy_slot, made.inputs, written)
+        buffers.put(places, at, made)
         for place, row in zip(places, rows, strict=True):
             row.launched += 1
             self.places[place : place + 1] = [row]
@@ -340,16 +312,10 @@ class DecodeLoop:
 
     def _shrink(self) -> None:
         """Move to a smaller bucket, if the rows fit into one."""
-        buffers, cache = self.buffers, self.cache
         kept = [place for place, row in enumerate(self.places) if row is not None]
         if self._rows_of_step(len(kept)) == self._rows_of_step(len(self.places)):
             return
-        if kept:
-            at = on_device(kept, torch.int64, self.model.device)
-            for each in (*buffers.inputs, buffers.eos):
-                each[: len(kept)] = each[at]
-            buffers.set_sampling(range(len(kept)), buffers.state.pick(kept))
-        buffers.clear_rows(len(kept), len(self.places), cache)
+        self.buffers.shrink(kept, len(self.places), self.cache)
         self.places = [self.places[place] for place in kept]
 
     def _copy_to_host(

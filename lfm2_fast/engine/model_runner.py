@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
-from lfm2_fast.cache.batch import Batch, on_device
+from lfm2_fast.cache.batch import Batch, together_on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.captured_prompt import CapturedPrompt
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
@@ -131,10 +132,10 @@ class ModelRunner:
         uncaptured = self.hooked or not model.ops.uses_graphs
         if uncaptured or any(cache.replay(slot) for slot in slots):
             return self.prefill([[token] for token in tokens], slots)
-        batch = cache.next_batch([1] * count, slots, model.device)
+        batch = cache.next_batch([1] * count, slots, "cpu")
         cache.reserve(batch)
         buffers = self.buffers
-        buffers.load_inputs(tokens, batch, cache)
+        buffers.load_rows(tokens, slots, batch.required_host.starts, cache)
         adapted = buffers.adapted(model, slots)
         buffers.run_steps(model, cache, bucket(count, cache), choose=False, adapted=adapted)
         cache.commit_batch(batch)
@@ -171,13 +172,14 @@ class ModelRunner:
         batch = cache.next_batch(counts, slots, device, ends, replays=replays)
         batch = self.buffers.with_adapters(model, batch)
         if prompt is None:
-            packed = on_device(
-                [token for chunk in chunks for token in chunk], torch.int64, model.device
+            lasts = [place - 1 for place in accumulate(counts)]
+            packed, rows = together_on_device(
+                model.device,
+                ([token for chunk in chunks for token in chunk], torch.int64),
+                ([lasts[i] for i in ended], torch.int64),
             )
-            rows = None if every or batch.max_query == 1 else batch.last_rows
-            if not every and len(ended) < len(chunks):
-                rows = batch.last_rows[on_device(ended, torch.int64, model.device)]
-            logits = run_batch(model, packed, batch, cache, rows)
+            whole = every or (batch.max_query == 1 and len(ended) == len(chunks))
+            logits = run_batch(model, packed, batch, cache, None if whole else rows)
         else:
             cache.reserve(batch)
             start = batch.required_host.starts[0]

@@ -11,7 +11,7 @@ from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
-from lfm2_fast.engine.decode import Chooser, DecodeLoop, sampling_state
+from lfm2_fast.engine.decode import Chooser, DecodeLoop
 from lfm2_fast.engine.events import Events
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.engine.prefill import Prefill
@@ -161,8 +161,9 @@ class RowRunner:
             return False
         begun, self.held = sorted(self.held, key=lambda each: each[0].arrival), []
         rows = [row for row, _ in begun]
-        logits = torch.stack([own for _, own in begun])
-        self.decode.admit(rows, logits, sampling_state(self.model, rows))
+        first = begun[0][1][None]
+        logits = first if len(rows) == 1 else torch.stack([own for _, own in begun])
+        self.decode.admit(rows, logits)
         for row in rows:
             self.scheduler.leave(row)
         return True

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from lfm2_fast.cache.batch import Batch, DecodeInputs, HostBatch, on_device
+from lfm2_fast.cache.batch import Batch, DecodeInputs, HostBatch, on_device, together_on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.graphs import Graphs, capture_cpu, capture_cuda
+from lfm2_fast.engine.request import Row
+from lfm2_fast.engine.step_rows import StepRows, first_rows, penalizes
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 
@@ -42,19 +44,10 @@ class StepBuffers:
         # What recorded steps depend on, beside the tensors here.
         self.made_for = model.ops, model.drafter
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
-        tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        self.inputs = DecodeInputs(
-            tokens=tokens,
-            slots=torch.zeros_like(tokens),
-            positions=torch.zeros_like(tokens),
-            lengths=torch.ones(size, dtype=torch.int32, device=device),
-            finished=torch.ones(size, dtype=torch.bool, device=device),
-        )
+        self.rows = self._blank(SamplingParams(), cache, EOS_TOKENS, device)
         self.cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.eos = torch.full((size, EOS_TOKENS), -1, device=device)
         self.logits: torch.Tensor | None = None
         self.marks: torch.Tensor | None = None
-        self.state = SamplingState([SamplingParams()] * size, device=device)
         self.views: dict[int, SamplingState] = {}
         self.prompts: dict[int, Any] = {}
         if capture is None and device.type == "cuda" and model.ops.captures:
@@ -66,6 +59,21 @@ class StepBuffers:
         self.entries = [0] * cache.slots
         self.adapters = torch.zeros(cache.slots + 1, dtype=torch.int64, device=device)
         self._adapters_version = model.adapters.version
+
+    @property
+    def inputs(self) -> DecodeInputs:
+        """Inputs of the next step."""
+        return self.rows.inputs
+
+    @property
+    def state(self) -> SamplingState:
+        """Sampling state of the rows."""
+        return self.rows.state
+
+    @property
+    def eos(self) -> torch.Tensor:
+        """End tokens ``[size, E]`` of the rows, then -1."""
+        return self.rows.eos
 
     @property
     def nbytes(self) -> int:
@@ -84,12 +92,58 @@ class StepBuffers:
 
     def begin(self, cache: Cache, params: SamplingParams) -> None:
         """Mark all rows finished, without end tokens, and let them choose as ``params`` say."""
-        self.eos.fill_(-1)
         self.state.seen = None
         self._mark_from(params.repetition_penalty != 1.0)
-        blank = SamplingState([params] * self.size, device=self.eos.device)
-        self.set_sampling(range(self.size), blank)
-        self.clear_rows(0, self.size, cache)
+        blank = self._blank(params, cache, self.eos.shape[1], self.eos.device)
+        self.put(range(self.size), slice(0, self.size), blank)
+
+    def _blank(
+        self, params: SamplingParams, cache: Cache, ends: int, device: torch.device
+    ) -> StepRows:
+        """Return finished rows without end tokens, which choose as ``params`` say."""
+        size, dummy = self.size, cache.dummy_slot
+        own: dict[str, Sequence[int]] = {
+            "slots": [0 if dummy is None else dummy] * size,
+            "rows": range(size),
+            "finished": [True] * size,
+        }
+        return StepRows.from_host([params] * size, device, own, [()] * size, ends)[0]
+
+    def first_rows(
+        self, places: Sequence[int], rows: Sequence[Row]
+    ) -> tuple[StepRows, torch.Tensor | slice]:
+        """Return rows for ``put``, whose texts have run, and their places as ``put`` takes them."""
+        most = max(len(row.request.eos) for row in rows)
+        if most > self.eos.shape[1]:
+            self.rows.widen(most)
+            self.drop_graphs()
+        front = slice(places[0], places[0] + len(places))
+        together = list(places) == list(range(front.start, front.stop))
+        seen = None
+        if penalizes(rows):
+            self._mark_from(True)
+            assert self.marks is not None
+            # Marked where they will stay, if the places are next to each other.
+            seen = self.marks[front] if together else self.marks.new_empty(len(rows), self.vocab)
+        device, ends = self.eos.device, self.eos.shape[1]
+        made, moved = first_rows(rows, device, ends, (places, torch.int64), seen=seen)
+        return made, front if together else moved[0]
+
+    def put(self, places: Sequence[int], at: torch.Tensor | slice, rows: StepRows) -> None:
+        """Write ``rows`` into ``places``, which are ``at`` too."""
+        self.rows.put(places, at, rows)
+        if self.marks is not None and rows.state.seen is not None and not isinstance(at, slice):
+            self.marks[at] = rows.state.seen
+        self.views = {}
+
+    def shrink(self, kept: Sequence[int], count: int, cache: Cache) -> None:
+        """Move the rows in places ``kept`` to the front, and clear the others of ``count``."""
+        if kept:
+            picked, front = self.rows.pick(kept), slice(0, len(kept))
+            self.put(range(len(kept)), front, picked)
+            if self.marks is not None and picked.state.seen is not None:
+                self.marks[front] = picked.state.seen
+        self.clear_rows(len(kept), count, cache)
 
     def set_adapter(self, slot: int, entry: int) -> None:
         """Let the text in ``slot`` have the adapter of ``entry``, 0 for none."""
@@ -108,18 +162,6 @@ class StepBuffers:
     def adapted(self, model: Lfm2, slots: Iterable[int]) -> bool:
         """Return True if steps of ``slots`` must be told their adapters, none included."""
         return model.adapters.active is not None or any(self.entries[slot] for slot in slots)
-
-    def set_eos(self, places: Sequence[int], eos: Sequence[Sequence[int]]) -> None:
-        """Let each of ``eos`` end the row in its place."""
-        most = max(map(len, eos), default=0)
-        if most > self.eos.shape[1]:
-            wider = torch.full((self.size, most), -1, device=self.eos.device)
-            wider[:, : self.eos.shape[1]] = self.eos
-            self.eos = wider
-            self.drop_graphs()
-        padded = [[*own, *[-1] * (self.eos.shape[1] - len(own))] for own in eos]
-        at = on_device(places, torch.int64, self.eos.device)
-        self.eos[at] = torch.tensor(padded, dtype=torch.int64).to(self.eos.device)
 
     def _mark_from(self, wanted: bool) -> None:
         """Have a place for what rows have seen from now on, if that is wanted."""
@@ -147,15 +189,6 @@ class StepBuffers:
         self.inputs.lengths[first:last] = 1
         self.inputs.finished[first:last] = True
 
-    def load_inputs(self, tokens: Sequence[int], batch: Batch, cache: Cache) -> None:
-        """Take the inputs of one step from the host; rows beyond are finished."""
-        count = len(tokens)
-        self.inputs.tokens[:count] = torch.tensor(tokens)
-        self.inputs.slots[:count] = batch.slots
-        self.inputs.positions[:count] = batch.positions
-        self.inputs.lengths[:count] = batch.lengths
-        self.clear_rows(count, bucket(count, cache), cache)
-
     def load_rows(
         self,
         tokens: Sequence[int],
@@ -164,12 +197,11 @@ class StepBuffers:
         cache: Cache,
     ) -> None:
         """Take one step's tokens from the host, with the slot and position of each."""
-        count, device = len(tokens), self.eos.device
-        at = on_device(positions, torch.int64, device)
-        self.inputs.tokens[:count] = on_device(tokens, torch.int64, device)
-        self.inputs.slots[:count] = on_device(slots, torch.int64, device)
-        self.inputs.positions[:count] = at
-        self.inputs.lengths[:count] = at + 1
+        count, lengths = len(tokens), [position + 1 for position in positions]
+        fields = ([*tokens, *slots, *positions], torch.int64), (lengths, torch.int32)
+        ints, made = together_on_device(self.eos.device, *fields)
+        self.rows.tensors[0][:3, :count] = ints.view(3, count)
+        self.inputs.lengths[:count] = made
         self.inputs.finished[:count] = False
         self.clear_rows(count, bucket(count, cache), cache)
 

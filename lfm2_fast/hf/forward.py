@@ -242,9 +242,14 @@ def as_asked(model: Lfm2PreTrainedModel, answer: ModelOutput, return_dict: bool 
 
 
 def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Put Move ``input_ids`` to the model's device. Raises ValueError unless ``[B, T]`` and in
-    range.
+    """Return ``input_ids`` on the model's device, as int64. Raises ValueError unless ``[B, T]`` and
+    in range.
     """
+    return checked_ids(model, input_ids).to(model.device, torch.int64)
+
+
+def checked_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return ``input_ids``, where they are. Raises ValueError unless ``[B, T]`` and in range."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
         raise ValueError(
             "input_ids must be integers of shape [batch, tokens], got "
@@ -258,11 +263,11 @@ def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
             f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, but this model's "
             f"vocabulary has {vocab_size} tokens; is the tokenizer another model's?"
         )
-    return input_ids.to(model.device, torch.int64)
+    return input_ids
 
 
 def check_embeds(model: Lfm2PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
-    """Put Convert ``embeds`` to the model's dtype and device. Raises ValueError unless ``[B, T,
+    """Convert ``embeds`` to the model's dtype and device. Raises ValueError unless ``[B, T,
     H]``.
     """
     hidden = model.network.config.hidden_size

@@ -149,7 +149,7 @@ def _run(
     if needs.chooser:
         texts = call.texts(model.device)
         if needs.processors:
-            masks = call.source.mask.repeat_interleave(asked.copies, 0)
+            masks = call.source.mask.to(model.device).repeat_interleave(asked.copies, 0)
             processors = logits_processors(
                 model, asked, texts, masks, call.budget, processors, of_the_call
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.forward import check_embeds, check_ids
+from lfm2_fast.hf.forward import check_embeds, checked_ids
 from lfm2_fast.hf.generation_args import GenerationArgs
 from lfm2_fast.hf.packing import check_cache, text_before, unpadded
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
@@ -17,12 +17,12 @@ from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 
 @dataclass
 class Prompts:
-    """Padded rows of a call, on the model's device.
+    """Padded rows of a call.
 
     An answer begins with ``ids [B, W]``. ``mask [B, T]`` bool is true at tokens. They are those of
-    the ids or, if given, of ``embeds [B, T, H]``, which run instead. ``before`` has the tokens of
-    each row that are in the cache already. ``device`` is the caller's, None if the prompts had
-    none.
+    the ids or, if given, of ``embeds [B, T, H]`` on the model's device, which run instead. Ids and
+    mask are on the host, so that checks of them take no launches. ``before`` has the tokens of each
+    row that are in the cache already. ``device`` is the caller's, None if the prompts had none.
     """
 
     ids: torch.Tensor
@@ -109,7 +109,7 @@ def gather_prompts(
         if asked.bos_token_id is None:
             raise ValueError("generate() needs input_ids: the checkpoint names no bos_token_id")
         ids, mask = torch.tensor([[asked.bos_token_id]]), None
-    ids = check_ids(model, ids)
+    ids = checked_ids(model, ids.cpu()).long()
     if asked.token_healing:
         ids, mask = _healed(model, ids, mask, tokenizer)
     before: list[list[int]] = [[] for _ in ids]
@@ -133,14 +133,16 @@ def _embedded(
     embeds, device = check_embeds(model, embeds), embeds.device
     if ids is None:
         ids = torch.zeros(len(embeds), 0, dtype=torch.int64)
-    ids = check_ids(model, ids)
+    ids = checked_ids(model, ids.cpu()).long()
     if len(ids) != len(embeds):
         raise ValueError(f"inputs_embeds has {len(embeds)} rows, input_ids {len(ids)}")
     if isinstance(cache, Cache) and any(cache.lengths):
         raise ValueError(
             "past_key_values must be empty beside inputs_embeds: it cannot be told what they share"
         )
-    mask = unpadded(embeds, None if mask is None else mask.to(model.device), holes=True)
+    # The numbers of embeddings do not matter to a mask, only their places.
+    places = torch.empty(embeds.shape[:2])
+    mask = unpadded(places, mask, holes=True)
     rows: list[list[int]] = [[] for _ in ids]
     return _without_empty(Prompts(ids, mask, embeds, rows, device), "inputs_embeds")
 

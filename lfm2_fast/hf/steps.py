@@ -9,9 +9,10 @@ import torch
 
 from lfm2_fast.cache.batch import Batch, on_device
 from lfm2_fast.cache.prefix_index import common_prefix
-from lfm2_fast.engine.decode import no_token, sampling_state
+from lfm2_fast.engine.decode import no_token
 from lfm2_fast.engine.model_runner import ModelRunner
 from lfm2_fast.engine.request import Request, Row
+from lfm2_fast.engine.step_rows import sampling_state
 from lfm2_fast.hf.batch_chooser import BatchChooser
 from lfm2_fast.hf.generation_args import GenerationArgs
 from lfm2_fast.hf.prompts import Prompts
@@ -67,8 +68,11 @@ class Steps:
             self.cache.go_back(slot, len(before))
         counts = prompts.mask.sum(-1).tolist()
         batch = self.cache.next_batch(counts, firsts, self.device)
-        tokens = prompts.ids[prompts.mask] if prompts.embeds is None else None
-        embeds = None if prompts.embeds is None else prompts.embeds[prompts.mask]
+        tokens = embeds = None
+        if prompts.embeds is None:
+            tokens = prompts.ids[prompts.mask].to(self.device)
+        else:
+            embeds = prompts.embeds[prompts.mask.to(self.device)]
         x, states = self._run(tokens, embeds, batch)
         if self.hidden_states is not None:
             self.hidden_states.append(tuple(self._padded(each) for each in states))
@@ -91,7 +95,7 @@ class Steps:
 
     def _padded(self, values: torch.Tensor) -> torch.Tensor:
         """Return packed ``values [T, H]`` of the prompts as every row's ``[N, T, H]``."""
-        mask = self.prompts.mask
+        mask = self.prompts.mask.to(self.device)
         full = values.new_zeros(*mask.shape, values.shape[-1])
         full[mask] = values
         return full.repeat_interleave(self.copies, 0)

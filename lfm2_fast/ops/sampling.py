@@ -13,12 +13,12 @@ Noise is float64 too. Devices that may lack float64 compute both in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
-from lfm2_fast.cache.batch import on_device, widest_float
+from lfm2_fast.cache.batch import Field, on_device, together_on_device, widest_float
 
 MASK32 = 0xFFFFFFFF
 # Marks a row without a token to choose.
@@ -65,18 +65,35 @@ class SamplingState:
     ) -> None:
         count = len(params)
         self.params = tuple(params)
-        for field in fields(SamplingParams):
-            values = [getattr(row, field.name) for row in params]
-            wide = widest_float(device)
-            kind = {"do_sample": torch.bool, "top_k": torch.int64}.get(field.name, wide)
-            setattr(self, field.name, on_device(values, kind, device))
-        each = [seed] * count if isinstance(seed, int) else seed
-        signed = [one - 2**64 if one >= 2**63 else one for one in each]
-        self.seeds = on_device(signed, torch.int64, device)
+        names = [field.name for field in fields(SamplingParams)]
+        kinds = {"do_sample": torch.bool, "top_k": torch.int64}
+        wide = widest_float(device)
+        own: list[Field] = [
+            ([getattr(row, name) for row in params], kinds.get(name, wide)) for name in names
+        ]
+        seeds = signed([seed] * count if isinstance(seed, int) else seed)
+        *moved, self.seeds = together_on_device(device, *own, (seeds, torch.int64))
+        for name, values in zip(names, moved, strict=True):
+            setattr(self, name, values)
         self.rows = torch.arange(count, device=device) if rows is None else rows
         self.positions = torch.zeros_like(self.seeds) if positions is None else positions.clone()
         self.seen = seen
         self._plan()
+
+    @classmethod
+    def over(
+        cls,
+        params: Sequence[SamplingParams],
+        tensors: Mapping[str, torch.Tensor],
+        seen: torch.Tensor | None,
+    ) -> SamplingState:
+        """Return the state of rows whose ``tensors`` exist, by the names in ``TENSORS``."""
+        made = object.__new__(cls)
+        made.params, made.seen = tuple(params), seen
+        for name in TENSORS:
+            setattr(made, name, tensors[name])
+        made._plan()
+        return made
 
     do_sample: torch.Tensor
     temperature: torch.Tensor
@@ -106,36 +123,36 @@ class SamplingState:
 
     def pick(self, places: Sequence[int]) -> SamplingState:
         """Return the state of some rows, in that order, as a copy."""
-        picked = object.__new__(SamplingState)
-        picked.params = tuple(self.params[place] for place in places)
         at = on_device(places, torch.int64, self.seeds.device)
-        for name in TENSORS:
-            setattr(picked, name, getattr(self, name)[at])
-        picked.seen = None if self.seen is None else self.seen[at]
-        picked._plan()
-        return picked
+        return SamplingState.over(
+            [self.params[place] for place in places],
+            {name: getattr(self, name)[at] for name in TENSORS},
+            None if self.seen is None else self.seen[at],
+        )
 
     def first(self, count: int) -> SamplingState:
         """Return the state of the first rows, which shares their tensors."""
-        shared = object.__new__(SamplingState)
-        shared.params = self.params[:count]
-        for name in TENSORS:
-            setattr(shared, name, getattr(self, name)[:count])
-        shared.seen = None if self.seen is None else self.seen[:count]
-        shared._plan()
-        return shared
+        return SamplingState.over(
+            self.params[:count],
+            {name: getattr(self, name)[:count] for name in TENSORS},
+            None if self.seen is None else self.seen[:count],
+        )
 
     def copy_rows(self, places: Sequence[int], other: SamplingState) -> None:
         """Copy the rows of ``other`` into ``places``."""
         at = on_device(places, torch.int64, self.seeds.device)
-        params = list(self.params)
-        for place, row in zip(places, other.params, strict=True):
-            params[place] = row
-        self.params = tuple(params)
         for name in TENSORS:
             getattr(self, name)[at] = getattr(other, name)
         if self.seen is not None and other.seen is not None:
             self.seen[at] = other.seen
+        self.note_params(places, other.params)
+
+    def note_params(self, places: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """Note on the host that rows ``places`` have other parameters."""
+        own = list(self.params)
+        for place, row in zip(places, params, strict=True):
+            own[place] = row
+        self.params = tuple(own)
         self._plan()
 
     def record(self, tokens: torch.Tensor) -> None:
@@ -146,6 +163,11 @@ class SamplingState:
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         self.positions += 1
+
+
+def signed(seeds: Sequence[int]) -> list[int]:
+    """Return seeds of 64 bits as int64 has them."""
+    return [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
 
 
 TENSORS = (*(field.name for field in fields(SamplingParams)), "seeds", "rows", "positions")

@@ -276,7 +276,7 @@ def test_a_reader_that_stops_within_a_launch_loses_no_token(text_alone, ahead, s
     row = Row(0, Request(PROMPTS[0]), 0, limit=30, arrival=0, slot=0)
     steps = DecodeLoop(ahead.network, cache)
     logits = ModelRunner(ahead.network, cache).prefill([PROMPTS[0]], [0])
-    steps.admit([row], logits, steps.buffers.state.pick([0]))
+    steps.admit([row], logits)
     assert steps.launch() == steps.launch() == step_buffers.MAX_STEPS
     for _ in zip(range(seen), steps.read(0), strict=False):
         pass
@@ -635,7 +635,7 @@ def test_max_length_is_an_error_that_loses_nothing(ahead) -> None:
     row = Row(0, Request(PROMPTS[0]), 0, limit=100, arrival=0, slot=0)
     steps = DecodeLoop(ahead.network, cache)
     logits = ModelRunner(ahead.network, cache).prefill([PROMPTS[0]], [0])
-    steps.admit([row], logits, steps.buffers.state.pick([0]))
+    steps.admit([row], logits)
     with pytest.raises(CacheError, match="max_length of 12"):
         while steps.launch():
             list(steps.read(steps.lag))
