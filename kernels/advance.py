@@ -8,6 +8,8 @@ tokens unchanged. ``tokens`` gets 0 in place of a negative token. Least bytes: a
 one launch instead of ten.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,40 @@ import triton.language as tl
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 
 
-@triton.jit(do_not_specialize=["sequences", "ends", "dummy_slot"])
+@triton.jit
+def advance_row(
+    row,
+    chosen,
+    eos_ptr,
+    tokens_ptr,
+    slots_ptr,
+    positions_ptr,
+    lengths_ptr,
+    finished_ptr,
+    written_ptr,
+    dummy_slot,
+    ends,
+    BLOCK_E: tl.constexpr,
+):
+    """Advance one sequence, which chose ``chosen``."""
+    offs_e = tl.arange(0, BLOCK_E)
+    eos = tl.load(eos_ptr + row * ends + offs_e, mask=offs_e < ends, other=-1)
+    ended = tl.max((eos == chosen).to(tl.int32), axis=0) != 0
+    finished = tl.load(finished_ptr + row) != 0
+    position = tl.load(positions_ptr + row)
+    position += tl.where(finished, 0, 1)
+    finished = finished | ended | (chosen < 0)
+    leaves = finished & (dummy_slot >= 0)
+    position = tl.where(leaves, 0, position)
+    tl.store(written_ptr + row, chosen)
+    tl.store(tokens_ptr + row, tl.maximum(chosen, 0))
+    tl.store(finished_ptr + row, finished.to(tl.uint8))
+    tl.store(positions_ptr + row, position)
+    tl.store(lengths_ptr + row, (position + 1).to(tl.int32))
+    tl.store(slots_ptr + row, dummy_slot, mask=leaves)
+
+
+@triton.jit(do_not_specialize=["ends", "dummy_slot"])
 def _advance_kernel(
     chosen_ptr,
     eos_ptr,
@@ -26,29 +61,16 @@ def _advance_kernel(
     finished_ptr,
     written_ptr,
     dummy_slot,
-    sequences,
     ends,
-    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask = offs_s < sequences
+    row = tl.program_id(0)
     pdl_wait(PDL)
-    chosen = tl.load(chosen_ptr + offs_s, mask=mask, other=0)
-    finished = tl.load(finished_ptr + offs_s, mask=mask, other=0) != 0
-    position = tl.load(positions_ptr + offs_s, mask=mask, other=0)
-    position += tl.where(finished, 0, 1)
-    finished |= chosen < 0
-    for end in range(0, ends):
-        finished |= chosen == tl.load(eos_ptr + offs_s * ends + end, mask=mask, other=-1)
-    position = tl.where(finished & (dummy_slot >= 0), 0, position)
-    tl.store(written_ptr + offs_s, chosen, mask=mask)
-    tl.store(tokens_ptr + offs_s, tl.maximum(chosen, 0), mask=mask)
-    tl.store(finished_ptr + offs_s, finished.to(tl.uint8), mask=mask)
-    tl.store(positions_ptr + offs_s, position, mask=mask)
-    tl.store(lengths_ptr + offs_s, (position + 1).to(tl.int32), mask=mask)
-    leaves = tl.zeros_like(position) + dummy_slot
-    tl.store(slots_ptr + offs_s, leaves, mask=mask & finished & (dummy_slot >= 0))
+    advance_row(
+        row, tl.load(chosen_ptr + row), eos_ptr, tokens_ptr, slots_ptr, positions_ptr, lengths_ptr,
+        finished_ptr, written_ptr, dummy_slot, ends, BLOCK_E,
+    )  # fmt: skip
 
 
 def advance_triton(
@@ -68,32 +90,41 @@ def advance_triton(
 
     ``pdl``: as in norm_linear.py.
     """
-    (sequences,) = chosen.shape
-    for each in (chosen, tokens, slots, positions, lengths, finished, written):
-        assert each.dim() == 1 and each.is_contiguous()
-    assert eos.dim() == 2 and len(eos) == sequences and eos.is_contiguous()
+    assert chosen.shape == tokens.shape and chosen.dtype == torch.int64 and chosen.is_contiguous()
+    given = advance_arguments(eos, dummy_slot, tokens, slots, positions, lengths, finished, written)
+    if len(chosen) == 0:
+        return
+    with torch.cuda.device_of(chosen):
+        _advance_kernel[(len(chosen),)](chosen, **given, num_warps=1, **pdl_options(pdl))
+
+
+def advance_arguments(
+    eos: torch.Tensor,
+    dummy_slot: int | None,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+    written: torch.Tensor,
+) -> dict[str, Any]:
+    """Return the arguments of a kernel that calls ``advance_row``, checked."""
+    assert eos.dim() == 2 and len(eos) == len(tokens) and eos.is_contiguous()
     for each in (tokens, slots, positions, lengths, finished, written):
-        assert each.shape == chosen.shape
-    for each in (chosen, tokens, slots, positions, written, eos):
+        assert each.shape == eos.shape[:1] and each.is_contiguous()
+    for each in (tokens, slots, positions, written, eos):
         assert each.dtype == torch.int64
     assert lengths.dtype == torch.int32 and finished.dtype == torch.bool
-    if sequences == 0:
-        return
-    block_s = 128
-    with torch.cuda.device_of(chosen):
-        _advance_kernel[(triton.cdiv(sequences, block_s),)](
-            chosen,
-            eos,
-            tokens,
-            slots,
-            positions,
-            lengths,
-            finished.view(torch.uint8),
-            written,
-            -1 if dummy_slot is None else dummy_slot,
-            sequences,
-            eos.shape[1],
-            BLOCK_S=block_s,
-            num_warps=4,
-            **pdl_options(pdl),
-        )
+    return {
+        "eos_ptr": eos,
+        "tokens_ptr": tokens,
+        "slots_ptr": slots,
+        "positions_ptr": positions,
+        "lengths_ptr": lengths,
+        # Triton stores bytes, not bits.
+        "finished_ptr": finished.view(torch.uint8),
+        "written_ptr": written,
+        "dummy_slot": -1 if dummy_slot is None else dummy_slot,
+        "ends": eos.shape[1],
+        "BLOCK_E": triton.next_power_of_2(max(eos.shape[1], 1)),
+    }

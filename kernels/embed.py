@@ -9,7 +9,26 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
+
+@triton.jit
+def store_row(
+    token,
+    place,
+    block,
+    weight_ptr,
+    scale_ptr,
+    out_ptr,
+    stride_out_t,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write a block of a token's row to row ``place`` of ``out``."""
+    offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    row = tl.load(weight_ptr + token * K + offs_k, mask=mask, other=0)
+    if scale_ptr is not None:
+        row = row.to(tl.float32) * tl.load(scale_ptr + token)
+    tl.store(out_ptr + place * stride_out_t + offs_k, row.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -21,18 +40,11 @@ def _embed_kernel(
     stride_out_t,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = offs_k < K
-    # The weight does not change, but the previous step writes the row numbers to read.
-    pdl_wait(PDL)
     token = place if tokens_ptr is None else tl.load(tokens_ptr + place)
-    row = tl.load(weight_ptr + token * K + offs_k, mask=mask, other=0)
-    if scale_ptr is not None:
-        row = row.to(tl.float32) * tl.load(scale_ptr + token)
-    tl.store(out_ptr + place * stride_out_t + offs_k, row.to(out_ptr.dtype.element_ty), mask=mask)
+    block = tl.program_id(1)
+    store_row(token, place, block, weight_ptr, scale_ptr, out_ptr, stride_out_t, K, BLOCK_K)
 
 
 def embed_triton(
@@ -40,10 +52,26 @@ def embed_triton(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     out: torch.Tensor,
-    *,
-    pdl: bool = False,
 ) -> None:
-    """Fill ``out``, which may have gaps between rows; ``pdl`` as in norm_linear.py."""
+    """Fill ``out``, which may have gaps between rows."""
+    check_embed(tokens, weight, scale, out)
+    count, width = out.shape
+    if count == 0:
+        return
+    block_k = embed_block(width)
+    with torch.cuda.device_of(out):
+        _embed_kernel[(count, triton.cdiv(width, block_k))](
+            tokens, weight, scale, out, out.stride(0), K=width, BLOCK_K=block_k, num_warps=4
+        )
+
+
+def check_embed(
+    tokens: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Assert that shapes, dtypes and layouts are as above."""
     count, width = out.shape
     if tokens is None:
         assert len(weight) == count
@@ -54,18 +82,8 @@ def embed_triton(
     if scale is not None:
         assert scale.shape == weight.shape[:1] and scale.is_contiguous()
         assert scale.dtype == torch.float32
-    if count == 0:
-        return
-    block_k = min(triton.next_power_of_2(width), 1024)
-    with torch.cuda.device_of(out):
-        _embed_kernel[(count, triton.cdiv(width, block_k))](
-            tokens,
-            weight,
-            scale,
-            out,
-            out.stride(0),
-            K=width,
-            BLOCK_K=block_k,
-            num_warps=4,
-            **pdl_options(pdl),
-        )
+
+
+def embed_block(width: int) -> int:
+    """Return the columns of a program."""
+    return min(triton.next_power_of_2(width), 1024)

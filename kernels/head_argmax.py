@@ -1,19 +1,20 @@
-"""Final norm, head, and the token of the largest logit, in two launches that write no logits.
+"""Final norm, head, and a step by the token of the largest logit: two launches, without logits.
 
 ``x [T, K]`` of at most 16 tokens, ``norm [K]``, ``weight [N, K]``, ``bias [N]`` or None, ``scale
-[N]`` of an int8 weight or None (gemv.py). ``tokens [T]`` int64 gets the ``argmax`` of the logits of
+[N]`` of an int8 weight or None (gemv.py). The chosen token is the ``argmax`` of the logits of
 ``norm_linear``: the first of the largest, where NaN is larger than any number. It is -1 if the
-largest is NaN or infinite.
+largest is NaN or infinite. Then the step's inputs become those of the next (advance.py).
 
 A logit and its row become one integer with the same order, so the result does not depend on the
 order of comparisons. Every program writes its largest to ``best [programs, 16]`` int64, and
-``last_argmax`` takes the largest of those. Least bytes: NK elements.
+``argmax_advance`` takes the largest of those. Least bytes: NK elements.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.advance import advance_arguments, advance_row
 from lfm2_fast.kernels.gemv import MOST_TOKENS, inverse_rms, launch, multiply
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
@@ -78,13 +79,22 @@ def _rank(x):
     return tl.where(x != x, 0x7FFFFFFF, rank)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def _last_argmax_kernel(
+@triton.jit(do_not_specialize=["programs", "ends", "dummy_slot"])
+def _argmax_advance_kernel(
     best_ptr,
+    eos_ptr,
     tokens_ptr,
+    slots_ptr,
+    positions_ptr,
+    lengths_ptr,
+    finished_ptr,
+    written_ptr,
+    dummy_slot,
     programs,
+    ends,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BELOW_ALL: tl.constexpr,
     LAST_ROW: tl.constexpr,
     PDL: tl.constexpr,
@@ -95,7 +105,11 @@ def _last_argmax_kernel(
     best = tl.load(best_ptr + offs * MOST + token, mask=offs < programs, other=BELOW_ALL)
     largest = tl.max(best, axis=0)
     row = LAST_ROW - (largest & LAST_ROW)
-    tl.store(tokens_ptr + token, tl.where(is_defined(largest >> 31), row, -1))
+    chosen = tl.where(is_defined(largest >> 31), row, -1)
+    advance_row(
+        token, chosen, eos_ptr, tokens_ptr, slots_ptr, positions_ptr, lengths_ptr, finished_ptr,
+        written_ptr, dummy_slot, ends, BLOCK_E,
+    )  # fmt: skip
 
 
 def head_argmax_triton(
@@ -133,18 +147,33 @@ def head_argmax_triton(
     )
 
 
-def last_argmax_triton(best: torch.Tensor, tokens: torch.Tensor, *, pdl: bool = False) -> None:
-    """Fill ``tokens`` from ``best``."""
+def argmax_advance_triton(
+    best: torch.Tensor,
+    eos: torch.Tensor,
+    dummy_slot: int | None,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+    written: torch.Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Do as ``advance_triton`` does, with the tokens that ``best`` has.
+
+    ``pdl``: as in norm_linear.py.
+    """
     assert best.shape[1] == MOST_TOKENS >= len(tokens)
-    assert tokens.dtype == best.dtype == torch.int64
-    assert tokens.is_contiguous() and best.is_contiguous()
+    assert best.dtype == torch.int64 and best.is_contiguous()
+    given = advance_arguments(eos, dummy_slot, tokens, slots, positions, lengths, finished, written)
     if len(tokens) == 0:
         return
     with torch.cuda.device_of(best):
-        _last_argmax_kernel[(len(tokens),)](
+        _argmax_advance_kernel[(len(tokens),)](
             best,
-            tokens,
-            len(best),
+            **given,
+            programs=len(best),
             MOST=MOST_TOKENS,
             BLOCK=triton.next_power_of_2(len(best)),
             BELOW_ALL=BELOW_ALL,

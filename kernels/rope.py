@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
+
+@triton.jit
+def store_angles(position, inv_freq, cos_ptr, sin_ptr, offs, mask, SCALE: tl.constexpr):
+    """Write the cosines and sines of positions times frequencies, both times ``SCALE``."""
+    angle = position.to(tl.float32) * inv_freq
+    tl.store(cos_ptr + offs, tl.cos(angle) * SCALE, mask=mask)
+    tl.store(sin_ptr + offs, tl.sin(angle) * SCALE, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -24,21 +30,14 @@ def _rope_kernel(
     OWN_FREQ: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = offs // HALF
     mask = token < tokens
-    if OWN_FREQ:
-        pdl_wait(PDL)
-        inv_freq = tl.load(inv_freq_ptr + offs, mask=mask, other=0.0)
-    else:
-        inv_freq = tl.load(inv_freq_ptr + offs % HALF)
-        pdl_wait(PDL)
+    own = offs if OWN_FREQ else offs % HALF
+    inv_freq = tl.load(inv_freq_ptr + own, mask=mask, other=0.0)
     position = tl.load(positions_ptr + token, mask=mask, other=0)
-    angle = position.to(tl.float32) * inv_freq
-    tl.store(cos_ptr + offs, tl.cos(angle) * SCALE, mask=mask)
-    tl.store(sin_ptr + offs, tl.sin(angle) * SCALE, mask=mask)
+    store_angles(position, inv_freq, cos_ptr, sin_ptr, offs, mask, SCALE)
 
 
 def rope_triton(
@@ -48,16 +47,10 @@ def rope_triton(
     sin: torch.Tensor,
     *,
     scale: float = 1.0,
-    pdl: bool = False,
 ) -> None:
-    """Fill ``cos`` and ``sin``, both times ``scale``; ``pdl`` as in norm_linear.py."""
+    """Fill ``cos`` and ``sin``, both times ``scale``."""
+    check_rope(positions, inv_freq, cos, sin)
     tokens, half = cos.shape
-    own = inv_freq.dim() == 2
-    assert positions.shape == (tokens,) and sin.shape == cos.shape
-    assert inv_freq.shape == ((tokens, half) if own else (half,))
-    assert cos.dtype == sin.dtype == inv_freq.dtype == torch.float32
-    assert cos.is_contiguous() and sin.is_contiguous()
-    assert positions.is_contiguous() and inv_freq.is_contiguous()
     if tokens == 0:
         return
     block = 128
@@ -69,9 +62,20 @@ def rope_triton(
             sin,
             tokens,
             HALF=half,
-            OWN_FREQ=own,
+            OWN_FREQ=inv_freq.dim() == 2,
             SCALE=scale,
             BLOCK=block,
             num_warps=4,
-            **pdl_options(pdl),
         )
+
+
+def check_rope(
+    positions: torch.Tensor, inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> None:
+    """Assert that shapes, dtypes and layouts are as above."""
+    tokens, half = cos.shape
+    assert positions.shape == (tokens,) and sin.shape == cos.shape
+    assert inv_freq.shape == ((tokens, half) if inv_freq.dim() == 2 else (half,))
+    assert cos.dtype == sin.dtype == inv_freq.dtype == torch.float32
+    assert cos.is_contiguous() and sin.is_contiguous()
+    assert positions.is_contiguous() and inv_freq.is_contiguous()

@@ -34,12 +34,13 @@ from triton.backends.compiler import GPUTarget
 from lfm2_fast.kernels import tiling
 from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.embed import embed_triton
+from lfm2_fast.kernels.embed_rope import embed_rope_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton, head_tiling
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.low_rank import low_rank_triton, low_shape
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
@@ -178,7 +179,7 @@ def launch_all(
         product = some(tokens, rows)
         low_rank_triton(x, positions, *stack, stack[2], parts, None, product, low)
     cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
-    rope_triton(positions, some(half, dtype=torch.float32), cos, sin, pdl=pdl)
+    rope_triton(positions, some(half, dtype=torch.float32), cos, sin)
     norms, eps = (some(size.head_dim), some(size.head_dim)), 1e-5
     qkv = some(tokens, (heads + 2 * kv_heads) * size.head_dim)
     q, out = some(tokens, heads, size.head_dim), some(tokens, heads * size.head_dim)
@@ -260,7 +261,11 @@ def launch_few(
         in_proj = weight(3 * hidden, hidden)
         norm_conv_triton(x, *norm, *in_proj, *conv, x, verified=verified, pdl=pdl)
     table, _, scale = weight(size.vocabulary, hidden, max(bits, 8))
-    embed_triton(some(tokens, dtype=torch.int64), table, scale, x, pdl=pdl)
+    whole, half = some(tokens, dtype=torch.int64), size.head_dim // 2
+    angles = (some(tokens, half, dtype=torch.float32) for _ in range(2))
+    inv_freq = some(half, dtype=torch.float32)
+    embed_triton(whole, table, scale, x)
+    embed_rope_triton(whole, table, scale, x, whole, inv_freq, *angles, pdl=pdl)
     if bits == 8:
         embed_triton(None, table, scale, some(size.vocabulary, hidden))
     head = weight(size.vocabulary, hidden)
@@ -268,7 +273,12 @@ def launch_few(
         widen_int4_triton(head[0], head[2], some(size.vocabulary, hidden))
     best = some(head_tiling(head[0]).programs, MOST_TOKENS, dtype=torch.int64)
     head_argmax_triton(x, *norm, *head, best, pdl=pdl)
-    last_argmax_triton(best, some(tokens, dtype=torch.int64), pdl=pdl)
+    argmax_advance_triton(best, whole[:, None], 1, *step_inputs(whole), pdl=pdl)
+
+
+def step_inputs(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Inputs of a step, and the tokens that it writes."""
+    return whole, whole, whole, whole.int(), whole.bool(), whole
 
 
 def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
@@ -290,8 +300,7 @@ def launch_sample(
     """
     logits = torch.zeros(sequences, vocab, dtype=dtype)
     whole = torch.zeros(sequences, dtype=torch.int64)
-    inputs = (whole, whole, whole, whole.int(), whole.bool())
-    advance_triton(whole, whole[:, None], 1, *inputs, whole, pdl=pdl)
+    advance_triton(whole, whole[:, None], 1, *step_inputs(whole), pdl=pdl)
     filters = (whole.double(), whole.bool(), whole.double(), whole, whole.double(), whole.double())
     choices = itertools.product(
         (None, logits.bool()), ((False, False), (True, False), (True, True))

@@ -12,7 +12,7 @@ import torch
 from bench.gate import wrong_operation
 from lfm2_fast import Config
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
@@ -137,7 +137,11 @@ class OneTokenRun:
         exact, plain = (self.meaning(dtype) for dtype in (torch.float64, self.x.dtype))
         if self.key.operation != "head_argmax":
             return wrong_operation(self.out, exact, plain)
-        last_argmax_triton(self.best[: tiling.programs], self.token)
+        best, inputs = self.best[: tiling.programs], [self.token.clone() for _ in range(3)]
+        lengths = self.token.int()
+        argmax_advance_triton(
+            best, self.token[:, None], None, *inputs, lengths, lengths.bool(), self.token
+        )
         # Where two logits are a rounding apart, either may be the larger.
         chosen, largest = exact[0, int(self.token)], exact.max()
         step = torch.finfo(self.x.dtype).eps * largest.abs()

@@ -32,7 +32,10 @@ from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 Facts = dict[str, dict[str, Any]]
 
 # Fused operations. A backend without its own version of one composes it from the others.
-FUSED = ("norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "head_argmax")
+FUSED = (
+    "embed_rope", "norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "head_argmax",
+    "head_advance",
+)  # fmt: skip
 # The instructions that make the CPU code faster, as Linux calls them.
 FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
 

@@ -269,13 +269,17 @@ class StepBuffers:
             inputs = self.inputs.first(count)
             for written in self.written[-steps:, :count]:
                 batch = self.batch(count, on_host=not ops.device_only, adapted=adapted)
-                made = model(inputs.tokens, batch, cache, argmax=argmax, ops=ops)
+                eos = self.eos[:count]
+                if argmax:
+                    model.advance(inputs, batch, cache, eos, written, ops=ops)
+                    continue
+                made = model(inputs.tokens, batch, cache, ops=ops)
                 if not choose:
                     assert self.logits is not None
                     self.logits[:count] = made
                     return
-                chosen = made if argmax else ops.sample(made, state)
-                ops.advance(chosen, self.eos[:count], cache.dummy_slot, inputs, written)
+                chosen = ops.sample(made, state)
+                ops.advance(chosen, eos, cache.dummy_slot, inputs, written)
 
         captured = not hooked and (ops.captures or count <= ops.cpu_graph_rows)
         seen = self.state.seen is not None

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lfm2_fast.cache.batch import Batch
+from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
 from lfm2_fast.models.hooks import check_hooks, checked_stream, is_hooked
@@ -331,12 +331,12 @@ class Lfm2(nn.Module):
         if hooked:
             ops = ops.settling
         frequencies = self.rope_frequencies
-        rope = ops.rope(batch.positions, frequencies.of(batch), self.dtype, frequencies.scale)
+        angles = batch.positions, frequencies.of(batch), self.dtype, frequencies.scale
         if tokens is None:
             assert embeds is not None
-            x = embeds
+            x, rope = embeds, ops.rope(*angles)
         else:
-            x = ops.embed(tokens, self.embed_tokens, self.dtype)
+            x, rope = ops.embed_rope(tokens, self.embed_tokens, *angles)
         if collected is not None:
             collected.append(x)
         last = len(self.layers) - 1
@@ -378,21 +378,38 @@ class Lfm2(nn.Module):
         cache: Cache,
         rows: torch.Tensor | None = None,
         *,
-        argmax: bool = False,
         ops: Ops | None = None,
     ) -> torch.Tensor:
         """Return logits ``[R, V]`` at the packed indices ``rows [R]`` of ``tokens [T]`` int64.
 
-        ``rows=None`` means all T. ``argmax`` returns the most likely tokens ``[R]`` int64 instead;
-        logits are then never written. The cache is used as by ``run_blocks``. Token ids are not
+        ``rows=None`` means all T. The cache is used as by ``run_blocks``. Token ids are not
         checked. Captured steps pass ``ops.for_capture``. If ``ops.device_only``, only tensors of
         ``batch`` are read, and the host does not wait for the device.
         """
         ops = self.adapted(ops or self.ops, batch)
         x = self.run_blocks(tokens, batch, cache, ops, rows=rows)
-        ops = ops.at(rows)
-        head = ops.head_argmax if argmax else ops.norm_linear
-        return head(x, self.embedding_norm, self.lm_head)
+        return ops.at(rows).norm_linear(x, self.embedding_norm, self.lm_head)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        inputs: DecodeInputs,
+        batch: Batch,
+        cache: Cache,
+        eos: torch.Tensor,
+        written: torch.Tensor,
+        *,
+        ops: Ops | None = None,
+    ) -> None:
+        """Run a decode step of ``inputs``, whose ``batch`` is given, by the most likely tokens.
+
+        ``inputs`` become those of the next step, and ``written [B]`` gets the tokens, as by the
+        operation ``advance``. Logits are never written. The rest is as in ``forward``.
+        """
+        ops = self.adapted(ops or self.ops, batch)
+        x = self.run_blocks(inputs.tokens, batch, cache, ops)
+        head = x, self.embedding_norm, self.lm_head
+        ops.head_advance(*head, eos, cache.dummy_slot, inputs, written)
 
 
 # The types of all modules of a network at construction.

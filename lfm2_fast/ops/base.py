@@ -196,6 +196,19 @@ class Ops:
         """
         return best_tokens(self.norm_linear(x, norm, linear))
 
+    def head_advance(
+        self,
+        x: torch.Tensor,
+        norm: nn.RMSNorm,
+        linear: Projection,
+        eos: torch.Tensor,
+        dummy_slot: int | None,
+        inputs: DecodeInputs,
+        written: torch.Tensor,
+    ) -> None:
+        """Step by the most likely tokens: ``advance`` with the tokens of ``head_argmax``."""
+        self.advance(self.head_argmax(x, norm, linear), eos, dummy_slot, inputs, written)
+
     def advance(
         self,
         chosen: torch.Tensor,
@@ -212,6 +225,19 @@ class Ops:
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         """Choose each row's next token, or NO_TOKEN: ``[B, V] -> [B]`` int64; mutates ``state``."""
         return sample_ref(logits, state)
+
+    def embed_rope(
+        self,
+        tokens: torch.Tensor,
+        embedding: Projection,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> tuple[torch.Tensor, Rope]:
+        """``embed`` of the tokens, and ``rope`` of their positions."""
+        rope = self.rope(positions, inv_freq, dtype, scale)
+        return self.embed(tokens, embedding, dtype), rope
 
     def rope(
         self,

@@ -14,12 +14,13 @@ from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.embed import embed_triton
+from lfm2_fast.kernels.embed_rope import embed_rope_triton
 from lfm2_fast.kernels.flash_decode import flash_decode_triton, most_splits
 from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS, is_readable
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, head_tiling, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton, head_tiling
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.low_rank import low_rank_triton, low_shape
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
@@ -168,17 +169,25 @@ class TritonOps(PendingResidualOps):
         norm_swiglu_triton(few, *_norm(norm), *_linear(gate_up), out, pdl=self.pdl)
         return out
 
-    def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
-        """Best tokens; two launches for a few tokens, which never write logits."""
+    def head_advance(
+        self,
+        x: Any,
+        norm: nn.RMSNorm,
+        linear: Projection,
+        eos: torch.Tensor,
+        dummy_slot: int | None,
+        inputs: DecodeInputs,
+        written: torch.Tensor,
+    ) -> None:
+        """Step by the best tokens; two launches for a few tokens, which never write logits."""
         few = _few(x, linear)
         if few is None or self.adapts(linear):
-            return super().head_argmax(x, norm, linear)
-        tokens = torch.empty(len(few), dtype=torch.int64, device=few.device)
+            return super().head_advance(x, norm, linear, eos, dummy_slot, inputs, written)
         programs = head_tiling(linear.weight).programs
         best = torch.empty(programs, MOST_TOKENS, dtype=torch.int64, device=few.device)
         head_argmax_triton(few, *_norm(norm), *_linear(linear), best, pdl=self.pdl)
-        last_argmax_triton(best, tokens, pdl=self.pdl)
-        return tokens
+        argmax_advance_triton(best, eos, dummy_slot, *inputs, written, pdl=self.pdl)
+        return None
 
     def advance(
         self,
@@ -222,9 +231,8 @@ class TritonOps(PendingResidualOps):
         scale: float = 1.0,
     ) -> Rope:
         """Cosines and sines ``[T, D/2]``, times ``scale``, in float32 for every ``dtype``."""
-        cos = torch.empty(len(positions), inv_freq.shape[-1], device=positions.device)
-        sin = torch.empty_like(cos)
-        rope_triton(positions, inv_freq, cos, sin, scale=scale, pdl=self.pdl)
+        cos, sin = _angles(positions, inv_freq)
+        rope_triton(positions, inv_freq, cos, sin, scale=scale)
         return cos, sin
 
     def embed(
@@ -234,8 +242,26 @@ class TritonOps(PendingResidualOps):
             return super().embed(tokens, embedding, dtype)
         weight, scale = embedding.weight, embedding.weight_scale
         out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
-        embed_triton(tokens, weight, scale, out, pdl=self.pdl)
+        embed_triton(tokens, weight, scale, out)
         return self.adapt_rows(tokens, embedding, out)
+
+    def embed_rope(
+        self,
+        tokens: torch.Tensor,
+        embedding: Projection,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> tuple[torch.Tensor, Rope]:
+        if embedding.format not in TABLES:
+            return super().embed_rope(tokens, embedding, positions, inv_freq, dtype, scale)
+        weight, scales = embedding.weight, embedding.weight_scale
+        out = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=weight.device)
+        rope = _angles(positions, inv_freq)
+        given = tokens, weight, scales, out, positions, inv_freq, *rope
+        embed_rope_triton(*given, by=scale, pdl=self.pdl)
+        return self.adapt_rows(tokens, embedding, out), rope
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -370,6 +396,12 @@ def _few(
 def _is_readable(linear: Projection, parts: int = 1) -> bool:
     """Return True if the kernels of few tokens know the weight, of ``parts`` stacked matrices."""
     return linear.format in FORMATS and is_readable(linear.weight, parts)
+
+
+def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> Rope:
+    """Return memory for the cosines and sines of the tokens, ``[T, D/2]`` float32."""
+    cos = torch.empty(len(positions), inv_freq.shape[-1], device=positions.device)
+    return cos, torch.empty_like(cos)
 
 
 def _norm(norm: nn.RMSNorm) -> tuple[torch.Tensor, float]:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lfm2_fast.kernels.advance import advance_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
@@ -254,12 +255,27 @@ def test_scales_that_do_not_fit_are_refused(word, kernel_device) -> None:
 def best_tokens(case: Case, tiling: Tiling, traced: Any) -> torch.Tensor:
     x, norm, weight, bias, _, scale = case.inputs.values()
     best = torch.full((tiling.programs, MOST_TOKENS), 2**62, device=x.device)
-    tokens = torch.full((len(x),), 2**62, device=x.device)
     with traced(case.reads(), [best]):
         head_argmax_triton(x, norm, EPS, weight, bias, scale, best, tiling=tiling)
-    with traced([best], [tokens]):
-        last_argmax_triton(best, tokens)
-    return tokens
+    ours, theirs = step_inputs(len(x), x.device), step_inputs(len(x), x.device)
+    eos, written = EOS[: len(x)].to(x.device), ours[-1]
+    with traced([best, eos], ours):
+        argmax_advance_triton(best, eos, 7, *ours)
+    # What it does with the tokens is what the kernel does that is handed them.
+    advance_triton(written.clone(), eos, 7, *theirs)
+    assert all(map(torch.equal, ours, theirs))
+    return written
+
+
+# End tokens of the rows: the second one ends with any of a few.
+EOS = torch.tensor([[-1, -1, -1], [4, 5, 20], [-1, -1, -1], [2, 9, -1], [0, 1, 3]])
+
+
+def step_inputs(rows: int, device: torch.device) -> list[torch.Tensor]:
+    """Inputs of a step of which the last row is finished, and room for its tokens."""
+    whole = torch.arange(3, 3 + rows, device=device)
+    finished = whole == 2 + rows
+    return [whole.clone(), whole.clone(), whole.clone(), whole.int() + 1, finished, whole.clone()]
 
 
 @pytest.mark.usefixtures("grid_order")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lfm2_fast.kernels.gemv import MOST_TOKENS
-from lfm2_fast.kernels.head_argmax import head_argmax_triton, last_argmax_triton
+from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
@@ -109,10 +109,12 @@ def test_head_argmax(kernel_device, kernel_dtype) -> None:
     case, tiling = Case("norm_linear", 3, kernel_dtype, kernel_device), DEEP
     numbers, scale = case.parts
     best = torch.empty(tiling.programs, MOST_TOKENS, dtype=torch.int64, device=kernel_device)
-    tokens = torch.empty(3, dtype=torch.int64, device=kernel_device)
+    whole = torch.zeros(3, dtype=torch.int64, device=kernel_device)
+    inputs = (torch.zeros_like(whole), whole, whole.clone(), whole.int(), whole.bool())
+    tokens = torch.empty_like(whole)
     weight = (numbers, case.bias, scale)
     head_argmax_triton(case.x, case.norm, EPS, *weight, best, tiling=tiling)
-    last_argmax_triton(best, tokens)
+    argmax_advance_triton(best, whole[:, None] - 1, None, *inputs, tokens)
     assert tokens.tolist() == case.run(tiling).argmax(-1).tolist()
 
 
