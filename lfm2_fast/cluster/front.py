@@ -10,13 +10,14 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm2_fast.server.errors import ApiError
 from lfm2_fast.server.http import error_response
-from lfm2_fast.server.middleware import OPEN, Checks
+from lfm2_fast.server.middleware import CORS, OPEN, Checks
 
 log = logging.getLogger("ray.serve")
 # Keys of an ASGI scope that a replica's application reads.
@@ -33,30 +34,38 @@ class Front:
 
     ``keys`` returns the API keys. A request without one is refused before its body is read. So is
     one whose body has more than ``max_body`` bytes. If a replica dies, its requests end with an
-    error: an HTTP status, or the last event of a stream.
+    error: an HTTP status, or the last event of a stream. Pages of ``origins`` may read errors.
     """
 
-    def __init__(self, replicas: Any, keys: Callable[[], Sequence[str]], max_body: int) -> None:
+    def __init__(
+        self,
+        replicas: Any,
+        keys: Callable[[], Sequence[str]],
+        max_body: int,
+        origins: Sequence[str] = (),
+    ) -> None:
         self._answer = replicas.options(stream=True).answer
         self._checks = Checks(keys(), max_body)
+        self._origins = origins
 
     async def __call__(self, request: Request) -> Response:
         """Return the answer to a request."""
         if error := self._checks.refusal(request.scope):
-            return error_response(error)
+            return Refusal(error, self._origins)
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         if path in OF_ONE_ENGINE:
             message = f"{path} is of one engine, and this service has several: Ray's metrics"
             message += " have the numbers of each replica"
-            return error_response(ApiError(message, status=404, code="unsupported_endpoint"))
+            error = ApiError(message, status=404, code="unsupported_endpoint")
+            return Refusal(error, self._origins)
         try:
             body = await self._body(request)
         except ApiError as error:
-            return error_response(error)
+            return Refusal(error, self._origins)
         except ClientDisconnect:
             return Response(status_code=499)
         scope = {key: request.scope[key] for key in SCOPE if key in request.scope}
-        return Relay(self._answer.remote(scope, body))
+        return Relay(self._answer.remote(scope, body), self._origins)
 
     async def _body(self, request: Request) -> bytes:
         # No other endpoint reads a body, and of a client without a key none may be read.
@@ -65,11 +74,25 @@ class Front:
         return await Request(request.scope, self._checks.bounded(request.receive)).body()
 
 
-class Relay(Response):
-    """Response of a replica, message by message."""
+class Refusal(Response):
+    """Error of a front itself, which pages of ``origins`` may read."""
 
-    def __init__(self, messages: Any) -> None:
-        self._messages = messages
+    def __init__(self, error: ApiError, origins: Sequence[str]) -> None:
+        self._app: ASGIApp = error_response(error)
+        if origins:
+            self._app = CORSMiddleware(self._app, allow_origins=origins, **CORS)
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the error."""
+        await self._app(scope, receive, send)
+
+
+class Relay(Response):
+    """Response of a replica, message by message; pages of ``origins`` may read its errors."""
+
+    def __init__(self, messages: Any, origins: Sequence[str]) -> None:
+        self._messages, self._origins = messages, origins
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,7 +113,7 @@ class Relay(Response):
                 return
             log.warning("a request failed: %s", error)
             if start is None:
-                await error_response(failure(error))(scope, receive, send)
+                await Refusal(failure(error), self._origins)(scope, receive, send)
             elif not Headers(scope=start).get("content-type", "").startswith("text/event-stream"):
                 # Its announced length tells the client that it is cut.
                 raise

@@ -63,6 +63,7 @@ def build(args: Mapping[str, Any]) -> Application:
         queue=queue,
         keys=partial(_keys, options.get("api_key")),
         max_body=options.get("max_body") or MAX_BODY,
+        origins=tuple(options.get("cors_origins") or ()),
         drain=drain,
         resources=resources,
     )
@@ -88,6 +89,7 @@ def application(
     queue: int | None = QUEUE,
     keys: Callable[[], Sequence[str]] = tuple,
     max_body: int = MAX_BODY,
+    origins: Sequence[str] = (),
     drain: int = DRAIN,
     resources: Mapping[str, float],
 ) -> Application:
@@ -95,7 +97,7 @@ def application(
 
     ``make`` is called in each replica. ``keys`` is called in each front, and returns the API keys.
     Both can be pickled. A replica gets twice its ``rows`` requests, so that a free row finds one.
-    Of others, ``queue`` wait at each front.
+    Of others, ``queue`` wait at each front. Pages of ``origins`` may call.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -130,7 +132,7 @@ def application(
             "target_ongoing_requests": FRONT_REQUESTS,
         },
     )
-    return fronts.bind(replicas.bind(make), keys, max_body)
+    return fronts.bind(replicas.bind(make), keys, max_body, origins)
 
 
 def serve_replicas(

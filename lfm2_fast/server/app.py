@@ -24,7 +24,7 @@ from lfm2_fast.server.chat import chat_completion
 from lfm2_fast.server.completions import completion
 from lfm2_fast.server.errors import ApiError
 from lfm2_fast.server.http import ClientGone, answer, body_of, error_response, while_connected
-from lfm2_fast.server.middleware import Gate
+from lfm2_fast.server.middleware import CORS, Gate
 from lfm2_fast.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from lfm2_fast.server.responses import response
 from lfm2_fast.server.responses_body import ResponsesBody
@@ -79,13 +79,7 @@ def application(service: Service) -> FastAPI:
     options = service.options
     app.add_middleware(Gate, api_keys=options.api_keys, max_body=options.max_body)
     if options.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
+        app.add_middleware(CORSMiddleware, allow_origins=options.origins, **CORS)
     _handle_errors(app)
     schemas: dict[str, Any] = {}
     _add_answers(app, service, schemas)

@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,12 @@ from lfm2_fast.server.http import ClientGone, error_response, log
 
 # Paths that need no key: the check of a load balancer, and the page, which asks for the key.
 OPEN = {"/", "/health", "/ping"}
+# Options of Starlette's CORSMiddleware for the origins that may call.
+CORS: dict[str, Any] = {
+    "allow_methods": ["*"],
+    "allow_headers": ["*"],
+    "expose_headers": ["X-Request-Id", "Retry-After"],
+}
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 

@@ -7,13 +7,15 @@ import json
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from lfm2_fast.cluster.front import Front
 
 KEY = [(b"authorization", b"Bearer secret")]
 LONG = [(b"content-length", b"1001")]
-PATH = "/v1/completions"
+PATH, PAGE = "/v1/completions", "https://page.example"
 
 
 class Answer:
@@ -33,6 +35,9 @@ class Answer:
 class Replicas:
     """Handle of replicas."""
 
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
     def options(self, **_: Any) -> Any:
         return self
 
@@ -40,12 +45,24 @@ class Replicas:
     def answer(self) -> Any:
         return self
 
-    def remote(self, scope: Any, body: bytes) -> Answer:
-        return Answer(body)
+    def remote(self, scope: Any, body: bytes) -> Any:
+        return self._answer(body)
 
 
-def told(path: str, headers: Any = (), method: str = "POST", parts: int = 4) -> tuple[Any, ...]:
-    """Status and text of the answer to a body in parts of 200 bytes, and how many were read."""
+class Lost(Answer):
+    """Answer of a replica that dies first."""
+
+    def __aiter__(self) -> Any:
+        return self
+
+    async def __anext__(self) -> Any:
+        raise RayError("lost")
+
+
+def answered(
+    path: str, headers: Any = (), method: str = "POST", parts: int = 4, answer: Any = Answer
+) -> tuple[list[Any], int]:
+    """Messages to a client whose body has parts of 200 bytes, and how many of them were read."""
     scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
     sent: list[Any] = []
     read = 0
@@ -59,11 +76,17 @@ def told(path: str, headers: Any = (), method: str = "POST", parts: int = 4) -> 
         sent.append(message)
 
     async def work() -> None:
-        front = Front(Replicas(), lambda: ("secret",), 1000)
+        front = Front(Replicas(answer), lambda: ("secret",), 1000, [PAGE])
         response = await front(Request(scope, receive))
         await response(scope, receive, send)
 
     asyncio.run(work())
+    return sent, read
+
+
+def told(*arguments: Any, **options: Any) -> tuple[int, str, int]:
+    """Status and text of an answer, and how many parts of the body were read."""
+    sent, read = answered(*arguments, **options)
     text = b"".join(each.get("body", b"") for each in sent).decode()
     return sent[0]["status"], text, read
 
@@ -89,3 +112,12 @@ def test_with_a_key_a_body_is_read_up_to_its_limit() -> None:
         status, text, found = told(PATH, headers, parts=parts)
         assert (status, found) == (413, read)
         assert json.loads(text)["error"]["code"] == "body_too_large"
+
+
+def test_pages_that_may_call_can_read_errors() -> None:
+    for headers, answer, status in (([], Answer, 401), (KEY, Lost, 503)):
+        for origin, allowed in ((PAGE, PAGE), ("https://other.example", None)):
+            asked = [*headers, (b"origin", origin.encode())]
+            start = answered(PATH, asked, answer=answer)[0][0]
+            assert start["status"] == status
+            assert Headers(raw=start["headers"]).get("access-control-allow-origin") == allowed
