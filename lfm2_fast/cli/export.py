@@ -92,6 +92,25 @@ def onnx(
     _export("onnx", model, folder, type, environment, *hub)
 
 
+@app.command()
+def coreml(
+    model: Checkpoint,
+    folder: Folder,
+    type: Annotated[str, typer.Option(help="Weights: f16, f32.")] = "f16",
+    environment: opt.Environment = None,
+    revision: opt.Revision = None,
+    local_files_only: opt.LocalFilesOnly = False,
+    force_download: opt.ForceDownload = False,
+) -> None:
+    """Write a folder with a package for Core ML, which an application for macOS or iOS runs.
+
+    coremltools converts a program whose logits and greedy tokens are compared with the model's
+    before. Core ML runs on Apple's systems alone, and is not asked.
+    """
+    hub = (revision, local_files_only, force_download)
+    _export("coreml", model, folder, type, environment, *hub)
+
+
 def _export(
     vendor: str,
     model: str,
@@ -119,4 +138,5 @@ def _export(
         force_download=force_download,
     )
     size = sum(file.stat().st_size for file in folder.rglob("*"))
-    terminal.note(f"{folder}: {size / 1e6:,.1f} MB; run it with lfm2-fast generate {folder}")
+    run = "" if VENDORS[vendor].unproven else f"; run it with lfm2-fast generate {folder}"
+    terminal.note(f"{folder}: {size / 1e6:,.1f} MB{run}")

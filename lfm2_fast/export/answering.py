@@ -13,6 +13,7 @@ import torch
 from lfm2_fast.config import Config
 from lfm2_fast.config_values import read_json
 from lfm2_fast.export.environment import Note, vendor_python
+from lfm2_fast.export.errors import ExportError
 from lfm2_fast.export.exporting import RECORD
 from lfm2_fast.export.runtime import Runtime
 from lfm2_fast.export.vendors import VENDORS
@@ -61,6 +62,13 @@ class Exported:
         room = self.context - len(ids)
         if room < 1:
             raise ValueError(f"{len(ids)} tokens fill the context of {self.context}: --max-length")
+        longest = self.runtime.facts.get("longest_prompt", self.context)
+        if len(ids) > longest:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, and an NPU's static shape has room for "
+                f"{longest} of them, half of max_length={self.context}: use --max-length "
+                f"{2 * len(ids)}, or a shorter prompt"
+            )
         budget = min(max_new_tokens, room)
         request = streamed_request(
             self.defaults, self.vocab_size, self.tokenizer, ids, budget, arguments
@@ -110,7 +118,7 @@ def open_export(
 
     ``max_length`` bounds the context in tokens, 2,048 by default. ``environment`` replaces the
     runtime's own. Raises ValueError for a wrong argument, ExportError if the runtime cannot run it
-    there.
+    there, or if it is for a runtime that this package does not call.
     """
     if device not in DEVICES:
         raise ValueError(f"device={device!r} does not run an export; use {', '.join(DEVICES)}")
@@ -119,6 +127,10 @@ def open_export(
         raise ValueError(f"max_length={max_length} is not from 1 to {config.context_length}")
     context = min(CONTEXT, config.context_length) if max_length is None else max_length
     vendor = VENDORS[record["runtime"]]
+    if vendor.unproven is not None:
+        raise ExportError(
+            f"{name} is an export for {vendor.title}, which an application runs: {vendor.unproven}"
+        )
     # Importing an exporter takes seconds: of a given environment, only the runtime is asked for.
     needed = vendor.modules if environment is None else vendor.modules[-1:]
     python = vendor_python(vendor.name, needed, environment, note)

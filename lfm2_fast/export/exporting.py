@@ -80,10 +80,11 @@ def export(
             shutil.rmtree(made)
             made = Path(temporary) / type
             built = _build(vendor, python, source, made, type, model, tokenizer, note)
+        longest = model.network.config.context_length
         record = {
             "runtime": vendor.name,
             "type": type,
-            "context": model.network.config.context_length,
+            "context": min(vendor.context or longest, longest),
             "prompt_tokens": PROMPT,
             "greedy_tokens": STEPS,
             **built,
@@ -147,9 +148,14 @@ def _build(
     if vendor.static:
         half = load(source, device="cpu", dtype="float16", backend="eager")
         halves = _logits(half, found)
-        with Runtime(python, vendor.name, made, device="STATIC", context=CONTEXT) as runtime:
+        # The proof is of the shapes, and not of a device's rounding.
+        options = vendor.name, made
+        with Runtime(python, *options, device="STATIC", context=CONTEXT, exact=True) as runtime:
             static = {"static_shapes_error": prove_static(runtime, found, halves, expected)}
-    return {"proven_on": facts, "proof": {**_known(asdict(proof)), **static}}
+    if vendor.unproven is not None:
+        note(vendor.unproven)
+    found_by = {"proven_on": facts, "not_proven": vendor.unproven}
+    return {**_known(found_by), "proof": {**_known(asdict(proof)), **static}}
 
 
 def described(type: str, proof: Proof) -> str:

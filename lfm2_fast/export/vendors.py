@@ -13,6 +13,8 @@ from lfm2_fast.export.rounding import Rounding
 OPENVINO_TYPES = {"f32": "fp32", "f16": "fp16", "int8": "int8", "int4": "int4"}
 ONNX_TYPES = {"f32": "fp32", "int8": "int8", "int4": "int4"}
 PROGRAMS = Path(__file__).parent / "vendor"
+# Tokens of a text in Core ML, whose states have a fixed size.
+COREML_CONTEXT = 2048
 
 Command = list[str | Path]
 # The calls that write the checkpoint in a folder as another folder: by the environment's Python,
@@ -29,6 +31,8 @@ class Vendor:
     folder as another folder. ``rounding`` says how a type rounds, None for not at all.
 
     ``static`` is true if the runtime makes static shapes for an NPU, which a CPU runs too.
+    ``unproven`` says which part of the export was not run, if any. This package does not run it.
+    ``context`` is the most tokens of a text that an export has room for, None for the model's.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Vendor:
     commands: Commands
     rounding: Callable[[str, Config], Rounding | None]
     static: bool = False
+    unproven: str | None = None
+    context: int | None = None
 
 
 def group_of(config: Config, largest: int) -> int:
@@ -125,6 +131,19 @@ def onnx_rounding(type: str, config: Config) -> Rounding | None:
     }[type]
 
 
+def coreml_commands(
+    python: Path, source: Path, folder: Path, type: str, config: Config
+) -> list[Command]:
+    """Return the call of the program that converts by coremltools."""
+    context = str(min(COREML_CONTEXT, config.context_length))
+    return [[python, PROGRAMS / "convert_coreml.py", source, folder, type, context]]
+
+
+def coreml_rounding(type: str, config: Config) -> Rounding | None:
+    """Return the rounding of a type: float16, or none."""
+    return {"f32": None, "f16": Rounding(16)}[type]
+
+
 OPENVINO = Vendor(
     "openvino",
     "OpenVINO",
@@ -142,4 +161,15 @@ ONNX = Vendor(
     onnx_commands,
     onnx_rounding,
 )
-VENDORS = {vendor.name: vendor for vendor in (OPENVINO, ONNX)}
+COREML = Vendor(
+    "coreml",
+    "Core ML",
+    ("torch", "safetensors", "coremltools"),
+    ("f16", "f32"),
+    coreml_commands,
+    coreml_rounding,
+    unproven="the program was proven before coremltools converted it; Core ML, which needs macOS "
+    "15 or iOS 18, has not run it",
+    context=COREML_CONTEXT,
+)
+VENDORS = {vendor.name: vendor for vendor in (OPENVINO, ONNX, COREML)}

@@ -17,13 +17,13 @@ import lfm2_fast
 from lfm2_fast.__main__ import main
 from lfm2_fast.export.errors import ExportError
 from lfm2_fast.export.exporting import RECORD, export
-from lfm2_fast.export.vendors import ONNX, OPENVINO, VENDORS
+from lfm2_fast.export.vendors import COREML, ONNX, OPENVINO, VENDORS
 from lfm2_fast.text.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 PROMPT = "The database server"
 CASES = [
     pytest.param(vendor.name, type, id=f"{vendor.name}-{type}")
-    for vendor in (OPENVINO, ONNX)
+    for vendor in (OPENVINO, ONNX, COREML)
     for type in vendor.types
 ]
 
@@ -45,6 +45,10 @@ def test_an_export_is_proven_and_writes_text(
     record = json.loads((folder / RECORD).read_text())
     assert record["proof"]["equal_tokens"] == 32 or type not in ("f32", "f16")
     assert ("static_shapes_error" in record["proof"]) == VENDORS[vendor].static
+    if VENDORS[vendor].unproven is not None:
+        assert (folder / "model.mlpackage" / "Manifest.json").is_file()
+        assert record["not_proven"] == VENDORS[vendor].unproven
+        return
     options = ("--raw", "--greedy", "--max-new-tokens", "24")
     code, out, err = command(capsys, "generate", folder, PROMPT, *options)
     assert code == 0, err

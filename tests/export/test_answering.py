@@ -114,3 +114,28 @@ def test_limits_end_a_text(make_export: Callable[..., tuple[Path, str]], environ
         assert answer.stopped and answer.timing.tokens == 1
         with pytest.raises(ValueError, match="10 tokens fill the context of 9"):
             opened.stream_answer([1] * 10, print, **arguments)
+
+
+def test_a_static_shape_has_room_for_half_a_prompt(
+    make_export: Callable[..., tuple[Path, str]],
+    environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A longer prompt is refused before the runtime sees it, and the remedy it names works."""
+    monkeypatch.setenv("STAND_IN_DEVICES", "CPU NPU")
+    folder, text = make_export()
+    record = read_record(str(folder))
+    assert record is not None
+    ids = load_tokenizer(str(folder))(PROMPT).input_ids
+    for length, fits in ((2 * len(ids) - 1, False), (2 * len(ids), True)):
+        options = {"max_length": length, "environment": environment, "note": print}
+        opened = open_export(str(folder), record, device="npu", **options)
+        with opened.runtime:
+            assert opened.runtime.facts["device"] == "Stand-in NPU"
+            if fits:
+                answer = opened.stream_answer(ids, print, max_new_tokens=2, arguments={})
+                assert text.startswith(answer.text) and answer.timing.tokens == 2
+                continue
+            told = f"prompt has {len(ids)} tokens.* room for {length // 2} .*max_length={length}"
+            with pytest.raises(ValueError, match=f"{told}.*--max-length {2 * len(ids)}, or"):
+                opened.stream_answer(ids, print, max_new_tokens=2, arguments={})

@@ -69,9 +69,13 @@ def test_one_that_cannot_be_made_leaves_nothing(
 
 
 def test_every_exporter_has_its_pins() -> None:
-    for name in ("openvino", "onnx"):
+    for name, package in (
+        ("openvino", "transformers"),
+        ("onnx", "transformers"),
+        ("coreml", "coremltools"),
+    ):
         (pinned, *_) = environment._files(name)
-        assert "torch==" in pinned.read_text() and "transformers==" in pinned.read_text()
+        assert "torch==" in pinned.read_text() and f"{package}==" in pinned.read_text()
 
 
 def test_a_failing_program_is_quoted() -> None:

@@ -36,6 +36,8 @@ class OpenVINO:
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
+    # Static shapes: parts of the graph hand each other float32.
+    EXACT_STATIC = {"NPUW_F16IC": "NO"}
 
     def __init__(self, folder: str, device: str, context: int, exact: bool) -> None:
         import openvino
@@ -45,9 +47,9 @@ class OpenVINO:
         self.is_static = device in ("NPU", "STATIC")
         if device != "STATIC" and not any(name.startswith(device) for name in devices):
             raise LookupError(f"OpenVINO finds {', '.join(devices)} here, and no {device}")
-        settings: dict[str, str] = dict(self.EXACT) if exact and not self.is_static else {}
+        settings: dict[str, str] = dict(self.EXACT) if exact else {}
         if self.is_static:
-            settings = static_settings(context)
+            settings |= static_settings(context) | (self.EXACT_STATIC if exact else {})
         if device == "STATIC":
             settings["NPUW_DEVICES"] = "CPU"
         model = core.read_model(Path(folder) / "openvino_model.xml")
@@ -60,6 +62,8 @@ class OpenVINO:
             "runtime": f"openvino {openvino.__version__.partition('-')[0]}",
             "device": core.get_property(found, "FULL_DEVICE_NAME"),
         }
+        if self.is_static:
+            self.facts["longest_prompt"] = longest_prompt(context)
 
     def feed(self, ids: list[int], restart: bool, every: bool) -> np.ndarray:
         if restart and self.length:
@@ -84,7 +88,7 @@ def static_settings(context: int) -> dict[str, str]:
     Two of its defaults are wrong for LFM2. A prompt in chunks applies the mask of the first chunk
     to the convolutions of all. Transposed values give NaN.
     """
-    prompt = context // 2
+    prompt = longest_prompt(context)
     return {
         "NPU_USE_NPUW": "YES",
         "NPUW_LLM": "YES",
@@ -93,6 +97,11 @@ def static_settings(context: int) -> dict[str, str]:
         "NPUW_LLM_PREFILL_HINT": "STATIC",
         "NPUW_LLM_OPTIMIZE_V_TENSORS": "NO",
     }
+
+
+def longest_prompt(context: int) -> int:
+    """Return the tokens that a static shape has room for in one call."""
+    return context // 2
 
 
 class OnnxGenAI:
@@ -135,7 +144,34 @@ class OnnxGenAI:
         return np.array(self.generator.get_logits(), np.float32)[0]
 
 
-RUNTIMES = {"openvino": OpenVINO, "onnx": OnnxGenAI}
+class CoreML:
+    """Program that coremltools converted, run by torch; Core ML itself runs on Apple's alone."""
+
+    STATES = ("k_cache", "v_cache", "conv_cache")
+
+    def __init__(self, folder: str, device: str, context: int, exact: bool) -> None:
+        import torch
+
+        self.torch = torch
+        self.program = torch.jit.load(f"{folder}.program.pt")
+        self.length = 0
+        self.facts = {"runtime": f"torch {torch.__version__}", "device": "CPU"}
+
+    def feed(self, ids: list[int], restart: bool, every: bool) -> np.ndarray:
+        if restart:
+            self.length = 0
+            for name in self.STATES:
+                getattr(self.program, name).zero_()
+        begin, self.length = self.length, self.length + len(ids)
+        shape = (1, 1, len(ids), self.length)
+        mask = self.torch.full(shape, -1e4).triu(begin + 1)
+        with self.torch.no_grad():
+            given = self.torch.tensor([ids], dtype=self.torch.int32)
+            logits = self.program(given, mask)[0].numpy()
+        return logits if every else logits[-1:]
+
+
+RUNTIMES = {"openvino": OpenVINO, "onnx": OnnxGenAI, "coreml": CoreML}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Stand-in for OpenVINO: a model gives the logits of a table, if it gets the table's tokens."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ __version__ = "2026.0-stand-in"
 
 
 class Core:
-    available_devices = ["CPU"]
+    available_devices = os.environ.get("STAND_IN_DEVICES", "CPU").split()
 
     def read_model(self, path):
         table = np.load(Path(path).with_name("table.npz"))
@@ -23,12 +24,15 @@ class Core:
         if static:
             assert settings["NPUW_LLM_PREFILL_HINT"] == "STATIC"
             assert settings["NPUW_LLM_OPTIMIZE_V_TENSORS"] == "NO"
-            assert settings["NPUW_DEVICES"] == "CPU"
+            on_cpu = settings.get("NPUW_DEVICES") == "CPU"
+            assert on_cpu or "NPU" in self.available_devices
+            # A proof's arithmetic is float32, and a device's is its own.
+            assert (settings.get("INFERENCE_PRECISION_HINT") == "f32") == on_cpu
         return SimpleNamespace(create_infer_request=lambda: Request(model, static))
 
     def get_property(self, device, name):
-        assert (device, name) == ("CPU", "FULL_DEVICE_NAME")
-        return "Stand-in CPU"
+        assert device in self.available_devices and name == "FULL_DEVICE_NAME"
+        return f"Stand-in {device}"
 
 
 class Request:
