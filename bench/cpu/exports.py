@@ -54,8 +54,8 @@ def ours(folder: Path, quantization: str | None, room: int) -> Run:
 
 
 @contextmanager
-def exported(folder: Path, environment: Path | None, room: int) -> Iterator[Run]:
-    """Give what runs an export."""
+def exported(folder: Path, environment: Path | None, room: int) -> Iterator[tuple[Run, int]]:
+    """Give what runs an export, and the number of its process."""
     record = read_record(str(folder))
     if record is None:
         raise SystemExit(f"{folder} is no export")
@@ -66,7 +66,7 @@ def exported(folder: Path, environment: Path | None, room: int) -> Iterator[Run]
         def run(ids: list[int] | None) -> object:
             return runtime.feed([7] if ids is None else ids, restart=ids is not None)
 
-        yield run
+        yield run, runtime.pid
 
 
 def turn(run: Run, ids: list[int], steps: int) -> tuple[float, float]:
@@ -96,17 +96,19 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     room, ids = given.prompt + given.steps + 8, prompt(0, given.prompt)
     with ExitStack() as opened:
+        own: list[int] = []
         runs = {name: ours(given.checkpoint, kind, room) for name, kind in OURS}
         for text in given.export:
             folder, _, environment = text.partition("=")
             record = read_record(folder) or {}
             name = f"{record.get('runtime')} {record.get('type')}"
             place = Path(environment) if environment else None
-            runs[name] = opened.enter_context(exported(Path(folder), place, room))
+            runs[name], pid = opened.enter_context(exported(Path(folder), place, room))
+            own.append(pid)
         for run in runs.values():
             turn(run, ids, 3)
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        others = Neighbours(own=[])
+        others = Neighbours(own)
         for number in range(given.rounds):
             for name, run in list(runs.items())[:: -1 if number % 2 else 1]:
                 rates[name].append(turn(run, ids, given.steps))

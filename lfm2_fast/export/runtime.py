@@ -73,6 +73,11 @@ class Runtime:
             raise self._ended()
         return torch.frombuffer(data, dtype=torch.float32).view(shape)
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
