@@ -24,6 +24,9 @@ from typing import Any
 
 import pytest
 
+from bench.cpu.adapters import write_adapter
+from lfm2_fast.config import Config
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -230,6 +233,38 @@ def test_a_terminal_sees_a_progress_bar(hub: Hub, load: Load, tmp_path: Path) ->
             shown += part
     os.close(terminal)
     assert b"model.safetensors" in shown and b"100%" in shown
+
+
+def test_an_adapter_on_the_hub(
+    hub: Hub,
+    execute: Callable[..., subprocess.CompletedProcess[str]],
+    random_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """By itself, merged into its base, and beside it; from the cache once it was fetched."""
+    base = random_checkpoint()
+    config = Config.from_file(base / "config.json")
+    folder = write_adapter(tmp_path / "adapter", config, 4, 0, std=0.3)
+    path = folder / "adapter_config.json"
+    fields = {**json.loads(path.read_text()), "base_model_name_or_path": str(base)}
+    path.write_text(json.dumps(fields))
+    hub.files = {each.name: each.read_bytes() for each in folder.iterdir()}
+    hub.files["README.md"] = b"not needed"
+    program = f"""
+import torch, lfm2_fast
+ids, options = torch.tensor([[1, 5, 9]]), dict(device="cpu", dtype="float32", backend="eager")
+model = lfm2_fast.load({str(base)!r}, **options)
+plain, here = model(ids).logits, lfm2_fast.load({str(folder)!r}, **options)(ids).logits
+alone = lfm2_fast.load("org/model", **options)(ids).logits
+merged = lfm2_fast.load({str(base)!r}, adapter="org/model", **options)(ids).logits
+model.load_adapter("org/model")
+distances = [(each - here).norm() / here.norm() for each in (model(ids).logits, plain)]
+print(torch.equal(alone, here), torch.equal(merged, here), bool(distances[0] < 1e-5 < distances[1]))
+"""
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        result = execute(program, tmp_path / "cache", hub.url, **env)
+        assert result.stdout == "True True True\n", result.stderr
+    assert sorted(hub.asked) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_the_given_cache_folder_is_used(hub: Hub, load: Load, tmp_path: Path) -> None:
