@@ -5,7 +5,7 @@
 // values are interleaved first, two keys at a time, to become pairs too.
 //
 // The whole file is compiled for it, headers included. So it must have no function that the linker
-// could use on older processors: all are inlined, except the one with the file's name.
+// could use on older processors: all are inlined, except Bf16Tiles::run.
 #include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86
@@ -18,6 +18,8 @@
 
 namespace lfm2 {
 namespace {
+
+using Line = Bf16Tiles::Line;
 
 LFM2_INLINE __m512bh pairs_of(__m512i words) { return reinterpret_cast<__m512bh>(words); }
 
@@ -84,7 +86,7 @@ template <int Vectors>
 struct TileOf {
   static constexpr int kResults = Vectors == 3 ? 4 : 16 / Vectors;
 
-  const FlashPrefill& op;
+  const FlashPrefill<bf16>& op;
   const Tile& tile;
   int64_t pairs;
   int64_t padded;
@@ -98,8 +100,8 @@ struct TileOf {
   __m512 shrink[Vectors];  // factors of the earlier sums from a block's scores
   __m512i seen[Vectors];   // number of keys that a row sees
 
-  LFM2_INLINE TileOf(const FlashPrefill& op, const Tile& tile, Line* scratch)
-      : op(op), tile(tile), pairs(op.pairs()), padded(op.padded()) {
+  LFM2_INLINE TileOf(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch)
+      : op(op), tile(tile), pairs(op.k.head_dim / 2), padded(Bf16Tiles::padded(op.k.head_dim)) {
     queries = scratch;
     scores = queries + pairs * Vectors;
     weights = scores + kTileKeys * Vectors;
@@ -117,12 +119,9 @@ struct TileOf {
     for (int64_t i = 0; i < padded * Vectors; ++i) _mm512_store_ps(sums + i, _mm512_setzero_ps());
   }
 
-  // Beginning of a row's head in q or out.
   template <class T>
   LFM2_INLINE T* head(Rows<T> rows, int64_t row) const {
-    const int64_t at = tile.first + row;
-    const int64_t head = tile.kv_head * op.group + at % op.group;
-    return rows[tile.token + at / op.group] + head * 2 * pairs;
+    return head_of(op, tile, rows, row);
   }
 
   LFM2_INLINE void take_queries() {
@@ -316,7 +315,7 @@ struct TileOf {
 
 }  // namespace
 
-void flash_prefill_avx512bf16(const FlashPrefill& op, const Tile& tile, Line* scratch) {
+void Bf16Tiles::run(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch) {
   switch ((tile.rows + 15) / 16) {
     case 1:
       return TileOf<1>(op, tile, scratch).run();

@@ -79,9 +79,13 @@ LFM2_INLINE void load(const int8_t* from, Lanes& first, Lanes& second) {
   second = __builtin_convertvector((words << Places{8, 8, 8, 8, 0, 0, 0, 0}) >> 24, Lanes);
 }
 
+LFM2_INLINE void store(const Lanes& lanes, float* to) {
+  *reinterpret_cast<LooseLanes*>(to) = lanes;
+}
+
 LFM2_INLINE void store(const Lanes& first, const Lanes& second, float* to) {
-  *reinterpret_cast<LooseLanes*>(to) = first;
-  *reinterpret_cast<LooseLanes*>(to + kLanes) = second;
+  store(first, to);
+  store(second, to + kLanes);
 }
 
 // Inverse of the order of `load`: the place of lane `i` of both vectors among the sixteen numbers.

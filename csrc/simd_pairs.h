@@ -86,11 +86,14 @@ LFM2_INLINE void load(const int8_t* from, Lanes& first, Lanes& second) {
   to_floats({vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}, second);
 }
 
+LFM2_INLINE void store(const Lanes& lanes, float* to) {
+  vst1q_f32(to, lanes.low);
+  vst1q_f32(to + 4, lanes.high);
+}
+
 LFM2_INLINE void store(const Lanes& first, const Lanes& second, float* to) {
-  vst1q_f32(to, first.low);
-  vst1q_f32(to + 4, first.high);
-  vst1q_f32(to + 8, second.low);
-  vst1q_f32(to + 12, second.high);
+  store(first, to);
+  store(second, to + kLanes);
 }
 
 // Which of sixteen numbers lane `i` of both vectors holds: they are in their order.

@@ -80,9 +80,6 @@ def bodies(chosen: Ops) -> dict[str, str]:
             owner = next(cls for cls in lines if name in vars(cls))
             if owner is not Ops or name not in FUSED:
                 found[name] = owner.name
-    if isinstance(chosen, NativeOps):
-        prompts = "in bfloat16 alone" if native_library.prefills(torch.bfloat16) else "eager"
-        found["attention"] += f", of prompts {prompts}"
     return found
 
 

@@ -41,7 +41,7 @@ SCHEMAS = (
     # q [B, heads, D], one token per sequence; out [B, heads * D]
     "flash_decode_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor slots, "
     "Tensor lengths, Tensor(a!) out) -> ()",
-    # q [T, heads, D], D even, out [T, heads * D]; for bfloat16 where `has_flash_prefill_native`
+    # q [T, heads, D], D even, out [T, heads * D]
     "flash_prefill_native(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, "
     "Tensor cu_seqlens, Tensor slots, Tensor lengths, Tensor(a!) out) -> ()",
     # x [T, K], norm [K], weight [N, K], bias [N], out [T, N]. With scales [N] float32, the weight
@@ -79,8 +79,6 @@ SCHEMAS = (
     "Tensor(f!) written) -> ()",
 )
 
-# True if the processor has AVX512_BF16, which flash_prefill_native needs.
-HAS_FLASH_PREFILL = "has_flash_prefill_native() -> bool"
 # True if the code was compiled only for x86-64 processors without AVX2.
 LACKS_AVX2 = "lacks_avx2_native() -> bool"
 
@@ -100,7 +98,6 @@ def _nothing(*args: object) -> None:
 for _schema in SCHEMAS:
     _library.define(_schema)
     torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
-_library.define(HAS_FLASH_PREFILL)
 _library.define(LACKS_AVX2)
 _library.define(REPLAY)
 
@@ -120,7 +117,7 @@ def _load() -> str | None:
         logging.getLogger(__name__).warning("%s", reason)
         return reason
     keys = dict.fromkeys((*SCHEMAS, REPLAY), "CPU")
-    keys |= dict.fromkeys((HAS_FLASH_PREFILL, LACKS_AVX2), "CompositeExplicitAutograd")
+    keys[LACKS_AVX2] = "CompositeExplicitAutograd"
     if not all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"lfm2_fast::{schema.split('(')[0]}", key)
         for schema, key in keys.items()
@@ -158,10 +155,3 @@ def why_slow(device: torch.device) -> str | None:
         f"GCC 12 or newer; `CXX=g++-12 {REBUILD}` or, for this machine alone, "
         f"`CFLAGS=-march=native {REBUILD}` builds it again"
     )
-
-
-def prefills(dtype: torch.dtype) -> bool:
-    """Return True if ``flash_prefill_native`` runs ``dtype`` here. PyTorch runs the others."""
-    if _why_not is not None or dtype != torch.bfloat16:
-        return False
-    return bool(torch.ops.lfm2_fast.has_flash_prefill_native())

@@ -289,8 +289,6 @@ class NativeOps(PendingResidualOps):
         return q
 
     def attention(self, q: torch.Tensor, pages: KVPages, batch: Batch) -> torch.Tensor:
-        if batch.max_query != 1 and not native_library.prefills(q.dtype):
-            return super().attention(q, pages, batch)
         tokens, heads, head_dim = q.shape
         out = q.new_empty(tokens, heads * head_dim)
         cached = pages.k, pages.v, pages.table

@@ -39,11 +39,6 @@ def arguments() -> dict[str, dict[str, Any]]:
         "bias": torch.randn(8),
         "window": torch.zeros(3, 4, 8),
     }
-    bf16 = {name: tensor.bfloat16() for name, tensor in paged.items() if name != "table"}
-    prefill = {
-        "q": torch.randn(3, 2, 8).bfloat16(), **bf16, "table": paged["table"], **runs,
-        "out": torch.zeros(3, 16).bfloat16(),
-    }  # fmt: skip
     floats = torch.full((3,), 0.5, dtype=torch.float64)
     numbers = torch.randint(-127, 128, (6, 8), dtype=torch.int8)
     matrix = {"weight": numbers, "scales": torch.rand(6)}
@@ -72,7 +67,9 @@ def arguments() -> dict[str, dict[str, Any]]:
             "q": torch.randn(3, 2, 8), **paged, "slots": ints, "lengths": runs["lengths"],
             "out": torch.zeros(3, 16),
         },
-        **({"flash_prefill": prefill} if native_library.prefills(torch.bfloat16) else {}),
+        "flash_prefill": {
+            "q": torch.randn(3, 2, 8), **paged, **runs, "out": torch.zeros(3, 16),
+        },
         "norm_linear": {
             "x": x, "norm": torch.randn(8), "eps": EPS, **matrix, "bias": torch.randn(6),
             "out": torch.zeros(3, 6),

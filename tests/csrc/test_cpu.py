@@ -306,17 +306,6 @@ def test_flash_decode_of_sharp_scores(size: float, dtype, within_budget) -> None
     within_budget(decode(case), exact, plain)
 
 
-@pytest.mark.skipif(native_library.prefills(torch.bfloat16), reason="test_flash_prefill.py's part")
-def test_prompts_need_avx512_bf16() -> None:
-    """The body says so, and PyTorch's attention serves; the models above show that."""
-    q = torch.randn(3, 2, 8).bfloat16()
-    pages = torch.randn(1, 1, 4, 8).bfloat16()
-    bounds, one = torch.tensor([0, 3], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    places = one, bounds, torch.zeros(1, dtype=torch.int64), bounds[1:]
-    with pytest.raises(RuntimeError, match="no AVX512_BF16"):
-        BODIES.flash_prefill_native(q, pages, pages, *places, q.flatten(1))
-
-
 def test_pages_of_one_slot_are_enough() -> None:
     """The bodies find a sequence by its table, not by its slot."""
     torch.manual_seed(0)

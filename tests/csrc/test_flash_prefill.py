@@ -1,9 +1,8 @@
-"""The C++ body of attention for many tokens: bfloat16, on processors with AVX512_BF16."""
+"""The C++ bodies of attention for many tokens: of every dtype, and bfloat16 with AVX512_BF16."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import lfm2_fast
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
 from lfm2_fast.engine.model_runner import run_batch
-from lfm2_fast.ops import native_library, reference
+from lfm2_fast.ops import reference
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
 from tests.batches import batch_of, whole_pages
@@ -23,10 +22,7 @@ CPU = torch.device("cpu")
 NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
 
-pytestmark = [
-    pytest.mark.skipif(not native_library.prefills(torch.bfloat16), reason="needs AVX512_BF16"),
-    pytest.mark.usefixtures("threads"),
-]
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def a_batch(starts: Sequence[int], counts: Sequence[int]) -> Batch:
@@ -38,14 +34,16 @@ def a_batch(starts: Sequence[int], counts: Sequence[int]) -> Batch:
 class Case:
     """Random queries, keys and values for ``batch``, whose slots hold its tokens already."""
 
-    def __init__(self, batch: Batch, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, batch: Batch, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
         self.batch, slots = batch, len(batch.slots) + 2
         self.lengths = [0] * slots
         for slot, length in zip(batch.required_host.slots, batch.lengths.tolist(), strict=True):
             self.lengths[slot] = length
-        self.q = torch.randn(len(batch.positions), heads, head_dim).bfloat16()
+        self.q = torch.randn(len(batch.positions), heads, head_dim).to(dtype)
         longest = max(self.lengths)
-        self.k, self.v = torch.randn(2, slots, kv_heads, longest, head_dim).bfloat16()
+        self.k, self.v = torch.randn(2, slots, kv_heads, longest, head_dim).to(dtype)
 
     def reference(self, dtype: torch.dtype) -> torch.Tensor:
         given = (t.to(dtype) for t in (self.q, self.k, self.v))
@@ -77,7 +75,7 @@ def attend(
     return out
 
 
-def test_any_batch(framed, intact, paged, same_bits, within_budget) -> None:
+def test_any_batch(dtype, framed, intact, paged, same_bits, within_budget) -> None:
     """Sequences of any lengths; the bits are those of each alone, on any threads and pages.
 
     The largest of a few errors is a matter of luck, so the budget is that of all examples together.
@@ -104,13 +102,13 @@ def test_any_batch(framed, intact, paged, same_bits, within_budget) -> None:
     def check(chunks, kv_heads, group, head_dim, page_size, place, seed) -> None:
         torch.manual_seed(seed)
         batch = a_batch(*zip(*chunks, strict=True))
-        case = Case(batch, kv_heads * group, kv_heads, head_dim)
+        case = Case(batch, kv_heads * group, kv_heads, head_dim, dtype)
         pages = paged(case.k, case.v, case.lengths, page_size)
         out = attend(case, pages, place)
         assert place is not framed or intact(out)
         exact = case.reference(torch.float64)
         assert (out - exact).abs().max() <= 2**-5 * case.v.abs().max()
-        found.append(tuple(t.flatten() for t in (out, exact, case.reference(torch.bfloat16))))
+        found.append(tuple(t.flatten() for t in (out, exact, case.reference(dtype))))
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert same_bits(attend(case, case.whole()), out)
@@ -122,10 +120,10 @@ def test_any_batch(framed, intact, paged, same_bits, within_budget) -> None:
     within_budget(*map(torch.cat, zip(*found, strict=True)))
 
 
-def test_a_prompt_may_be_cut_anywhere(same_bits) -> None:
+def test_a_prompt_may_be_cut_anywhere(dtype, same_bits) -> None:
     """Two steps give the bits of one, although other tokens share a token's tile."""
     torch.manual_seed(0)
-    case = Case(a_batch([0], [150]), 6, 2, 16)
+    case = Case(a_batch([0], [150]), 6, 2, 16, dtype)
     (slot,), pages = case.batch.required_host.slots, case.whole()
     whole = attend(case, pages)
     for cut in range(1, 150):
@@ -143,45 +141,46 @@ def test_a_prompt_may_be_cut_anywhere(same_bits) -> None:
 
 @pytest.mark.parametrize("size", [1.0, 6.0, 60.0])
 @pytest.mark.parametrize(("start", "count"), [(0, 300), (1000, 70)])
-def test_scores_of_any_size(size: float, start: int, count: int, within_budget) -> None:
+def test_scores_of_any_size(dtype, size: float, start: int, count: int, within_budget) -> None:
     """With the largest ones few keys have all the weight, and exp underflows for the others."""
     torch.manual_seed(0)
-    case = Case(a_batch([start], [count]), 16, 8, 64)
-    case.q = (size * case.q).bfloat16()
-    plain = case.reference(torch.bfloat16)
+    case = Case(a_batch([start], [count]), 16, 8, 64, dtype)
+    case.q = (size * case.q).to(dtype)
+    plain = case.reference(dtype)
     within_budget(attend(case, case.whole()), case.reference(torch.float64), plain)
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_the_largest_score_comes_last_or_first(rising: bool, within_budget) -> None:
+def test_the_largest_score_comes_last_or_first(dtype, rising: bool, within_budget) -> None:
     """Sums are scaled down with every block of keys, or never."""
     torch.manual_seed(0)
-    case = Case(a_batch([0], [400]), 2, 1, 32)
+    case = Case(a_batch([0], [400]), 2, 1, 32, dtype)
     slope = torch.linspace(0, 8, 400)[:, None]
     case.q = case.q.abs()
-    case.k = ((slope if rising else slope.flip(0)) * torch.ones_like(case.k)).bfloat16()
-    plain = case.reference(torch.bfloat16)
+    case.k = ((slope if rising else slope.flip(0)) * torch.ones_like(case.k)).to(dtype)
+    plain = case.reference(dtype)
     within_budget(attend(case, case.whole()), case.reference(torch.float64), plain)
 
 
-@pytest.mark.parametrize("poison", [NAN, float("inf"), torch.finfo(torch.bfloat16).max])
-def test_what_is_no_number_stays_in_its_sequence(poison: float, same_bits) -> None:
+@pytest.mark.parametrize("poison", [NAN, float("inf"), "largest"])
+def test_what_is_no_number_stays_in_its_sequence(dtype, poison: float | str, same_bits) -> None:
     torch.manual_seed(0)
-    case = Case(a_batch([40, 7, 0], [3, 90, 21]), 4, 2, 64)
+    case = Case(a_batch([40, 7, 0], [3, 90, 21]), 4, 2, 64, dtype)
+    value = torch.finfo(dtype).max if poison == "largest" else poison
     clean = [attend(case.alone(i), case.whole()) for i in range(3)]
     first, last = case.batch.cu_seqlens[1:3].tolist()
-    case.q[first:last] = poison
+    case.q[first:last] = value
     for pages in (case.k, case.v):
-        pages[case.batch.required_host.slots[1]] = poison
+        pages[case.batch.required_host.slots[1]] = value
     out = attend(case, case.whole())
     assert same_bits(out[:first], clean[0]) and same_bits(out[last:], clean[2])
     assert not out[first:last].isfinite().any()
 
 
-def test_nan_of_a_seen_key_or_value_is_not_hidden() -> None:
+def test_nan_of_a_seen_key_or_value_is_not_hidden(dtype) -> None:
     torch.manual_seed(0)
     for tensor in ("k", "v"):
-        case = Case(a_batch([0], [20]), 2, 1, 16)
+        case = Case(a_batch([0], [20]), 2, 1, 16, dtype)
         getattr(case, tensor)[case.batch.required_host.slots[0], 0, 5, 3] = NAN
         out = attend(case, case.whole()).unflatten(1, (2, 16))
         hit = out[5:] if tensor == "k" else out[5:, :, 3]
@@ -189,15 +188,15 @@ def test_nan_of_a_seen_key_or_value_is_not_hidden() -> None:
 
 
 def test_other_heads_are_refused() -> None:
-    case = Case(a_batch([0], [5]), 2, 1, 8)
+    case = Case(a_batch([0], [5]), 2, 1, 8, torch.bfloat16)
     odd = KVPages(case.k[..., :7], case.v[..., :7], case.whole().table)
     case.q = case.q[..., :7]
     with pytest.raises(RuntimeError, match="a head of size 7 has no pairs"):
         attend(case, odd)
-    case = Case(a_batch([0], [5]), 5, 2, 8)
+    case = Case(a_batch([0], [5]), 5, 2, 8, torch.bfloat16)
     with pytest.raises(RuntimeError, match="5 heads cannot share 2"):
         attend(case, case.whole())
-    case = Case(a_batch([0], [5]), 2, 1, 8)
+    case = Case(a_batch([0], [5]), 2, 1, 8, torch.bfloat16)
     apart = case.q.transpose(0, 1).contiguous().transpose(0, 1)
     batch, pages = case.batch, case.whole()
     places = pages.table, batch.cu_seqlens, batch.slots, batch.lengths
@@ -232,21 +231,12 @@ def test_places_that_are_not_there_are_refused(name: str, values: list, message:
         BODIES.flash_prefill_native(**given)
 
 
-def test_prompts_in_bfloat16_are_its(random_checkpoint, monkeypatch) -> None:
-    """Prompts of one token and of more, alone and together. Other dtypes are PyTorch's."""
-    served = []
-    plain = reference.attention_ref
-
-    def note(q: torch.Tensor, *args: Any) -> torch.Tensor:
-        served.append(q.dtype)
-        return plain(q, *args)
-
-    monkeypatch.setattr(reference, "attention_ref", note)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = lfm2_fast.load(random_checkpoint(), device="cpu", dtype=dtype)
-        assert isinstance(model.ops, NativeOps)
-        cache = model.new_cache(2)
-        for counts in ([9], [1, 40], [1]):
-            batch = cache.next_batch(counts, range(len(counts)), CPU)
-            run_batch(model.network, torch.randint(8, 307, (sum(counts),)), batch, cache)
-    assert served == [torch.float32] * 4 + [torch.float16] * 4
+def test_prompts_of_every_dtype_are_its(dtype, random_checkpoint, monkeypatch) -> None:
+    """Prompts of one token and of more, alone and together: plain PyTorch runs none of them."""
+    monkeypatch.setattr(reference, "attention_ref", None)
+    model = lfm2_fast.load(random_checkpoint(), device="cpu", dtype=dtype)
+    assert isinstance(model.ops, NativeOps)
+    cache = model.new_cache(2)
+    for counts in ([9], [1, 40], [1]):
+        batch = cache.next_batch(counts, range(len(counts)), CPU)
+        run_batch(model.network, torch.randint(8, 307, (sum(counts),)), batch, cache)
