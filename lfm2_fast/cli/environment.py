@@ -19,7 +19,7 @@ from lfm2_fast.config_values import read_json
 from lfm2_fast.hf.loading import find_device
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.base import Ops
-from lfm2_fast.ops.native_ops import NativeOps, multiplies, multiplies_int8
+from lfm2_fast.ops.native_ops import multiplies, multiplies_int8
 from lfm2_fast.ops.select import BACKENDS, choose, why_not
 from lfm2_fast.text.presets import sampling
 from lfm2_fast.weights import hub
