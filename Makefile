@@ -12,7 +12,7 @@ PEERS := $(or $(LFM2_FAST_PEERS_DIR),build/peers)/.ready
 # Python keeps its compiled files, even if the shell forbids that: tests start it a hundred times.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -p no:benchmark -n auto --maxprocesses=16 --dist=worksteal
 # Folders without tests for `make check` (MARKS in tests/conftest.py), which it need not import.
-UNCOLLECTED := $(addprefix --ignore=tests/, bench kernels packaging)
+UNCOLLECTED := $(addprefix --ignore=tests/, bench clients export kernels packaging)
 SIZE := 350M
 SANITIZER := -fsanitize=address,undefined
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \

@@ -63,26 +63,47 @@ SMALL = {
     "eos_token_id": 7,
 }
 
-# What whole folders and files have in common, by how their paths begin.
+# Marks of whole folders and files, by how their paths begin. A file is slow if `make check` would
+# otherwise end after its two minutes; files beside it test the same rooms.
 MARKS = {
     "bench/": "bench",
+    "cli/test_app.py": "slow",
+    "clients/": "slow",
     "cluster/on_ray/": "cluster",
+    "csrc/test_clang.py": "build",
     "csrc/test_extension.py": "build",
     "csrc/test_groups_bodies.py": "build",
+    "engine/test_cpu_graph.py": "slow",
     "engine/test_decode.py": "slow",
     "engine/test_first_token.py": "interpreter",
+    "engine/test_near_ties.py": "slow",
     "engine/test_on_a_gpu.py": "interpreter",
+    "engine/test_other_devices.py": "slow",
+    "engine/test_published_bugs.py": "slow",
+    "engine/test_speculation.py": "slow",
+    "export/": "slow",
     "hf/test_adapters.py": "slow",
     "hf/test_beam_search.py": "slow",
     "hf/test_clients.py": "slow",
     "hf/test_compiling.py": "slow",
+    "hf/test_generate_batch.py": "slow",
     "hf/test_generate_loop.py": "slow",
+    "hf/test_processors.py": "slow",
+    "hf/test_speculation.py": "slow",
+    "hf/test_steps.py": "slow",
     "kernels/": "interpreter",
     "kernels/test_aot.py": "build",
+    "models/test_dspark.py": "slow",
     "models/test_published_sizes.py": "slow",
     "models/test_rope.py": "slow",
     "ops/test_triton_ops.py": "interpreter",
+    "ops/test_verified_steps.py": "slow",
     "packaging/": "build",
+    "text/test_grammar.py": "slow",
+    "text/test_tool_calls.py": "slow",
+    "weights/test_adapter.py": "slow",
+    "weights/test_compressed_tensors.py": "slow",
+    "weights/test_gguf_checkpoint.py": "slow",
     "weights/test_hub.py": "slow",
 }
 

@@ -174,7 +174,9 @@ def test_what_is_no_number_stays_in_its_sequence(dtype, poison: float | str, sam
         pages[case.batch.required_host.slots[1]] = value
     out = attend(case, case.whole())
     assert same_bits(out[:first], clean[0]) and same_bits(out[last:], clean[2])
-    assert not out[first:last].isfinite().any()
+    finite = out[first:last].isfinite()
+    # Products of the largest halves are floats.
+    assert finite.all() if value == torch.finfo(torch.float16).max else not finite.any()
 
 
 def test_nan_of_a_seen_key_or_value_is_not_hidden(dtype) -> None:
