@@ -286,9 +286,8 @@ def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
     launch_all(size, dtype, pdl=pdl)
     for bias in (False, True) if size is SIZES[0] else (False,):
         launch_few(size, dtype, bias=bias, pdl=pdl)
-    if size in SIZES[::2]:
-        for bits in (8, 4):
-            launch_few(size, dtype, bits=bits, pdl=pdl)
+    for bits in (8, 4):
+        launch_few(size, dtype, bits=bits, pdl=pdl)
 
 
 def launch_sample(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -95,9 +97,14 @@ def _nothing(*args: object) -> None:
     """Do nothing: every operation's result for tensors without data."""
 
 
+_found: dict[str, Any] = {}
 for _schema in SCHEMAS:
     _library.define(_schema)
-    torch.library.register_fake(f"lfm2_fast::{_schema.split('(')[0]}", _nothing, lib=_library)
+    _name = _schema.split("(")[0]
+    torch.library.register_fake(f"lfm2_fast::{_name}", _nothing, lib=_library)
+    _found[_name.removesuffix("_native")] = getattr(torch.ops.lfm2_fast, _name).default
+# Operations by name. They are looked up once, because that takes as long as a small operation.
+native = SimpleNamespace(**_found)
 _library.define(LACKS_AVX2)
 _library.define(REPLAY)
 

@@ -16,33 +16,10 @@ from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
 from lfm2_fast.ops import native_library  # noqa: F401 - it defines the operations
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.base import AttentionLike, Ops, Rope, TapsLike, epsilon
+from lfm2_fast.ops.native_library import native
 from lfm2_fast.ops.residual import PendingResidualOps, settled
 from lfm2_fast.ops.sampling import SamplingState
 from lfm2_fast.weights.formats import DENSE, INT8, Format, Groups, Projection
-
-# Looked up once, because a look-up takes as long as a small operation.
-_rms_norm = torch.ops.lfm2_fast.rms_norm_native.default
-_add_rms_norm = torch.ops.lfm2_fast.add_rms_norm_native.default
-_embed = torch.ops.lfm2_fast.embed_native.default
-_swiglu = torch.ops.lfm2_fast.swiglu_native.default
-_gated_conv_step = torch.ops.lfm2_fast.gated_conv_step_native.default
-_gated_conv = torch.ops.lfm2_fast.gated_conv_native.default
-_rope = torch.ops.lfm2_fast.rope_native.default
-_qk_norm_rope = torch.ops.lfm2_fast.qk_norm_rope_native.default
-_flash_decode = torch.ops.lfm2_fast.flash_decode_native.default
-_flash_prefill = torch.ops.lfm2_fast.flash_prefill_native.default
-_norm_linear = torch.ops.lfm2_fast.norm_linear_native.default
-_linear_add = torch.ops.lfm2_fast.linear_add_native.default
-_norm_swiglu = torch.ops.lfm2_fast.norm_swiglu_native.default
-_low_rank = torch.ops.lfm2_fast.low_rank_native.default
-_quantize = torch.ops.lfm2_fast.quantize_native.default
-_finish_products = torch.ops.lfm2_fast.finish_products_native.default
-_best_tokens = torch.ops.lfm2_fast.best_tokens_native.default
-_penalize = torch.ops.lfm2_fast.penalize_native.default
-_warp = torch.ops.lfm2_fast.warp_native.default
-_draw = torch.ops.lfm2_fast.draw_native.default
-_advance = torch.ops.lfm2_fast.advance_native.default
-
 
 # Most tokens of a step that verifies drafts: more take so long that no drafts pay for them.
 MOST_VERIFIED = 32
@@ -116,7 +93,7 @@ class NativeStepOps(Ops):
         tokens, size = bcx.shape
         out = bcx.new_empty(tokens, size // 3)
         places = batch.positions, batch.slots
-        _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
+        native.gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
         return out
 
 
@@ -146,7 +123,7 @@ class NativeOps(PendingResidualOps):
         if self.entries is None or stack is None or len(x) > FEW_ADAPTED:
             return super().add_low_rank(x, linear, product)
         changes = stack.down, stack.up, stack.gain, stack.shift, stack.ends
-        _low_rank(x, self.entries, *changes, linear.bias, product)
+        native.low_rank(x, self.entries, *changes, linear.bias, product)
         return product
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
@@ -155,7 +132,7 @@ class NativeOps(PendingResidualOps):
         x = settled(x)
         out = x.new_empty(len(x), len(linear.weight))
         matrix = linear.weight, linear.weight_scale, linear.bias
-        _norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
+        native.norm_linear(x, norm.weight, epsilon(norm), *matrix, out)
         if self.adapts(linear):
             return self.adapt(self.rms_norm(x, norm), linear, out)
         return out
@@ -167,9 +144,9 @@ class NativeOps(PendingResidualOps):
         out = residual.new_empty(residual.shape)
         matrix = linear.weight, linear.weight_scale, linear.bias
         if self.adapts(linear):
-            _linear_add(y, *matrix, torch.zeros_like(out), out)
+            native.linear_add(y, *matrix, torch.zeros_like(out), out)
             return residual + self.adapt(y, linear, out)
-        _linear_add(y, *matrix, residual, out)
+        native.linear_add(y, *matrix, residual, out)
         return out
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
@@ -180,13 +157,13 @@ class NativeOps(PendingResidualOps):
         x = settled(x)
         out = x.new_empty(len(x), len(gate_up.weight) // 2)
         matrix = gate_up.weight, gate_up.weight_scale
-        _norm_swiglu(x, norm.weight, epsilon(norm), *matrix, out)
+        native.norm_swiglu(x, norm.weight, epsilon(norm), *matrix, out)
         return out
 
     def head_argmax(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         logits = self.norm_linear(x, norm, linear)
         tokens = logits.new_empty(len(logits), dtype=torch.int64)
-        _best_tokens(logits, tokens)
+        native.best_tokens(logits, tokens)
         return tokens
 
     def linear(self, x: torch.Tensor, linear: Projection) -> torch.Tensor:
@@ -197,10 +174,10 @@ class NativeOps(PendingResidualOps):
         if linear.format is INT8 and multiplies_int8():
             numbers = x.new_empty(x.shape, dtype=torch.int8)
             scales = x.new_empty(len(x), dtype=torch.float32)
-            _quantize(x, numbers, scales)
+            native.quantize(x, numbers, scales)
             out = x.new_empty(len(x), len(linear.weight))
             products = torch._int_mm(numbers, linear.weight.T)
-            _finish_products(products, scales, linear.weight_scale, linear.bias, out)
+            native.finish_products(products, scales, linear.weight_scale, linear.bias, out)
             return out
         if multiplies(x.dtype):
             return ref.linear_ref(x, linear.dequantized(x.dtype), linear.bias)
@@ -219,7 +196,7 @@ class NativeOps(PendingResidualOps):
         # Scaled before it is rounded, as in Hugging Face's class.
         made = dtype if scale == 1.0 else inv_freq.dtype
         cos, sin = inv_freq.new_empty(shape, dtype=made), inv_freq.new_empty(shape, dtype=made)
-        _rope(positions, inv_freq, cos, sin)
+        native.rope(positions, inv_freq, cos, sin)
         if scale == 1.0:
             return cos, sin
         return (cos * scale).to(dtype), (sin * scale).to(dtype)
@@ -231,25 +208,25 @@ class NativeOps(PendingResidualOps):
             return super().embed(tokens, embedding, dtype)
         weight, width = embedding.weight, embedding.shape[1]
         out = weight.new_empty(len(tokens), width, dtype=dtype)
-        _embed(tokens, weight, embedding.weight_scale, out)
+        native.embed(tokens, weight, embedding.weight_scale, out)
         return self.adapt_rows(tokens, embedding, out)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
         out = x.new_empty(x.shape)
-        _rms_norm(x, norm.weight, epsilon(norm), out)
+        native.rms_norm(x, norm.weight, epsilon(norm), out)
         return out
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor, norm: nn.RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = x.new_empty(x.shape)
-        _add_rms_norm(x, delta, norm.weight, epsilon(norm), delta, out)
+        native.add_rms_norm(x, delta, norm.weight, epsilon(norm), delta, out)
         return delta, out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, size = gate_up.shape
         out = gate_up.new_empty(tokens, size // 2)
-        _swiglu(gate_up, out)
+        native.swiglu(gate_up, out)
         return out
 
     def gated_conv(
@@ -259,10 +236,10 @@ class NativeOps(PendingResidualOps):
         out = bcx.new_empty(tokens, size // 3)
         if batch.max_query == 1:
             places = batch.positions, batch.slots
-            _gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
+            native.gated_conv_step(bcx, conv.weight, conv.bias, window.rows, *places, out)
         else:
             runs = batch.cu_seqlens, batch.slots, batch.lengths
-            _gated_conv(bcx, conv.weight, conv.bias, window.rows, *runs, out)
+            native.gated_conv(bcx, conv.weight, conv.bias, window.rows, *runs, out)
         return out
 
     def qk_norm_rope(
@@ -271,7 +248,7 @@ class NativeOps(PendingResidualOps):
         tokens, size = qkv.shape
         _, kv_heads, _, head_dim = pages.k.shape
         q = qkv.new_empty(tokens, size // head_dim - 2 * kv_heads, head_dim)
-        _qk_norm_rope(
+        native.qk_norm_rope(
             qkv,
             attention.q_layernorm.weight,
             attention.k_layernorm.weight,
@@ -293,24 +270,24 @@ class NativeOps(PendingResidualOps):
         out = q.new_empty(tokens, heads * head_dim)
         cached = pages.k, pages.v, pages.table
         if batch.max_query == 1:
-            _flash_decode(q, *cached, batch.slots, batch.lengths, out)
+            native.flash_decode(q, *cached, batch.slots, batch.lengths, out)
         else:
-            _flash_prefill(q, *cached, batch.cu_seqlens, batch.slots, batch.lengths, out)
+            native.flash_prefill(q, *cached, batch.cu_seqlens, batch.slots, batch.lengths, out)
         return out
 
     def sample(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         scores, shape = logits, logits.shape
         if state.seen is not None:
             scores = logits.new_empty(shape, dtype=torch.float32)
-            _penalize(logits, state.seen, state.repetition_penalty, scores)
+            native.penalize(logits, state.seen, state.repetition_penalty, scores)
         tokens = torch.empty_like(state.positions)
         if not state.all_drawn:
-            _best_tokens(scores, tokens)
+            native.best_tokens(scores, tokens)
         if "do_sample" in state.active:
             warped = logits.new_empty(shape, dtype=torch.float32)
-            _warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
+            native.warp(scores, state.temperature, state.top_k, state.top_p, state.min_p, warped)
             drawn = torch.empty_like(tokens)
-            _draw(warped, state.seeds, state.rows, state.positions, drawn)
+            native.draw(warped, state.seeds, state.rows, state.positions, drawn)
             tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
         state.record(tokens)
         return tokens
@@ -323,4 +300,4 @@ class NativeOps(PendingResidualOps):
         inputs: DecodeInputs,
         written: torch.Tensor,
     ) -> None:
-        _advance(chosen, eos, dummy_slot, *inputs, written)
+        native.advance(chosen, eos, dummy_slot, *inputs, written)
