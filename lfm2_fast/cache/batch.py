@@ -167,13 +167,13 @@ def together_on_device(device: torch.device | str, *fields: Field) -> list[torch
     """
     if torch.device(device).type != "cuda":
         return [on_device(values, dtype, device) for values, dtype in fields]
-    hosts = [torch.tensor(list(values), dtype=dtype) for values, dtype in fields]
+    hosts = [torch.tensor(list(values), dtype=dtype, device="cpu") for values, dtype in fields]
     starts, size = [], 0
     for each in hosts:
         starts.append(size)
         # Triton compiles a kernel again for pointers that are not multiples of 16 bytes.
         size += -(-each.nbytes // 16) * 16
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     for start, each in zip(starts, hosts, strict=True):
         packed[start : start + each.nbytes] = each.view(torch.uint8)
     moved = packed.to(device, non_blocking=True)
