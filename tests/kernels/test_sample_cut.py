@@ -164,7 +164,7 @@ def test_top_p_alone_issues_at_most_twice_what_min_p_does() -> None:
     assert done.returncode == 0, done.stderr
     min_p, top_p = json.loads(done.stdout)
     torch.manual_seed(0)
-    turns = search(4.5 * torch.randn(VOCAB))
+    turns = search(4.05 * torch.randn(VOCAB))
     code, loops = listing(top_p["sample_cut"][1])
     assert set(names(code, loops).values()) == {*turns, "none"}
     ratio = issued(top_p, turns) / issued(min_p, turns)
