@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lfm2_fast.cache.batch import on_device
+from lfm2_fast.cache.batch import on_device, together_on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.launch import Written, note
 from lfm2_fast.engine.logits import adjusted, told_log_probs
@@ -119,9 +119,13 @@ class VerifiedLaunch:
         if not live:
             return
         inputs, device = self._buffers.inputs, self._buffers.eos.device
-        at = on_device([place for _, place in live], torch.int64, device)
-        lengths = on_device([row.length for row, _ in live], torch.int64, device)
-        inputs.tokens[at] = on_device([row.written[-1] for row, _ in live], torch.int64, device)
+        at, lengths, tokens = together_on_device(
+            device,
+            ([place for _, place in live], torch.int64),
+            ([row.length for row, _ in live], torch.int64),
+            ([row.written[-1] for row, _ in live], torch.int64),
+        )
+        inputs.tokens[at] = tokens
         inputs.positions[at] = lengths - 1
         inputs.lengths[at] = lengths.int()
         self._buffers.state.positions[at] = lengths
