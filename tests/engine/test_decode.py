@@ -573,15 +573,15 @@ def test_a_long_prompt_that_waited_moves_pages_under_steps_in_flight(plain, ahea
 
 def test_rows_stay_busy(plain, monkeypatch, ends_at) -> None:
     sizes = []
-    forward = Lfm2.forward
+    run_blocks = Lfm2.run_blocks
 
     def counted(self: Any, tokens: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if batch.max_query == 1:
             sizes.append(len(tokens))
-        return forward(self, tokens, batch, *args, **kwargs)
+        return run_blocks(self, tokens, batch, *args, **kwargs)
 
     ends = ends_at(2, 5, 9, 14)
-    monkeypatch.setattr(Lfm2, "forward", counted)
+    monkeypatch.setattr(Lfm2, "run_blocks", counted)
     plain.generate(PROMPTS, max_new_tokens=30, eos_token_id=ends, max_batch_size=2)
     assert max(sizes) == 2
     assert 1 not in sizes[: sizes.index(1)] and set(sizes[sizes.index(1) :]) == {1}
