@@ -13,7 +13,6 @@ from torch import nn
 
 from lfm2_fast.cache.batch import Batch, DecodeInputs
 from lfm2_fast.cache.kv_cache import ConvWindow, KVPages
-from lfm2_fast.ops import native_library  # noqa: F401 - it defines the operations
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.base import AttentionLike, Ops, Rope, TapsLike, epsilon
 from lfm2_fast.ops.native_library import native
