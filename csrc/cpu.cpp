@@ -338,13 +338,13 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
     parallel_for(0, number_of_splits, grain(each), [&](int64_t first, int64_t last) {
       std::vector<float> scratch(op.scratch(most));
       std::vector<T> padding(op.padding());
-      std::vector<float*> into(most);
+      std::vector<float*> into(most * group);
       for (int64_t i = first; i < last; ++i) {
         const Split& split = splits[i];
         for (int64_t n = 0; n < split.rows; ++n) {
-          if (split.first < length[split.row + n]) {
-            into[n] = partials_of(split.row + n, split.kv_head, split.first / kSplit);
-          }
+          if (split.first >= length[split.row + n]) continue;
+          float* own = partials_of(split.row + n, split.kv_head, split.first / kSplit);
+          for (int64_t g = 0; g < group; ++g) into[n * group + g] = own + g * partial;
         }
         flash_decode(op, split, scratch.data(), padding.data(), into.data());
       }

@@ -20,6 +20,7 @@ namespace lfm2 {
 
 constexpr int64_t kSplit = 512;
 constexpr int64_t kBlock = 64;  // keys whose scores are kept at once
+constexpr int64_t kMostHeads = 4;  // query heads that read keys together
 
 inline int64_t splits_of(int64_t length) { return (length + kSplit - 1) / kSplit; }
 
@@ -35,7 +36,7 @@ struct FlashDecode {
 
   // Rows are computed as whole vectors, with floats in their order. Rows of other sizes are padded.
   int64_t padded() const { return (k.head_dim + kPair - 1) / kPair * kPair; }
-  int64_t scratch(int64_t rows) const { return group * (rows * padded() + kBlock); }
+  int64_t scratch(int64_t rows) const { return rows * group * padded(); }
   int64_t padding() const { return k.head_dim == padded() ? 0 : 2 * kBlock * padded(); }
 };
 
@@ -51,7 +52,7 @@ struct Split {
   int64_t last;  // of the last row
 };
 
-// scores[g, j] = q[g] . keys[j], for `Heads` heads and 8 / Heads keys from `first` on. Beyond
+// scores[g, j] = q[g] . keys[j], for `Heads` query heads and 8 / Heads keys from `first` on. Beyond
 // `count` keys the last key is used again; these scores are undefined.
 template <int Heads, class T>
 LFM2_INLINE void score(const float* q, Rows<const T> keys, int64_t first, int64_t count,
@@ -61,14 +62,26 @@ LFM2_INLINE void score(const float* q, Rows<const T> keys, int64_t first, int64_
   const T* key[kKeys];
   for (int j = 0; j < kKeys; ++j) key[j] = keys[std::min(first + j, count - 1)];
   for (int64_t i = 0; i < width; i += kPair) {
-    Lanes query[Heads][2];
-    for (int g = 0; g < Heads; ++g) load(q + g * width + i, query[g][0], query[g][1]);
-    for (int j = 0; j < kKeys; ++j) {
-      Lanes a, b;
-      load(key[j] + i, a, b);
+    if constexpr (Heads > kKeys) {
+      // The fewer of both stay in registers: here it is the keys.
+      Lanes a[kKeys], b[kKeys];
+      for (int j = 0; j < kKeys; ++j) load(key[j] + i, a[j], b[j]);
       for (int g = 0; g < Heads; ++g) {
-        sums[g * kKeys + j] += query[g][0] * a;
-        sums[g * kKeys + j] += query[g][1] * b;
+        Lanes even, odd;
+        load(q + g * width + i, even, odd);
+        for (int j = 0; j < kKeys; ++j) sums[g * kKeys + j] += even * a[j];
+        for (int j = 0; j < kKeys; ++j) sums[g * kKeys + j] += odd * b[j];
+      }
+    } else {
+      Lanes query[Heads][2];
+      for (int g = 0; g < Heads; ++g) load(q + g * width + i, query[g][0], query[g][1]);
+      for (int j = 0; j < kKeys; ++j) {
+        Lanes a, b;
+        load(key[j] + i, a, b);
+        for (int g = 0; g < Heads; ++g) {
+          sums[g * kKeys + j] += query[g][0] * a;
+          sums[g * kKeys + j] += query[g][1] * b;
+        }
       }
     }
   }
@@ -79,63 +92,91 @@ LFM2_INLINE void score(const float* q, Rows<const T> keys, int64_t first, int64_
   }
 }
 
-// sums[g] += weights[g, j] * values[j], for `Heads` heads and `Values` values from `first` on.
-template <int Heads, int Values, class T>
-LFM2_INLINE void weigh(const float* weights, Rows<const T> values, int64_t first, int64_t width,
-                       float* sums) {
-  const int64_t stride = partial_of(width);
-  for (int64_t i = 0; i < width; i += kPair) {
-    Lanes sum[Heads][2];
-    for (int g = 0; g < Heads; ++g) load(sums + g * stride + i, sum[g][0], sum[g][1]);
-    for (int j = 0; j < Values; ++j) {
+// sums[g, i] += weights[g, j] * values[j, i] over all j, for `Heads` query heads and 16 * `Parts`
+// places from `i` on.
+template <int Heads, int Parts, class T>
+LFM2_INLINE void weigh(const float* weights, Rows<const T> values, int64_t count, int64_t i,
+                       float* const* sums) {
+  Lanes sum[Heads][Parts][2];
+  for (int g = 0; g < Heads; ++g) {
+    for (int p = 0; p < Parts; ++p) load(sums[g] + i + p * kPair, sum[g][p][0], sum[g][p][1]);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    for (int p = 0; p < Parts; ++p) {
       Lanes a, b;
-      load(values[first + j] + i, a, b);
+      load(values[j] + i + p * kPair, a, b);
       for (int g = 0; g < Heads; ++g) {
-        sum[g][0] += weights[g * kBlock + first + j] * a;
-        sum[g][1] += weights[g * kBlock + first + j] * b;
+        sum[g][p][0] += weights[g * kBlock + j] * a;
+        sum[g][p][1] += weights[g * kBlock + j] * b;
       }
     }
-    for (int g = 0; g < Heads; ++g) store(sum[g][0], sum[g][1], sums + g * stride + i);
-  }
-}
-
-// Scores become weights relative to the largest score so far. Earlier sums are scaled down.
-LFM2_INLINE void soften(float* scores, int64_t count, int64_t width, float* partial) {
-  float& total = partial[width];
-  float& best = partial[width + 1];
-  float now = best;
-#pragma omp simd reduction(max : now)
-  for (int64_t j = 0; j < count; ++j) now = scores[j] > now ? scores[j] : now;
-  const float shrink = exponential(best - now);
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) {
-    scores[j] = exponential(scores[j] - now);
-    sum += scores[j];
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) partial[i] *= shrink;
-  total = total * shrink + sum;
-  best = now;
-}
-
-// One block of keys and values for `Heads` query heads.
-template <int Heads, class T>
-LFM2_INLINE void attend(const float* q, Rows<const T> keys, Rows<const T> values, int64_t count,
-                        int64_t width, float* scores, float* partials) {
-  constexpr int kKeys = kLanes / Heads;
-  constexpr int kValues = 4;
-  for (int64_t j = 0; j < count; j += kKeys) {
-    score<Heads>(q, keys, j, count, width, scores);
   }
   for (int g = 0; g < Heads; ++g) {
-    soften(scores + g * kBlock, count, width, partials + g * partial_of(width));
+    for (int p = 0; p < Parts; ++p) store(sum[g][p][0], sum[g][p][1], sums[g] + i + p * kPair);
   }
-  int64_t j = 0;
-  for (; j + kValues <= count; j += kValues) {
-    weigh<Heads, kValues>(scores, values, j, width, partials);
+}
+
+// Scores become weights relative to the largest score so far. Earlier sums are scaled down. Heads
+// take turns, so that none waits for its own steps. `scores` has room for whole vectors.
+template <int Heads>
+LFM2_INLINE void soften(float* scores, int64_t count, int64_t width, float* const* partials) {
+  float lanes[Heads][kLanes];
+  float best[Heads];
+  float shrink[Heads];
+  for (int g = 0; g < Heads; ++g) {
+    for (int64_t j = count; j % kLanes != 0; ++j) {
+      scores[g * kBlock + j] = -std::numeric_limits<float>::infinity();
+    }
+    for (int i = 0; i < kLanes; ++i) lanes[g][i] = partials[g][width + 1];
   }
-  for (; j < count; ++j) weigh<Heads, 1>(scores, values, j, width, partials);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int g = 0; g < Heads; ++g) {
+      const float* own = scores + g * kBlock + j;
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) lanes[g][i] = own[i] > lanes[g][i] ? own[i] : lanes[g][i];
+    }
+  }
+  for (int g = 0; g < Heads; ++g) {
+    best[g] = lanes[g][0];
+    for (int i = 1; i < kLanes; ++i) best[g] = lanes[g][i] > best[g] ? lanes[g][i] : best[g];
+    shrink[g] = exponential(partials[g][width + 1] - best[g]);
+    for (int i = 0; i < kLanes; ++i) lanes[g][i] = 0;
+  }
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int g = 0; g < Heads; ++g) {
+      float* own = scores + g * kBlock + j;
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) {
+        own[i] = exponential(own[i] - best[g]);
+        lanes[g][i] += own[i];
+      }
+    }
+  }
+  for (int g = 0; g < Heads; ++g) {
+    float* partial = partials[g];
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += lanes[g][i];
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) partial[i] *= shrink[g];
+    partial[width] = partial[width] * shrink[g] + sum;
+    partial[width + 1] = best[g];
+  }
+}
+
+// One block of keys and values for `Heads` query heads, each with a partial of its own.
+template <int Heads, class T>
+LFM2_INLINE void attend(const float* q, Rows<const T> keys, Rows<const T> values, int64_t count,
+                        int64_t width, float* scores, float* const* partials) {
+  constexpr int kParts = kMostHeads / Heads;
+  for (int64_t j = 0; j < count; j += kLanes / Heads) {
+    score<Heads>(q, keys, j, count, width, scores);
+  }
+  soften<Heads>(scores, count, width, partials);
+  int64_t i = 0;
+  for (; i + kParts * kPair <= width; i += kParts * kPair) {
+    weigh<Heads, kParts>(scores, values, count, i, partials);
+  }
+  for (; i < width; i += kPair) weigh<Heads, 1>(scores, values, count, i, partials);
 }
 
 template <class T>
@@ -145,56 +186,85 @@ LFM2_INLINE Rows<const T> pad(Rows<const T> rows, int64_t count, int64_t width, 
   return {to, padded};
 }
 
-// Leaves one partial_of(padded) per query head of the group in `partials[i]` of each row i that sees
-// the split. `scratch` has scratch(rows) floats, `rows` has padding() numbers, which are 0.
+// Asks for rows from `first` on ahead of their use; there may be fewer than `last`.
+template <class T>
+LFM2_INLINE void prefetch(Rows<const T> rows, int64_t first, int64_t last, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = first; j < last; ++j) {
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(rows[j] + i);
+  }
+}
+
+// Leaves one partial_of(padded) in `partials[n * group + g]` of each query head g of each row n that
+// sees the split. `scratch` has scratch(rows) floats, `rows` has padding() numbers, which are 0.
+//
+// Query heads that see the same keys read them together, of one row or of several. A query head's
+// sums have the same order in any company.
 template <class T>
 LFM2_CLONES void flash_decode(const FlashDecode<T>& op, const Split& split, float* scratch, T* rows,
                               float* const* partials) {
   const int64_t width = op.k.head_dim;
   const int64_t padded = op.padded();
+  const int64_t heads = split.rows * op.group;
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
-  float* scores = scratch + split.rows * op.group * padded;
-  for (int64_t n = 0; n < split.rows; ++n) {
-    if (split.length + n <= split.first) continue;
-    const T* query = op.q[split.row + n] + split.kv_head * op.group * width;
-    for (int64_t g = 0; g < op.group; ++g) {
-      Rows<const T> row{query + g * width, width};
-      if (width != padded) row = pad(row, 1, width, padded, rows);
-      float* q = scratch + (n * op.group + g) * padded;
-      for (int64_t i = 0; i < padded; i += kPair) {
-        Lanes first, second;
-        load(row[0] + i, first, second);
-        store(first * scale, second * scale, q + i);
-      }
-      float* partial = partials[n] + g * partial_of(padded);
-      std::fill_n(partial, padded + 1, 0.0f);
-      partial[padded + 1] = -std::numeric_limits<float>::infinity();
+  float scores[kMostHeads * kBlock];
+  const auto keys_from = [&](int64_t at) LFM2_FLAT {
+    return Rows<const T>{op.k.row(split.slot, split.kv_head, at), op.k.row_stride};
+  };
+  const auto values_from = [&](int64_t at) LFM2_FLAT {
+    return Rows<const T>{op.v.row(split.slot, split.kv_head, at), op.v.row_stride};
+  };
+  for (int64_t n = 0; n < heads; ++n) {
+    const int64_t row = n / op.group;
+    if (split.length + row <= split.first) continue;
+    const int64_t head = split.kv_head * op.group + n % op.group;
+    Rows<const T> query{op.q[split.row + row] + head * width, width};
+    if (width != padded) query = pad(query, 1, width, padded, rows);
+    float* q = scratch + n * padded;
+    for (int64_t i = 0; i < padded; i += kPair) {
+      Lanes first, second;
+      load(query[0] + i, first, second);
+      store(first * scale, second * scale, q + i);
     }
+    std::fill_n(partials[n], padded + 1, 0.0f);
+    partials[n][padded + 1] = -std::numeric_limits<float>::infinity();
   }
   for (int64_t position = split.first; position < split.last;) {
     const int64_t rest = op.k.page_size - position % op.k.page_size;
     const int64_t count = std::min({kBlock, rest, split.last - position});
-    Rows<const T> keys{op.k.row(split.slot, split.kv_head, position), op.k.row_stride};
-    Rows<const T> values{op.v.row(split.slot, split.kv_head, position), op.v.row_stride};
+    Rows<const T> keys = keys_from(position);
+    Rows<const T> values = values_from(position);
+    const int64_t next = position + count;
+    const Rows<const T> next_keys = next < split.last ? keys_from(next) : keys;
+    const Rows<const T> next_values = next < split.last ? values_from(next) : values;
     if (width != padded) {
       keys = pad(keys, count, width, padded, rows);
       values = pad(values, count, width, padded, rows + kBlock * padded);
     }
-    for (int64_t n = 0; n < split.rows; ++n) {
-      const int64_t seen = std::min(count, split.length + n - position);
+    for (int64_t n = 0, together; n < heads; n += together) {
+      const float* q = scratch + n * padded;
+      const int64_t seen = std::min(count, split.length + n / op.group - position);
+      // The last of some heads sees the most.
+      const auto all_see = [&](int64_t some) LFM2_FLAT {
+        const int64_t last = n + some - 1;
+        return last < heads && std::min(count, split.length + last / op.group - position) == seen;
+      };
+      together = all_see(4) ? 4 : all_see(2) ? 2 : 1;
       if (seen <= 0) continue;
-      const float* q = scratch + n * op.group * padded;
-      int64_t g = 0;
-      for (; g + 2 <= op.group; g += 2) {
-        attend<2>(q + g * padded, keys, values, seen, padded, scores + g * kBlock,
-                  partials[n] + g * partial_of(padded));
-      }
-      if (g < op.group) {
-        attend<1>(q + g * padded, keys, values, seen, padded, scores + g * kBlock,
-                  partials[n] + g * partial_of(padded));
+      // The next block arrives meanwhile, a share with each head.
+      const int64_t first = kBlock * n / heads;
+      const int64_t last = kBlock * (n + together) / heads;
+      prefetch(next_keys, first, last, width);
+      prefetch(next_values, first, last, width);
+      if (together == 4) {
+        attend<4>(q, keys, values, seen, padded, scores, partials + n);
+      } else if (together == 2) {
+        attend<2>(q, keys, values, seen, padded, scores, partials + n);
+      } else {
+        attend<1>(q, keys, values, seen, padded, scores, partials + n);
       }
     }
-    position += count;
+    position = next;
   }
 }
 
