@@ -24,8 +24,10 @@ COST = 0.15
 class Assistant:
     """Runs ``model`` along the texts of rows, in the slots that they have in the engine's cache.
 
-    Rows that draw draft by their own seeds and places, so that two like models draw alike. Raises
-    ValueError for a model of another vocabulary than ``target``'s, or on another device.
+    Rows that draw draft by their own seeds and places, so that two like models draw alike.
+    ``catching_up`` are the seconds that the last drafts took beside, for texts that had gone on
+    without it since earlier drafts. Raises ValueError for a model of another vocabulary than
+    ``target``'s, or on another device.
     """
 
     def __init__(self, model: Lfm2, target: Lfm2, slots: int, max_length: int) -> None:
@@ -48,6 +50,7 @@ class Assistant:
         # The row that a slot follows, and how many of its tokens are known to be its text's.
         self._follows: dict[int, tuple[Row, int]] = {}
         self._times: deque[float] = deque(maxlen=5)
+        self.catching_up = 0.0
         self._warm = 2 if model.ops.uses_graphs else 0
 
     def seconds(self, step: float) -> tuple[float, float]:
@@ -79,6 +82,7 @@ class Assistant:
         cache, missing = self._cache, []
         # A step writes all conv rows of a slot before it reads them.
         room, fit = self.size, cache.ring - cache.past
+        self.catching_up = 0.0
         for left, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
             text, slot = row.text, row.slot
             held = cache.history[slot]
@@ -92,7 +96,10 @@ class Assistant:
                 cache.truncate(slot, 0)
             rest = list(text[cache.lengths[slot] :])
             if len(rest) > min(max(room - left, 1), fit):
+                begin = time.perf_counter()
                 self._runner.prefill([rest[:-1]], [slot])
+                if follows is row:
+                    self.catching_up += time.perf_counter() - begin
                 rest = rest[-1:]
             room -= len(rest)
             self._follows[slot] = (row, len(text) - 1)

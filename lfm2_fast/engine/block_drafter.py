@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 
 from lfm2_fast.cache.batch import on_device
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.draft_length import median
+from lfm2_fast.engine.model_runner import RING
 from lfm2_fast.engine.request import Row
 from lfm2_fast.models.dspark import DSpark
 from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.models.stream_ring import StreamRing
 from lfm2_fast.ops.sampling import SamplingState
 
 # Share of a step that a block costs, as long as none was measured.
@@ -26,17 +30,56 @@ class BlockDrafter:
     """Drafts with ``model.drafter`` for rows of ``cache``, which must have its layers.
 
     Rows that draw draft by their own seeds and places.
+
+    Steps keep the streams of their tokens in ``ring``. The drafter reads those of many tokens
+    together: when a page is full, and before it drafts. That costs far less than in each step.
     """
+
+    # Prompts and earlier steps are read by the drafter as they run.
+    catching_up = 0.0
 
     def __init__(self, model: Lfm2, cache: Cache) -> None:
         assert isinstance(model.drafter, DSpark)
         self._model, self._cache, self._drafter = model, cache, model.drafter
         self.size, self.max_length = model.verified_tokens, cache.max_length
+        like = model.embedding_norm.weight
+        self.ring = StreamRing(self._drafter, cache.slots, RING, like)
+        # Tokens of each row that the drafter has read.
+        self._read: WeakKeyDictionary[Row, int] = WeakKeyDictionary()
         self._times: deque[float] = deque(maxlen=5)
 
     def seconds(self, step: float) -> tuple[float, float]:
         """Return what a block takes, and one more token of it, where a step takes ``step``."""
         return median(self._times) if self._times else COST * step, 0.0
+
+    def follow(self, rows: Iterable[Row]) -> None:
+        """Note rows that go on to decode. What is new among them has been read so far."""
+        for row in rows:
+            self._read.setdefault(row, self._cache.lengths[row.slot])
+
+    def catch_up(self, row: Row, *, leaves: bool) -> None:
+        """Read the full pages of a row, or all tokens of one in a caller's slot.
+
+        ``leaves`` forgets the row.
+        """
+        if row not in self._read:
+            return
+        end = self._cache.lengths[row.slot]
+        self._read_up_to([row], [end if row.pinned is not None else end - end % PAGE_SIZE])
+        if leaves:
+            del self._read[row]
+
+    def _read_up_to(self, rows: Sequence[Row], ends: Sequence[int]) -> None:
+        """Read the tokens of rows before ``ends``, all together."""
+        slots: list[int] = []
+        positions: list[int] = []
+        for row, end in zip(rows, ends, strict=True):
+            first, self._read[row] = self._read[row], max(self._read[row], end)
+            slots += [row.slot] * max(end - first, 0)
+            positions += range(first, end)
+        if slots:
+            streams = self.ring.read(slots, positions)
+            self._drafter.remember_late(self._model, self._cache, streams, slots, positions)
 
     def draft(self, rows: Sequence[Row], counts: Sequence[int]) -> list[list[int]]:
         """Return up to ``counts[i]`` tokens that are likely to follow the text of each row.
@@ -55,6 +98,7 @@ class BlockDrafter:
             cache.make_room({row.slot: at + size for row, at in zip(rows, known, strict=True)})
         except CacheError:
             return [[] for _ in rows]
+        self._read_up_to(rows, known)
         last = [row.written[-1] for row in rows]
         block = drafter.run_block(model, cache, last, [row.slot for row in rows], known, size)
         ops = model.ops.settling

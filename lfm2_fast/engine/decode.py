@@ -196,6 +196,7 @@ class DecodeLoop:
             steps=steps,
             hooked=self.hooked,
             adapted=self.buffers.adapted(self.model, (row.slot for row, _ in going)),
+            late=None if self.speculation is None else self.speculation.late,
         )
         if self.speculation is not None and not self.lag:
             self.speculation.costs.add(count, perf_counter() - begin)

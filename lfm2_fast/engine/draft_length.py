@@ -1,10 +1,14 @@
-"""Length of drafts: as long as what is likely accepted outweighs what it costs to check."""
+"""Length of drafts: as long as what is likely accepted outweighs what it costs to check.
+
+Chances may mislead, so a budget bounds what refused drafts cost: a share of the decoding time.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 # A draft must promise this many times the tokens a second of a step without.
 LEAST_GAIN = 1.05
@@ -14,6 +18,29 @@ TOKEN_COST = 0.1
 REMEMBERED = 8.0
 # Steps without a draft before a kind of draft is tried again: after the first refusal, and at most.
 FIRST_REST, LONGEST_REST = 16, 512
+# Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
+FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 0.5, 0.02, 4.0
+
+
+class Budget:
+    """Plain steps that drafts may still lose, ``left``, beside decoding without drafts.
+
+    Each step allows for a little more loss. A verified step uses up what it took beyond the plain
+    steps that its tokens would have taken, and gives back what it saved. So in N steps drafts lose
+    ``FIRST_LOSS + N * LOSS_A_STEP`` at most, if none is launched that may lose more than is left.
+    """
+
+    def __init__(self) -> None:
+        self.left = FIRST_LOSS
+
+    def count_step(self) -> None:
+        """Note that a step is launched, with drafts or without."""
+        self.left = min(self.left + LOSS_A_STEP, MOST_LOSS)
+
+    def note(self, took: float, saved: float) -> None:
+        """Note that a verified step took as long as ``took`` plain ones, in place of ``saved``."""
+        # The lower bound is for a step that something else delayed: drafts pause after it.
+        self.left = max(min(self.left + saved - took, MOST_LOSS), -MOST_LOSS)
 
 
 class StepCosts:
@@ -27,11 +54,18 @@ class StepCosts:
         self._times: dict[int, deque[float]] = {}
         self._seen: dict[int, int] = {}
 
-    def add(self, tokens: int, seconds: float) -> None:
-        """Note what a step of ``tokens`` took."""
+    def add(self, tokens: int, seconds: float) -> bool:
+        """Note what a step of ``tokens`` took, and return True if it counts."""
         self._seen[tokens] = self._seen.get(tokens, 0) + 1
-        if self._seen[tokens] > self._warm:
+        counts = self._seen[tokens] > self._warm
+        if counts:
             self._times.setdefault(tokens, deque(maxlen=5)).append(seconds)
+        return counts
+
+    @property
+    def known(self) -> bool:
+        """Return True if a step has counted."""
+        return bool(self._times)
 
     def of(self, tokens: int) -> float:
         """Return the seconds of a step of ``tokens``, or an estimate by those that are known."""
@@ -125,17 +159,20 @@ def draft_lengths(
     room: int,
     drafting: float = 0.0,
     at_all: float = 0.0,
+    loss: float = inf,
 ) -> list[int]:
     """Return how many tokens to draft for each row that may: the most new tokens a second.
 
     The step has ``rows`` in all, and room for ``room`` drafted tokens. A row's first drafted token
     is accepted by its chance, each further one by its chance again; ``most`` bounds its draft. The
     tokens of a step are a power of two, so that few sizes are captured. ``drafting`` are the
-    seconds of one more token of all drafts, ``at_all`` those of any draft.
+    seconds of one more token of all drafts, ``at_all`` those of any draft. Without any token
+    accepted, the step takes at most ``loss`` seconds more than a plain one.
     """
     counts, best = [0] * len(chances), [0] * len(chances)
     values, expected = list(chances), float(rows)
-    most_rate = LEAST_GAIN * rows / costs.of(rows)
+    plain = costs.of(rows)
+    most_rate = LEAST_GAIN * rows / plain
     for total in range(1, room + 1):
         open_rows = [i for i, count in enumerate(counts) if count < most[i]]
         if not open_rows:
@@ -147,7 +184,7 @@ def draft_lengths(
         tokens = rows + total
         if tokens & (tokens - 1):
             continue
-        rate = expected / (costs.of(tokens) + at_all + drafting * max(counts))
-        if rate > most_rate:
-            most_rate, best = rate, list(counts)
+        seconds = costs.of(tokens) + at_all + drafting * max(counts)
+        if seconds - plain <= loss and expected / seconds > most_rate:
+            most_rate, best = expected / seconds, list(counts)
     return best

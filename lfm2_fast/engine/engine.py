@@ -16,7 +16,7 @@ from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
 from lfm2_fast.engine.decode import Chooser
 from lfm2_fast.engine.events import Events
-from lfm2_fast.engine.memory import pages_in
+from lfm2_fast.engine.memory import bytes_of, pages_in
 from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.request import Event, Request, Row
 from lfm2_fast.engine.row_runner import RowRunner
@@ -88,21 +88,20 @@ class Engine:
         self.model: Lfm2 = getattr(model, "network", model)
         model = self.model
         limit = model.config.context_length
-        self.max_length = min(max_length or limit, limit)
+        self._length = min(max_length or limit, limit)
         if cache is not None:
             if memory is not None or pages is not None:
                 raise ValueError("memory and pages are those of cache; leave them out")
-            self.max_length, max_rows = cache.max_length, cache.slots
+            self._length, max_rows = cache.max_length, cache.slots
+        self.max_length = self._length
         self.max_rows, self.max_waiting = max_rows, max_waiting
-        if memory is not None:
-            if pages is not None:
-                raise ValueError("give memory or pages, not both")
-            pages = pages_in(memory, model, max_rows)
         if pages is not None:
-            pages = min(pages, max_rows * pages_of(self.max_length))
+            if memory is not None:
+                raise ValueError("give memory or pages, not both")
             if pages < 1:
                 raise ValueError(f"pages must be at least 1, got {pages}")
-            self.max_length = min(self.max_length, pages * PAGE_SIZE)
+        # Taken once: a share of the free memory is that of an engine without memory.
+        self._bytes = None if memory is None else bytes_of(memory, model.device)
         # Keys of RoPE scaling by length depend on the length of the call that made them.
         self._prefix_cache = prefix_cache and not model.config.rope_follows_length
         self._prefix_cache &= cache is None
@@ -123,15 +122,15 @@ class Engine:
     def _begin(self, cache: Cache | None = None, buffers: StepBuffers | None = None) -> None:
         """Run on ``cache``, or on a new one."""
         if cache is None:
-            cache = new_cache(self.model, self.max_rows, self.max_length, pages=self._pages)
+            cache = self._new_cache()
         self.cache = cache
         if self._memory is not None:
             self._take_memory(self._memory)
         assistant: Assistant | BlockDrafter | None = None
-        if self._assistant is None and self.model.drafts_on(cache):
-            assistant = BlockDrafter(self.model, cache)
-        elif self._assistant is not None:
+        if self._assistant is not None:
             assistant = Assistant(self._assistant, self.model, cache.slots, self.max_length)
+        elif self._chooser is None and self.model.drafts_on(cache):
+            assistant = BlockDrafter(self.model, cache)
         self.runner = RowRunner(
             self.model,
             cache,
@@ -147,6 +146,18 @@ class Engine:
         self.slots, self.prefill = self.runner.slots, self.runner.prefill
         self.decode = self.runner.decode
         self._awake = True
+
+    def _new_cache(self) -> Cache:
+        """Return a new cache, for the drafter too if the model has one by now and it may draft."""
+        model, max_rows = self.model, self.max_rows
+        drafter = self._assistant is None and self._chooser is None
+        pages, self.max_length = self._pages, self._length
+        if self._bytes is not None:
+            pages = pages_in(self._memory, self._bytes, model, max_rows, drafter=drafter)
+        if pages is not None:
+            pages = min(pages, max_rows * pages_of(self.max_length))
+            self.max_length = min(self.max_length, pages * PAGE_SIZE)
+        return new_cache(model, max_rows, self.max_length, pages=pages, drafter=drafter)
 
     def _take_memory(self, memory: int | str) -> None:
         """Take the memory of all pages now, so that no later request lacks it."""
@@ -279,7 +290,9 @@ class Engine:
     def reset(self, error: Exception | None = None) -> None:
         """Drop all requests, with ``error`` in their last events, and empty the cache.
 
-        Raises RuntimeError on a caller's cache, which the engine does not own.
+        Raises RuntimeError on a caller's cache, which the engine does not own. If the new cache
+        cannot be made, for instance because memory= is too small for a drafter that was loaded
+        meanwhile, the engine is asleep.
         """
         self._check_owner()
         for row in self.rows:
@@ -288,6 +301,8 @@ class Engine:
             else:
                 self.events.fail(row, error)
         self.scheduler = self._new_scheduler()
+        # First: the new cache may need the memory.
+        self._put_away()
         self._begin()
 
     def sleep(self) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from lfm2_fast.cache.page_memory import PAGE_SIZE
-from lfm2_fast.engine.model_runner import MOST_DRAFTED
+from lfm2_fast.engine.model_runner import MOST_DRAFTED, RING
 from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.models.stream_ring import width
 
 
 def free_memory(device: torch.device) -> int:
@@ -51,16 +52,21 @@ def bytes_of(memory: int | str, device: torch.device) -> int:
     )
 
 
-def pages_in(memory: int | str, model: Lfm2, max_rows: int) -> int:
-    """Return how many pages of a model fit into ``memory`` beside the conv windows of ``max_rows``.
+def pages_in(
+    memory: int | str, taken: int, model: Lfm2, max_rows: int, *, drafter: bool = True
+) -> int:
+    """Return how many pages of a model fit into ``taken`` bytes beside what ``max_rows`` need.
 
-    ``memory`` is as in ``bytes_of``. Raises ValueError if it is too small for one page.
+    That are conv windows and, with ``drafter``, what the model's drafter has not read yet.
+    ``memory`` is how ``taken`` was asked for. Raises ValueError if it is too small for one page.
     """
     config, item = model.config, model.dtype.itemsize
-    taken = bytes_of(memory, model.device)
-    page = config.cache_bytes(item, PAGE_SIZE, model.draft_layers)
+    drafts = model.draft_layers if drafter else 0
+    page = config.cache_bytes(item, PAGE_SIZE, drafts)
     ring = config.conv_L_cache + MOST_DRAFTED + 1
     window = config.layer_types.count("conv") * ring * config.hidden_size
+    if drafts:
+        window += RING * width(model.drafter)
     windows = (max_rows + 1) * window * item
     pages = (taken - windows) // max(page, 1)
     if pages < 1:

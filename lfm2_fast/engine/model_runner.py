@@ -9,6 +9,7 @@ import torch
 
 from lfm2_fast.cache.batch import Batch, together_on_device
 from lfm2_fast.cache.kv_cache import Cache
+from lfm2_fast.cache.page_memory import PAGE_SIZE
 from lfm2_fast.engine.captured_prompt import CapturedPrompt
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
 from lfm2_fast.models.lfm2 import Lfm2
@@ -18,6 +19,8 @@ from lfm2_fast.models.lfm2 import Lfm2
 CHUNK = 2048
 # Most tokens that are drafted for a row: a step of eight tokens is as many as pay.
 MOST_DRAFTED = 7
+# Tokens whose streams are kept for a drafter: those of an unfinished page, and of one step more.
+RING = PAGE_SIZE + MOST_DRAFTED + 1
 
 
 def new_cache(
@@ -27,12 +30,15 @@ def new_cache(
     *,
     spare: int = MOST_DRAFTED + 1,
     pages: int | None = None,
+    drafter: bool = True,
 ) -> Cache:
     """Return an empty cache for ``slots`` sequences of at most ``max_length`` tokens each.
 
-    ``spare`` and ``pages`` are those of ``Cache``; drafts of ``spare - 1`` tokens fit. If steps are
-    captured, it has two additions. Several sequences that run together get a dummy slot. Each slot
-    has one more conv row, for the step that is running when a text ends.
+    ``spare`` and ``pages`` are those of ``Cache``; drafts of ``spare - 1`` tokens fit. Without
+    ``drafter`` the model's drafter, if there is one, neither drafts on it nor reads what runs.
+
+    If steps are captured, it has two additions. Several sequences that run together get a dummy
+    slot. Each slot has one more conv row, for the step that is running when a text ends.
     """
     captures = model.ops.captures
     return Cache(
@@ -45,7 +51,7 @@ def new_cache(
         dummy_slot=captures and slots > 1,
         in_place=captures,
         pages=pages,
-        draft_layers=model.draft_layers,
+        draft_layers=model.draft_layers if drafter else 0,
     )
 
 

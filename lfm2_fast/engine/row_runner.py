@@ -106,7 +106,13 @@ class RowRunner:
         for row in list(self.slots.leaving):
             if not self.decode.is_under_way(row):
                 self.slots.leaving.remove(row)
-                self.slots.give_back(row)
+                self._give_back(row)
+
+    def _give_back(self, row: Row) -> None:
+        """Give a row's slot back, with all that later rows may share."""
+        if self.decode.speculation is not None:
+            self.decode.speculation.catch_up(row, leaves=True)
+        self.slots.give_back(row)
 
     def preempt(self) -> bool:
         """Take the pages of the youngest row. Return False if only the oldest is left.
@@ -132,7 +138,7 @@ class RowRunner:
         row = rows[-1]
         self.decode.remove(row)
         self.scheduler.leave(row)
-        self.slots.give_back(row)
+        self._give_back(row)
         row.launched = len(row.written)
         # They are computed again, from the prompt's first chunk on.
         row.prompt_logprobs = None
@@ -195,6 +201,8 @@ class RowRunner:
                 if row.finish_reason is not None:
                     self.leave(row)
                 elif self.cache.lengths[row.slot] % PAGE_SIZE == 0:
+                    if self.decode.speculation is not None:
+                        self.decode.speculation.catch_up(row)
                     self.slots.enter(row)
 
     def _count(self) -> None:

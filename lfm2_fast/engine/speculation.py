@@ -11,13 +11,14 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
-from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
+from lfm2_fast.engine.draft_length import Acceptance, Budget, StepCosts, draft_lengths
 from lfm2_fast.engine.logits import prepare
 from lfm2_fast.engine.prompt_lookup import PromptLookup
 from lfm2_fast.engine.request import Row
 from lfm2_fast.engine.step_buffers import StepBuffers
 from lfm2_fast.engine.verified_launch import Drafted, VerifiedLaunch
 from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.models.stream_ring import StreamRing
 
 # On a GPU: steps without a draft after which the host runs ahead, and how often it then looks.
 IDLE, LOOK = 32, 16
@@ -68,12 +69,19 @@ class Speculation:
         self._prompt_lookup, self._assistant = prompt_lookup, assistant
         if assistant is not None and not assistant.size:
             self._assistant = None
+        # Its context is kept up even where it drafts nothing.
+        self._block = assistant if isinstance(assistant, BlockDrafter) else None
         self._size, self._ahead = model.verified_tokens, model.ops.captures
         self._most = cache.ring - cache.past - 1
         self._rows: WeakKeyDictionary[Row, _Drafting] = WeakKeyDictionary()
-        self._acceptance = Acceptance()
+        self._acceptance, self._budget = Acceptance(), Budget()
         self.costs = StepCosts(warm=2 if model.ops.uses_graphs else 0)
         self.drafted = self.accepted = 0
+
+    @property
+    def late(self) -> StreamRing | None:
+        """Ring that steps keep streams in for the model's drafter, if that makes drafts."""
+        return None if self._block is None else self._block.ring
 
     def waits(self, rows: Sequence[Row]) -> bool:
         """Return True if the next step of ``rows`` may have drafts, so that all must be read."""
@@ -94,6 +102,7 @@ class Speculation:
 
     def count_step(self) -> None:
         """Note that a step is launched, with drafts or without."""
+        self._budget.count_step()
         for drafting in self._rows.values():
             drafting.idle += 1
 
@@ -102,17 +111,21 @@ class Speculation:
 
         All launches before must have been read.
         """
+        if self._block is not None:
+            self._block.follow(row for row, _ in going)
         room = self._size - len(going)
         if room < 1:
             return None
         found = [each for each in map(self._find, range(len(going)), going) if each is not None]
         if not found or not self._verifies(going):
             return None
+        plain = self.costs.of(len(going))
         chances = [each.drafting.acceptance.chance(each.kind) for each in found]
         most, at_all, drafting = [each.most for each in found], 0.0, 0.0
         if self._assistant is not None and any(each.place is None for each in found):
-            at_all, drafting = self._assistant.seconds(self.costs.of(len(going)))
-        counts = draft_lengths(self.costs, len(going), chances, most, room, drafting, at_all)
+            at_all, drafting = self._assistant.seconds(plain)
+        loss = self._budget.left * plain
+        counts = draft_lengths(self.costs, len(going), chances, most, room, drafting, at_all, loss)
         drafted = [Drafted(row, place, ()) for row, place in going]
         ends = {row.slot: row.length for row, _ in going}
         for each, count in zip(found, counts, strict=True):
@@ -128,8 +141,13 @@ class Speculation:
                 each.drafting.acceptance.skip(each.kind)
         if not any(counts):
             return None
-        self._draft([(each, n) for each, n in zip(found, counts, strict=True) if n], drafted)
-        return self._run(drafted)
+        took = at_all + drafting * max(counts)
+        took += self._draft(
+            [(each, n) for each, n in zip(found, counts, strict=True) if n], drafted
+        )
+        launch, seconds = self._run(drafted)
+        launch.took = (took + seconds) / plain
+        return launch
 
     def _verifies(self, going: Sequence[tuple[Row, int]]) -> bool:
         """Return True if a step of ``going`` may have drafts beside the adapters of its rows."""
@@ -137,8 +155,11 @@ class Speculation:
         slots = (row.slot for row, _ in going)
         return not self._ahead or not self._buffers.adapted(self._model, slots)
 
-    def _draft(self, found: Sequence[tuple[_Found, int]], drafted: Sequence[Drafted]) -> None:
-        """Put the given number of tokens of each draft into the rows of ``drafted``."""
+    def _draft(self, found: Sequence[tuple[_Found, int]], drafted: Sequence[Drafted]) -> float:
+        """Put the given number of tokens of each draft into the rows of ``drafted``.
+
+        Returns the seconds that an assistant took to catch up with texts.
+        """
         assisted = []
         for each, count in found:
             each.drafting.kind = each.kind
@@ -147,27 +168,32 @@ class Speculation:
             else:
                 draft = each.drafting.lookup.draft(each.place, count)
                 drafted[each.number].draft = draft
-        if assisted:
-            assert self._assistant is not None
-            rows, counts = [each.row for each, _ in assisted], [count for _, count in assisted]
-            try:
-                drafts = self._assistant.draft(rows, counts)
-            except CacheError:
-                # Its cache finds no memory to grow. Rows need not suffer: they go on without it.
-                self._assistant = None
-                return
-            for (own, _), draft in zip(assisted, drafts, strict=True):
-                own.draft = draft
-                if not draft:
-                    self._rows[own.row].acceptance.skip(ASSISTED)
+        if not assisted:
+            return 0.0
+        assert self._assistant is not None
+        rows, counts = [each.row for each, _ in assisted], [count for _, count in assisted]
+        try:
+            drafts = self._assistant.draft(rows, counts)
+        except CacheError:
+            # Its cache finds no memory to grow. Rows need not suffer: they go on without it.
+            self._assistant = None
+            return 0.0
+        for (own, _), draft in zip(assisted, drafts, strict=True):
+            own.draft = draft
+            if not draft:
+                self._rows[own.row].acceptance.skip(ASSISTED)
+        return self._assistant.catching_up
 
-    def _run(self, drafted: list[Drafted]) -> VerifiedLaunch:
+    def _run(self, drafted: list[Drafted]) -> tuple[VerifiedLaunch, float]:
+        """Run a step, and return its usual seconds. The first ones of a size count as they were."""
         prepare(each.row for each in drafted)
         begin = time.perf_counter()
-        launch = VerifiedLaunch(self._model, self._buffers, drafted)
-        tokens = launch.run(self._cache, self._size)
-        self.costs.add(tokens, time.perf_counter() - begin)
-        return launch
+        launch = VerifiedLaunch(self._model, self._buffers, drafted, self.late)
+        known, tokens = self.costs.known, launch.run(self._cache, self._size)
+        seconds = time.perf_counter() - begin
+        if self.costs.add(tokens, seconds) or not known:
+            seconds = self.costs.of(tokens)
+        return launch, seconds
 
     def _find(self, number: int, going: tuple[Row, int]) -> _Found | None:
         """Return the draft that a row could have, if it asks for drafts and there is one."""
@@ -196,8 +222,18 @@ class Speculation:
         most = min(most, self._assistant.max_length - row.length)
         return _Found(number, drafting, None, ASSISTED, most) if most > 0 else None
 
+    def catch_up(self, row: Row, *, leaves: bool = False) -> None:
+        """Complete a drafter's context in the full pages of a row, or in all of a caller's slot.
+
+        ``leaves`` says that the row does not go on to decode here.
+        """
+        if self._block is not None:
+            self._block.catch_up(row, leaves=leaves)
+
     def note(self, launch: VerifiedLaunch) -> None:
         """Learn from a step that was read."""
+        written = sum(1 + each.accepted for each in launch.drafted)
+        self._budget.note(launch.took, saved=written / len(launch.drafted))
         for each in launch.drafted:
             if each.draft:
                 drafting = self._rows[each.row]

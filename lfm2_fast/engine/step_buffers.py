@@ -14,6 +14,7 @@ from lfm2_fast.engine.graphs import Graphs, capture_cpu, capture_cuda
 from lfm2_fast.engine.request import Row
 from lfm2_fast.engine.step_rows import StepRows, first_rows, penalizes
 from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.models.stream_ring import StreamRing
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState
 
 EOS_TOKENS = 16
@@ -40,6 +41,8 @@ class StepBuffers:
         # Counts of rows whose CPU graphs stay.
         self._kept_counts = 4 if drafts else 1
         self._drafts: StepBuffers | None = None
+        # Where the recorded steps that keep streams do so.
+        self._ring: StreamRing | None = None
         self.size, self.vocab = size, model.config.vocab_size
         # What recorded steps depend on, beside the tensors here.
         self.made_for = model.ops, model.drafter
@@ -244,12 +247,13 @@ class StepBuffers:
         hooked: bool = False,
         verified: bool = False,
         adapted: bool = False,
+        late: StreamRing | None = None,
     ) -> None:
         """Run steps of the first ``count`` rows; without ``choose`` one step up to ``logits``.
 
         ``hooked`` says that layers have hooks: then nothing is captured or replayed. ``verified``
         says that several rows may be tokens of one slot, in their order. ``adapted`` says that rows
-        have adapters.
+        have adapters. ``late`` keeps the streams that the model's drafter reads later.
         """
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)
@@ -261,6 +265,9 @@ class StepBuffers:
         if not ops.captures and count not in self.views and crowded:
             # CPU graphs keep all that they make: those of other counts would pile up.
             self.drop_graphs()
+        if late is not None and late is not self._ring:
+            self._ring = late
+            self.drop_graphs()
         state = self.view(count)
         # Nothing draws and nothing is penalised: where a row's draws stand does not matter.
         argmax = choose and state.greedy
@@ -271,9 +278,9 @@ class StepBuffers:
                 batch = self.batch(count, on_host=not ops.device_only, adapted=adapted)
                 eos = self.eos[:count]
                 if argmax:
-                    model.advance(inputs, batch, cache, eos, written, ops=ops)
+                    model.advance(inputs, batch, cache, eos, written, ops=ops, late=late)
                     continue
-                made = model(inputs.tokens, batch, cache, ops=ops)
+                made = model(inputs.tokens, batch, cache, ops=ops, late=late)
                 if not choose:
                     assert self.logits is not None
                     self.logits[:count] = made
@@ -283,7 +290,8 @@ class StepBuffers:
 
         captured = not hooked and (ops.captures or count <= ops.cpu_graph_rows)
         seen = self.state.seen is not None
-        key = (choose, count, steps, state.active, state.all_drawn, seen, adapted)
+        kept = late is not None
+        key = (choose, count, steps, state.active, state.all_drawn, seen, adapted, kept)
         self.run_captured(model, cache, key if captured else None, body)
 
     def run_captured(

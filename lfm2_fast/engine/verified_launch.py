@@ -20,6 +20,7 @@ from lfm2_fast.engine.logits import adjusted, told_log_probs
 from lfm2_fast.engine.request import LogProbs, Row
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
 from lfm2_fast.models.lfm2 import Lfm2
+from lfm2_fast.models.stream_ring import StreamRing
 
 
 @dataclass
@@ -38,12 +39,22 @@ class Drafted:
 
 
 class VerifiedLaunch:
-    """Running step of ``drafted``; ``rows`` are its rows and places, as in a Launch."""
+    """Running step of ``drafted``; ``rows`` are its rows and places, as in a Launch.
 
-    def __init__(self, model: Lfm2, buffers: StepBuffers, drafted: Sequence[Drafted]) -> None:
+    ``late`` is that of ``StepBuffers.run_steps``. ``took`` is its time beside that of a plain step,
+    drafting included, as far as it was told.
+    """
+
+    def __init__(
+        self,
+        model: Lfm2,
+        buffers: StepBuffers,
+        drafted: Sequence[Drafted],
+        late: StreamRing | None = None,
+    ) -> None:
         self.rows = [(each.row, each.place) for each in drafted]
-        self.drafted = drafted
-        self._model, self._buffers = model, buffers
+        self.drafted, self.took = drafted, 1.0
+        self._model, self._buffers, self._late = model, buffers, late
         self._open, self._depth = list(drafted), 0
         self._chosen: list[int] | None = None
 
@@ -67,7 +78,15 @@ class VerifiedLaunch:
         greedy = not any(row.needs_logits or _draws(row) for row, _ in self.rows)
         size = bucket(len(tokens), cache)
         adapted = own.adapted(self._model, slots)
-        own.run_steps(self._model, cache, size, choose=greedy, verified=True, adapted=adapted)
+        own.run_steps(
+            self._model,
+            cache,
+            size,
+            choose=greedy,
+            verified=True,
+            adapted=adapted,
+            late=self._late,
+        )
         if greedy:
             self._chosen = own.written[-1, : len(tokens)].tolist()
         return size

@@ -68,7 +68,8 @@ def run_generate_loop(
         )
     own, workspace = cache is None, model.workspace
     if cache is None:
-        cache = workspace.take(model.network, at_a_time, model.max_length)
+        drafter = assistant is None and not needs.chooser
+        cache = workspace.take(model.network, at_a_time, model.max_length, drafter=drafter)
     else:
         check_cache(model, cache, rows)
     call = GenerateCall(model, asked, prompts, cache, seed)

@@ -85,14 +85,17 @@ class Workspace:
         found = self._buffers.get(cache)
         return 0 if found is None else found.nbytes
 
-    def take(self, model: Lfm2, slots: int, max_length: int) -> Cache:
-        """Return an empty cache: the kept one if it fits, else a new one."""
+    def take(self, model: Lfm2, slots: int, max_length: int, *, drafter: bool = True) -> Cache:
+        """Return an empty cache: the kept one if it fits, else a new one.
+
+        ``drafter`` is that of ``new_cache``.
+        """
         with suppress(IndexError):
             # Only one thread gets it. Another one at the same time makes a new cache.
             cache = self._idle.pop()
             if (cache.slots, cache.max_length) == (slots, max_length):
                 return cache
-        return new_cache(model, slots, max_length)
+        return new_cache(model, slots, max_length, drafter=drafter)
 
     def give_back(self, model: Lfm2, cache: Cache) -> None:
         """Keep a cache for the next call, if that saves captures."""

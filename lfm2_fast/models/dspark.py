@@ -75,14 +75,26 @@ class DSpark(nn.Module):
         self._fit()
 
     def remember(
-        self, streams: Sequence[torch.Tensor], batch: Batch, pages: Sequence[KVPages], ops: Ops
+        self, streams: torch.Tensor, batch: Batch, pages: Sequence[KVPages], ops: Ops
     ) -> None:
-        """Write keys and values of a target's tokens, from its streams ``[T, H]`` after layers."""
-        product = _product(torch.cat(list(streams), -1), self.fc, ops)
+        """Write keys and values of a target's tokens, from their ``streams [T, layers * H]``."""
+        product = _product(streams, self.fc, ops)
         context = ops.rms_norm(product, self.hidden_norm)
         rope = self._rope(batch, ops, context.dtype)
         for block, proj, own in zip(self._blocks, self._keys_values, pages, strict=True):
             ops.qk_norm_rope(_product(context, proj, ops), block.self_attn, rope, own, batch)
+
+    def remember_late(
+        self,
+        target: Lfm2,
+        cache: Cache,
+        streams: torch.Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+    ) -> None:
+        """Do what ``remember`` does, for tokens of earlier steps at ``positions`` of ``slots``."""
+        batch = _single_tokens(positions, slots, [at + 1 for at in positions], target.device)
+        self.remember(streams, batch, cache.draft_layers, target.ops.settling)
 
     def run_block(
         self,

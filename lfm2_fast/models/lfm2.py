@@ -17,6 +17,7 @@ from lfm2_fast.cache.kv_cache import Cache, ConvWindow, KVPages
 from lfm2_fast.config import Config
 from lfm2_fast.models.hooks import check_hooks, checked_stream, is_hooked
 from lfm2_fast.models.rope import RopeFrequencies
+from lfm2_fast.models.stream_ring import StreamRing
 from lfm2_fast.ops.base import Ops, Rope
 from lfm2_fast.ops.residual import settled
 from lfm2_fast.ops.select import choose
@@ -165,9 +166,9 @@ class Drafter(Protocol):
     config: DrafterConfig
 
     def remember(
-        self, streams: Sequence[torch.Tensor], batch: Batch, pages: Sequence[KVPages], ops: Ops
+        self, streams: torch.Tensor, batch: Batch, pages: Sequence[KVPages], ops: Ops
     ) -> None:
-        """Take the streams ``[T, H]`` of tokens after the layers ``config.target_layers``."""
+        """Take the streams ``[T, layers * H]`` of tokens after ``config.target_layers``."""
 
     def apply_to_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
         """Move or cast the weights, as the network's are."""
@@ -310,6 +311,7 @@ class Lfm2(nn.Module):
         rows: torch.Tensor | None = None,
         embeds: torch.Tensor | None = None,
         collected: list[torch.Tensor] | None = None,
+        late: StreamRing | None = None,
     ) -> torch.Tensor:
         """Return the residual stream ``[R, H]`` of packed ``tokens [T]`` after the last block.
 
@@ -321,7 +323,9 @@ class Lfm2(nn.Module):
         ``self.ops``. The last norm and the head have not run yet. The result may have a pending
         addition (``ops.residual``). ``embeds [T, H]`` replace ``tokens`` if those are None.
         ``collected`` gets the embedding and every block's output ``[T, H]``. Hooks on layers are
-        called. They see the stream with nothing pending, and may replace it.
+        called. They see the stream with nothing pending, and may replace it. The drafter reads the
+        tokens' streams, unless ``late`` is its ring: that keeps them then, for a step of one token
+        a sequence.
         """
         ops = self.adapted(ops or self.ops, batch)
         hooked = self.has_hooked_layers
@@ -351,7 +355,11 @@ class Lfm2(nn.Module):
             if number in tapped:
                 streams.append(settled(x))
         if drafter is not None:
-            drafter.remember(streams, batch, cache.draft_layers, ops.settling)
+            joined = torch.cat(streams, -1)
+            if late is not None and late.drafter is drafter:
+                late.keep(joined, batch)
+            else:
+                drafter.remember(joined, batch, cache.draft_layers, ops.settling)
         return x[rows] if hooked and rows is not None else x
 
     @torch.no_grad()
@@ -379,15 +387,16 @@ class Lfm2(nn.Module):
         rows: torch.Tensor | None = None,
         *,
         ops: Ops | None = None,
+        late: StreamRing | None = None,
     ) -> torch.Tensor:
         """Return logits ``[R, V]`` at the packed indices ``rows [R]`` of ``tokens [T]`` int64.
 
-        ``rows=None`` means all T. The cache is used as by ``run_blocks``. Token ids are not
-        checked. Captured steps pass ``ops.for_capture``. If ``ops.device_only``, only tensors of
+        ``rows=None`` means all T. Cache and ``late`` are used as by ``run_blocks``. Token ids are
+        not checked. Captured steps pass ``ops.for_capture``. If ``ops.device_only``, only tensors of
         ``batch`` are read, and the host does not wait for the device.
         """
         ops = self.adapted(ops or self.ops, batch)
-        x = self.run_blocks(tokens, batch, cache, ops, rows=rows)
+        x = self.run_blocks(tokens, batch, cache, ops, rows=rows, late=late)
         return ops.at(rows).norm_linear(x, self.embedding_norm, self.lm_head)
 
     @torch.no_grad()
@@ -400,6 +409,7 @@ class Lfm2(nn.Module):
         written: torch.Tensor,
         *,
         ops: Ops | None = None,
+        late: StreamRing | None = None,
     ) -> None:
         """Run a decode step of ``inputs``, whose ``batch`` is given, by the most likely tokens.
 
@@ -407,7 +417,7 @@ class Lfm2(nn.Module):
         operation ``advance``. Logits are never written. The rest is as in ``forward``.
         """
         ops = self.adapted(ops or self.ops, batch)
-        x = self.run_blocks(inputs.tokens, batch, cache, ops)
+        x = self.run_blocks(inputs.tokens, batch, cache, ops, late=late)
         head = x, self.embedding_norm, self.lm_head
         ops.head_advance(*head, eos, cache.dummy_slot, inputs, written)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from safetensors.torch import load_file, save_file
 
 import lfm2_fast
 from bench.cpu.drafters import BLOCK, DEPTH, MASK, write_drafter
+from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.config_values import CheckpointError
-from lfm2_fast.engine.draft_length import Acceptance, StepCosts
+from lfm2_fast.engine.draft_length import Acceptance, Budget, StepCosts
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import ModelRunner, new_cache
 from lfm2_fast.engine.request import Request
 from lfm2_fast.ops import native_library
 from lfm2_fast.ops.sampling import SamplingParams
-from tests.batches import events_by_request, text
+from tests.batches import events_by_request, sequence_of, text
 
 DRAWN = SamplingParams(do_sample=True, temperature=0.7, top_k=8)
 
@@ -152,6 +154,7 @@ def test_drafts_change_no_text(
     """Rows share pages, and some are preempted. Random drafts are made in every step."""
     monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
     monkeypatch.setattr(Acceptance, "chance", lambda self, kind: 0.9)
+    monkeypatch.setattr(Budget, "note", lambda *_, **__: None)
     model = lfm2_fast.load(
         tiny, device="cpu", dtype=dtype, backend=backend, quantization=quantization
     )
@@ -240,6 +243,102 @@ def test_an_engines_memory_has_room_for_the_drafters_pages(eager) -> None:
     layers = config.layer_types.count("full_attention")
     assert with_drafter < without
     assert with_drafter == pytest.approx(without * layers / (layers + DEPTH), abs=64)
+
+
+def test_an_engine_that_begins_again_has_room_for_a_later_drafter(
+    tiny, tmp_path, monkeypatch
+) -> None:
+    """Its pages are larger then, so that there are fewer of them, and texts are shorter."""
+    model = lfm2_fast.load(tiny, device="cpu", dtype="float32", backend="eager")
+    engine = Engine(model, max_rows=2, memory="4MB")
+    before = engine.tokens, engine.max_length
+    assert engine.cache.nbytes <= 4e6
+    model.load_drafter(write_drafter(tmp_path / "drafter", model.network.config))
+    held = weakref.ref(engine.cache)
+    made: list[bool] = []
+    monkeypatch.setattr(
+        "lfm2_fast.engine.engine.new_cache",
+        lambda *given, **named: (made.append(held() is None), new_cache(*given, **named))[1],
+    )
+    engine.reset()
+    # The cache before is gone when the new one is made.
+    assert made == [True]
+    ring = engine.decode.speculation.late
+    assert 3.5e6 < engine.cache.nbytes + ring.rows.nbytes <= 4e6
+    assert engine.tokens < before[0] and engine.max_length <= engine.tokens
+    model.unload_drafter()
+    engine.reset()
+    assert (engine.tokens, engine.max_length) == before
+
+
+def context(cache: Cache, slot: int, tokens: int) -> list[torch.Tensor]:
+    """Keys and values of the drafter's layers of a slot's first tokens."""
+    return [
+        each[:, :tokens] for layer in cache.draft_layers for each in sequence_of(cache, layer, slot)
+    ]
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+@pytest.mark.parametrize("callers", [True, False])
+def test_a_context_is_complete_where_later_texts_find_it(
+    eager, monkeypatch, drafts: bool, callers: bool
+) -> None:
+    """The drafter reads tokens late, many together: at full pages, at ends and before drafts."""
+    network = eager.network
+    read = []
+    remember = network.drafter.remember
+
+    def counted(streams: torch.Tensor, *rest: Any) -> None:
+        read.append(len(streams))
+        remember(streams, *rest)
+
+    monkeypatch.setattr(network.drafter, "remember", counted)
+    if drafts:
+        monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
+        monkeypatch.setattr(Acceptance, "chance", lambda self, kind: 0.9)
+        monkeypatch.setattr(Budget, "note", lambda *_, **__: None)
+    prompt = text(40, 3)
+    if callers:
+        cache = new_cache(network, 2, 400)
+        engine = Engine(network, cache=cache)
+        engine.add(Request(prompt, max_tokens=100, assisted=drafts), [1])
+        engine.add(Request(prompt[:20], max_tokens=5, assisted=drafts), [0])
+    else:
+        engine = Engine(network, max_rows=2, max_length=400)
+        cache = engine.cache
+        engine.add(Request(prompt, max_tokens=100, assisted=drafts))
+    written = list(prompt)
+    while engine.busy:
+        written += [event.token for event in engine.step() if event.id == 1]
+    assert (engine.statistics.drafted > 20) == drafts
+    if not drafts:
+        # Prompts, full pages at 64 and 128 tokens, and the rests of both texts.
+        assert sorted(read) == ([4, 11, 20, 24, 40, 64] if callers else [24, 40, 64])
+    slot, held = 1, len(written) - 1
+    if not callers:
+        engine.add(Request([*written, 5], max_tokens=9))
+        engine.step()
+        slot, held = engine.decode.rows[0].slot, 128
+        assert engine.statistics.prefix_hits == held
+    fresh = new_cache(network, 1, 400)
+    ModelRunner(network, fresh).prefill([written[:held]], [0])
+    for found, wanted in zip(context(cache, slot, held), context(fresh, 0, held), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_calls_that_cannot_draft_have_nothing_for_the_drafter(eager, monkeypatch) -> None:
+    """With an assistant, beams or logits processors: caches and passes are those without it."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the drafter read a text that it will not draft")
+
+    monkeypatch.setattr(eager.network.drafter, "remember", fail)
+    options: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": []}
+    eager.generate([text(9, 3)], assistant_model=eager, **options)
+    eager.generate([text(9, 3)], num_beams=2, **options)
+    eager.generate([text(9, 3)], no_repeat_ngram_size=2, **options)
+    engine = Engine(eager, max_rows=1, assistant=eager)
+    assert not engine.cache.draft_layers
 
 
 def test_a_cast_model_drafts_on(eager) -> None:

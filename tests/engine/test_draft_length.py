@@ -1,0 +1,127 @@
+"""How much is drafted: as long as it pays, and never so that a text loses more than 3 percent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+import pytest
+
+from lfm2_fast.engine.draft_length import Acceptance, Budget, StepCosts, draft_lengths
+
+# Plain steps that a step of so many tokens takes: after few tokens, and after thousands.
+CHEAP, DEAR = {1: 1.0, 2: 1.12, 4: 1.27, 8: 1.54}, {1: 1.0, 2: 1.2, 4: 1.5, 8: 2.0}
+TOKENS = 1000
+# How many of some drafted tokens are right, at a place of a text; and the kind of draft there.
+Right = Callable[[int, int], int]
+Kind = Callable[[int], int]
+
+
+def speed(
+    right: Right,
+    kind: Kind = lambda at: 1,
+    *,
+    costs: dict[int, float] = CHEAP,
+    row: int = TOKENS,
+    bounded: bool = True,
+) -> float:
+    """Speed of an engine's texts, each of ``row`` tokens, beside that without drafts.
+
+    The first two steps of a size take a step more, in which they are recorded.
+    """
+    known, of_all, budget = StepCosts(warm=2), Acceptance(), Budget()
+    acceptance, at, seconds, seen = Acceptance(of_all), 0, 0.0, dict.fromkeys(costs, 0)
+    while at < TOKENS:
+        if at % row == 0:
+            acceptance = Acceptance(of_all)
+        plain, chance = known.of(1), acceptance.chance(kind(at))
+        loss = budget.left * plain if bounded else inf
+        count = draft_lengths(known, 1, [chance], [7], 7, loss=loss)[0]
+        took = costs[1 + count]
+        seen[1 + count] += 1
+        if count and seen[1 + count] <= 2:
+            took += 1
+        counted, accepted = known.add(1 + count, took), 0
+        if count:
+            accepted = min(right(at, count), count)
+            acceptance.note(kind(at), accepted, int(accepted < count))
+            budget.note((known.of(1 + count) if counted else took) / plain, 1 + accepted)
+        else:
+            acceptance.skip(kind(at))
+        budget.count_step()
+        # A row's texts end at its limit, in the middle of a draft too.
+        at += min(1 + accepted, row - at % row)
+        seconds += took
+    return TOKENS / seconds
+
+
+PATTERNS: dict[str, tuple[Right, Kind]] = {
+    "never": (lambda at, n: 0, lambda at: 1),
+    "never, of any kind": (lambda at, n: 0, lambda at: at % 6),
+    "short ones alone": (lambda at, n: 1 if n == 1 else 0, lambda at: at % 3),
+    "bait": (lambda at, n: int(at % 16 < 2), lambda at: 1),
+    "one of nine": (lambda at, n: int(at % 9 == 0), lambda at: 1),
+    "first half": (lambda at, n: 7 if at < TOKENS // 2 else 0, lambda at: 1),
+}
+
+
+@pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
+@pytest.mark.parametrize("row", [25, TOKENS])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_no_text_loses_more_than_3_percent(name: str, row: int, costs: dict[int, float]) -> None:
+    right, kind = PATTERNS[name]
+    assert speed(right, kind, costs=costs, row=row) > 0.97
+
+
+def test_texts_would_lose_more_without_the_budget() -> None:
+    right, kind = PATTERNS["one of nine"]
+    assert speed(right, kind, costs=DEAR, bounded=False) < 0.95
+
+
+def test_a_text_that_repeats_itself_keeps_its_gain() -> None:
+    """Four of five tokens are copied, in runs. Longer matches are of other kinds."""
+
+    def kind(at: int) -> int:
+        return min(at % 40, 16).bit_length() if at % 40 < 32 else at * 7 % 3
+
+    for costs, least in ((CHEAP, 2.4), (DEAR, 1.9)):
+        found, unbounded = (
+            speed(lambda at, n: max(32 - at % 40, 0), kind, costs=costs, bounded=bounded)
+            for bounded in (True, False)
+        )
+        assert found > least and found > 0.98 * unbounded
+
+
+def test_drafts_are_as_long_as_they_pay() -> None:
+    costs = StepCosts(warm=0)
+    for tokens, seconds in ((1, 1.0), (2, 1.15), (8, 2.0), (16, 4.0)):
+        costs.add(tokens, seconds)
+    lengths = [draft_lengths(costs, 1, [chance], [15], 15)[0] for chance in (0.05, 0.3, 0.7, 0.95)]
+    assert lengths == [0, 1, 3, 7]
+    # What is slower with more tokens, as plain PyTorch is, is never worth it.
+    dear = StepCosts(warm=0)
+    dear.add(1, 1.0)
+    dear.add(2, 2.0)
+    assert draft_lengths(dear, 1, [0.99], [7], 15) == [0]
+    # Two rows share what is left of the step's tokens; the likelier gets more.
+    assert draft_lengths(costs, 2, [0.9, 0.6], [7, 7], 6) == [5, 1]
+    # An assistant that costs half a step drafts nothing that is worth it.
+    assert draft_lengths(costs, 1, [0.6], [7], 7, drafting=0.6) == [0]
+
+
+def test_a_kind_that_loses_is_left_and_tried_again() -> None:
+    acceptance, costs, tried = Acceptance(), StepCosts(warm=0), []
+    costs.add(1, 1.0)
+    costs.add(2, 1.15)
+    for step in range(2000):
+        if draft_lengths(costs, 1, [acceptance.chance(3)], [7], 7)[0]:
+            acceptance.note(3, 0, 1)
+            tried.append(step)
+        else:
+            acceptance.skip(3)
+    # The worst case: its drafts cost 15 percent of a step each.
+    assert len(tried) * 0.15 / 2000 < 0.03 and len([at for at in tried if at > 500]) >= 2
+    while not acceptance.chance(3) >= 0.5:
+        acceptance.skip(3)
+    acceptance.note(3, 7, 0)
+    assert draft_lengths(costs, 1, [acceptance.chance(3)], [7], 7)[0] > 0
