@@ -45,7 +45,8 @@ class Assistant:
         self.model = model
         self.size = model.verified_tokens
         self.max_length = min(max_length, model.config.context_length)
-        self._cache = new_cache(model, slots, self.max_length, spare=MOST_DRAFTED + 2)
+        spare = MOST_DRAFTED + 2
+        self._cache = new_cache(model, slots, self.max_length, spare=spare, drafter=False)
         self._runner = ModelRunner(model, self._cache)
         # The row that a slot follows, and how many of its tokens are known to be its text's.
         self._follows: dict[int, tuple[Row, int]] = {}

@@ -176,7 +176,7 @@ class DecodeLoop:
         if self.speculation is not None:
             verified = None if self._unread else self.speculation.launch(going)
             # Afterwards: ``waits`` and ``launch`` must agree on whether this step looks for drafts.
-            self.speculation.count_step()
+            self.speculation.count_step(verified=verified is not None)
             if verified is not None:
                 self._unread.append(verified)
                 return 1

@@ -14,12 +14,19 @@ from math import inf
 LEAST_GAIN = 1.05
 # Share of a step that another token of it costs, as long as none was measured.
 TOKEN_COST = 0.1
+# A step that takes more than this many times its usual time was delayed by something else.
+MOST_DELAY = 2.0
 # Draft tokens whose outcomes count; older ones fade.
 REMEMBERED = 8.0
 # Steps without a draft before a kind of draft is tried again: after the first refusal, and at most.
 FIRST_REST, LONGEST_REST = 16, 512
+# Chance by which a draft is planned after a rest: of a lookup, and of another model, which costs
+# more and is right more often.
+HOPE, ASSISTED_HOPE = 0.5, 0.8
 # Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
-FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 0.5, 0.02, 4.0
+FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 1.0, 0.015, 4.0
+# Verified steps in a row, after which a plain step is timed: a processor's speed changes.
+IN_A_ROW = 16
 
 
 class Budget:
@@ -28,14 +35,20 @@ class Budget:
     Each step allows for a little more loss. A verified step uses up what it took beyond the plain
     steps that its tokens would have taken, and gives back what it saved. So in N steps drafts lose
     ``FIRST_LOSS + N * LOSS_A_STEP`` at most, if none is launched that may lose more than is left.
+    ``asks_for_plain`` says that the next step should have no drafts, so that it is timed.
     """
 
     def __init__(self) -> None:
-        self.left = FIRST_LOSS
+        self.left, self._in_a_row = FIRST_LOSS, 0
 
-    def count_step(self) -> None:
+    @property
+    def asks_for_plain(self) -> bool:
+        return self._in_a_row >= IN_A_ROW
+
+    def count_step(self, *, verified: bool) -> None:
         """Note that a step is launched, with drafts or without."""
         self.left = min(self.left + LOSS_A_STEP, MOST_LOSS)
+        self._in_a_row = self._in_a_row + 1 if verified else 0
 
     def note(self, took: float, saved: float) -> None:
         """Note that a verified step took as long as ``took`` plain ones, in place of ``saved``."""
@@ -54,18 +67,19 @@ class StepCosts:
         self._times: dict[int, deque[float]] = {}
         self._seen: dict[int, int] = {}
 
-    def add(self, tokens: int, seconds: float) -> bool:
-        """Note what a step of ``tokens`` took, and return True if it counts."""
+    def add(self, tokens: int, seconds: float) -> float:
+        """Note what a step of ``tokens`` took. Return that, without what else delayed it."""
+        usual = self.of(tokens)
+        # Without known times, estimates have another unit.
+        told = min(seconds, MOST_DELAY * usual) if self._times else usual
         self._seen[tokens] = self._seen.get(tokens, 0) + 1
-        counts = self._seen[tokens] > self._warm
-        if counts:
+        if self._seen[tokens] > self._warm:
             self._times.setdefault(tokens, deque(maxlen=5)).append(seconds)
-        return counts
+        return told
 
-    @property
-    def known(self) -> bool:
-        """Return True if a step has counted."""
-        return bool(self._times)
+    def knows(self, rows: int) -> bool:
+        """Return True if steps of ``rows`` or fewer were timed, so that more can be compared."""
+        return any(tokens <= rows for tokens in self._times)
 
     def of(self, tokens: int) -> float:
         """Return the seconds of a step of ``tokens``, or an estimate by those that are known."""
@@ -127,10 +141,10 @@ class Acceptance:
         rate = self._rate(kind)
         return rate.accepted / rate.tried
 
-    def chance(self, kind: Hashable) -> float:
-        """Return the chance that a draft is planned by: one half where its rest is over."""
+    def chance(self, kind: Hashable, hope: float = HOPE) -> float:
+        """Return the chance that a draft is planned by, at least ``hope`` after its rest."""
         rate = self._rate(kind)
-        return max(self.measured(kind), 0.5) if rate.skipped >= rate.rest else self.measured(kind)
+        return max(self.measured(kind), hope if rate.skipped >= rate.rest else 0.0)
 
     def skip(self, kind: Hashable) -> None:
         """Note that a draft was there and was not tried."""

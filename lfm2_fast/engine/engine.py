@@ -101,7 +101,7 @@ class Engine:
             if pages < 1:
                 raise ValueError(f"pages must be at least 1, got {pages}")
         # Taken once: a share of the free memory is that of an engine without memory.
-        self._bytes = None if memory is None else bytes_of(memory, model.device)
+        self._bytes = 0 if memory is None else bytes_of(memory, model.device)
         # Keys of RoPE scaling by length depend on the length of the call that made them.
         self._prefix_cache = prefix_cache and not model.config.rope_follows_length
         self._prefix_cache &= cache is None
@@ -152,7 +152,7 @@ class Engine:
         model, max_rows = self.model, self.max_rows
         drafter = self._assistant is None and self._chooser is None
         pages, self.max_length = self._pages, self._length
-        if self._bytes is not None:
+        if self._memory is not None:
             pages = pages_in(self._memory, self._bytes, model, max_rows, drafter=drafter)
         if pages is not None:
             pages = min(pages, max_rows * pages_of(self.max_length))

@@ -11,7 +11,14 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
-from lfm2_fast.engine.draft_length import Acceptance, Budget, StepCosts, draft_lengths
+from lfm2_fast.engine.draft_length import (
+    ASSISTED_HOPE,
+    HOPE,
+    Acceptance,
+    Budget,
+    StepCosts,
+    draft_lengths,
+)
 from lfm2_fast.engine.logits import prepare
 from lfm2_fast.engine.prompt_lookup import PromptLookup
 from lfm2_fast.engine.request import Row
@@ -100,9 +107,9 @@ class Speculation:
             return True
         return drafting.idle < IDLE or drafting.idle % LOOK == 0
 
-    def count_step(self) -> None:
+    def count_step(self, *, verified: bool) -> None:
         """Note that a step is launched, with drafts or without."""
-        self._budget.count_step()
+        self._budget.count_step(verified=verified)
         for drafting in self._rows.values():
             drafting.idle += 1
 
@@ -114,13 +121,16 @@ class Speculation:
         if self._block is not None:
             self._block.follow(row for row, _ in going)
         room = self._size - len(going)
-        if room < 1:
+        if room < 1 or self._must_time_plain(len(going)):
             return None
         found = [each for each in map(self._find, range(len(going)), going) if each is not None]
         if not found or not self._verifies(going):
             return None
         plain = self.costs.of(len(going))
-        chances = [each.drafting.acceptance.chance(each.kind) for each in found]
+        chances = [
+            each.drafting.acceptance.chance(each.kind, HOPE if each.kind else ASSISTED_HOPE)
+            for each in found
+        ]
         most, at_all, drafting = [each.most for each in found], 0.0, 0.0
         if self._assistant is not None and any(each.place is None for each in found):
             at_all, drafting = self._assistant.seconds(plain)
@@ -148,6 +158,10 @@ class Speculation:
         launch, seconds = self._run(drafted)
         launch.took = (took + seconds) / plain
         return launch
+
+    def _must_time_plain(self, rows: int) -> bool:
+        """Return True if a plain step is to be timed first. Where the host runs ahead, none is."""
+        return not self._ahead and (self._budget.asks_for_plain or not self.costs.knows(rows))
 
     def _verifies(self, going: Sequence[tuple[Row, int]]) -> bool:
         """Return True if a step of ``going`` may have drafts beside the adapters of its rows."""
@@ -185,15 +199,12 @@ class Speculation:
         return self._assistant.catching_up
 
     def _run(self, drafted: list[Drafted]) -> tuple[VerifiedLaunch, float]:
-        """Run a step, and return its usual seconds. The first ones of a size count as they were."""
+        """Run a step, and return what it took, without what else delayed it."""
         prepare(each.row for each in drafted)
         begin = time.perf_counter()
         launch = VerifiedLaunch(self._model, self._buffers, drafted, self.late)
-        known, tokens = self.costs.known, launch.run(self._cache, self._size)
-        seconds = time.perf_counter() - begin
-        if self.costs.add(tokens, seconds) or not known:
-            seconds = self.costs.of(tokens)
-        return launch, seconds
+        tokens = launch.run(self._cache, self._size)
+        return launch, self.costs.add(tokens, time.perf_counter() - begin)
 
     def _find(self, number: int, going: tuple[Row, int]) -> _Found | None:
         """Return the draft that a row could have, if it asks for drafts and there is one."""

@@ -1,7 +1,8 @@
-"""How much is drafted: as long as it pays, and never so that a text loses more than 3 percent."""
+"""Length of drafts: as long as they pay, and never so that a text loses more than 3 percent."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from math import inf
 
@@ -9,7 +10,7 @@ import pytest
 
 from lfm2_fast.engine.draft_length import Acceptance, Budget, StepCosts, draft_lengths
 
-# Plain steps that a step of so many tokens takes: after few tokens, and after thousands.
+# Steps of several tokens in plain steps, by their tokens: after a few tokens, and after thousands.
 CHEAP, DEAR = {1: 1.0, 2: 1.12, 4: 1.27, 8: 1.54}, {1: 1.0, 2: 1.2, 4: 1.5, 8: 2.0}
 TOKENS = 1000
 # How many of some drafted tokens are right, at a place of a text; and the kind of draft there.
@@ -23,36 +24,38 @@ def speed(
     *,
     costs: dict[int, float] = CHEAP,
     row: int = TOKENS,
+    slow: int = 0,
     bounded: bool = True,
 ) -> float:
     """Speed of an engine's texts, each of ``row`` tokens, beside that without drafts.
 
-    The first two steps of a size take a step more, in which they are recorded.
+    The first two steps of a size take a step more, in which they are recorded. Measured times are
+    up to a tenth wrong. Those of the first ``slow`` steps are much too long: the processor was busy.
     """
-    known, of_all, budget = StepCosts(warm=2), Acceptance(), Budget()
-    acceptance, at, seconds, seen = Acceptance(of_all), 0, 0.0, dict.fromkeys(costs, 0)
+    known, of_all, budget, draw = StepCosts(warm=2), Acceptance(), Budget(), random.Random(1)
+    acceptance, at, lost, seen = Acceptance(of_all), 0, 0.0, dict.fromkeys(costs, 0)
     while at < TOKENS:
         if at % row == 0:
             acceptance = Acceptance(of_all)
         plain, chance = known.of(1), acceptance.chance(kind(at))
         loss = budget.left * plain if bounded else inf
-        count = draft_lengths(known, 1, [chance], [7], 7, loss=loss)[0]
-        took = costs[1 + count]
+        most = 0 if (bounded and budget.asks_for_plain) or not known.knows(1) else 7
+        count = draft_lengths(known, 1, [chance], [most], 7, loss=loss)[0]
+        speed = draw.uniform(0.9, 1.1) * (1.3 if sum(seen.values()) < slow else 1.0)
         seen[1 + count] += 1
-        if count and seen[1 + count] <= 2:
-            took += 1
-        counted, accepted = known.add(1 + count, took), 0
+        took = costs[1 + count] + (1 if count and seen[1 + count] <= 2 else 0)
+        told, accepted = known.add(1 + count, took * speed), 0
         if count:
             accepted = min(right(at, count), count)
             acceptance.note(kind(at), accepted, int(accepted < count))
-            budget.note((known.of(1 + count) if counted else took) / plain, 1 + accepted)
+            budget.note(told / plain, 1 + accepted)
         else:
             acceptance.skip(kind(at))
-        budget.count_step()
-        # A row's texts end at its limit, in the middle of a draft too.
-        at += min(1 + accepted, row - at % row)
-        seconds += took
-    return TOKENS / seconds
+        budget.count_step(verified=count > 0)
+        # A row ends at its limit, in the middle of a draft too.
+        written = min(1 + accepted, row - at % row)
+        at, lost = at + written, lost + took - written
+    return TOKENS / (TOKENS + lost)
 
 
 PATTERNS: dict[str, tuple[Right, Kind]] = {
@@ -70,12 +73,14 @@ PATTERNS: dict[str, tuple[Right, Kind]] = {
 @pytest.mark.parametrize("name", PATTERNS)
 def test_no_text_loses_more_than_3_percent(name: str, row: int, costs: dict[int, float]) -> None:
     right, kind = PATTERNS[name]
-    assert speed(right, kind, costs=costs, row=row) > 0.97
+    assert min(speed(right, kind, costs=costs, row=row, slow=slow) for slow in (0, 8)) > 0.97
 
 
-def test_texts_would_lose_more_without_the_budget() -> None:
-    right, kind = PATTERNS["one of nine"]
-    assert speed(right, kind, costs=DEAR, bounded=False) < 0.95
+def test_a_text_would_lose_more_without_budget_and_plain_steps() -> None:
+    """Drafts seem to cost nothing beside the plain steps that a busy processor took at first."""
+    right, kind = PATTERNS["never, of any kind"]
+    found = [speed(right, kind, slow=8, bounded=bounded) for bounded in (True, False)]
+    assert found[0] > 0.97 and found[1] < 0.9
 
 
 def test_a_text_that_repeats_itself_keeps_its_gain() -> None:
@@ -89,7 +94,7 @@ def test_a_text_that_repeats_itself_keeps_its_gain() -> None:
             speed(lambda at, n: max(32 - at % 40, 0), kind, costs=costs, bounded=bounded)
             for bounded in (True, False)
         )
-        assert found > least and found > 0.98 * unbounded
+        assert found > least and found > 0.95 * unbounded
 
 
 def test_drafts_are_as_long_as_they_pay() -> None:

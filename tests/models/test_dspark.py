@@ -235,14 +235,23 @@ def test_tensors_that_are_missing_or_unknown_are_named(tiny, tmp_path) -> None:
         model.load_drafter(tmp_path / "nowhere")
 
 
+def taken(engine: Engine) -> int:
+    """Bytes of an engine's cache, and of what its drafter has not read."""
+    return engine.cache.nbytes + engine.decode.speculation.late.rows.nbytes
+
+
+def room_for_more(engine: Engine) -> int:
+    """Bytes of a page, and of two rows: what is counted may be more than what is taken."""
+    ring, windows = engine.decode.speculation.late.rows, engine.cache.windows
+    rows = 2 * (ring.nbytes + windows.nbytes) // engine.max_rows
+    return engine.cache.pool.memory.page_bytes + rows
+
+
 def test_an_engines_memory_has_room_for_the_drafters_pages(eager) -> None:
-    config = eager.network.config
-    with_drafter = Engine(eager, max_rows=2, memory="4MB").tokens
+    engine = Engine(eager, max_rows=2, memory="4MB")
+    assert 4e6 - room_for_more(engine) < taken(engine) <= 4e6
     eager.unload_drafter()
-    without = Engine(eager, max_rows=2, memory="4MB").tokens
-    layers = config.layer_types.count("full_attention")
-    assert with_drafter < without
-    assert with_drafter == pytest.approx(without * layers / (layers + DEPTH), abs=64)
+    assert Engine(eager, max_rows=2, memory="4MB").tokens > engine.tokens
 
 
 def test_an_engine_that_begins_again_has_room_for_a_later_drafter(
@@ -263,8 +272,7 @@ def test_an_engine_that_begins_again_has_room_for_a_later_drafter(
     engine.reset()
     # The cache before is gone when the new one is made.
     assert made == [True]
-    ring = engine.decode.speculation.late
-    assert 3.5e6 < engine.cache.nbytes + ring.rows.nbytes <= 4e6
+    assert 4e6 - room_for_more(engine) < taken(engine) <= 4e6
     assert engine.tokens < before[0] and engine.max_length <= engine.tokens
     model.unload_drafter()
     engine.reset()
@@ -313,7 +321,7 @@ def test_a_context_is_complete_where_later_texts_find_it(
     assert (engine.statistics.drafted > 20) == drafts
     if not drafts:
         # Prompts, full pages at 64 and 128 tokens, and the rests of both texts.
-        assert sorted(read) == ([4, 11, 20, 24, 40, 64] if callers else [24, 40, 64])
+        assert sorted(read) == ([4, 11, 24, 60, 64] if callers else [24, 40, 64])
     slot, held = 1, len(written) - 1
     if not callers:
         engine.add(Request([*written, 5], max_tokens=9))
