@@ -35,7 +35,6 @@ class Budget:
     Each step allows for a little more loss. A verified step uses up what it took beyond the plain
     steps that its tokens would have taken, and gives back what it saved. So in N steps drafts lose
     ``FIRST_LOSS + N * LOSS_A_STEP`` at most, if none is launched that may lose more than is left.
-    ``asks_for_plain`` says that the next step should have no drafts, so that it is timed.
     """
 
     def __init__(self) -> None:
@@ -43,6 +42,7 @@ class Budget:
 
     @property
     def asks_for_plain(self) -> bool:
+        """Return True if the next step should have no drafts, so that it is timed."""
         return self._in_a_row >= IN_A_ROW
 
     def count_step(self, *, verified: bool) -> None:

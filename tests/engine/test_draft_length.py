@@ -30,7 +30,7 @@ def speed(
     """Speed of an engine's texts, each of ``row`` tokens, beside that without drafts.
 
     The first two steps of a size take a step more, in which they are recorded. Measured times are
-    up to a tenth wrong. Those of the first ``slow`` steps are much too long: the processor was busy.
+    up to a tenth wrong. Those of the first ``slow`` steps are far too long: the processor was busy.
     """
     known, of_all, budget, draw = StepCosts(warm=2), Acceptance(), Budget(), random.Random(1)
     acceptance, at, lost, seen = Acceptance(of_all), 0, 0.0, dict.fromkeys(costs, 0)
