@@ -392,8 +392,8 @@ class Lfm2(nn.Module):
         """Return logits ``[R, V]`` at the packed indices ``rows [R]`` of ``tokens [T]`` int64.
 
         ``rows=None`` means all T. Cache and ``late`` are used as by ``run_blocks``. Token ids are
-        not checked. Captured steps pass ``ops.for_capture``. If ``ops.device_only``, only tensors of
-        ``batch`` are read, and the host does not wait for the device.
+        not checked. Captured steps pass ``ops.for_capture``. If ``ops.device_only``, only tensors
+        of ``batch`` are read, and the host does not wait for the device.
         """
         ops = self.adapted(ops or self.ops, batch)
         x = self.run_blocks(tokens, batch, cache, ops, rows=rows, late=late)
