@@ -257,7 +257,7 @@ def test_an_engines_memory_has_room_for_the_drafters_pages(eager) -> None:
 def test_an_engine_that_begins_again_has_room_for_a_later_drafter(
     tiny, tmp_path, monkeypatch
 ) -> None:
-    """Its pages are larger then, so that there are fewer of them, and texts are shorter."""
+    """Pages are larger then. So there are fewer of them, and texts are shorter."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32", backend="eager")
     engine = Engine(model, max_rows=2, memory="4MB")
     before = engine.tokens, engine.max_length
