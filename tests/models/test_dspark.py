@@ -153,7 +153,7 @@ def test_drafts_change_no_text(
 ) -> None:
     """Rows share pages, and some are preempted. Random drafts are made in every step."""
     monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
-    monkeypatch.setattr(Acceptance, "chance", lambda self, kind: 0.9)
+    monkeypatch.setattr(Acceptance, "chance", lambda *_: 0.9)
     monkeypatch.setattr(Budget, "note", lambda *_, **__: None)
     model = lfm2_fast.load(
         tiny, device="cpu", dtype=dtype, backend=backend, quantization=quantization
@@ -303,7 +303,7 @@ def test_a_context_is_complete_where_later_texts_find_it(
     monkeypatch.setattr(network.drafter, "remember", counted)
     if drafts:
         monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
-        monkeypatch.setattr(Acceptance, "chance", lambda self, kind: 0.9)
+        monkeypatch.setattr(Acceptance, "chance", lambda *_: 0.9)
         monkeypatch.setattr(Budget, "note", lambda *_, **__: None)
     prompt = text(40, 3)
     if callers:
