@@ -74,6 +74,15 @@ struct Panel {
   static LFM2_INLINE int64_t size(int64_t width) { return (2 * width + 4) * kPanelRows; }
 };
 
+// Keys and values of a tile's sequence in floats: `count` from `position` on, `width` numbers each.
+struct Block {
+  int64_t position;
+  int64_t count;
+  int64_t width;
+  const float* keys;
+  const float* values;
+};
+
 template <class T>
 struct FloatTiles {
   using Line = float;
@@ -110,13 +119,14 @@ struct FloatTiles {
       const int64_t here = std::min(kTileKeys, all - position);
       widen_rows(op.k, tile, position, here, width, spare, keys);
       widen_rows(op.v, tile, position, here, width, spare, values);
+      const Block block{position, here, width, keys, values};
       for (int64_t i = 0; i < count; ++i) {
         if (panels[i].vectors == 3) {
-          attend<3>(op, tile, panels[i], position, here, width, keys, values, scores);
+          attend<3>(op, tile, panels[i], block, scores);
         } else if (panels[i].vectors == 2) {
-          attend<2>(op, tile, panels[i], position, here, width, keys, values, scores);
+          attend<2>(op, tile, panels[i], block, scores);
         } else {
-          attend<1>(op, tile, panels[i], position, here, width, keys, values, scores);
+          attend<1>(op, tile, panels[i], block, scores);
         }
       }
     }
@@ -190,10 +200,10 @@ struct FloatTiles {
   // Adds a block of keys and values to a panel of C vectors.
   template <int C>
   static LFM2_INLINE void attend(const FlashPrefill<T>& op, const Tile& tile, const Panel& panel,
-                                 int64_t position, int64_t count, int64_t width,
-                                 const float* keys, const float* values, float* scores) {
+                                 const Block& block, float* scores) {
     constexpr int R = kResults<C>;
     constexpr int64_t L = C * kLanes;
+    const auto [position, count, width, keys, values] = block;
     if (position >= panel.seen[L - 1]) return;
     for (int64_t j = 0; j < count; j += R) {
       Lanes sums[R][C] = {};

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cpu.peers import CASES, interleave
+from bench.cpu.references import ALLOWED
 from bench.gate import PROMPT, STEPS, distance
 from bench.report import results
 from bench.report.markdown import markdown, number
@@ -38,7 +39,8 @@ def open_pair(name: str, before: Path, folder: Path, threads: int) -> list[Remot
         engine.ask("load", folder=str(folder), threads=threads)
         pair.append(engine)
     apart = distance(*(engine.logits(PROMPT, STEPS) for engine in reversed(pair)))
-    if apart > 1e-2:
+    # In 8 bits a last bit decides how a token's number is rounded.
+    if apart > ALLOWED.get(name.split()[-1], 1e-2):
         raise EngineError(f"its logits differ from those before by {apart:.3g} of their size", name)
     return pair
 
