@@ -163,7 +163,7 @@ OPERATIONS: dict[str, Callable[[Setup], Tensors]] = {
 def least_bytes(name: str, s: Setup) -> int:
     """Bytes that the operation must read and write over all its layers, each once.
 
-    Counted as in docs/architecture.md: activations in and out, weights, the window's rows that are
+    Counted as in docs/operations.md: activations in and out, weights, the window's rows that are
     read and written, and keys and values of the whole context.
     """
     item, total, sequences = s.dtype.itemsize, len(s.x), len(s.batch.slots)

@@ -2,10 +2,10 @@
 
     python docs/record.py [PAGE ...]
 
-In a block marked ``console`` a line after "$ " is a command, run in a terminal of 100 columns, and
-the rest is what that shows; lines after "> " are typed into it. Blocks marked ``python`` run one
-after another in one process, and a ``text`` block right after one is what it prints. The small
-checkpoint in the package is all that they need.
+In a block marked ``console``, a line after "$ " is a command. It runs in a terminal of 100 columns,
+and the rest of the block is its output. Lines after "> " are typed into it. Blocks marked
+``python`` run in order in one process; a ``text`` block after one is its output. All use the small
+checkpoint in the package.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "> "
-# A line that is erased, the cursor in it or below: of a progress bar that goes again.
+# A progress bar's line that is erased, with the cursor in it or below.
 ERASED = re.compile(r"[^\n]*(\n(\x1b\[\?25[hl]|\r)*\x1b\[1A)?\x1b\[2K")
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]")
 
 
 class Terminal:
-    """A command that runs in a terminal of its own; ``text`` is what it has shown so far."""
+    """Command that runs in its own terminal; ``text`` is its output so far."""
 
     def __init__(self, *command: str, columns: int = 100, **env: str) -> None:
         self.text = ""
@@ -42,7 +42,7 @@ class Terminal:
         self.process, self._terminal = pty.fork()
         if self.process == 0:
             os.chdir(ROOT)
-            # What was started in the background ignores Ctrl-C, and hands that on.
+            # A process in the background ignores Ctrl-C, and so would the command.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execvpe(command[0], command, {**os.environ, "TERM": "xterm", **env})
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
@@ -74,7 +74,7 @@ class Terminal:
         return self.text[start:]
 
     def close(self) -> int:
-        """Read to the end; the exit code of the command."""
+        """Read to the end, and return the exit code of the command."""
         try:
             self.wait_for(lambda _: False)
         except EOFError:
@@ -87,7 +87,7 @@ class Terminal:
 
 
 def console(block: str, path: str) -> str:
-    """The block with its commands run anew, found on ``path`` first."""
+    """Return the block with new output of its commands, which are looked up on ``path`` first."""
     parts = []
     for part in re.split(r"(?m)^(?=\$ )", block):
         if part:
@@ -104,7 +104,7 @@ def console(block: str, path: str) -> str:
 
 
 def python(blocks: list[str]) -> list[str]:
-    """What each of the blocks prints, run in order in one process."""
+    """Return the output of each block, run in order in one process."""
     mark = "-- next block --"
     code = f"\nprint({mark!r})\n".join(blocks)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE)
@@ -114,7 +114,7 @@ def python(blocks: list[str]) -> list[str]:
 
 
 def record(page: Path, path: str) -> None:
-    """Renew what the page shows."""
+    """Write new output into a page."""
     text = page.read_text(encoding="utf-8")
     text = re.sub(
         r"(?ms)^```console\n(.*?)^```$",
@@ -133,7 +133,7 @@ def record(page: Path, path: str) -> None:
 
 
 def main() -> None:
-    """Record the pages that are named, or all."""
+    """Record the named pages, or all."""
     pages = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "docs" / "usage").glob("*.md"))
     with tempfile.TemporaryDirectory() as folder:
         command = Path(folder) / "lfm2-fast"

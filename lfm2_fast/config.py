@@ -19,7 +19,7 @@ NOT_YET = {
 CLASSES = ("Lfm2ForCausalLM", "Lfm2Model")
 # The quant_method of checkpoints that save_pretrained wrote; "format" names a weight format.
 OWN_METHOD = "lfm2_fast"
-# Another's that is read; ``weights.compressed_tensors`` knows which of its formats.
+# Another project's method that is read; ``weights.compressed_tensors`` lists its formats.
 OTHER_METHOD = "compressed-tensors"
 # RoPE types that scale, with the required and optional fields of `rope_parameters`. They are
 # transformers' types that rotate whole heads.
@@ -108,7 +108,7 @@ class Config:
     def cache_bytes(self, item: int, tokens: int = 1, more_layers: int = 0) -> int:
         """Bytes of the keys and values of ``tokens``, at ``item`` bytes a number.
 
-        ``more_layers`` are those of a drafter.
+        ``more_layers`` is the number of a drafter's layers.
         """
         layers = self.layer_types.count("full_attention") + more_layers
         return 2 * layers * self.num_key_value_heads * self.head_dim * item * tokens

@@ -13,11 +13,11 @@ FETCH_AGAIN = "replace it; force_download=True (--force-download) fetches it fro
 
 
 class CheckpointError(ValueError):
-    """Checkpoint cannot be used: what is wrong, where, and what to do about it."""
+    """Error of a checkpoint that cannot be used: what is wrong, where, and what to do."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """JSON object in ``path``. Raises CheckpointError if it is missing, broken or no object."""
+    """Return the JSON object in ``path``. Raises CheckpointError if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

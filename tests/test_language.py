@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-FOLDERS = ["lfm2_fast", "kernels", "bench", "tests"]
+FOLDERS = ["lfm2_fast", "kernels", "bench", "tests", "docs"]
 # A docstring begins with a verb or a noun. One of a test may be a sentence with an article.
 QUESTIONS = "What|Whether|Which|How|Where|Why|Who|True|What\\w+|Wh\\w+ever|However"
 NOT_FIRST = {

@@ -32,7 +32,7 @@ FORCED = 1e6
 
 
 def free_port() -> int:
-    """Free port."""
+    """Return a port that no program listens on."""
     with socket.socket() as made:
         made.bind((HOST, 0))
         return int(made.getsockname()[1])

@@ -2,8 +2,8 @@
 
     python -m bench.gpu.decode --seconds 480
 
-First a gate: on trained weights, captured steps give the tokens of uncaptured ones, and both those
-of plain PyTorch. Without it there are no figures, but what differs is written. Then come the limits
+First a gate: on trained weights, captured and uncaptured steps must give plain PyTorch's tokens. If
+they do not, the file has the differences instead of figures. Then come the limits
 of the GPU (``limits.py``). Then all sizes run twice, the most important first, until the time is
 up: once for the targets (``bench/report/gpu_goals.py``), once for the rest. What was measured is
 written after each. A size has a process of its own each time, and a fresh one after what failed,

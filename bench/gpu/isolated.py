@@ -1,7 +1,7 @@
-"""Cases that are measured in processes of their own, for what a kernel's fault breaks stays broken.
+"""Cases in separate processes, because a process cannot go on after a kernel's fault.
 
-What was found comes back as it is found. After a case that failed, or took its process along, the
-others have a fresh one.
+Results come back one by one. After a case that failed or ended its process, the other cases get a
+new process.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class ConvWindows:
             self.layers = [
                 ConvWindow(torch.zeros(shape, device=device, dtype=dtype)) for _ in range(count)
             ]
-        # The first position whose row is still in the ring, steps that failed included; and the
-        # context to which launched steps may have extended the slot.
+        # By slot: the first position whose row is still in the ring, counting failed steps; and the
+        # length to which launched steps may have extended the slot.
         self._oldest = [0] * slots
         self._expected = [0] * slots
 
@@ -78,8 +78,8 @@ class ConvWindows:
     def note_step(self, slot: int, start: int, known: int, end: int) -> None:
         """Note that a step runs a slot's tokens from ``start`` to ``end``.
 
-        The first ``known - start`` of them are a replay. It restores one whole window; the rows
-        before that are not right.
+        The first ``known - start`` of them are a replay. It restores one whole window; older rows
+        are wrong.
         """
         kept = self.first_kept(slot) if known and start == known else 0
         if start < known:
@@ -95,7 +95,7 @@ class ConvWindows:
         self._oldest[slot] = max(self._oldest[slot], length - self.ring)
 
     def restart(self, slot: int, held: int = 0) -> None:
-        """Note that a slot holds ``held`` tokens of another, whose rows it does not have."""
+        """Note that a slot holds ``held`` tokens, but none of their rows."""
         self._oldest[slot], self._expected[slot] = held + 1 if held else 0, 0
 
     def reorder(self, moved: Mapping[int, int]) -> None:

@@ -180,7 +180,7 @@ def serve(
         terminal.note(str(service.engine.engine))
         _log_requests()
         run(app, bound, drain, lambda: ready(url_of(bound)))
-        terminal.note("left")
+        terminal.note("the server has stopped")
 
 
 def _named(adapter: str) -> tuple[str, str]:

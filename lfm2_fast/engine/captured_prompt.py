@@ -21,10 +21,10 @@ MOST_PADDED = 512
 class CapturedPrompt:
     """Tensors of a prompt of up to ``size`` tokens in one slot, the rest padding.
 
-    ``inputs`` int64 has the ``size`` tokens and their positions. After them come the prompt's start
-    and end among them, its slot, its context afterwards, and the first position that it writes. All
-    that differs between prompts is in this tensor, so one copy moves it. ``logits [1, V]`` are
-    those of the last token.
+    ``inputs`` int64 has ``size`` tokens, ``size`` positions, and five numbers. These are 0, the
+    number of tokens without padding, the slot, the length of its text afterwards, and the first
+    position that is written. All that differs between prompts is in this tensor, so one copy moves
+    it. ``logits [1, V]`` are those of the last token.
     """
 
     def __init__(self, model: Lfm2, size: int) -> None:
@@ -62,8 +62,9 @@ class CapturedPrompt:
         start: int,
         write_from: int,
     ) -> None:
-        """Run the prompt from position ``start`` of ``slot``, and fill ``logits``. Positions before
-        ``write_from`` are not written.
+        """Run the prompt from position ``start`` of ``slot``, and fill ``logits``.
+
+        Keys and values are written from position ``write_from`` on.
         """
         count = len(tokens)
         rest = [0] * (self.size - count)

@@ -28,8 +28,8 @@ class CpuGraph:
     """Operations of ``body`` on fixed tensors: run and recorded once, then replayed.
 
     Between replays the caller changes the inputs in place. A replay changes the body's results in
-    place too. Decisions of Python during the recording stay fixed. ``recorded`` are the operations,
-    one by one; a replay runs native ones in a row as one.
+    place too. Branches that Python took during the recording stay fixed. ``recorded`` lists the
+    operations one by one; a replay runs adjacent native ones as one call.
     """
 
     def __init__(self, body: Callable[[], None]) -> None:

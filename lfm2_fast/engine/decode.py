@@ -96,8 +96,8 @@ class DecodeLoop:
     ``lag`` is the number of launches that are made before the first of them is read. With a lag, a
     few rows run several steps a launch, unless one of them wants each token at once. Layers with
     hooks see only the steps and rows of the text: nothing is captured, runs ahead or fills a
-    bucket. ``params`` are the sampling parameters of places that no row has had yet. If they are
-    those of the rows, one graph serves all of them. ``chooser`` chooses the tokens, if given.
+    bucket. ``params`` are the sampling parameters of places that no row has had yet. If they equal
+    those of the rows, one graph serves all places. ``chooser`` chooses the tokens, if given.
     ``prompt_lookup`` and ``assistant`` are those of ``Speculation``.
     """
 
@@ -209,8 +209,9 @@ class DecodeLoop:
 
     @property
     def on_logits(self) -> bool:
-        """Return True if the next step stops at its logits. All earlier launches are then read
-        first.
+        """Return True if the next step stops at its logits.
+
+        All earlier launches are then read first.
         """
         return self.chooser is not None or any(row.needs_logits for row in self.rows)
 
@@ -227,8 +228,9 @@ class DecodeLoop:
         return bool(self.lag) and not self.on_logits and not isinstance(last, VerifiedLaunch)
 
     def _steps_of_launch(self, going: list[tuple[Row, int]]) -> int:
-        """Return the number of steps of the next launch: all its tokens are wanted and have a
-        place.
+        """Return the number of steps of the next launch.
+
+        There are several only if every row wants all their tokens, and has positions for them.
         """
         if not self.lag or len(self.places) > MULTI_STEP_ROWS:
             return 1
@@ -267,8 +269,8 @@ class DecodeLoop:
     def read(self, keep: int) -> Iterator[Written]:
         """Yield the tokens of all launches but the last ``keep``: rows and tokens, step by step.
 
-        Only rows that were running are in it. A row is marked as ended by its last token, or by
-        NO_TOKEN if it had none to choose. Each item has log-probabilities as its third part.
+        An item has the rows that were running, their tokens, and log-probabilities. A row's last
+        token marks it as ended, and so does NO_TOKEN, if there was no token to choose.
         """
         while len(self._unread) > keep:
             launch = self._unread[0]

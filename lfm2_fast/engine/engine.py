@@ -54,7 +54,7 @@ class Engine:
     that it shares with its slot. With ``chooser`` all rows begin together, and it chooses their
     tokens.
 
-    ``prompt_lookup`` is that of requests that say none. ``assistant`` is a smaller model of the
+    ``prompt_lookup`` is the default of requests. ``assistant`` is a smaller model of the
     same vocabulary, which drafts tokens for requests; its cache is made as it is needed. Without
     one, the model's own drafter does, if one was loaded. Drafts change no text.
 
@@ -231,7 +231,7 @@ class Engine:
     def cancel(self, id: int, index: int | None = None) -> None:
         """End a request, or one of its continuations. Its last event has "cancelled".
 
-        An unknown id, or one that has ended, is no error.
+        An id that is unknown, or has ended, is ignored.
         """
         for row in self.rows:
             if row.id == id and index in (None, row.index):
@@ -277,8 +277,9 @@ class Engine:
         vars(self.statistics).update(statistics)
 
     def abandon(self) -> None:
-        """Drop all requests, and count the tokens that their steps have run. Slots keep their
-        content.
+        """Drop all requests, and count the tokens that their steps have run.
+
+        Slots keep their content.
         """
         rows = self.rows
         self.decode.settle()

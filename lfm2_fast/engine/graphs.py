@@ -41,7 +41,7 @@ class Graphs:
         # Never released: torch's stream pool is small, and libraries keep a workspace per stream.
         self.stream: Any = None
         self._uncaptured: set[Hashable] = set()
-        # Of captures that failed. Torch's allocator for pinned memory may keep them forever.
+        # Graphs whose captures failed: torch's allocator for pinned memory may still use them.
         self._failed: list[Any] = []
         self.clear()
 
@@ -54,11 +54,11 @@ class Graphs:
     def forget_capture(self, graph: Any) -> None:
         """Undo what a failed capture has left: the next one gets another pool and stream.
 
-        Torch's allocator still asks the failed graph where memory is for, so that ends first.
+        Torch's allocator still serves the failed graph's pool. That must end first.
         """
         pool, self.pool, self.stream = self.pool, None, None
         self._failed.append(graph)
-        # RuntimeError says that the capture ended well enough to have done this itself.
+        # A RuntimeError means that the capture's own end has done this already.
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
@@ -114,7 +114,7 @@ def capture_cuda(graphs: Graphs, body: Callable[[], None]) -> Replayable:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph leaves its stream the current one where a capture fails at its end.
+        # torch.cuda.graph would leave its stream current if the capture fails at its end.
         with torch.cuda.stream(graphs.stream):
             # Each thread has a handle of cuBLAS, and a workspace for each stream. A capture
             # refuses to make them. (pytorch/pytorch#99397)
@@ -133,7 +133,7 @@ def _record(graph: Any, pool: Any, body: Callable[[], None]) -> None:
     try:
         body()
     except BaseException:
-        # The capture is invalid, as this says once more.
+        # Ending an invalid capture raises again.
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
         raise

@@ -16,8 +16,8 @@ from lfm2_fast.models.stream_ring import width
 def free_memory(device: torch.device) -> int:
     """Return the bytes of a device's memory that are not in use.
 
-    On a GPU what torch holds and does not use counts as free. A device that does not tell has the
-    host's.
+    On a GPU, memory that torch holds and does not use counts as free. If a device does not report
+    it, the result is the host's.
     """
     module = torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):

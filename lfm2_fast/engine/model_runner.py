@@ -17,7 +17,7 @@ from lfm2_fast.models.lfm2 import Lfm2
 # Tokens per forward pass of a prefill. They are enough for fast matrix products. The intermediate
 # values of the feed-forward are still small beside the weights.
 CHUNK = 2048
-# Most tokens that are drafted for a row: a step of eight tokens is as many as pay.
+# Most tokens that are drafted for a row: a longer step would cost more than it gains.
 MOST_DRAFTED = 7
 # Tokens whose streams are kept for a drafter: those of an unfinished page, and of one step more.
 RING = PAGE_SIZE + MOST_DRAFTED + 1
@@ -82,12 +82,11 @@ def run_batch(
 class ModelRunner:
     """``prefill``, then ``step`` until done, over the slots of one cache.
 
-    Every slot can be at another place in another sequence. The cache's ``history`` follows what
-    was run, so that a later call can tell which prefix it holds. The texts have the model's active
-    adapter, unless ``buffers.set_adapter`` is told another. ``buffers`` are those of steps on
-    the cache; new ones are made if none are given. Where layers have hooks, nothing
-    is captured. Hooks are looked for once, here: HookError is raised for one that would never be
-    called.
+    Each slot has its own sequence, of any length. The cache's ``history`` lists the tokens that
+    were run, so that a later call can tell which prefix a slot holds. The texts have the model's
+    active adapter, unless ``buffers.set_adapter`` is told another. ``buffers`` are those of steps
+    on the cache; new ones are made if none are given. If layers have hooks, nothing is captured.
+    Hooks are looked for once, here. Raises HookError for a hook that would never be called.
     """
 
     def __init__(self, model: Lfm2, cache: Cache, buffers: StepBuffers | None = None) -> None:

@@ -50,10 +50,10 @@ class Request:
     ``time.monotonic``. Only requests of equal ``salt`` share pages. With ``stream`` each token
     comes as soon as possible: steps are launched one by one.
 
-    ``prompt_lookup`` is the most tokens that are drafted at a time, 0 for none, or None for the
-    engine's: what came in the text behind the last ``lookup_ngram`` tokens, or fewer. ``assisted``
-    lets the engine's assistant draft, if it has one. One step then verifies a draft. The text stays
-    the same, and the engine drafts where that saves time.
+    ``prompt_lookup`` is the largest draft in tokens; 0 means none, and None the engine's number. A
+    draft is the text that followed an earlier place with the same last ``lookup_ngram`` tokens, or
+    fewer. ``assisted`` lets the engine's assistant draft, if it has one. One step verifies a draft.
+    The text stays the same, and the engine drafts only if that saves time.
 
     ``adapter`` names a LoRA adapter that the model has loaded; None is the active one, if any is.
 
@@ -135,13 +135,13 @@ class Request:
 
     @property
     def changes_every_step(self) -> bool:
-        """Return True if no token is chosen from the model's logits by ``sampling`` alone."""
+        """Return True if every step's logits are changed before ``sampling``."""
         penalties = self.presence_penalty or self.frequency_penalty
         return bool(self.logit_bias or penalties or self.hook or self.constraint)
 
     @property
     def changes_logits(self) -> bool:
-        """Return True if some token is not chosen from the model's logits by ``sampling`` alone."""
+        """Return True if some step's logits are changed before ``sampling``."""
         return self.changes_every_step or self.min_tokens > 0
 
 
@@ -150,8 +150,8 @@ class Row:
     """One continuation of a request, from its admission to its end, preemptions included.
 
     ``index`` is its place among the request's ``n``. ``written`` are the new tokens that the host
-    has read; ``launched`` counts those whose steps were launched. ``pinned`` is the only slot that
-    it may have, in a cache that a caller holds. ``finish_reason`` is "stop", "length", "cancelled",
+    has read; ``launched`` counts those whose steps were launched. ``pinned`` is the slot of a
+    caller's cache that it must have, or None. ``finish_reason`` is "stop", "length", "cancelled",
     "deadline" or "error" at the end. ``admitted`` is True once the row has had a slot. ``digests``
     are those of its text's first pages, as the prefix index hashes them. ``adapter`` is the one
     that it began with, which stays loaded until it ends. ``prompt_logprobs`` are
@@ -199,18 +199,18 @@ class Row:
 
     @property
     def salt(self) -> bytes:
-        """Only texts of equal salt share pages: that of the request, and the adapter's number."""
+        """Adapter's number and the request's salt. Only texts of equal salt share pages."""
         number = 0 if self.adapter is None else self.adapter.number
         return number.to_bytes(8, "little") + self.request.salt
 
     @property
     def start(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.prompt)
 
     @property
     def length(self) -> int:
-        """Tokens of the text."""
+        """Number of tokens of the text: prompt and new tokens."""
         return self.start + len(self.written)
 
     @property

@@ -58,7 +58,7 @@ class RowRunner:
             prompt_lookup=prompt_lookup,
             assistant=assistant,
         )
-        # Drafted and accepted tokens of this cache that the statistics have.
+        # Drafted and accepted tokens that the statistics count already.
         self._told = 0, 0
         # Rows whose prompts have run, with their logits. They will begin together.
         self.held: list[tuple[Row, torch.Tensor]] = []

@@ -32,7 +32,7 @@ class Scheduler:
         self.first = first
         self.waiting: list[Row] = []
         self.prefilling: list[Row] = []
-        # Seconds a prompt token, of the last chunk and by row: later tokens cost more.
+        # Seconds for a prompt token: in the last chunk, and by row, as later tokens cost more.
         self._cost: float | None = None
         self._costs: dict[Row, float] = {}
         self._long_was_last = False

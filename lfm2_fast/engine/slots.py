@@ -47,8 +47,9 @@ class Slots:
         self.cache.go_back(row.slot, shared)
 
     def fork(self, row: Row, sibling: Row) -> bool:
-        """Give ``sibling`` a slot with the content of the row's slot. Return False if there is
-        none.
+        """Give ``sibling`` a slot with the content of the row's slot.
+
+        Return False if there is no free slot, or there are too few pages.
         """
         slot = sibling.pinned
         if slot is None:

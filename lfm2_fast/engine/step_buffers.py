@@ -27,24 +27,24 @@ class StepBuffers:
 
     ``inputs`` of ``size`` rows are those of the next step, and ``state`` says how its tokens are
     chosen. Unused rows are finished. ``written [MAX_STEPS, size]`` has the tokens that the last
-    steps chose, the newest last, and NO_TOKEN where a row had none to choose. ``adapters`` of the
-    cache's slots, a dummy slot included, are entries in the stacks of adapters, as ``entries`` on
-    the host.
+    steps chose, the newest last, and NO_TOKEN where a row had none to choose. ``adapters
+    [slots]`` has each slot's entry in the stacks of adapters, the dummy slot's too; ``entries`` is
+    the same list on the host.
 
-    ``drafts`` makes those of steps that verify drafts, of as many tokens, each a row.
+    With ``drafts`` the steps verify drafts: ``size`` is ``drafts``, and each token is a row.
     """
 
     # Not in a caller's inference mode: steps outside of it write to these tensors.
     @torch.inference_mode(False)
     def __init__(self, model: Lfm2, cache: Cache, capture: Any = None, *, drafts: int = 0) -> None:
         device, size = model.device, drafts or bucket(cache.slots, cache)
-        # Counts of rows whose CPU graphs stay.
+        # Number of row counts whose CPU graphs are kept.
         self._kept_counts = 4 if drafts else 1
         self._drafts: StepBuffers | None = None
         # Where the recorded steps that keep streams do so.
         self._ring: StreamRing | None = None
         self.size, self.vocab = size, model.config.vocab_size
-        # What recorded steps depend on, beside the tensors here.
+        # If the model has others by now, these buffers cannot be used again.
         self.made_for = model.ops, model.drafter
         self.written = torch.zeros(MAX_STEPS, size, dtype=torch.int64, device=device)
         self.rows = self._blank(SamplingParams(), cache, EOS_TOKENS, device)
@@ -167,7 +167,7 @@ class StepBuffers:
         return model.adapters.active is not None or any(self.entries[slot] for slot in slots)
 
     def _mark_from(self, wanted: bool) -> None:
-        """Have a place for what rows have seen from now on, if that is wanted."""
+        """Mark the tokens that rows have seen, from now on, if that is wanted."""
         if wanted and self.state.seen is None:
             if self.marks is None:
                 shape = (self.size, self.vocab)
@@ -229,7 +229,7 @@ class StepBuffers:
         )
 
     def view(self, count: int) -> SamplingState:
-        """State of the first rows; of few counts at a time, since each makes numbers ahead."""
+        """Return the state of the first rows. Few counts are kept, as each has tensors."""
         if count not in self.views:
             if len(self.views) >= self._kept_counts:
                 self.views = {}
@@ -263,13 +263,13 @@ class StepBuffers:
             ops = ops.for_verification
         crowded = not self.views or len(self.views) >= self._kept_counts
         if not ops.captures and count not in self.views and crowded:
-            # CPU graphs keep all that they make: those of other counts would pile up.
+            # A CPU graph keeps all its tensors. Graphs of many counts would fill the memory.
             self.drop_graphs()
         if late is not None and late is not self._ring:
             self._ring = late
             self.drop_graphs()
         state = self.view(count)
-        # Nothing draws and nothing is penalised: where a row's draws stand does not matter.
+        # Without draws and penalties, the state's positions need not advance.
         argmax = choose and state.greedy
 
         def body() -> None:
@@ -305,7 +305,7 @@ class StepBuffers:
         if self.graphs is None or key is None:
             body()
         elif key not in self.graphs and model.has_hooked_layers:
-            # A hook that came in the middle of a call: what it does must be in no graph.
+            # A hook was added in the middle of a call: no graph may contain its work.
             body()
         else:
             self.graphs.run(key, body)

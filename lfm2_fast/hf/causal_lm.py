@@ -100,7 +100,7 @@ class Lfm2ForCausalLM(Lfm2PreTrainedModel):
             base = Lfm2Model.__new__(Lfm2Model)
             torch.nn.Module.__init__(base)
             base._modules = self._modules
-            # Set past nn.Module, for which it would be one more part with weights.
+            # Without nn.Module's own __setattr__, which would add it to the modules with weights.
             self.__dict__["_base"] = base
         names = ("config", "max_length", "model_tags", "name_or_path", "training", "_generation")
         base.__dict__.update({name: getattr(self, name) for name in names})

@@ -17,7 +17,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def in_a_line(value: Any) -> str:
-    """Return ``repr(value)``, or its class's name where that is no short line, as a model's."""
+    """Return ``repr(value)`` if it is a short line, else the name of its class."""
     shown = repr(value)
     return shown if len(shown) < 80 and "\n" not in shown else f"<{type(value).__name__}>"
 

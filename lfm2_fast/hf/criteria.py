@@ -13,11 +13,11 @@ from lfm2_fast.hf.generation_args import GenerationArgs, warn
 def resolve_criteria(
     asked: GenerationArgs, passed: Sequence[Any], tokenizer: Any, width: int
 ) -> tuple[GenerationArgs, list[Any]]:
-    """Return the arguments and the criteria of a call whose criteria see ``width`` ids at first.
+    """Return the arguments and the criteria of a call. Criteria first see ``width`` columns of ids.
 
     As in transformers, a criterion of its own classes that was ``passed`` takes the place of the
     argument of that kind. Lengths and, without beams, end tokens become arguments, which need no
-    Python. With beams those of the arguments still say how many beams are kept.
+    Python. With beams the end tokens of the arguments still decide how many beams are kept.
     """
     if not (passed or asked.stop_strings or asked.max_time < math.inf):
         return asked, []

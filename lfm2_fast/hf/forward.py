@@ -242,14 +242,15 @@ def as_asked(model: Lfm2PreTrainedModel, answer: ModelOutput, return_dict: bool 
 
 
 def check_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return ``input_ids`` on the model's device, as int64. Raises ValueError unless ``[B, T]`` and
-    in range.
+    """Return ``input_ids [B, T]`` on the model's device, as int64.
+
+    Raises ValueError for another shape or dtype, and for ids that are not in the vocabulary.
     """
     return checked_ids(model, input_ids).to(model.device, torch.int64)
 
 
 def checked_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return ``input_ids``, where they are. Raises ValueError unless ``[B, T]`` and in range."""
+    """Return ``input_ids`` unchanged. Raises ValueError unless ``[B, T]`` and in range."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
         raise ValueError(
             "input_ids must be integers of shape [batch, tokens], got "
@@ -267,8 +268,9 @@ def checked_ids(model: Lfm2PreTrainedModel, input_ids: torch.Tensor) -> torch.Te
 
 
 def check_embeds(model: Lfm2PreTrainedModel, embeds: torch.Tensor) -> torch.Tensor:
-    """Convert ``embeds`` to the model's dtype and device. Raises ValueError unless ``[B, T,
-    H]``.
+    """Return ``embeds [B, T, H]`` in the model's dtype, on its device.
+
+    Raises ValueError for another shape, and for integers.
     """
     hidden = model.network.config.hidden_size
     if embeds.dim() != 3 or embeds.shape[2] != hidden or not embeds.is_floating_point():

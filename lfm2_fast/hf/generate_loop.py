@@ -44,9 +44,9 @@ def run_generate_loop(
 ) -> dict[str, Any]:
     """Continue the prompts. Return the fields of Hugging Face's output.
 
-    ``of_the_call`` has what transformers' processors take beside the arguments. ``assistant``
-    drafts tokens where the engine chooses them. ``seed`` may be
-    None with beams: torch's own generator draws then.
+    ``of_the_call`` has the arguments of transformers' processors that no config holds.
+    ``assistant`` drafts tokens if the engine chooses them. With beams ``seed`` may be None: torch's
+    own generator then draws.
     """
     rows = len(prompts) * asked.copies
     if most_rows is not None and most_rows < 1:
@@ -143,7 +143,7 @@ def _run(
 ) -> dict[str, Any]:
     """Run a call by beam search, by steps of all rows, or as requests of an engine.
 
-    With ``skips`` beams that no caller sees may stop early.
+    With ``skips`` beams whose further steps no caller sees may stop early.
     """
     model, asked, cache = call.model, call.asked, call.cache
     workspace, chooser = model.workspace, None

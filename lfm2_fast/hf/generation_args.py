@@ -52,7 +52,7 @@ class GenerationArgs:
     output_hidden_states: bool
     token_healing: bool
     return_dict_in_generate: bool
-    prompt_lookup_num_tokens: int  # 0 without
+    prompt_lookup_num_tokens: int  # 0 if none are drafted
     max_matching_ngram_size: int
 
     @property

@@ -1,4 +1,4 @@
-"""Private methods of transformers' GenerationMixin, used only where they are as known."""
+"""Private methods of transformers' GenerationMixin, checked before this package uses them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 # Versions of transformers on which tests of beams and logits processors were run.
 KNOWN = ("5.20.2", "5.23.0")
-# By what needs them: methods that are called or replaced here, and parameters that go by name.
+# User -> methods that it calls or replaces, each with the parameters that are passed by name.
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "logits processors of arguments": {
         "_get_logits_processor": (
@@ -44,7 +44,7 @@ def generation_mixin(user: str) -> Any:
 
 
 def not_known(user: str, name: str) -> AttributeError:
-    """Return the error for a name that the model does not have, and methods of ``user`` need."""
+    """Return the error for an attribute that transformers' methods for ``user`` need and lack."""
     return AttributeError(f"GenerationMixin asks its model for {name}: {_advice(user)}")
 
 

@@ -64,7 +64,7 @@ PROCESSED: dict[str, tuple[Any, ...]] = {
 }
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 BEAMS_ONLY = ("length_penalty", "early_stopping")
-# Those of PROCESSED that filter drawn tokens. Greedy decoding does not use them.
+# Names in PROCESSED of filters. Greedy decoding does not use them.
 FILTERS = {"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"}
 
 _CACHE = "the cache is this package's own"

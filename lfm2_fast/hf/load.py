@@ -47,15 +47,14 @@ def load(
     "bfloat16" are taken too. ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and
     ``force_download`` go to the hub. ``subfolder`` is the checkpoint's folder inside of ``model``,
     ``variant`` a word in the names of its weights, ``gguf_file`` a GGUF file there.
-    ``max_length`` bounds the context in tokens (default: the model's limit). ``backend`` chooses
-    the bodies of the operations, see ``lfm2_fast.ops.select``. ``quantization`` "int8" makes the
-    matrices 8-bit integers while they are loaded, about half of bfloat16's memory. "int4" makes
-    them GGUF's Q4_0, embedding and head int8, about a third; a GPU has no bodies for it yet and
-    holds those matrices dense. None takes them as they are stored. ``adapter`` is the
-    folder or hub id of a LoRA adapter as PEFT saves it, which is merged into the weights before
-    they are quantized. Where ``model`` is one itself, the base that it names is loaded, with the
-    adapter merged. ``config`` replaces the
-    checkpoint's config.json, ``generation_config`` its generation parameters.
+    ``max_length`` limits the context in tokens (default: the model's limit). ``backend`` chooses
+    the implementation of the operations, see ``lfm2_fast.ops.select``. ``quantization`` "int8"
+    makes the matrices 8-bit integers while they are loaded, about half of bfloat16's memory. "int4"
+    makes them GGUF's Q4_0, with embedding and head in int8, about a third. None takes them as they
+    are stored. ``adapter`` is the folder or hub id of a LoRA adapter as PEFT saves it, which is
+    merged into the weights before they are quantized. If ``model`` is an adapter itself, the base
+    that it names is loaded, with the adapter merged. ``config`` replaces the checkpoint's
+    config.json, ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
     ``torch_dtype``; ``quantization_config``, ``load_in_8bit`` and ``load_in_4bit``, bitsandbytes' 8

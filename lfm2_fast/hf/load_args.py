@@ -45,7 +45,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "proxies": ((), "set the environment variable HTTPS_PROXY"),
     "mirror": ((), "set the environment variable HF_ENDPOINT"),
     "resume_download": ((True, False), "downloads always continue where they stopped"),
-    "adapter_name": (("default",), "merge the adapter into the weights first (merge_and_unload)"),
+    "adapter_name": (("default",), "use adapter=, or load_adapter() of the loaded model"),
     "key_mapping": ((), "rename the tensors in the checkpoint"),
     "use_kernels": ((False,), "choose the implementation with backend="),
     "kernel_config": ((), "choose the implementation with backend="),
@@ -108,9 +108,9 @@ def quantization_of(
 ) -> str | None:
     """Return the format that Hugging Face's spellings of quantization ask for.
 
-    ``config`` is a quantization_config, an object or a mapping; bitsandbytes' 8 bits become "int8",
-    its 4 bits "int4".
-    Raises ValueError for others, and where two arguments say different things.
+    ``config`` is a quantization_config, an object or a mapping. bitsandbytes' 8 bits become "int8",
+    its 4 bits "int4". Raises ValueError for other methods, and for arguments that contradict each
+    other.
     """
     values: dict[str, Any] = {}
     if config is not None:

@@ -56,8 +56,8 @@ def pack(
 ) -> Packed:
     """Pack the tokens of ``like [B, T]`` for one forward pass.
 
-    Raises ValueError, which names the argument, for a mask with holes, for positions of neither
-    kind, and for a cache that does not fit.
+    Raises ValueError, which names the argument, for a mask with holes, for other positions, and for
+    a cache that does not fit.
     """
     mask = unpadded(like, attention_mask)
     rows, width = mask.shape
@@ -161,8 +161,8 @@ def check_cache(model: Lfm2PreTrainedModel, cache: Any, rows: int) -> None:
         )
     if cache.signature != signature(model.network.config, model.dtype, model.device):
         raise ValueError(
-            "past_key_values is of another model, dtype or device; make one with new_cache() of "
-            "the model that is called, and anew when that was moved"
+            "past_key_values is of another model, dtype or device; make a cache with new_cache() "
+            "of the model that is called, and a new one after the model is moved"
         )
 
 

@@ -1,4 +1,4 @@
-"""Part of Hugging Face's model classes that all of them share: weights, config and caches."""
+"""Base class of Hugging Face's model classes: weights, config and caches."""
 
 from __future__ import annotations
 
@@ -105,7 +105,10 @@ class Lfm2PreTrainedModel(AdapterMethods, DrafterMethods):
         of the config may be given as arguments too. Raises as ``load`` does.
         """
         if model_args:
-            raise TypeError("from_pretrained() takes the checkpoint alone by position")
+            raise TypeError(
+                "from_pretrained() takes only the checkpoint by position: give other arguments "
+                "by name"
+            )
         if device == "auto" and device_map is None:
             device = "cpu"
         fields = {name: others.pop(name) for name in list(others) if name in FIELDS}
@@ -168,7 +171,10 @@ class Lfm2PreTrainedModel(AdapterMethods, DrafterMethods):
         ValueError for quantized weights, and beside adapters.
         """
         if len(self.network.adapters):
-            raise ValueError("resize_token_embeddings() comes first: unload_adapter() them all")
+            raise ValueError(
+                "resize_token_embeddings() needs a model without adapters: call unload_adapter() "
+                "for each of them first"
+            )
         made = resized(self.network, new_num_tokens, pad_to_multiple_of, mean=mean_resizing)
         # With their hooks.
         made.layers = self.network.layers
@@ -344,7 +350,7 @@ class Lfm2PreTrainedModel(AdapterMethods, DrafterMethods):
         save(
             Path(save_directory),
             self.network,
-            # What callers set on the config that no weight depends on.
+            # Fields of the config on which no weight depends, as callers have set them.
             {name: getattr(self.config, name) for name in names},
             self.generation_defaults(),
             state_dict,

@@ -36,9 +36,7 @@ class Prompts:
 
     @property
     def width(self) -> int:
-        """Number of columns that ``max_length`` counts: those of ids, and of embeddings beside
-        them.
-        """
+        """Number of columns that ``max_length`` counts: ids, and embeddings beside them."""
         given, shown = self.mask.shape[1], self.ids.shape[1]
         return shown if given == shown else given + shown
 

@@ -18,7 +18,10 @@ def resized(network: Lfm2, size: int | None, multiple: int | None, *, mean: bool
     """
     config = network.config
     if config.quantization is not None:
-        raise ValueError("resize_token_embeddings() needs dense weights: load it without")
+        raise ValueError(
+            f"resize_token_embeddings() needs dense weights, not {config.quantization}: load the "
+            "unquantized checkpoint, without quantization="
+        )
     size = config.vocab_size if size is None else size
     if multiple:
         size = -(-size // multiple) * multiple

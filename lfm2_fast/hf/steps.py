@@ -1,4 +1,4 @@
-"""Steps that the engine does not run: of beams, from embeddings, or with hidden states."""
+"""Steps outside of an engine: for beams, for prompts of embeddings, and for hidden states."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class Steps:
     def _run(
         self, tokens: torch.Tensor | None, embeds: torch.Tensor | None, batch: Batch
     ) -> tuple[Any, list[torch.Tensor]]:
-        """Run a batch and count it in the cache. Return the stream, and the hidden states ``[T,
-        H]``.
-        """
+        """Run a batch and count it in the cache. Return stream and hidden states, ``[T, H]``."""
         collected: list[torch.Tensor] | None = None if self.hidden_states is None else []
         self.cache.reserve(batch)
         x = self.network.run_blocks(tokens, batch, self.cache, embeds=embeds, collected=collected)
@@ -119,7 +117,7 @@ def sample_steps(
     rows = [
         Row(
             id=0,
-            # Nothing reads these tokens. Their number gives the positions of the draws.
+            # Only the number of these tokens is used: it gives the positions of the draws.
             request=Request([0] * len(text), sampling, asked.eos_token_id, seed=seed),
             index=number * steps.copies + copy,
             limit=budget,

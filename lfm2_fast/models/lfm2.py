@@ -249,7 +249,7 @@ class Lfm2(nn.Module):
         return self.ops.verified_tokens(matrices, self.dtype)
 
     def attach_drafter(self, drafter: Drafter | None) -> None:
-        """Let new caches have layers for ``drafter``, and passes on them show it their streams."""
+        """Give new caches layers for ``drafter``, and show it the streams of passes on them."""
         # Set past nn.Module: a drafter's weights are not the network's.
         self.__dict__["drafter"] = drafter
 
@@ -296,7 +296,7 @@ class Lfm2(nn.Module):
             return ops.adapted(batch.adapters)
         bounds = batch.cu_seqlens[1:]
         numbers = torch.arange(len(batch.positions), dtype=bounds.dtype, device=bounds.device)
-        # Padding after the last sequence counts as its.
+        # Padding after the last sequence gets that sequence's adapter.
         which = torch.searchsorted(bounds, numbers, right=True).clamp_(max=len(bounds) - 1)
         return ops.adapted(batch.adapters.index_select(0, which))
 

@@ -65,7 +65,7 @@ class Ops:
     cpu_graph_rows = 0
     # True if a decode step reads only device tensors of ``Batch``. Captured work needs this.
     device_only = False
-    # True if a projection multiplies each token by itself, whose bits then know no other token.
+    # True if a projection multiplies tokens one by one, so that none changes another's bits.
     by_token = False
     # Entry of each token in the stacks of adapters, ``[T]`` int64; None if no token has an adapter.
     entries: torch.Tensor | None = None
@@ -82,7 +82,7 @@ class Ops:
 
     @property
     def for_verification(self) -> Ops:
-        """Operations for a step in which several tokens may be of one slot, in their order.
+        """Operations for a step in which adjacent tokens may belong to one slot, in order.
 
         Each token gets the bits that it gets in a step of its own. PyTorch's products do not keep
         them, so plain PyTorch multiplies token by token: this is right, and gains no time.
@@ -92,7 +92,7 @@ class Ops:
         return made
 
     def verified_tokens(self, matrices: Iterable[Projection], dtype: torch.dtype) -> int:
-        """Return the most tokens of a step by ``for_verification``, 0 where it has none.
+        """Return the largest step of ``for_verification`` in tokens; 0 if it cannot run.
 
         ``matrices`` are the model's, and ``dtype`` is that of its activations.
         """
@@ -142,7 +142,7 @@ class Ops:
     def add_low_rank(
         self, x: torch.Tensor, linear: Projection, product: torch.Tensor
     ) -> torch.Tensor:
-        """``product [T, N]`` of tokens ``x [T, K]`` with what their adapters add."""
+        """Add the changes of adapters to ``product [T, N]`` of tokens ``x [T, K]``."""
         if self.entries is None or linear.adapters is None:
             return product
         stack, bias = linear.adapters, linear.bias

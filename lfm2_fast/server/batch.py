@@ -153,9 +153,9 @@ def lines_of(path: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[Line]:
 
 
 def repeated(line: Line) -> Line:
-    """Return a line whose custom_id another line before it has: a fault."""
+    """Return the fault of a line whose custom_id an earlier line has."""
     error = ApiError(
-        f"line {line.number}: custom_id {(line.id or '')[:100]!r} stands above already",
+        f"line {line.number}: custom_id {(line.id or '')[:100]!r} is in an earlier line too",
         param="custom_id",
         code="duplicate_custom_id",
     )

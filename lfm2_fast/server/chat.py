@@ -38,7 +38,7 @@ async def start_chat(service: Service, body: ChatBody) -> Answers:
             "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
         )
     if set(body.modalities or ()) - {"text"}:
-        raise refused("modalities may have text alone", "modalities")
+        raise refused("modalities must be text alone: this model writes nothing else", "modalities")
     constraint = await constraint_of(service, body, tools, thinks=service.thinks)
     text = await service.chat_prompt(body, tools.shown, variables_of(body))
     prompt = await service.tokens_of(text, special=bool(body.add_special_tokens))

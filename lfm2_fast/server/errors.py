@@ -88,7 +88,7 @@ def of_engine(error: BaseException, retry_after: int = 1) -> ApiError:
             headers={"Retry-After": str(retry_after)},
         )
     if isinstance(error, EngineStopped):
-        return ApiError(f"the server is leaving: {error}", status=503, code="engine_stopped")
+        return ApiError(f"the server is shutting down: {error}", status=503, code="engine_stopped")
     if isinstance(error, ValueError):
         return of_value_error(error)
     return ApiError(

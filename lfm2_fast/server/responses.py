@@ -25,7 +25,7 @@ async def response(service: Service, data: bytes) -> ResponsesReply:
             raise refused(f"{name} is not supported: {advice}", name)
     if body.truncation == "auto":
         raise refused(
-            "truncation may be disabled alone: what is left out would be unseen", "truncation"
+            "truncation must be disabled: a client would not see what is left out", "truncation"
         )
     if not body.input:
         raise ApiError("input is empty", param="input", code="invalid_value")

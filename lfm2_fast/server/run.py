@@ -88,7 +88,9 @@ def create_app(
     check_extra()
     keys = _several(api_key)
     if not all(keys):
-        raise ValueError("api_key is an empty text, which every client has: give a key, or none")
+        raise ValueError(
+            "api_key is an empty text, which anyone can send: give a key, or leave it out"
+        )
     from lfm2_fast.server.app import application
     from lfm2_fast.server.parameters import Defaults
     from lfm2_fast.server.service import Options, Service
@@ -99,7 +101,8 @@ def create_app(
             tokenizer = load_tokenizer(name, **hub_options(loading))
         model = load(name, **loading)
     elif loading:
-        raise TypeError(f"{sorted(loading)[0]} is for models that are loaded here; this one is")
+        name = sorted(loading)[0]
+        raise TypeError(f"{name} is an argument of loading, and the model is loaded: leave it out")
     name = str(model.name_or_path or "lfm2")
     if tokenizer is None:
         tokenizer = load_tokenizer(name)

@@ -141,7 +141,7 @@ def with_stored_head(folder: Path, config: Config, variant: str | None = None) -
     if all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs):
         return config
     logger.warning(
-        "%s: config.json says tie_word_embeddings, but %s is not the embedding; it is used",
+        "%s: config.json says tie_word_embeddings, but %s differs from the embedding; it is used",
         head.path,
         HEAD,
     )

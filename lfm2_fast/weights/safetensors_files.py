@@ -178,7 +178,7 @@ def _check_tensors(
         ):
             raise CheckpointError(
                 f"{stored.path}: {stored.name} is stored as {stored.dtype}, which the "
-                "config.json does not speak of; load the unquantized checkpoint"
+                "config.json does not mention; load the unquantized checkpoint"
             )
 
 

@@ -1,4 +1,4 @@
-"""The word ``sample``: one meaning, three bodies, the same tokens."""
+"""The operation ``sample``: one meaning, three implementations, the same tokens."""
 
 from __future__ import annotations
 

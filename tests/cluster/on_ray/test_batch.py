@@ -143,7 +143,7 @@ def test_tables_are_read_and_written(tmp_path: Path) -> None:
     assert found["r3"]["status"] is None and "body must be" in found["r3"]["answer"]
     assert found[nameless]["status"] is None and "custom_id must" in found[nameless]["answer"]
     for id in again:
-        assert found[id]["status"] is None and "stands above already" in found[id]["answer"]
+        assert found[id]["status"] is None and "is in an earlier line too" in found[id]["answer"]
     for id in ("r2", "last"):
         told = json.loads(found[id]["answer"])
         assert found[id]["status"] == 200 and told["custom_id"] == id
