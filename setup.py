@@ -1,13 +1,13 @@
 """Builds the optional extension lfm2_fast/_C.abi3.so from csrc/; the metadata is in pyproject.toml.
 
-LFM2_FAST_BUILD_EXT=auto, the default, builds where sources, torch and a C++ compiler are at hand;
-elsewhere, and where the compiler fails, it says so on stderr, and the package installs without. 1
-fails instead, 0 never builds. Of compilers for x86-64, GCC from 12 on makes code for every
-instruction set. With another, what is built in place is for the machine at hand, and a wheel for
-any, which is slow; CFLAGS=-march=... chooses.
+LFM2_FAST_BUILD_EXT=auto, the default, builds the extension if there are sources, torch and a C++
+compiler. If one is missing, or the compiler fails, a message on stderr says so, and the package
+installs without the extension. With 1 that is an error; 0 never builds. On x86-64, GCC 12 or newer
+makes code for every instruction set. Another compiler builds in place for this machine, and wheels
+for the oldest x86-64, which are slow; CFLAGS=-march=... chooses another processor.
 
-torch is no build requirement, since of use is only the one that will run the extension: ``pip
-install --no-build-isolation .`` builds against the torch that is installed.
+torch is no build requirement: the extension must be built against the torch that will run it.
+``pip install --no-build-isolation .`` builds against the installed one.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from setuptools import setup
 
 WANTED = os.environ.get("LFM2_FAST_BUILD_EXT", "auto")
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10 and later
-# What makes loops fast and changes no result. They may be vectorised: by directives, and without a
-# promise about errno and floating-point exceptions, which nobody reads. And they begin where a line
-# of the cache does: elsewhere short ones are fast or not by luck. The library grows by 2 percent.
+# Options that make loops fast and change no result. Loops may be vectorised: by directives, and
+# because no code reads errno or floating-point exceptions. Loops begin at a cache line. Otherwise
+# the speed of short ones would depend on their place. The library grows by 2 percent.
 LOOPS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64"]
 
 
 class Missing(Exception):
-    """What the extension needs and is not here."""
+    """Error of a build that lacks something: sources, torch or a compiler."""
 
 
 def extension() -> dict[str, Any]:
-    """The arguments of ``setup`` that build the extension. Raises Missing."""
+    """Return the arguments of ``setup`` that build the extension. Raises Missing."""
     sources = found("csrc/*.cpp")
     if not sources:
         raise Missing("no sources in csrc/")
     try:
         import torch
         from torch.utils import cpp_extension
-    except (ImportError, OSError) as error:  # the second where torch's libraries do not load
+    except (ImportError, OSError) as error:  # OSError: torch's libraries do not load
         raise Missing(f"no torch in the build ({error}); pass --no-build-isolation") from error
     if not os.environ.get("CXX", "c++").strip():
-        del os.environ["CXX"]  # torch and setuptools would take the blank for a compiler
+        del os.environ["CXX"]  # torch and setuptools would call a blank name
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         raise Missing(f"no C++ compiler ({compiler[0]} is not on PATH)")
@@ -65,7 +65,7 @@ def extension() -> dict[str, Any]:
 
     class Build(cpp_extension.BuildExtension):
         def run(self) -> None:
-            # As develop and editable installs do: what is built in place stays on this machine.
+            # An extension that is built in place stays on this machine.
             if lacks_clones(compiler) and not told_instructions():
                 if self.inplace:
                     module.extra_compile_args["cxx"].append("-march=native")
@@ -78,7 +78,7 @@ def extension() -> dict[str, Any]:
             except Exception as error:
                 if WANTED == "1":
                     raise
-                # What an earlier build has left would be installed, or loaded, in its place.
+                # The library of an earlier build would be installed, or loaded, instead.
                 for folder in (self.build_lib, "."):
                     for left in Path(folder, "lfm2_fast").glob("_C*.so"):
                         left.unlink()
@@ -93,7 +93,7 @@ def extension() -> dict[str, Any]:
 
 
 def lacks_clones(compiler: list[str]) -> bool:
-    """Return True if ``compiler`` builds for one kind of x86-64 alone (csrc/cpu_features.h)."""
+    """Return True if ``compiler`` builds for only one kind of x86-64 (csrc/cpu_features.h)."""
     ask = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
     told = subprocess.run(ask, text=True, capture_output=True).stdout
     known = dict(re.findall(r"^#define (\w+) (\d+)$", told, re.MULTILINE))
@@ -117,11 +117,11 @@ def say_of_one_machine(compiler: str, here: bool) -> None:
 
 
 def toolkit_fits(home: str | None, wanted: str | None) -> bool:
-    """Whether a CUDA toolkit is at ``home``, of the major version that torch is ``wanted`` for."""
+    """Return True if ``home`` has a CUDA toolkit of the ``wanted`` major version, torch's."""
     if home is None or wanted is None:
         return False
     nvcc = Path(home, "bin", "nvcc")
-    if shutil.which(nvcc) is None:  # the libraries alone
+    if shutil.which(nvcc) is None:  # only libraries, without a compiler
         return False
     told = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
     fits = f"release {wanted.split('.')[0]}." in told
@@ -148,7 +148,7 @@ if WANTED != "0":
         if WANTED == "1":
             sys.exit(f"LFM2_FAST_BUILD_EXT=1, but the extension cannot be built: {missing}")
         without(str(missing))
-# Git holds no empty folder: kernels/ is a package from its first file on.
+# A source tree may lack kernels/: Git holds no empty folder.
 packages = [".".join(file.parent.parts) for file in sorted(Path("lfm2_fast").rglob("__init__.py"))]
 packages += ["lfm2_fast.kernels"] if Path("kernels").is_dir() else []
 setup(packages=packages, **arguments)

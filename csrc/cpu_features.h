@@ -1,12 +1,12 @@
-// Which compilers can make code for newer machines than the one that they build for, and which
-// instructions with files of their own, *_avx*.cpp and *_neon*.cpp, this machine has.
+// Compilers that can make code for newer processors than their target, and the instructions of this
+// machine for which there are separate files, *_avx*.cpp and *_neon*.cpp.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define LFM2_GCC_X86
 #endif
 
-// On AArch64 GCC makes code for any machine; others for the one that they are told of.
+// On AArch64 GCC makes code for any processor, other compilers only for their target.
 #if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__)
 #define LFM2_GCC_ARM
 #endif
@@ -47,7 +47,7 @@
 #define LFM2_HAS_NEON false
 #endif
 #if defined(LFM2_GCC_ARM) && defined(__linux__) && !defined(LFM2_NO_CLONES)
-// By the kernel's numbers, which older headers do not name.
+// Bits of the kernel's capabilities, as numbers: older headers have no names for them.
 #define LFM2_HAS_ARM_DOT ((getauxval(AT_HWCAP) >> 20 & 1) != 0)
 #define LFM2_HAS_ARM_I8MM ((getauxval(AT_HWCAP2) >> 13 & 1) != 0)
 #define LFM2_HAS_ARM_BF16 ((getauxval(AT_HWCAP2) >> 14 & 1) != 0)

@@ -33,7 +33,7 @@ LFM2_INLINE void totals(const V* folded, T* to) {
 // lane's sum is exact up to 16,640 terms, where it is less than 2^24.
 struct WideStep {
   static constexpr int64_t kNumbers = kPair;
-  // Tokens at once: their sums, two registers each, leave four of AVX2's.
+  // Tokens at once. Their sums take two registers each, and leave four of AVX2's sixteen.
   static constexpr int kTogether = 6;
   static constexpr int rows_at_once(int) { return 1; }
   using Packed = Line;

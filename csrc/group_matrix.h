@@ -1,4 +1,4 @@
-// Matrices in groups: which of the formats of groups.h two tensors hold, and their rows.
+// Matrices in groups: the format of groups.h that two tensors hold, and the rows of a matrix.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@ struct GroupMatrix {
   const uint8_t* scales;
   int64_t rows;
   int64_t size;
-  int64_t number_bytes;  // of a row, as the next
-  int64_t scale_bytes;
+  int64_t number_bytes;  // of a row
+  int64_t scale_bytes;   // of a row
 
   // Rows 8 * `t` and after, if all eight are there.
   LFM2_INLINE GroupTile tile(int64_t t) const {
@@ -25,7 +25,7 @@ struct GroupMatrix {
   }
 };
 
-// What `weight` and `scales` hold, by their types and shapes. Fails if it is no known format.
+// The matrix in `weight` and `scales`, by their types and shapes. Fails for an unknown format.
 inline GroupMatrix group_matrix_of(const Tensor& weight, const Tensor& scales, int64_t rows,
                                    int64_t size) {
   STD_TORCH_CHECK(size % kPiece == 0, "rows of ", size, " numbers are no whole groups of ", kPiece);

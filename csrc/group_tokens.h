@@ -7,7 +7,7 @@
 
 namespace lfm2 {
 
-// Where `GroupTokens` lie.
+// Memory of `GroupTokens`.
 struct GroupScratch {
   std::vector<int8_t> numbers;
   std::vector<float> scales, sums, half_sums;
@@ -47,7 +47,8 @@ LFM2_CLONES void round_groups(Rows<const T> x, int64_t count, int64_t size, int8
       }
       const bool finite = largest < 0x7F800000u;
       const float most = from_bits(finite ? largest : 0);
-      // What is smaller would make the factor infinite, and is nothing beside the smallest normal.
+      // A smaller number would make the factor infinite, and is negligible beside the smallest
+      // normal.
       const float factor = most > 1e-35f ? 127.0f / most : 0.0f;
       const float scale = finite ? most / 127.0f : from_bits(0x7FC00000u);
       int32_t halves[2] = {};

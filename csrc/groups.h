@@ -3,12 +3,12 @@
 //
 // Eight rows lie side by side, so that a lane is a row: no lanes are summed, and scales are vectors.
 // A tile is these eight rows. Tokens are rounded to 8 bits too, in groups of 32. Sums within a group
-// are integers, and groups are added in their order, product and sum rounded apart. So every body
-// gives the same bits, and a token's do not depend on which others run beside it.
+// are integers. Groups are added in their order, and products are rounded before they are added. So
+// every implementation gives the same bits, and the bits of a token do not depend on other tokens.
 //
-// The files groups_*.cpp have a body each, for the machines that they are named after. They are
-// compiled without fused multiplication and addition, which would round once where others round
-// twice. Everything here that they call is inlined.
+// Each file groups_*.cpp has an implementation for the instructions in its name. They are compiled
+// without fused multiplication and addition, which would round once where others round twice.
+// Everything here that they call is inlined.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct GroupFormat {
   static constexpr int64_t kWords = 1 + minimums;
   // Bytes of a row's numbers in a piece.
   static constexpr int64_t kNumberBytes = kPiece * bits / 8;
-  // Bytes of a row's scales and minimums: in a piece, or, of bytes, in a block.
+  // Bytes of a row's scales and minimums: in a block if they are bytes, else in a piece.
   static constexpr int64_t kBlockBytes = kWords * (2 + kSuper / group);
   static constexpr int64_t kScaleBytes =
       kWords * (kPiece / group) * (scales == Scales::kHalf ? 2 : 4);
@@ -110,7 +110,7 @@ LFM2_INLINE int32_t word_of(const void* from) {
   return word;
 }
 
-// Eight rows' words `unit` of a block, each with two neighbouring bytes: the one that is asked for.
+// The first or second byte of eight words of 16 bits, one of each row, as floats.
 template <class Isa, bool is_signed>
 LFM2_INLINE void byte_lanes(const uint8_t* from, int64_t second, Lanes& to) {
   Places wide;
@@ -196,7 +196,7 @@ LFM2_INLINE void add_piece(const typename Isa::Ints* rows, const Lanes* scale,
   }
 }
 
-// sums[m] = the dot products of token m with the tile's rows. `ahead` bytes further are asked for.
+// sums[m] = the dot products of token m with the tile's rows. Prefetches `ahead` bytes further.
 template <class Isa, class F>
 LFM2_INLINE void dots_of_tile(const GroupTokens& x, const GroupTile& tile, int64_t ahead,
                               Lanes* sums) {

@@ -1,4 +1,4 @@
-// What groups.h asks of an instruction set, by AVX2; the files for VNNI replace its products.
+// Loads and products that groups.h needs, in AVX2. The files for VNNI replace the products.
 //
 // Sums of numbers 0 to 15 stay in 16 bits for a whole piece: 16 products of at most 15 * 127 each.
 // Of signed numbers |w| is multiplied by the token's number with the sign of w, since one side must

@@ -1,4 +1,4 @@
-// What groups.h asks of an instruction set, by NEON; groups_neondot.cpp replaces its products.
+// Loads and products that groups.h needs, in NEON. groups_neondot.cpp replaces the products.
 //
 // Sums of numbers 0 to 15 stay in 16 bits for a whole piece: 8 products of at most 15 * 127 each. Of
 // signed numbers two products of at most 128 * 127 fit.

@@ -1,5 +1,5 @@
-// What groups.h asks of an instruction set, by the products of VNNI, 32 bytes at a time. LFM2_DPBUSD
-// names the instruction, which AVX_VNNI and AVX512_VNNI spell apart.
+// Products that groups.h needs, in VNNI, 32 bytes at a time. LFM2_DPBUSD names the instruction, for
+// which AVX_VNNI and AVX512_VNNI have different names.
 #pragma once
 
 #include "groups_avx2.h"

@@ -49,7 +49,7 @@ LFM2_CLONES void scale(const P* products, const float* token_scales, const float
   }
 }
 
-// The bodies of dots.h that this machine runs fastest; null where it has none but the plain one.
+// The fastest code of dots.h for this machine; null if that is the plain code.
 using Bf16Dots = void (*)(const Line* x, int64_t tokens, Rows<const bf16> weight, int64_t size,
                           int64_t first, int64_t last, float* sums, int64_t stride);
 using Int8Dots = void (*)(const Line* x, int64_t tokens, Rows<const int8_t> weight, int64_t size,
@@ -60,7 +60,7 @@ inline Bf16Dots bf16_dots() {
   return LFM2_HAS_ARM_BF16 ? &dots_neonbf16 : nullptr;
 }
 
-// Of one or two tokens SDOT reads a row as fast as memory does, and needs no second row.
+// For one or two tokens SDOT reads a row as fast as the memory, and needs no second row.
 inline bool by_pairs(int64_t tokens) { return LFM2_HAS_ARM_I8MM && tokens > 2; }
 
 inline Int8Dots int8_dots(int64_t tokens) {
@@ -176,7 +176,7 @@ inline GroupDots group_dots() {
   return LFM2_HAS_NEON ? &groups_neon : &groups_plain;
 }
 
-// Of one token SDOT reads a tile as fast; SMMLA would need other sums for groups of sixteen.
+// For one token SDOT reads a tile as fast. SMMLA would need other sums for groups of sixteen.
 inline bool groups_by_pairs(GroupKind kind, int64_t tokens) {
   const bool sixteen = kind == GroupKind::kQ6_K || kind == GroupKind::kWide;
   return LFM2_HAS_ARM_I8MM && LFM2_HAS_ARM_DOT && tokens > 1 && !sixteen;

@@ -26,7 +26,7 @@ using namespace lfm2;
 using torch::stable::detail::from;
 
 // Kinds of arguments in a program. lfm2_fast/ops/native_program.py has the same numbers, and takes
-// them from the schemas: an operation cannot see that an argument is of another kind.
+// them from the schemas, because an operation cannot check the kind of its arguments.
 enum Kind : int64_t {
   kNone,
   kTensor,
