@@ -54,7 +54,7 @@ void run_tiles(const FlashPrefill<T>& op, const std::vector<Sequence>& sequences
   // ones many.
   std::atomic<int64_t> next{0};
   parallel_for(0, count, grain(work / count), [&](int64_t, int64_t) {
-    std::vector<typename Tiles::Line> scratch(Tiles::scratch(width));
+    std::vector<typename Tiles::Memory> scratch(Tiles::scratch(width));
     for (int64_t i; (i = next.fetch_add(1)) < count;) Tiles::run(op, tiles[i], scratch.data());
   });
 }

@@ -49,15 +49,19 @@ LFM2_INLINE N* head_of(const FlashPrefill<T>& op, const Tile& tile, Rows<N> rows
 // Keys that a tile reads at a time.
 constexpr int64_t kTileKeys = 64;
 
-// The tiles of flash_prefill_avx512bf16.cpp, for processors with its instructions. No other thread
-// uses `scratch`.
+// Size of a cache line and of a vector.
+struct alignas(64) Line {
+  uint32_t words[16];
+};
+
+// flash_prefill_avx512bf16.cpp, for processors with its instructions; no other thread uses it.
+// Fills `out` of the tile's rows; `scratch` has Bf16Tiles::scratch() lines.
+void flash_prefill_avx512bf16(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch);
+
 struct Bf16Tiles {
+  using Memory = Line;
   static constexpr int64_t kRows = 64;
 
-  // Size of a cache line and of a vector.
-  struct alignas(64) Line {
-    uint32_t words[16];
-  };
   static LFM2_INLINE int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
   // Lines of scratch memory for a tile.
@@ -71,8 +75,10 @@ struct Bf16Tiles {
     return queries + scores + weights + values + sums;
   }
 
-  // Fills `out` of the tile's rows; `scratch` has scratch() lines.
-  static void run(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch);
+  static LFM2_INLINE void run(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch) {
+    // Checked again, so that nothing refers to it if it was not compiled.
+    if (LFM2_HAS_AVX512BF16) flash_prefill_avx512bf16(op, tile, scratch);
+  }
 };
 
 }  // namespace lfm2

@@ -5,7 +5,7 @@
 // values are interleaved first, two keys at a time, to become pairs too.
 //
 // The whole file is compiled for it, headers included. So it must have no function that the linker
-// could use on older processors: all are inlined, except Bf16Tiles::run.
+// could use on older processors: all are inlined, except the one with the file's name.
 #include "cpu_features.h"
 
 #ifdef LFM2_GCC_X86
@@ -18,8 +18,6 @@
 
 namespace lfm2 {
 namespace {
-
-using Line = Bf16Tiles::Line;
 
 LFM2_INLINE __m512bh pairs_of(__m512i words) { return reinterpret_cast<__m512bh>(words); }
 
@@ -315,7 +313,7 @@ struct TileOf {
 
 }  // namespace
 
-void Bf16Tiles::run(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch) {
+void flash_prefill_avx512bf16(const FlashPrefill<bf16>& op, const Tile& tile, Line* scratch) {
   switch ((tile.rows + 15) / 16) {
     case 1:
       return TileOf<1>(op, tile, scratch).run();

@@ -85,7 +85,7 @@ struct Block {
 
 template <class T>
 struct FloatTiles {
-  using Line = float;
+  using Memory = float;
   static constexpr int64_t kPanels = 3;
   static constexpr int64_t kRows = kPanels * kPanelRows;
 

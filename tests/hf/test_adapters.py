@@ -137,6 +137,7 @@ def test_drafts_beside_adapters(
     requests = [Request(prompt, max_tokens=12, adapter=name) for name in ("a", "c", None, "b")]
     alone = [run(model, [request])[0] for request in requests]
     monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0)
+    monkeypatch.setattr(StepCosts, "knows", lambda *_: True)
     engine, written = Engine(model, prompt_lookup=4), {}
     ids = [engine.add(request) for request in requests]
     while engine.busy:
