@@ -68,9 +68,8 @@ def openvino(
     optimum-intel makes it. Its logits and greedy tokens are compared with the model's before it is
     done. Run it with lfm2-fast generate DIR --device npu.
     """
-    _export(
-        "openvino", model, folder, type, environment, revision, local_files_only, force_download
-    )
+    hub = (revision, local_files_only, force_download)
+    _export("openvino", model, folder, type, environment, *hub)
 
 
 @app.command()
