@@ -15,8 +15,8 @@ struct StepInputs {
   bool* finished;
 };
 
-// `eos` has `ends` tokens a row. `scrap` is null if ended rows stay in their slots.
-inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, const int64_t* scrap,
+// `eos` has `ends` tokens a row. `dummy_slot` is null if finished rows stay in their slots.
+inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, const int64_t* dummy_slot,
                     const StepInputs& inputs, int64_t rows, int64_t* written) {
   for (int64_t row = 0; row < rows; ++row) {
     bool& finished = inputs.finished[row];
@@ -26,9 +26,9 @@ inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, con
     finished = finished || none || std::find(own, own + ends, chosen[row]) != own + ends;
     written[row] = chosen[row];
     inputs.tokens[row] = none ? 0 : chosen[row];
-    if (scrap != nullptr && finished) {
+    if (dummy_slot != nullptr && finished) {
       inputs.positions[row] = 0;
-      inputs.slots[row] = *scrap;
+      inputs.slots[row] = *dummy_slot;
     }
     inputs.lengths[row] = static_cast<int32_t>(inputs.positions[row] + 1);
   }

@@ -199,7 +199,7 @@ LFM2_INLINE void prefetch(Rows<const T> rows, int64_t first, int64_t last, int64
 // sees the split. `scratch` has scratch(rows) floats, `rows` has padding() numbers, which are 0.
 //
 // Query heads that see the same keys read them together, of one row or of several. A query head's
-// sums have the same order in any company.
+// sums have the same order in any batch.
 template <class T>
 LFM2_CLONES void flash_decode(const FlashDecode<T>& op, const Split& split, float* scratch, T* rows,
                               float* const* partials) {

@@ -104,7 +104,7 @@ void draw_native(const Tensor& scores, const Tensor& seeds, const Tensor& number
 }
 
 // PyTorch needs eight operations for it, and the weights have evicted their code from the caches.
-void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64_t> scrap,
+void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64_t> dummy_slot,
                     const Tensor& tokens, const Tensor& slots, const Tensor& positions,
                     const Tensor& lengths, const Tensor& finished, const Tensor& written) {
   const int64_t rows = tokens.numel();
@@ -120,7 +120,7 @@ void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64
   expect_packed(written, "written", ScalarType::Long, {rows});
   const StepInputs inputs{write<int64_t>(tokens), write<int64_t>(slots), write<int64_t>(positions),
                           write<int32_t>(lengths), write<bool>(finished)};
-  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, scrap ? &*scrap : nullptr, inputs, rows,
+  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, dummy_slot ? &*dummy_slot : nullptr, inputs, rows,
           write<int64_t>(written));
 }
 

@@ -5,11 +5,11 @@ T tokens, A entries, P parts of the rows, R ranks. ``x [T, K]``, ``entries [T]``
 N]``, ``bias [N]`` or None. ``product [T, N]`` becomes ``product + gain * (product - bias) + up.T @
 (down @ x) + shift`` of each token's entry, each part's rows by that part's ``down``.
 
-Sixteen tokens are a tile. It is multiplied by the matrices of each entry that it has, one after
-another, and a token keeps the result of its own. So its bits depend on no other token. The first
-launch leaves ``low [splits, T, P R]`` float32, partial sums over parts of K, and the second adds
-them up. What entries hold is read on the device. The result is rounded once. Least bytes: the
-matrices of the entries that occur.
+Sixteen tokens are a tile. The tile is multiplied by the matrices of every entry that it contains,
+one after another. A token keeps the product of its own entry, so its bits depend on no other token.
+The first launch writes ``low [splits, T, P R]`` float32, partial sums over parts of K. The second
+adds them up. Entries are read on the device. The result is rounded once. Least bytes: the matrices
+of the entries that occur.
 """
 
 import torch
@@ -44,13 +44,13 @@ def _low_rank_down_kernel(
     x = tl.load(x_ptrs, mask=is_token[:, None] & (k < K)[None, :], other=0)
     low = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     mask = (k < K)[:, None] & (rank < RANKS)[None, :]
-    of_all = tl.max(entry, axis=0)
-    while of_all > 0:
-        down_ptrs = down_ptr + (of_all * RANKS + rank)[None, :] * K + k[:, None]
+    current = tl.max(entry, axis=0)
+    while current > 0:
+        down_ptrs = down_ptr + (current * RANKS + rank)[None, :] * K + k[:, None]
         down = tl.load(down_ptrs, mask=mask, other=0)
         made = tl.dot(x, down, input_precision="ieee")
-        low = tl.where((entry == of_all)[:, None], made, low)
-        of_all = tl.max(tl.where(entry < of_all, entry, 0), axis=0)
+        low = tl.where((entry == current)[:, None], made, low)
+        current = tl.max(tl.where(entry < current, entry, 0), axis=0)
     row = tl.program_id(2).to(tl.int64) * tokens + token
     mask = is_token[:, None] & (rank < RANKS)[None, :]
     tl.store(low_ptr + row[:, None] * RANKS + rank[None, :], low, mask=mask)
@@ -92,13 +92,13 @@ def _low_rank_up_kernel(
         low += tl.load(low_ptrs + at, mask=is_token & is_rank[None, :], other=0)
     low = low.to(up_ptr.dtype.element_ty)
     delta = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    of_all = tl.max(entry, axis=0)
-    while of_all > 0:
-        up_ptrs = up_ptr + (of_all * RANK + rank)[:, None] * N + n[None, :]
+    current = tl.max(entry, axis=0)
+    while current > 0:
+        up_ptrs = up_ptr + (current * RANK + rank)[:, None] * N + n[None, :]
         up = tl.load(up_ptrs, mask=is_rank[:, None] & mask_n, other=0)
         made = tl.dot(low, up, input_precision="ieee")
-        delta = tl.where((entry == of_all)[:, None], made, delta)
-        of_all = tl.max(tl.where(entry < of_all, entry, 0), axis=0)
+        delta = tl.where((entry == current)[:, None], made, delta)
+        current = tl.max(tl.where(entry < current, entry, 0), axis=0)
     mask = is_token & mask_n & (entry > 0)[:, None]
     at = entry[:, None] * N + n[None, :]
     gain = tl.load(gain_ptr + at, mask=mask, other=0).to(tl.float32)

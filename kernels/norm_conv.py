@@ -85,7 +85,7 @@ def _norm_conv_kernel(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
-        # B, C, x and, since a tile's rows are a power of two, a part that is none.
+        # B, C, x and an empty fourth part, because a tile's rows are a power of two.
         pairs = tl.permute(tl.reshape(bcx, [16, 2, 2, BLOCK_N]), [0, 3, 1, 2])
         b_x, c_none = tl.split(pairs)
         b, x = tl.split(b_x)

@@ -65,7 +65,7 @@ def attend_to_keys(
             page = tl.load(table_ptr + offs_n // page_size)
             rows = page.to(tl.int64) * stride_pages_p + offs_n % page_size * stride_pages_r
         k = tl.load(k_ptr + rows[:, None] + offs_d, mask=mask, other=0)
-        # Scaled where they are exponents: there the factor costs nothing beside the difference.
+        # The scale is applied in the exponent, as one multiply-add with the difference.
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(offs_n[None, :] < seen[:, None], scores, float("-inf"))

@@ -8,14 +8,14 @@ every kernel that is launched this way:
   those further back only because that one has waited for its own.
 - Above ``pdl_wait``, read only what was there before the first step: weights, norms, taps, scales,
   biases, frequencies of all tokens. Write nothing there. ``pdl_wait`` lets the successor start
-  before it waits itself, so several kernels, even of several steps, may stand above it while an
-  earlier one still reads and writes.
+  before it waits itself. So several kernels, even of several steps, may be above their waits while
+  an earlier one still reads and writes.
 - Put it in no loop: a pipelined loop moves the loads that follow the wait above it.
   (triton-lang/triton#11905)
-- Let the programs fit on the device at once, beside those of the next kernel, which starts when the
-  last of them has started.
+- Let the programs fit on the device at once, beside those of the next kernel. The next kernel
+  starts when the last of them has started.
 
-PDL needs compute capability 9.0, and costs a host that launches one by one more than it gives.
+PDL needs compute capability 9.0. Without a captured graph it costs the host more than it gains.
 (CUDA Programming Guide, "Programmatic Dependent Launch")
 """
 

@@ -3,7 +3,7 @@
 ``positions [T]`` int64, ``inv_freq [D/2]`` float32, ``cos, sin [T, D/2]`` float32. They have D/2
 columns because both halves of a head rotate by the same angles. ``inv_freq [T, D/2]`` has separate
 frequencies for each token, made by the step. The result is computed once per step and read by every
-attention layer, D elements a token. In each layer, it would cost a range reduction up to 128,000.
+attention layer, D elements a token. Otherwise each layer would reduce angles of up to 128,000.
 """
 
 import torch

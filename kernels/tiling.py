@@ -3,9 +3,9 @@
 Full memory speed needs enough bytes in flight. On an H100 that is about 23 kB on each
 multiprocessor (SM): bandwidth times latency. The gap between two kernels needs more. So a thread
 has 128 bytes of a tile in registers, and the next tile loads meanwhile. The programs of an SM have
-up to 32 kB of tiles, and a grid is at most one resident wave. Two programs of four warps mostly do,
-which leave room for the next kernel's. Where a weight has few rows, one program of eight warps
-takes twice the columns instead.
+up to 32 kB of tiles, and a grid is at most one resident wave. Mostly two programs of four warps are
+enough, and leave room for those of the next kernel. If a weight has few rows, one program of eight
+warps takes twice the columns instead.
 """
 
 import itertools
@@ -24,21 +24,21 @@ PROCESSOR_BYTES = 32768
 # With four warps, two programs take half of an SM's registers.
 REGISTERS = 128
 MOST_WARPS = 16
-# The rows of a weight that a tensor core takes at once, of 16-bit tokens.
+# Rows of a weight that a tensor core multiplies at once by 16-bit tokens.
 LEAST_ROWS = 8
-# Most rows of a tile: more would save little, and have more sums to exchange.
+# Most rows of a tile. More would save little, and there would be more sums to exchange.
 MOST_ROWS = 32
-# Most columns of a warp: its threads have those of 16 tokens in registers, too, and twice as many
-# numbers while they are normed.
+# Most columns of a warp. Its threads also have these columns of 16 tokens in registers, and twice
+# as many numbers while the tokens are normed.
 MOST_COLUMNS = 256
-# In int4 half of the bytes and columns, and more rows: scales take registers, and a tile has twice
+# int4 has half of the bytes and columns, and more rows: scales take registers, and a tile has twice
 # as many numbers.
 INT4_THREAD_BYTES, INT4_MOST_COLUMNS, INT4_MOST_ROWS = 64, 128, 64
-# A program alone on its processor leaves it idle at each barrier. More than eight warps leave no
-# room for the next kernel's, and two tiles ahead take registers. All are guesses until a GPU has
-# run this (`make tune-gpu`).
+# Factors of a tiling's cost. A program alone on its SM leaves it idle at each barrier. More than
+# eight warps leave no room for the next kernel. Two tiles ahead take registers. All are guesses
+# until a GPU has run this (`make tune-gpu`).
 ALONE, CROWDED, DEEP = 1.1, 1.05, 1.1
-# To read 16 tokens from the nearest cache, beside what reading the weight from memory takes.
+# Time to read 16 tokens from the nearest cache, as a share of reading the weight from memory.
 TOKENS_SHARE = 0.125
 
 
@@ -95,7 +95,7 @@ def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Ti
         most = tl.TRITON_MAX_TENSOR_NUMEL // (4 * block_k)
         block_n = max(LEAST_ROWS, min(triton.next_power_of_2(rows), most))
         return Tiling(block_n, block_k, 1, 1)
-    # What is best for numbers of 16 bits, which the table has, is not for others.
+    # The table is measured with 16-bit weights, and its tilings do not suit other widths.
     if bits == 16 and (tuned := TUNED.get(name, {}).get((operation, *weight.shape))):
         return Tiling(*tuned)
     return default_tiling(rows, columns, parts, bits, processors, normed=operation != "linear_add")
@@ -113,29 +113,29 @@ def chip(device: torch.device) -> tuple[str, int]:
 def candidates(
     rows: int, columns: int, parts: int, bits: int, processors: int, *, normed: bool
 ) -> Iterator[tuple[float, Tiling]]:
-    """Yield the tilings that fit, each with the time that its busiest processor should take.
+    """Yield the tilings that fit, each with the time that its busiest SM should take.
 
-    The time grows with a processor's rows, padded columns included, and with the lack of bytes in
-    flight if there are too few. Tokens are read again for each tile, so larger tiles take less.
+    The time grows with an SM's rows, padded columns included, and with a lack of bytes in flight.
+    Tokens are read again for each tile, so larger tiles take less.
     """
     stacked = triton.next_power_of_2(parts)
     most_k = MOST_COLUMNS // (2 if normed else 1)
     thread_bytes, most_rows = THREAD_BYTES, MOST_ROWS
     most_warps = MOST_WARPS if parts < 3 else 12
     if bits < 16:
-        # As many as the registers that they have leave room for.
+        # Their registers leave room for no more.
         most_warps = 8 if parts == 3 else 12
     if bits == 4:
         thread_bytes, most_rows = INT4_THREAD_BYTES, INT4_MOST_ROWS
         most_k = min(most_k, INT4_MOST_COLUMNS)
-    # Beside eight warps' sums of three parts, what a convolution remembers would spill.
+    # With eight warps' sums of three parts, the values of the convolution would spill.
     widths = (4, 8) if parts < 3 else (4,)
     least_n = LEAST_ROWS if bits == 4 else max(LEAST_ROWS // stacked, 1)
     shapes = itertools.product((1, 2, 3, 4), widths, range(6), (1, 2))
     for each, warps, exponent, depth in shapes:
         block_n = least_n * 2**exponent
         least_k = least_columns(bits) * warps
-        # Three tiles are in a thread's registers then, in place of two.
+        # With a depth of two, three tiles are in a thread's registers in place of two.
         most_bytes = thread_bytes if depth == 1 or parts == 3 else thread_bytes // 2
         block_k = most_bytes * 32 * warps * 8 // (block_n * stacked * bits)
         block_k = min(block_k, triton.next_power_of_2(columns), most_k * warps)
@@ -157,9 +157,9 @@ def candidates(
         if depth == 2 and normed and (parts < 3 or bits > 8):
             # Tiles of fewer rows would norm the tokens more often.
             continue
-        under_way = min(programs * tile * depth / processors, PROCESSOR_BYTES)
+        in_flight = min(programs * tile * depth / processors, PROCESSOR_BYTES)
         reads = 1 + TOKENS_SHARE * 256 / (block_n * parts * bits)
-        cost = busiest * padded * reads / under_way
+        cost = busiest * padded * reads / in_flight
         cost *= ALONE if programs <= processors else 1
         cost *= CROWDED if each * warps > MOST_WARPS // 2 else 1
         cost *= DEEP if depth == 2 else 1
@@ -170,6 +170,6 @@ def candidates(
 def default_tiling(
     rows: int, columns: int, parts: int, bits: int, processors: int, *, normed: bool
 ) -> Tiling:
-    """Tiling whose busiest processor should be done first, of equals that with fewest warps."""
+    """Return the tiling whose busiest SM should finish first, or the one with fewest warps."""
     found = candidates(rows, columns, parts, bits, processors, normed=normed)
     return min(found, key=lambda each: (each[0], each[1].warps * each[1].programs))[1]

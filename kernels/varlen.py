@@ -11,25 +11,27 @@ def sequence_of_token(cu_seqlens_ptr, token, sequences):
     Every sequence has a token, so equal numbers of both need no search. A token after the last
     sequence gets the last one.
     """
-    found = token * 0
-    width = sequences
-    while width > 1:
-        half = width // 2
-        starts = tl.load(cu_seqlens_ptr + found + half)
-        found = tl.where(starts <= token, found + half, found)
-        width -= half
-    return found
+    return _last_start(cu_seqlens_ptr, token, sequences, None)
 
 
 @triton.jit
 def sequence_of_tile(cu_seqlens_ptr, tile, sequences, BLOCK_T: tl.constexpr):
     """Return the sequence of ``tile``. Sequence i begins at tile ``tile_of_sequence``."""
-    found = tile * 0
+    return _last_start(cu_seqlens_ptr, tile, sequences, BLOCK_T)
+
+
+@triton.jit
+def _last_start(cu_seqlens_ptr, place, sequences, BLOCK_T: tl.constexpr):
+    """Return the last sequence that starts at ``place`` or before: a tile, or a token if None."""
+    found = place * 0
     width = sequences
     while width > 1:
         half = width // 2
-        starts = tile_of_sequence(cu_seqlens_ptr, found + half, BLOCK_T)
-        found = tl.where(starts <= tile, found + half, found)
+        if BLOCK_T is None:
+            starts = tl.load(cu_seqlens_ptr + found + half)
+        else:
+            starts = tile_of_sequence(cu_seqlens_ptr, found + half, BLOCK_T)
+        found = tl.where(starts <= place, found + half, found)
         width -= half
     return found
 
