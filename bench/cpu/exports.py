@@ -54,8 +54,8 @@ def ours(folder: Path, quantization: str | None, room: int) -> Run:
 
 
 @contextmanager
-def exported(folder: Path, environment: Path | None, room: int) -> Iterator[tuple[Run, int]]:
-    """Give what runs an export, and the number of its process."""
+def exported(folder: Path, environment: Path | None, room: int) -> Iterator[tuple[Run, Runtime]]:
+    """Give what runs an export, and its runtime."""
     record = read_record(str(folder))
     if record is None:
         raise SystemExit(f"{folder} is no export")
@@ -66,7 +66,7 @@ def exported(folder: Path, environment: Path | None, room: int) -> Iterator[tupl
         def run(ids: list[int] | None) -> object:
             return runtime.feed([7] if ids is None else ids, restart=ids is not None)
 
-        yield run, runtime.pid
+        yield run, runtime
 
 
 def turn(run: Run, ids: list[int], steps: int) -> tuple[float, float]:
@@ -96,19 +96,19 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     room, ids = given.prompt + given.steps + 8, prompt(0, given.prompt)
     with ExitStack() as opened:
-        own: list[int] = []
+        runtimes: list[Runtime] = []
         runs = {name: ours(given.checkpoint, kind, room) for name, kind in OURS}
         for text in given.export:
             folder, _, environment = text.partition("=")
             record = read_record(folder) or {}
             name = f"{record.get('runtime')} {record.get('type')}"
             place = Path(environment) if environment else None
-            runs[name], pid = opened.enter_context(exported(Path(folder), place, room))
-            own.append(pid)
+            runs[name], runtime = opened.enter_context(exported(Path(folder), place, room))
+            runtimes.append(runtime)
         for run in runs.values():
             turn(run, ids, 3)
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        others = Neighbours(own)
+        others = Neighbours([runtime.pid for runtime in runtimes])
         for number in range(given.rounds):
             for name, run in list(runs.items())[:: -1 if number % 2 else 1]:
                 rates[name].append(turn(run, ids, given.steps))
@@ -120,6 +120,7 @@ def main() -> None:
     protocol = {"prompt": given.prompt, "steps": given.steps, "rounds": given.rounds}
     protocol |= {"threads": given.threads, "order": "engines in turns, back and forth"}
     found = results.header(f"{given.what} on a CPU: exports in their runtimes", protocol)
+    found["versions"] |= dict(runtime.facts["runtime"].split() for runtime in runtimes)
     found |= {"others": others.seen(), "figures": results.as_json(figures)}
     results.write(given.out, found)
     for figure in figures:

@@ -1,4 +1,4 @@
-"""Rewrite the tables in README.md and docs/performance.md from the files in bench/results.
+"""Rewrite the tables in README.md and docs from the files in bench/results.
 
     python -m bench.report.tables [--check]
 
@@ -26,7 +26,8 @@ from bench.shapes import SIZES, config_of
 from lfm2_fast.cli.machine_load import quantile
 from lfm2_fast.weights.fusion import num_parameters
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "performance.md", DOCS / "usage" / "export.md")
 BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 SPEEDS = ("decode", "prefill 512", "decode, batch 8", "decode after 8k")
 NAMES = {
@@ -236,6 +237,11 @@ def tables() -> dict[str, Callable[[], str]]:
     for path in sorted(RESULTS.glob("speculation-*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         made[path.stem] = lambda w=whole: speculation_table(w)
+        made[f"conditions-{path.stem}"] = lambda w=whole: conditions(w)
+    for path in sorted(RESULTS.glob("exports-*.json")):
+        figures, whole = read(path), json.loads(path.read_text(encoding="utf-8"))
+        cases = tuple(dict.fromkeys(figure.name for figure in figures))
+        made[path.stem] = lambda f=figures, c=cases: summary_table(f, c)
         made[f"conditions-{path.stem}"] = lambda w=whole: conditions(w)
     others = {
         "quality": ("quality", quality_table),
