@@ -100,8 +100,11 @@ def test_adapters_are_named_with_their_paths(capsys) -> None:
     assert ended.value.code == 2 and "--adapter x= is given twice" in capsys.readouterr().err
 
 
-def test_without_the_extra_the_remedy_is_told(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+@pytest.mark.parametrize("missing", ["fastapi", "prometheus_client", "uvicorn"])
+def test_without_the_extra_the_remedy_is_told(
+    missing: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
     for name in (["serve", "x"], ["batch", "x", "y", "--output", "z"]):
         with pytest.raises(SystemExit):
             main(name)
