@@ -15,6 +15,8 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -p no:benchmark -n auto --maxpr
 UNCOLLECTED := $(addprefix --ignore=tests/, bench clients export kernels packaging)
 SIZE := 350M
 SANITIZER := -fsanitize=address,undefined
+SANITIZED := $(addprefix ../../tests/, csrc/test_checks.py csrc/test_cpu.py csrc/test_flash_prefill.py \
+	csrc/test_groups.py csrc/test_linear.py csrc/test_low_rank.py csrc/test_sampling.py ops/test_native_ops.py)
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
@@ -100,7 +102,7 @@ sanitize: $(READY) ## Run the tests of the C++ code under AddressSanitizer and U
 	$(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(addprefix ../../tests/, csrc/test_checks.py csrc/test_cpu.py csrc/test_flash_prefill.py csrc/test_linear.py csrc/test_sampling.py ops/test_native_ops.py)
+	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml -o pythonpath= $(SANITIZED)
 
 wheel: $(READY) ## Build the sdist and, from it, the wheel, into dist/
 	rm -rf dist
