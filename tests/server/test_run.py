@@ -16,6 +16,7 @@ import pytest
 
 import lfm2_fast
 from lfm2_fast.__main__ import main
+from tests.server.conftest import EXTRA
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +93,7 @@ def test_options_of_other_servers_are_refused_by_name(capsys, option: Any, advic
 
 
 def test_adapters_are_named_with_their_paths(capsys) -> None:
+    pytest.importorskip("fastapi", reason=EXTRA)
     with pytest.raises(SystemExit) as ended:
         main(["serve", "nowhere", "--adapter", "x"])
     assert ended.value.code == 2 and "--adapter 'x' is not NAME=PATH" in capsys.readouterr().err
@@ -114,14 +116,14 @@ def test_without_the_extra_the_remedy_is_told(
 
 
 def test_an_empty_key_is_refused(model) -> None:
-    pytest.importorskip("fastapi")
+    pytest.importorskip("fastapi", reason=EXTRA)
     for keys in ("", ["a", ""]):
         with pytest.raises(ValueError, match="api_key is an empty text"):
             lfm2_fast.serve(model, port=0, background=True, api_key=keys)
 
 
 def test_an_application_can_be_mounted(client, model) -> None:
-    fastapi = pytest.importorskip("fastapi")
+    fastapi = pytest.importorskip("fastapi", reason=EXTRA)
     from lfm2_fast.server.run import RunningServer, bound_socket, create_app
     from tests.server.conftest import Client
 
@@ -140,6 +142,7 @@ def test_an_application_can_be_mounted(client, model) -> None:
 
 
 def test_the_tokenizer_is_of_the_revision_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason=EXTRA)
     from lfm2_fast.server import run
 
     class Asked(Exception):
@@ -191,6 +194,7 @@ def test_the_document_describes_every_endpoint(client) -> None:
 
 
 def test_batch_answers_a_file(tiny: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("fastapi", reason=EXTRA)
     requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     body = {"prompt": "The csv module", "max_tokens": 3}
     asks = [{"custom_id": str(i), "url": "/v1/completions", "body": body} for i in range(3)]
