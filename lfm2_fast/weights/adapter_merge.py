@@ -87,15 +87,12 @@ class Merged:
             yield here, made
 
     def _sums(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield ``W + scale * up @ down``, some rows at a time."""
-        change = self.change
+        """Yield ``W + scale * up @ down``, some rows at a time, computed wide and rounded once."""
+        up, down = self.change.up.double(), self.change.down.double()
         for here, base in self.base(rows):
-            wide = base.to(torch.promote_types(base.dtype, torch.float32))
-            if self.transposed:
-                delta = change.down[:, here].T @ change.up.T
-            else:
-                delta = change.up[here] @ change.down
-            yield here, wide + change.scale * delta
+            left, right = (down[:, here].T, up.T) if self.transposed else (up[here], down)
+            made = torch.addmm(base.double(), left, right, alpha=self.change.scale)
+            yield here, made.to(torch.promote_types(base.dtype, torch.float32))
 
 
 def _rows_of(shape: Sequence[int]) -> int:
