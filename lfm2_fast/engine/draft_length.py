@@ -16,17 +16,30 @@ LEAST_GAIN = 1.05
 TOKEN_COST = 0.1
 # A step that takes more than this many times its usual time was delayed by something else.
 MOST_DELAY = 2.0
-# Draft tokens whose outcomes count; older ones fade.
-REMEMBERED = 8.0
 # Steps without a draft before a kind of draft is tried again: after the first refusal, and at most.
 FIRST_REST, LONGEST_REST = 16, 512
-# Chance by which a draft is planned after a rest: of a lookup, and of another model, which costs
-# more and is right more often.
-HOPE, ASSISTED_HOPE = 0.5, 0.8
 # Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
-FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 1.0, 0.015, 4.0
+FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 2.0, 0.015, 4.0
 # Verified steps in a row, after which a plain step is timed: a processor's speed changes.
 IN_A_ROW = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where drafts come from, as far as it decides how they are planned.
+
+    After a rest, a draft is planned by the chance ``hope``. The outcomes of the latest
+    ``remembered`` tokens count; older ones fade.
+    """
+
+    hope: float
+    remembered: float
+
+
+# Texts change between what repeats and what does not.
+LOOKUP = Source(hope=0.5, remembered=8.0)
+# Another model costs more and is right more often, and how often changes little along a text.
+ANOTHER_MODEL = Source(hope=0.8, remembered=32.0)
 
 
 class Budget:
@@ -59,7 +72,7 @@ class Budget:
 class StepCosts:
     """Seconds that steps take by their tokens: medians of the latest.
 
-    The first ``warm`` of each size are not counted: what is captured is made then.
+    The first ``warm`` of each size are not counted: they are captured or recorded then.
     """
 
     def __init__(self, warm: int) -> None:
@@ -70,11 +83,12 @@ class StepCosts:
     def add(self, tokens: int, seconds: float) -> float:
         """Note what a step of ``tokens`` took. Return that, without what else delayed it."""
         usual = self.of(tokens)
+        seen = self._seen[tokens] = self._seen.get(tokens, 0) + 1
+        if seen <= self._warm:
+            return usual
         # Without known times, estimates have another unit.
         told = min(seconds, MOST_DELAY * usual) if self._times else usual
-        self._seen[tokens] = self._seen.get(tokens, 0) + 1
-        if self._seen[tokens] > self._warm:
-            self._times.setdefault(tokens, deque(maxlen=5)).append(seconds)
+        self._times.setdefault(tokens, deque(maxlen=5)).append(seconds)
         return told
 
     def knows(self, rows: int) -> bool:
@@ -141,16 +155,16 @@ class Acceptance:
         rate = self._rate(kind)
         return rate.accepted / rate.tried
 
-    def chance(self, kind: Hashable, hope: float = HOPE) -> float:
-        """Return the chance that a draft is planned by, at least ``hope`` after its rest."""
+    def chance(self, kind: Hashable, source: Source = LOOKUP) -> float:
+        """Return the chance that a draft is planned by, at least the hope after its rest."""
         rate = self._rate(kind)
-        return max(self.measured(kind), hope if rate.skipped >= rate.rest else 0.0)
+        return max(self.measured(kind), source.hope if rate.skipped >= rate.rest else 0.0)
 
     def skip(self, kind: Hashable) -> None:
         """Note that a draft was there and was not tried."""
         self._rate(kind).skipped += 1
 
-    def note(self, kind: Hashable, accepted: int, refused: int) -> None:
+    def note(self, kind: Hashable, accepted: int, refused: int, source: Source = LOOKUP) -> None:
         """Note how many tokens of a draft were accepted, and whether one was refused."""
         rate = self._rate(kind)
         rested, rate.skipped = rate.skipped >= rate.rest, 0
@@ -158,11 +172,11 @@ class Acceptance:
             rate.rest = FIRST_REST
         elif rested:
             rate.rest = min(2 * rate.rest, LONGEST_REST)
-        kept = min(REMEMBERED / rate.tried, 1.0)
+        kept = min(source.remembered / rate.tried, 1.0)
         rate.accepted, rate.tried = rate.accepted * kept + accepted, rate.tried * kept
         rate.tried += accepted + refused
         if self.of_all is not None:
-            self.of_all.note(kind, accepted, refused)
+            self.of_all.note(kind, accepted, refused, source)
 
 
 def draft_lengths(

@@ -12,10 +12,11 @@ from lfm2_fast.cache.page_pool import CacheError
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
 from lfm2_fast.engine.draft_length import (
-    ASSISTED_HOPE,
-    HOPE,
+    ANOTHER_MODEL,
+    LOOKUP,
     Acceptance,
     Budget,
+    Source,
     StepCosts,
     draft_lengths,
 )
@@ -82,7 +83,7 @@ class Speculation:
         self._most = cache.ring - cache.past - 1
         self._rows: WeakKeyDictionary[Row, _Drafting] = WeakKeyDictionary()
         self._acceptance, self._budget = Acceptance(), Budget()
-        self.costs = StepCosts(warm=2 if model.ops.uses_graphs else 0)
+        self.costs = StepCosts(warm=2 if model.ops.uses_graphs else 1)
         self.drafted = self.accepted = 0
 
     @property
@@ -127,10 +128,7 @@ class Speculation:
         if not found or not self._verifies(going):
             return None
         plain = self.costs.of(len(going))
-        chances = [
-            each.drafting.acceptance.chance(each.kind, HOPE if each.kind else ASSISTED_HOPE)
-            for each in found
-        ]
+        chances = [each.drafting.acceptance.chance(each.kind, _source(each.kind)) for each in found]
         most, at_all, drafting = [each.most for each in found], 0.0, 0.0
         if self._assistant is not None and any(each.place is None for each in found):
             at_all, drafting = self._assistant.seconds(plain)
@@ -250,7 +248,12 @@ class Speculation:
                 drafting = self._rows[each.row]
                 # A row that ended has refused nothing.
                 refused = not each.row.ended and each.accepted < len(each.draft)
-                drafting.acceptance.note(drafting.kind, each.accepted, int(refused))
+                kind = drafting.kind
+                drafting.acceptance.note(kind, each.accepted, int(refused), _source(kind))
                 drafting.idle = 0
                 self.drafted += len(each.draft)
                 self.accepted += each.accepted
+
+
+def _source(kind: int) -> Source:
+    return ANOTHER_MODEL if kind == ASSISTED else LOOKUP
