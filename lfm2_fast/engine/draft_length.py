@@ -26,7 +26,7 @@ IN_A_ROW = 16
 
 @dataclass(frozen=True)
 class Source:
-    """Where drafts come from, as far as it decides how they are planned.
+    """Lookups or another model, and how their drafts are planned.
 
     After a rest, a draft is planned by the chance ``hope``. The outcomes of the latest
     ``remembered`` tokens count; older ones fade.
