@@ -158,7 +158,7 @@ def test_a_kind_that_loses_is_left_and_tried_again() -> None:
 
 
 def test_a_step_that_is_recorded_uses_up_no_budget() -> None:
-    """Its time is not that of the later ones, so its drafts are judged by the estimate."""
+    """Later steps of its size take less, so the estimate decides."""
     costs = StepCosts(warm=1)
     costs.add(1, 5.0)
     costs.add(1, 1.0)
