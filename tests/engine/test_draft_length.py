@@ -112,7 +112,7 @@ def test_a_text_that_repeats_itself_keeps_its_gain() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_an_assistant_that_is_mostly_right_gains_from_the_beginning(seed: int) -> None:
-    """Four of five tokens are right, wherever they stand, and each costs a tenth of a step."""
+    """Four of five drafted tokens are right, and each costs a tenth of a step."""
     draw = random.Random(seed)
     agrees = [draw.random() < 0.8 for _ in range(2 * TOKENS)]
 
