@@ -113,12 +113,12 @@ class Target:
 
 @contextlib.contextmanager
 def compiling(
-    arch: int, only: Collection[str] = (), maxnreg: int | None = None, *, anew: bool = True
+    arch: int, only: Collection[str] = (), maxnreg: int | None = None, *, recompile: bool = True
 ) -> Iterator[list[tuple[str, Any, str]]]:
     """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log.
 
     Where ``only`` names any kernels, others are passed over. Kernels in Triton's cache are compiled
-    again only with ``anew``; otherwise they have no log.
+    again only with ``recompile``; otherwise they have no log.
     """
     launches: list[tuple[str, Any, str]] = []
     run, chip = triton.runtime.jit.JITFunction.run, tiling.chip
@@ -133,7 +133,7 @@ def compiling(
         launches.append((name, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(Target(arch))
-    triton.knobs.compilation.always_compile = anew
+    triton.knobs.compilation.always_compile = recompile
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.runtime.jit.JITFunction.run = compile_only
     tiling.chip = lambda device: (f"sm_{arch}", ARCHITECTURES[arch])
@@ -317,17 +317,17 @@ def compile_all(
     maxnreg: int | None = None,
     sizes: Iterable[Size] = SIZES,
     *,
-    anew: bool = True,
+    recompile: bool = True,
 ) -> list[Compiled]:
     """Every kernel that the sizes and vocabularies use, each once.
 
-    With ``anew`` False, kernels in Triton's cache are only assembled again, from their PTX.
+    With ``recompile`` False, kernels in Triton's cache are only assembled again, from their PTX.
     """
     found: dict[str, Compiled] = {}
     used_by = {size.name: functools.partial(launch_size, size) for size in sizes}
     used_by |= {f"V={vocab}": functools.partial(launch_sample, vocab) for vocab in VOCABULARIES}
     for dtype, (user, launch) in itertools.product(dtypes, used_by.items()):
-        with compiling(arch, only, maxnreg, anew=anew) as launches:
+        with compiling(arch, only, maxnreg, recompile=recompile) as launches:
             launch(getattr(torch, dtype), pdl=arch >= 90)
         for name, kernel, log in launches:
             if kernel.hash not in found:
@@ -384,8 +384,8 @@ def main() -> None:
     )
     spilling, sizes = 0, [size for size in SIZES if size.name in args.size]
     for arch in args.arch:
-        only, anew = args.only, not args.cached
-        for k in compile_all(arch, args.dtype, only, args.maxnreg, sizes, anew=anew):
+        only, recompile = args.only, not args.cached
+        for k in compile_all(arch, args.dtype, only, args.maxnreg, sizes, recompile=recompile):
             print(
                 f"{k.name:16} {arch:3} {k.dtype:8} {k.warps:5} {k.registers:5} {k.spilled:7} "
                 f"{k.stack:5} {k.shared:6}  {' '.join(k.sizes)}"

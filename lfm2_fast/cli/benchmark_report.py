@@ -55,7 +55,7 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
         style="dim",
     )
     if found["others"]:
-        console.print(f"meanwhile {company(found['others'])}", style="dim", markup=False)
+        console.print(f"meanwhile {other_programs(found['others'])}", style="dim", markup=False)
     for warning in warnings(found["rows"]):
         console.print(f"unsafe: {warning}", style="yellow", markup=False)
 
@@ -72,7 +72,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def company(others: dict[str, Any]) -> str:
+def other_programs(others: dict[str, Any]) -> str:
     """Describe the other programs that ran."""
     busiest = ", ".join(f"{name} {share:.2f}" for name, share in others["busiest"].items())
     return (

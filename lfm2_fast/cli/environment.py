@@ -25,7 +25,7 @@ from lfm2_fast.text.presets import sampling
 from lfm2_fast.weights import hub
 from lfm2_fast.weights.checkpoint import GENERATION_CONFIG
 from lfm2_fast.weights.fusion import checkpoint_bytes, num_parameters
-from lfm2_fast.weights.gguf_checkpoint import held
+from lfm2_fast.weights.gguf_checkpoint import with_formats
 from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 
@@ -104,7 +104,7 @@ def checkpoint_facts(name: str, **options: Any) -> Facts:
     file = read_gguf(folder) if folder.is_file() else None
     if file is not None:
         config = Config.from_dict(raw_config(file), str(file.path))
-        config = held(file, config)
+        config = with_formats(file, config)
     else:
         config = Config.from_file(folder / "config.json")
     stored = folder / GENERATION_CONFIG

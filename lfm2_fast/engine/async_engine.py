@@ -236,12 +236,12 @@ class AsyncEngine:
                 if self.engine.busy:
                     self._hand_out(self.engine.step())
             except BaseException as error:
-                if not self._begin_anew(error):
+                if not self._restart(error):
                     return
         self._stop(EngineStopped("the engine was closed"))
         self.engine.close()
 
-    def _begin_anew(self, error: BaseException) -> bool:
+    def _restart(self, error: BaseException) -> bool:
         """Send a fault to all consumers and reset the engine. Return False if that fails too."""
         self._end_all(error)
         try:

@@ -136,7 +136,7 @@ class DecodeLoop:
         """Rows that have places, in their order."""
         return [row for row in self.places if row is not None]
 
-    def is_under_way(self, row: Row) -> bool:
+    def is_in_flight(self, row: Row) -> bool:
         """Return True if an unread launch runs the row."""
         return any(row is other for launch in self._unread for other, _ in launch.rows)
 
@@ -294,7 +294,7 @@ class DecodeLoop:
 
     def remove(self, row: Row) -> None:
         """Free a row's place, as if it had never been there. Its launches must be read."""
-        assert not self.is_under_way(row)
+        assert not self.is_in_flight(row)
         if row in self.places:
             self._vacate(self.places.index(row))
 

@@ -61,7 +61,7 @@ class RowRunner:
         # Drafted and accepted tokens that the statistics count already.
         self._told = 0, 0
         # Rows whose prompts have run, with their logits. They will begin together.
-        self.held: list[tuple[Row, torch.Tensor]] = []
+        self.prefilled: list[tuple[Row, torch.Tensor]] = []
 
     @property
     def rows(self) -> list[Row]:
@@ -104,7 +104,7 @@ class RowRunner:
     def release(self) -> None:
         """Free the slots of ended rows that no running launch writes to."""
         for row in list(self.slots.leaving):
-            if not self.decode.is_under_way(row):
+            if not self.decode.is_in_flight(row):
                 self.slots.leaving.remove(row)
                 self._give_back(row)
 
@@ -142,7 +142,7 @@ class RowRunner:
         row.launched = len(row.written)
         # They are computed again, from the prompt's first chunk on.
         row.prompt_logprobs = None
-        self.held = [each for each in self.held if each[0] is not row]
+        self.prefilled = [each for each in self.prefilled if each[0] is not row]
         self.scheduler.wait(row)
         self.statistics.preemptions += 1
         return True
@@ -154,21 +154,21 @@ class RowRunner:
         all prompts have run. ``stuck`` is True if no waiting row could be admitted.
         """
         try:
-            self.held += self.prefill.run(decoding=len(self.decode.rows))
+            self.prefilled += self.prefill.run(decoding=len(self.decode.rows))
         except CacheError:
             if not self.preempt():
                 raise
             return False
-        self.held = [each for each in self.held if each[0] in self.scheduler.prefilling]
-        if not self.held:
+        self.prefilled = [each for each in self.prefilled if each[0] in self.scheduler.prefilling]
+        if not self.prefilled:
             return False
-        waits = len(self.held) < len(self.scheduler.prefilling)
+        waits = len(self.prefilled) < len(self.scheduler.prefilling)
         if self.decode.chooser is not None and (waits or (self.scheduler.waiting and not stuck)):
             return False
-        begun, self.held = sorted(self.held, key=lambda each: each[0].arrival), []
-        rows = [row for row, _ in begun]
-        first = begun[0][1][None]
-        logits = first if len(rows) == 1 else torch.stack([own for _, own in begun])
+        starting, self.prefilled = sorted(self.prefilled, key=lambda each: each[0].arrival), []
+        rows = [row for row, _ in starting]
+        first = starting[0][1][None]
+        logits = first if len(rows) == 1 else torch.stack([own for _, own in starting])
         self.decode.admit(rows, logits)
         for row in rows:
             self.scheduler.leave(row)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lfm2_fast.engine.request import Hook, Request
-from lfm2_fast.hf.checked_values import listed, whole_number
+from lfm2_fast.hf.checked_values import callables, whole_number
 from lfm2_fast.hf.criteria import stop_criterion
 from lfm2_fast.hf.generate import seed_of
 from lfm2_fast.hf.generation_args import GenerationArgs, resolve_args
@@ -212,7 +212,7 @@ class Maker:
         self, asked: GenerationArgs, prompt: list[int], budget: int, passed: Any
     ) -> Hook | None:
         """Return transformers' processors of one row, in its order, if there are any."""
-        processors = listed("logits_processor", passed)
+        processors = callables("logits_processor", passed)
         if not asked.processed and not processors:
             return None
         device = self.model.device

@@ -22,7 +22,7 @@ def in_a_line(value: Any) -> str:
     return shown if len(shown) < 80 and "\n" not in shown else f"<{type(value).__name__}>"
 
 
-def listed(name: str, given: Any) -> list[Any]:
+def callables(name: str, given: Any) -> list[Any]:
     """Return callables as a list. Raises TypeError, naming the argument, for anything else."""
     found = list(given) if isinstance(given, Iterable) else [None] if given is not None else []
     if not all(map(callable, found)):

@@ -12,7 +12,7 @@ import torch
 
 from lfm2_fast.cache.batch import host_by_default
 from lfm2_fast.cache.kv_cache import Cache
-from lfm2_fast.hf.checked_values import listed, whole_number
+from lfm2_fast.hf.checked_values import callables, whole_number
 from lfm2_fast.hf.criteria import resolve_criteria
 from lfm2_fast.hf.generate_loop import run_generate_loop
 from lfm2_fast.hf.generation_args import resolve_args
@@ -97,8 +97,8 @@ def generate(
         if streamer is not None:
             # After any failure, also before the first step: a thread may wait for the text.
             ending.callback(streamer.end)
-        processors = listed("logits_processor", logits_processor)
-        criteria = listed("stopping_criteria", stopping_criteria)
+        processors = callables("logits_processor", logits_processor)
+        criteria = callables("stopping_criteria", stopping_criteria)
         check_generates(model)
         ids, mask, where = read_ids(model, inputs, attention_mask, kwargs)
         embeds = kwargs.pop("inputs_embeds", None)

@@ -106,7 +106,7 @@ def _of_gguf(
             f"{adapter.folder} cannot be merged into a GGUF file's weights: load the model "
             "without adapter= and call load_adapter()"
         )
-    config = gguf_checkpoint.held(file, config)
+    config = gguf_checkpoint.with_formats(file, config)
     gguf_checkpoint.check_quantization(file, config, quantization)
     weights = gguf_checkpoint.load_weights(
         file, config, device=device, dtype=dtype or torch.bfloat16, quantization=quantization
@@ -143,11 +143,11 @@ def _of_folder(
 
 
 def _refuse_twice(folder: Path, quantization: str | None) -> None:
-    """Raise ValueError where ``quantization`` is asked for of a checkpoint that is quantized."""
+    """Raise ValueError if ``quantization`` is given for a checkpoint that is already quantized."""
     if quantization is not None:
         raise ValueError(
-            f"quantization={quantization!r}: {folder} is quantized itself ({OTHER_METHOD}), and is "
-            "used as it is; leave quantization out, or give the unquantized checkpoint"
+            f"quantization={quantization!r}: {folder} is already quantized ({OTHER_METHOD}), "
+            "and is used as it is; leave quantization out, or give the unquantized checkpoint"
         )
 
 

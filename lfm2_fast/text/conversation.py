@@ -76,8 +76,10 @@ def stream_answer(
     defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
     request = streamed_request(defaults, vocab_size, tokenizer, ids, budget, arguments)
     stream, end, kept = TokenStream(tokenizer, sink), "", 0
-    held = model.workspace.take(model.network, 1, model.max_length) if cache is None else cache
-    engine = model.workspace.engine(model.network, held)
+    is_borrowed = cache is None
+    if cache is None:
+        cache = model.workspace.take(model.network, 1, model.max_length)
+    engine = model.workspace.engine(model.network, cache)
     id = engine.add(request, [0])
     try:
         while engine.busy:
@@ -96,8 +98,8 @@ def stream_answer(
                     end = "the context is full" if budget == room else f"cut at {budget} tokens"
     finally:
         engine.abandon()
-    if cache is None:
-        model.workspace.give_back(model.network, held)
+    if is_borrowed:
+        model.workspace.give_back(model.network, cache)
     stream.end()
     return Answer(stream.text, stream.timing, len(ids), kept, end == "stopped", end)
 
@@ -213,8 +215,8 @@ class Conversation:
                 stopped=stopped,
                 take=lambda token: hand(parser.feed([token])),
             )
-            # Templates find thinking by its closing marker. A tool call that was cut off is not
-            # one.
+            # Templates find thinking by its closing marker, so thinking that was cut off gets one.
+            # A tool call that was cut off stays text.
             closer = parser.closer
             hand(parser.finish())
         except BaseException as error:
@@ -233,7 +235,7 @@ class Conversation:
         return answer
 
     def _prompt(self) -> list[int]:
-        """Return the prompt's ids."""
+        """Return the token ids of all messages in the template. Raises ValueError."""
         from jinja2 import TemplateError
 
         try:

@@ -101,7 +101,7 @@ class GrammarCompiler:
         return self._grammar("regular expression", "regex", pattern)
 
     def choice(self, texts: Sequence[str]) -> Grammar:
-        """Return the grammar of one of some texts."""
+        """Return the grammar that allows exactly one of ``texts``."""
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"a choice must be a list of texts that are not empty, got {texts!r}")
         rules = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
@@ -208,6 +208,7 @@ def _library() -> Any:
 
 
 def _pair(opener: Any, closer: Any) -> bool:
+    """Return True if two markers open and close the same kind of thinking."""
     same = opener.kind == closer.kind == "thinking" and opener.partner == closer.partner
     return same and closer.closes and not opener.closes
 
@@ -217,4 +218,4 @@ def _check_size(text: Any, what: str) -> None:
         raise ValueError(f"the {what} must be a text that is not empty, got {text!r}")
     size = len(text.encode(errors="replace"))
     if size > MAX_BYTES:
-        raise ValueError(f"the {what} has {size} bytes; {MAX_BYTES} are taken at most")
+        raise ValueError(f"the {what} has {size} bytes; it may have at most {MAX_BYTES}")

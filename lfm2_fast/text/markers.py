@@ -16,13 +16,13 @@ MARKERS = frozenset(text for pair in (*THINKING_PAIRS, CALL_PAIR, XML_PAIR) for 
 
 
 def overlap(text: str, marker: str) -> int:
-    """Return how many first characters of the marker, but not all, are the end of the text."""
+    """Return the length of the longest beginning of the marker that ends the text, but not all."""
     longest = min(len(marker) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
 class Marker(NamedTuple):
-    """Marker with its text, its token if it is one, and its ``partner``."""
+    """Marker: its text, its token ``id`` or None, and ``partner``, the text that opens its pair."""
 
     text: str
     id: int | None

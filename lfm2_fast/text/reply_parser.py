@@ -98,7 +98,7 @@ class ReplyParser:
 
     @property
     def closer(self) -> str:
-        """Marker that ends the thinking in which the reply is; empty where it is in none."""
+        """Marker that would end the open thinking; empty outside of thinking."""
         if self._state != "thinking" or self._opener is None:
             return ""
         return self._closers[self._opener.partner]
@@ -135,7 +135,7 @@ class ReplyParser:
         return _merged(deltas)
 
     def _spelled_out(self, text: str, last: bool = False) -> Iterator[Delta]:
-        """Find markers that are not tokens in the text. A possible beginning of one waits."""
+        """Find markers that are not tokens. Text that may begin a marker waits for more."""
         self._text += text
         while (found := self._scan.search(self._text)) is not None:
             before, self._text = self._text[: found.start()], self._text[found.end() :]

@@ -1,4 +1,4 @@
-"""Checkpoint's tokenizer."""
+"""Tokenizers of checkpoints: from a folder, the hub or a GGUF file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TOKENIZER_FILES = (
 def load_tokenizer(name: str, **options: Any) -> Any:
     """Return the checkpoint's tokenizer; ``options`` are those of the hub.
 
-    An adapter without one has its base's. Raises CheckpointError if there is none, or if the folder
-    is not a checkpoint.
+    An adapter without a tokenizer uses its base's. Raises CheckpointError if there is no tokenizer,
+    or if the folder is not a checkpoint.
     """
     from transformers import AutoTokenizer
 
@@ -55,7 +55,7 @@ def _from_gguf(path: Path) -> Any:
     file = read_gguf(path)
     Config.from_dict(raw_config(file), str(path))
     if not file.metadata.get("tokenizer.ggml.tokens"):
-        raise CheckpointError(f"{path} holds no tokenizer; take one that llama.cpp converted")
+        raise CheckpointError(f"{path} holds no tokenizer; use a file that llama.cpp converted")
     try:
         return AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False

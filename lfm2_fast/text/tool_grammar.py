@@ -80,7 +80,7 @@ def tools_grammar(
 
     With ``only`` it has calls of the tool of that name alone. With a schema ``answer`` a reply may
     be JSON of that schema instead, which ``strict`` enforces whole. Raises ValueError, which names
-    the tool, for one that is none or has a schema that is none.
+    the tool, if a tool or its schema is wrong.
     """
     functions = [_function(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
     names = [function["name"] for function in functions]

@@ -44,9 +44,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
-# Most bytes that weights share a piece of memory, which is given back when all of them are gone.
+# Most bytes of a piece of memory that several weights share. It is freed with the last of them.
 AREA = 1 << 28
-# Weights begin where a line of the processor's cache does.
+# Weights begin at a cache line of the processor.
 LINE = 64
 
 
@@ -62,13 +62,13 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Load our fused tensors, by name, in ``dtype`` (None: the stored one) on ``device``.
 
-    Where tensors are stored in several, None is the embedding's, or, if that is quantized, the last
-    norm's. The files are mapped, and every tensor is copied from the map straight into its place.
-    With ``quantization`` the matrices of a dense checkpoint become that format on the way; those of
-    a quantized one (``config.quantization``) stay as they are. An ``adapter`` is merged into a
-    dense checkpoint on the way, which then is of ``merged_config``. All names, shapes and dtypes
-    are checked before the first copy. Raises CheckpointError, which names the file and the tensor,
-    for any that is wrong.
+    If the tensors are stored in several dtypes, None means the embedding's, or the last norm's if
+    the embedding is quantized. The files are mapped, and every tensor is copied from the map
+    straight into its place. With ``quantization`` the matrices of a dense checkpoint become that
+    format on the way; those of a quantized one (``config.quantization``) stay as they are. An
+    ``adapter`` is merged into a dense checkpoint on the way; the result has ``merged_config``. All
+    names, shapes and dtypes are checked before the first copy. Raises CheckpointError, which names
+    the file and the tensor, for any that is wrong.
     """
     table = fusion_table(config)
     found = checked_tensors(folder, config, table, variant)
@@ -91,8 +91,7 @@ def fill_table(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Return our fused tensors on ``device``, read from the tensors ``found``, by Hugging Face's
-    names.
+    """Return our fused tensors on ``device``, read from ``found``, the tensors by their HF names.
 
     Dense matrices of ``table`` are converted to the formats of ``config``. All others are copied.
     """
@@ -248,7 +247,7 @@ def save(
 
 @contextmanager
 def complete(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` that becomes it if the block ends well, else is removed."""
+    """Give a temporary path. It replaces ``path`` if the block succeeds, and is removed if not."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -33,8 +33,8 @@ from lfm2_fast.weights.safetensors_files import (
     FLOATS,
     INDEX,
     Stored,
-    listed,
     open_tensors,
+    shortened,
     variant_of,
 )
 
@@ -138,7 +138,7 @@ def _values(numbers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> t
 
 
 def _spread(each: torch.Tensor, count: int) -> torch.Tensor:
-    """Return ``count`` in place of the numbers along axis 1, each of them repeated."""
+    """Repeat each number along axis 1, so that there are ``count``."""
     return each.repeat_interleave(count // each.shape[1], 1)
 
 
@@ -176,7 +176,7 @@ def sources(
             found[part.name] = _source(folder, fused, part.name, part.shape, parts, block)
     if left - {"lm_head.weight"}:
         raise CheckpointError(
-            f"{folder} holds {listed(sorted(left))}, which lfm2_fast does not know; {OTHERWISE}"
+            f"{folder} holds {shortened(sorted(left))}, which lfm2_fast does not know; {OTHERWISE}"
         )
     formats, words = _formats_of(table, found)
     logger.log(logging.WARNING if "int8" in words else logging.INFO, "%s: %s", folder, words)
@@ -284,7 +284,7 @@ def _source(
 
 
 def _formats_of(table: Mapping[str, Fused], found: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """Return the format of every matrix that is not dense, and what became of all, in words."""
+    """Return the format of every matrix that is not dense, and a sentence about all of them."""
     formats, kinds = {}, Counter[str]()
     for name, fused in table.items():
         each = [found[part.name] for part in fused.parts]

@@ -63,7 +63,7 @@ class DrafterConfig:
         if ARCHITECTURE not in (raw.get("architectures") or ()):
             raise CheckpointError(
                 f"{path}: architectures must have {ARCHITECTURE!r}, not "
-                f"{raw.get('architectures')!r}: it is no DSpark drafter of LFM2"
+                f"{raw.get('architectures')!r}: it is not a DSpark drafter of LFM2"
             )
         inner = raw.get("dflash_config")
         read = Reader({**raw, **(inner if isinstance(inner, dict) else {})}, str(path))
@@ -83,7 +83,7 @@ class DrafterConfig:
         heads, hidden = read.count("num_attention_heads"), read.count("hidden_size")
         layers = read.items("target_layer_ids") or []
         target_depth = read.count("num_target_layers")
-        # The last layer ends for a prompt's last token alone, as without a drafter.
+        # The last layer runs only for a prompt's last token, as without a drafter.
         if not layers or layers != [n for n in range(target_depth - 1) if n in layers]:
             raise read.error(
                 f"target_layer_ids must be layers of the {target_depth} that num_target_layers "
@@ -275,7 +275,9 @@ def find_drafter(
         return found
     config = found.fetch("config.json", needed=True)
     if config is None:
-        raise CheckpointError(f"{found.name} on the hub has no config.json; it is no drafter")
+        raise CheckpointError(
+            f"{found.name} on the hub has no config.json; it is not a drafter: give another name"
+        )
     DrafterConfig.from_file(config)  # before its weights follow
     found.at_commit_of(config, "config.json").fetch(WHOLE, needed=True)
     return config.parent

@@ -186,9 +186,8 @@ class Groups(Format):
         low, high = wide.amin(2), wide.amax(2)
         most = torch.where(high > -low, high, low)
         tie = high == -low
-        if bool(
-            tie.any()
-        ):  # the first of equal magnitudes; one argmax over all would take ten times as long
+        # Of equal magnitudes the first counts. One argmax over all would take ten times as long.
+        if bool(tie.any()):
             equal = wide[tie]
             most[tie] = equal.gather(1, equal.abs().argmax(1, keepdim=True))[:, 0]
         scale = most / -8

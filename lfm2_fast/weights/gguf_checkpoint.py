@@ -18,11 +18,11 @@ from lfm2_fast.weights.fusion import Fused, formats_of, fusion_table
 from lfm2_fast.weights.gguf_blocks import TYPES, parts_of, to_wide
 from lfm2_fast.weights.gguf_config import FLOATS
 from lfm2_fast.weights.gguf_file import GGUFFile, GGUFTensor, require_gguf
-from lfm2_fast.weights.safetensors_files import BLOCK, listed
+from lfm2_fast.weights.safetensors_files import BLOCK, shortened
 
 logger = logging.getLogger(__name__)
 
-# Their values need a number beside the tensor, or are none of a weight.
+# Types that need a number beside the tensor, or that no weight has.
 REFUSED = {"NVFP4", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 
 
@@ -61,7 +61,7 @@ class _Source:
         whole = self.stored.raw()
         count = max(1, BLOCK // self.stored.shape[-1])
         for first in range(0, len(whole), count):
-            # Copied: torch would not take what must not be written.
+            # A copy, because torch warns of read-only memory.
             yield slice(first, first + count), torch.from_numpy(whole[first : first + count].copy())
 
     def _values(self, raw: torch.Tensor) -> torch.Tensor:
@@ -72,10 +72,10 @@ class _Source:
         return torch.from_numpy(made)
 
 
-def held(file: GGUFFile, config: Config) -> Config:
-    """Return ``config`` with the format of every matrix, so that as few as can be are converted.
+def with_formats(file: GGUFFile, config: Config) -> Config:
+    """Return ``config`` with a format for every matrix of the file that can be kept exactly.
 
-    Parts that are stacked here have one format: that of all, or a wider one that holds each.
+    Parts that are stacked have one format: their common one, or ``WIDE``, which holds each.
     """
     dense = replace(config, quantization=None, formats=())
     table = fusion_table(dense)
@@ -100,9 +100,9 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Return our fused tensors by name; vectors and dense matrices in ``dtype``, on ``device``.
 
-    ``config`` is what ``held`` returned: matrices in its formats are moved, and no number of them
-    changes. ``quantization`` converts a file of dense matrices while it is read. A note says what
-    was kept and what converted. Raises CheckpointError for tensors that do not fit.
+    ``config`` is from ``with_formats``: matrices in its formats are moved, and no number of them
+    changes. ``quantization`` converts a file of dense matrices while it is read. A note says which
+    types were kept and which converted. Raises CheckpointError for tensors that do not fit.
     """
     table = fusion_table(replace(config, quantization=None, formats=()))
     sources = _sources(file, table)
@@ -120,7 +120,7 @@ def _note(
 ) -> None:
     """Log which types of matrices are kept exactly, and what the others become.
 
-    It is a warning where types that this package has no format for take more memory than the file.
+    It is a warning if the file has types without a format here, which take more memory.
     """
     kept: Counter[str] = Counter()
     converted: dict[str, Counter[str]] = {}
@@ -150,7 +150,7 @@ def gguf_names(table: Mapping[str, Fused], layers: int) -> dict[str, str]:
 
 
 def _sources(file: GGUFFile, table: Mapping[str, Fused]) -> dict[str, _Source]:
-    """Return what each of Hugging Face's tensors is in the file.
+    """Return the file's tensors by Hugging Face's names.
 
     Raises CheckpointError for tensors that are missing, unknown, of another shape, or of a type
     that is not read.
@@ -163,14 +163,14 @@ def _sources(file: GGUFFile, table: Mapping[str, Fused]) -> dict[str, _Source]:
     missing = [name for name in names.values() if name not in file.tensors]
     if missing:
         raise CheckpointError(
-            f"{file.path} lacks {listed(missing)}, which its metadata ask for; the file is "
+            f"{file.path} lacks {shortened(missing)}, which its metadata ask for; the file is "
             "incomplete, or belongs to another model"
         )
     unknown = sorted(file.tensors.keys() - set(names.values()))
     if unknown:
         raise CheckpointError(
-            f"{file.path} holds {listed(unknown)}, which an LFM2 of this kind does not have; use "
-            "llama.cpp for this file"
+            f"{file.path} holds {shortened(unknown)}, which an LFM2 of this kind does not have; "
+            "use llama.cpp for this file"
         )
     found = {}
     for ours, theirs in names.items():
@@ -196,10 +196,10 @@ def _old(name: str) -> str:
 
 
 def check_quantization(file: GGUFFile, config: Config, quantization: str | None) -> None:
-    """Raise ValueError where ``quantization`` is asked for of a file that is quantized itself."""
+    """Raise ValueError if ``quantization`` is given for a file that is already quantized."""
     if quantization is not None and config.quantization is not None:
         types = Counter(t.type for t in file.tensors.values() if t.type not in FLOATS)
         raise ValueError(
-            f"quantization={quantization!r}: {file.path} is quantized itself ({_counted(types)}), "
+            f"quantization={quantization!r}: {file.path} is already quantized ({_counted(types)}), "
             "and is used as it is; leave quantization out, or give a file in F16 or BF16"
         )

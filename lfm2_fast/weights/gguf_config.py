@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lfm2_fast.config import Config
-from lfm2_fast.config_values import CheckpointError
+from lfm2_fast.config_values import FETCH_AGAIN, CheckpointError
 from lfm2_fast.weights.gguf_file import GGUFFile
 
 ARCHITECTURE = "lfm2"
@@ -27,16 +27,11 @@ SAMPLING = {
 def raw_config(file: GGUFFile) -> dict[str, Any]:
     """Return the config.json that the file's metadata mean, before any check of its values.
 
-    Raises CheckpointError for another architecture, and for what this package does not run.
+    Raises CheckpointError for another architecture, and for settings that this package does not
+    run.
     """
     found = file.metadata
-    architecture = found.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        name = FAMILY.get(str(architecture), f"a model of architecture {architecture!r}")
-        raise CheckpointError(
-            f"{file.path} holds {name}, which lfm2_fast does not run; it runs the dense text "
-            "models (architecture 'lfm2'). Use llama.cpp for this file"
-        )
+    _check_architecture(file)
 
     def key(name: str, default: Any = None) -> Any:
         return found.get(f"{ARCHITECTURE}.{name}", default)
@@ -47,23 +42,13 @@ def raw_config(file: GGUFFile) -> dict[str, Any]:
                 f"{file.path}: {ARCHITECTURE}.{name} is {key(name)!r}, which is another model than "
                 "the LFM2 that lfm2_fast runs; use llama.cpp for this file"
             )
-    heads = key("attention.head_count_kv")
-    layers = key("block_count")
-    # The metadata may claim any number, and the lists below have that length.
-    if type(layers) is not int or not 0 < layers <= len(file.tensors):
-        raise CheckpointError(
-            f"{file.path}: {ARCHITECTURE}.block_count is {layers!r}, and the file has "
-            f"{len(file.tensors)} tensors"
-        )
-    heads = heads if isinstance(heads, list) else [heads] * layers
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise CheckpointError(f"{file.path} lacks token_embd.weight, the embedding")
-    if any(type(count) is not int for count in heads) or len(set(heads) - {0}) != 1:
         raise CheckpointError(
-            f"{file.path}: {ARCHITECTURE}.attention.head_count_kv is {str(heads)[:200]}; one "
-            "number of heads for all attention layers, and 0 for convolutions, is supported"
+            f"{file.path} lacks token_embd.weight, the embedding; the file is incomplete: "
+            f"{FETCH_AGAIN}"
         )
+    heads = _kv_heads(file, key)
     eos = [found.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     ends = list(dict.fromkeys(each for each in eos if type(each) is int))
     biased = any(name.endswith(".shortconv.in_proj.bias") for name in file.tensors)
@@ -74,7 +59,7 @@ def raw_config(file: GGUFFile) -> dict[str, Any]:
         "hidden_size": key("embedding_length"),
         "intermediate_size": key("feed_forward_length"),
         "block_auto_adjust_ff_dim": False,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": len(heads),
         "num_attention_heads": key("attention.head_count"),
         "num_key_value_heads": max(heads),
         "head_dim": key("attention.key_length"),
@@ -91,6 +76,35 @@ def raw_config(file: GGUFFile) -> dict[str, Any]:
         "pad_token_id": found.get("tokenizer.ggml.padding_token_id"),
         "dtype": str(FLOATS.get(embedding.type, torch.bfloat16)).removeprefix("torch."),
     }
+
+
+def _check_architecture(file: GGUFFile) -> None:
+    """Raise CheckpointError, which names the model, for another architecture."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        name = FAMILY.get(str(architecture), f"a model of architecture {architecture!r}")
+        raise CheckpointError(
+            f"{file.path} holds {name}, which lfm2_fast does not run; it runs the dense text "
+            "models (architecture 'lfm2'). Use llama.cpp for this file"
+        )
+
+
+def _kv_heads(file: GGUFFile, key: Any) -> list[int]:
+    """Return the number of key-value heads of each layer, 0 for convolutions."""
+    heads, layers = key("attention.head_count_kv"), key("block_count")
+    # The metadata may claim any number, and the list has that length.
+    if type(layers) is not int or not 0 < layers <= len(file.tensors):
+        raise CheckpointError(
+            f"{file.path}: {ARCHITECTURE}.block_count is {layers!r}, and the file has "
+            f"{len(file.tensors)} tensors; {FETCH_AGAIN}"
+        )
+    heads = heads if isinstance(heads, list) else [heads] * layers
+    if any(type(count) is not int for count in heads) or len(set(heads) - {0}) != 1:
+        raise CheckpointError(
+            f"{file.path}: {ARCHITECTURE}.attention.head_count_kv is {str(heads)[:200]}; one "
+            "number of heads for all attention layers, and 0 for convolutions, is supported"
+        )
+    return heads
 
 
 def _rope(file: GGUFFile, key: Any) -> dict[str, Any]:

@@ -33,10 +33,11 @@ def export_gguf(
 ) -> None:
     """Write the checkpoint in ``folder`` as a GGUF file, its matrices in ``type`` of ``TYPES``.
 
-    Below 8 bits, embedding and head are Q8_0. Rows that are no whole groups are F16, vectors and
-    taps F32. Tokenizer, chat template, end tokens and sampling go along; ``vocabulary`` replaces
-    the folder's. One tensor at a time is in memory. Raises CheckpointError for a checkpoint that
-    llama.cpp does not run, ValueError where the package ``gguf`` is missing or ``type`` is unknown.
+    Below 8 bits, embedding and head are Q8_0. Matrices whose rows are not whole groups are F16.
+    Vectors and taps are F32. Tokenizer, chat template, end tokens and sampling are included;
+    ``vocabulary`` replaces the folder's. One tensor at a time is in memory. Raises CheckpointError
+    for a checkpoint that llama.cpp does not run, and ValueError if the package ``gguf`` is missing
+    or ``type`` is unknown.
     """
     gguf = require_gguf()
     if type not in TYPES:
@@ -81,10 +82,10 @@ def export_gguf(
 
 
 def _check(folder: Path, config: Config) -> None:
-    """Raise CheckpointError for a checkpoint that no GGUF file of llama.cpp's can mean."""
+    """Raise CheckpointError for a checkpoint that llama.cpp's GGUF files cannot express."""
     if config.quantization is not None:
         raise CheckpointError(
-            f"{folder} is quantized itself ({config.quantization}): export the unquantized "
+            f"{folder} is already quantized ({config.quantization}): export the unquantized "
             "checkpoint"
         )
     if config.conv_bias:

@@ -163,8 +163,8 @@ class _Header:
     def take(self, count: int) -> bytes:
         """Return the next ``count`` bytes."""
         if count > min(self.size, MOST_BYTES) - self.at:
-            what = "is truncated" if self.size <= MOST_BYTES else "is no header of a model"
-            raise self.error(f"the header {what}: {count} bytes are wanted at byte {self.at}")
+            what = "is truncated" if self.size <= MOST_BYTES else "is not one of a model"
+            raise self.error(f"the header {what}: {count} bytes should follow byte {self.at}")
         self.at += count
         return self.area[self.at - count : self.at]
 
@@ -225,9 +225,9 @@ class _Header:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment % 8:
             raise self.error(f"general.alignment is {alignment!r}, not a multiple of 8")
-        listed = list(self.tensors(tensors))
+        infos = list(self.tensors(tensors))
         start = -(-self.at // alignment) * alignment
-        return metadata, {each.name: each for each in self.placed(listed, start, alignment)}
+        return metadata, {each.name: each for each in self.placed(infos, start, alignment)}
 
     def tensors(self, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         names = set()
@@ -243,11 +243,11 @@ class _Header:
             yield name, shape, self.number("I"), self.number("Q")
 
     def placed(
-        self, listed: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
     ) -> Iterator[GGUFTensor]:
         """Yield the tensors, after a check that their bytes are in the file."""
         gguf = require_gguf()
-        for name, shape, code, offset in listed:
+        for name, shape, code, offset in infos:
             try:
                 type = gguf.GGMLQuantizationType(code)
                 numbers, size = gguf.GGML_QUANT_SIZES[type]

@@ -33,7 +33,7 @@ class Vocabulary:
     def from_folder(cls, folder: Path, size: int) -> Vocabulary:
         """Read the tokenizer of a checkpoint; ids up to ``size`` that it lacks become unused.
 
-        Raises CheckpointError where there is none, or one that splits texts otherwise than LFM2's.
+        Raises CheckpointError if there is none, or if it splits texts by other rules than LFM2's.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -42,7 +42,7 @@ class Vocabulary:
         try:
             return cls._of(raw, folder, path, size)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path} is no tokenizer of LFM2's kind: {error!r}") from error
+            raise CheckpointError(f"{path} is not a tokenizer of LFM2: {error!r}") from error
 
     @classmethod
     def _of(cls, raw: dict[str, Any], folder: Path, path: Path, size: int) -> Vocabulary:
@@ -87,7 +87,10 @@ class Vocabulary:
 
 
 def _adds_a_token(path: Path) -> bool:
-    """Say if a tokenizer puts a token before each text. Raises CheckpointError for other rules."""
+    """Return True if the tokenizer adds one token before each text, False if it adds none.
+
+    Raises CheckpointError if it adds more.
+    """
     from tokenizers import Tokenizer
 
     try:
@@ -107,5 +110,5 @@ def _chat_template(folder: Path) -> str | list[dict[str, str]] | None:
     config = folder / "tokenizer_config.json"
     found = read_json(config).get("chat_template") if config.is_file() else None
     if found is not None and not isinstance(found, str | list):
-        raise CheckpointError(f"{config}: chat_template is no text: {json.dumps(found)[:80]}")
+        raise CheckpointError(f"{config}: chat_template is not a text: {json.dumps(found)[:80]}")
     return found

@@ -60,10 +60,10 @@ def find_checkpoint(
 
     For a GGUF checkpoint the result is the file. This is ``model`` itself, ``gguf_file`` in the
     folder ``model`` or on the hub, or the only one without a config.json. If ``model`` ends in
-    ":TYPE", it is the file with the type TYPE in its name. Of a file that was split, the first part
-    is returned, and all are there.
+    ":TYPE", it is the file with the type TYPE in its name. For a split file the result is the first
+    part, and all parts are there.
 
-    A folder that holds an adapter alone is returned as it is, and a repository's too.
+    A folder or a repository that holds only an adapter is a result too.
 
     The config is downloaded and checked before gigabytes follow. Then come the generation config,
     the files in ``also`` that exist, and the weights if ``weights`` is true. All are of one commit.
@@ -118,7 +118,7 @@ def find_checkpoint(
         return _download_gguf(repository, found)
     config = repository.fetch("config.json", needed=True)
     if config is None or tag is not None:
-        lacks = "no config.json and no GGUF file; it is no model checkpoint"
+        lacks = "no config.json and no GGUF file; it is not a model checkpoint"
         raise CheckpointError(
             f"{name} on the hub has {'no GGUF file' if tag else lacks}"
             + (f"; those of LiquidAI's models are in repositories like {name}-GGUF" if tag else "")
@@ -129,8 +129,8 @@ def find_checkpoint(
 def find_base(folder: Path, **options: Any) -> Path:
     """Return the folder of the base that the adapter in ``folder`` names.
 
-    ``options`` are those of ``find_checkpoint``; those that say where in a repository the adapter
-    is are passed over. Raises CheckpointError.
+    ``options`` are those of ``find_checkpoint``. The place of the adapter in its repository does
+    not count for the base. Raises CheckpointError.
     """
     fields = AdapterConfig.from_file(folder / adapter_config.FILE)
     if not fields.base:
@@ -161,9 +161,9 @@ def _gguf_in(folder: Path, name: str | None, tag: str | None) -> Path | None:
 
 
 def _choose(names: Iterable[str], tag: str | None, where: str) -> str | None:
-    """Return the one GGUF file among ``names`` that ``tag`` means; None where there is no file.
+    """Return the one GGUF file among ``names`` that ``tag`` means; None if there is no GGUF file.
 
-    A split file counts once. Raises CheckpointError, which lists them, where several or none fit.
+    A split file counts once. Raises CheckpointError, which lists the files, if several or none fit.
     """
     firsts = set()
     for name in names:
@@ -202,7 +202,9 @@ def _download_gguf(repository: Repository, name: str) -> Path:
         if first is None:
             first, repository = path, repository.at_commit_of(path, each)
     if first is None:
-        raise CheckpointError(f"gguf_file={name!r} is no part of a file")
+        raise CheckpointError(
+            f"gguf_file={name!r} names a split file without parts; check the name"
+        )
     return first
 
 

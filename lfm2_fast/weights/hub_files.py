@@ -11,7 +11,7 @@ from typing import Any
 
 from lfm2_fast.config_values import CheckpointError
 
-# The hub's answer to which files there are, as messages call it.
+# Name of the hub's list of a repository's files, in messages.
 LISTING = "the list of files"
 
 
@@ -29,7 +29,7 @@ class Repository:
 
     @property
     def is_offline(self) -> bool:
-        """Say if nothing may be asked of the hub."""
+        """Return True if the hub must not be asked."""
         from huggingface_hub import constants
 
         return self.local_files_only or constants.HF_HUB_OFFLINE
@@ -44,10 +44,10 @@ class Repository:
         return replace(self, revision=path.parents[depth - 1].name)
 
     def fetch(self, name: str, *, needed: bool = False) -> Path | None:
-        """Return a file in the hub's cache, or None where the repository does not have it.
+        """Return a file in the hub's cache, or None if the repository does not have it.
 
         Offline, None also means that the cache does not have it, unless the file is ``needed``.
-        Raises CheckpointError where the hub gives no answer, or refuses one.
+        Raises CheckpointError if the hub does not answer, or refuses to.
         """
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -71,7 +71,7 @@ class Repository:
         except LocalEntryNotFoundError as error:
             if not needed and self.is_offline:
                 return None
-            # The hub gave no answer, or refused one: that says nothing of what it has.
+            # The hub did not answer, or refused to. The file may exist.
             raise self._explained(name, error, optional=not needed) from error
         except EntryNotFoundError:
             return None
@@ -79,9 +79,9 @@ class Repository:
             raise self._explained(name, error) from error
 
     def names(self) -> list[str]:
-        """Return the names of all files; those in the cache where the hub cannot be asked.
+        """Return the names of all files; those in the cache if the hub cannot be asked.
 
-        Raises CheckpointError where neither knows the repository.
+        Raises CheckpointError if neither knows the repository.
         """
         from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -110,7 +110,7 @@ class Repository:
         raise self._explained(LISTING, errors.LocalEntryNotFoundError("")) from refused
 
     def _explained(self, name: str, error: Exception, *, optional: bool = False) -> Exception:
-        """Hub's exception as one sentence with a remedy; a programming error stays itself."""
+        """Return the hub's exception as a sentence with a remedy; a programming error unchanged."""
         from huggingface_hub import errors
 
         repo, revision = self.name, self.revision
@@ -148,7 +148,7 @@ class Repository:
 
 
 def _is_network(error: Exception) -> bool:
-    """Return true for an error of the network or the file system, or of the client for HTTP."""
+    """Return True for an error of the network, the file system or the HTTP client."""
     return isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http")
 
 
@@ -158,11 +158,11 @@ def _inside(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def folder_or_repository(name: str | os.PathLike[str], *options: Any) -> Path | Repository:
-    """Return the folder ``name``, or the repository that it means where there is none.
+    """Return the folder ``name`` if it exists, or the repository of that name.
 
-    ``options`` are the fields of the repository behind its name. A path of one part, or one that
-    begins like a path, is a folder's even if that is missing. Raises CheckpointError for a name
-    that cannot be looked up.
+    ``options`` are the fields of the repository after its name. A name of one part, or one that
+    begins like a path, is a folder's name even if the folder is missing. Raises CheckpointError for
+    a name that cannot be looked up.
     """
     folder, text = Path(name), os.fspath(name)
     with suppress(RuntimeError):  # "~" of an unknown user

@@ -17,7 +17,7 @@ from lfm2_fast.weights.formats import Format, find_format
 from lfm2_fast.weights.fusion import HEAD, Fused
 
 INDEX = "model.safetensors.index.json"
-# Numbers that are quantized at once: few enough to stay in the caches on the way.
+# Numbers that are quantized at once: few enough to stay in the processor's caches.
 BLOCK = 1 << 18
 FLOATS = {
     "F64": torch.float64,
@@ -74,14 +74,14 @@ class Stored:
 
 
 def _open(path: Path) -> Any:
-    """Safetensors file, mapped. Raises CheckpointError for what is none."""
+    """Open and map a safetensors file. Raises CheckpointError if it is not one."""
     with _readable(path):
         return safe_open(path, framework="pt", device="cpu")
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Guard the reading of a safetensors file; raises CheckpointError where that cannot be read."""
+    """Turn errors of reading a safetensors file into a CheckpointError."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -91,14 +91,14 @@ def _readable(path: Path) -> Iterator[None]:
 def open_tensors(folder: Path, whole: str, listing: str) -> dict[str, Stored]:
     """Return every tensor of the folder's safetensors files, by Hugging Face's name."""
     index = folder / listing
-    if (folder / whole).is_file():  # as Hugging Face: one file goes before an index
+    if (folder / whole).is_file():  # like Hugging Face, prefer one file to an index
         names = [whole]
     elif index.is_file():
         names = shards(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {listed(missing)}, which {listing} names; {FETCH_AGAIN}"
+                f"{folder} lacks {shortened(missing)}, which {listing} names; {FETCH_AGAIN}"
             )
     else:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def checked_tensors(
 
 
 def shards(index: Path) -> list[str]:
-    """Files that ``index`` names. Raises CheckpointError where it names none."""
+    """Return the files that ``index`` names. Raises CheckpointError if it names none."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
@@ -136,7 +136,7 @@ def shards(index: Path) -> list[str]:
 
 
 def _with_a_head(table: dict[str, Fused], found: dict[str, Stored]) -> dict[str, Stored]:
-    """``found`` by the names of the class with a head, where it was saved without one.
+    """Return ``found`` by the names of the class with a head, also if it was saved without one.
 
     Hugging Face's ``from_pretrained`` takes either, tensor by tensor.
     """
@@ -154,7 +154,7 @@ def _check_tensors(
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {listed(missing)}, which its config.json asks for; the checkpoint "
+            f"{folder} lacks {shortened(missing)}, which its config.json asks for; the checkpoint "
             "is incomplete or its config belongs to another one"
         )
     # A tied head is sometimes stored anyway; ``with_stored_head`` has compared it.
@@ -163,7 +163,7 @@ def _check_tensors(
     if unexpected:
         where = found[unexpected[0]].path
         raise CheckpointError(
-            f"{where} holds {listed(unexpected)}, which an LFM2 of this config does not have; "
+            f"{where} holds {shortened(unexpected)}, which an LFM2 of this config does not have; "
             "its config belongs to another checkpoint, or an adapter was saved with it"
         )
     for name, (part, fused) in wanted.items():
@@ -182,7 +182,7 @@ def _check_tensors(
             )
 
 
-def listed(names: list[str]) -> str:
-    """Return some names in words: the first three, and how many more there are."""
+def shortened(names: list[str]) -> str:
+    """Return a list of names as text: the first three, and the number of the others."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

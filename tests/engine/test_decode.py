@@ -484,7 +484,7 @@ def breaks_after(tiny: Path, token: int) -> lfm2_fast.Lfm2ForCausalLM:
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 1.5}])
 @pytest.mark.parametrize("step", range(2 * step_buffers.MAX_STEPS))
-def test_a_row_without_a_token_among_steps_under_way(
+def test_a_row_without_a_token_among_steps_in_flight(
     tiny: Path, plain, text_alone, graphs, step: int, sampling: dict[str, Any]
 ) -> None:
     """The error names the row at any step of a launch, and the cache's lengths are right."""

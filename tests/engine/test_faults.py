@@ -95,7 +95,7 @@ def test_an_ended_request_is_let_go(native: Any) -> None:
         engine.add(Request(text(30, seed), max_tokens=1))
     events_of(engine)
     engine.step()
-    assert not engine.scheduler._costs and not engine.runner.held and not engine.slots.leaving
+    assert not engine.scheduler._costs and not engine.runner.prefilled and not engine.slots.leaving
 
 
 def test_a_prompt_that_is_told_does_not_wait_for_pages_it_cannot_use(native: Any) -> None:

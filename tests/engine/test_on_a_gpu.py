@@ -323,9 +323,9 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
         launched.append("launch")
         return launch(steps)
 
-    def read(under_way: Launch) -> list[list[int]]:
+    def read(in_flight: Launch) -> list[list[int]]:
         launched.append("read")
-        return unread(under_way)
+        return unread(in_flight)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeLoop, "launch", noted)

@@ -133,7 +133,7 @@ def told(*options):
 table, refused = told(*["--cached"] * few)
 _, spilled = told("--only", "gated_conv", "--maxnreg", "24")
 lengths = []
-with aot.compiling(90, anew=False) as launches:
+with aot.compiling(90, recompile=False) as launches:
     for sequences, tokens, page_size in ((2, 6, 64), (1, 1, 16), (16, 16, 128), (3, 48, 80)):
         aot.launch_all(aot.SIZES[0], torch.bfloat16, sequences=sequences, tokens=tokens,
                        page_size=page_size, pdl=True)
@@ -145,7 +145,7 @@ found = []
 dependent = ((0, 16), (0, 8), (0, 4)) if few else ((0, 16), (2, 16), (2, 8), (2, 4))
 for pdl, sizes, names in ((True, dependent, chain), (False, ((0, 16),), plain)):
     for place, bits in sizes:
-        with aot.compiling(90, names, anew=False) as launches:
+        with aot.compiling(90, names, recompile=False) as launches:
             aot.launch_few(aot.SIZES[place], torch.bfloat16, bits=bits, pdl=pdl)
             if place == 0 and bits == 16 and not (few and not pdl):
                 aot.launch_all(aot.SIZES[place], torch.bfloat16, pdl=pdl)
@@ -236,7 +236,7 @@ def test_links_of_a_captured_step_wait_before_they_touch_the_chain(compiled) -> 
     assert set().union(*early.values()) == CONSTANT
 
 
-def test_weights_are_under_way_before_the_wait(compiled) -> None:
+def test_weights_are_in_flight_before_the_wait(compiled) -> None:
     """In the machine code a load has 16 bytes a thread, and the first tile is above the wait.
 
     The loop has as many loads for the next tiles, and the assembler moved none of them up.

@@ -32,7 +32,7 @@ logits, whole = torch.zeros(1, int(sys.argv[1])), torch.zeros(1, dtype=torch.int
 wide, flag = whole.double(), whole.bool()
 found = []
 for cuts in (False, True):
-    with aot.compiling(90, anew=False) as launches:
+    with aot.compiling(90, recompile=False) as launches:
         scratch = Scratch.empty(logits, draws=True, cuts=cuts)
         given = (wide, flag, wide, whole, wide, wide, whole, whole, whole, whole, scratch)
         sample_triton(logits.bfloat16(), None, *given, draws=True, cuts=cuts, pdl=True)

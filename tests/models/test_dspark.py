@@ -196,7 +196,7 @@ def test_a_drafter_that_knows_the_text_is_accepted(eager, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"]}, "it is no DSpark drafter"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "it is not a DSpark drafter"),
         ({"markov_head_type": "rnn"}, "markov_head_type='rnn' is not supported"),
         ({"vocab_size": 4000}, "vocab_size=4000 is that of another model"),
         ({"num_key_value_heads": 1}, "do not fit into the model's pages"),

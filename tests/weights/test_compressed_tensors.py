@@ -175,7 +175,9 @@ def test_it_is_saved_noted_and_never_quantized_twice(
     again = lfm2_fast.load(tmp_path / "d", device="cpu")
     assert again.network.config.quantization is None
     assert torch.equal(again(PROMPT).logits, dense(PROMPT).logits)
-    with pytest.raises(ValueError, match="'int4': .* is quantized itself .*leave quantization out"):
+    with pytest.raises(
+        ValueError, match="'int4': .* is already quantized .*leave quantization out"
+    ):
         lfm2_fast.load(tmp_path / "a", device="cpu", quantization="int4")
 
 

@@ -98,7 +98,9 @@ def test_folder_named_file_and_blob(tiny: Path, q4_0: Path, tmp_path: Path) -> N
 
 
 def test_quantization_is_refused_or_done(q4_0: Path, gguf_of: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match="'int8': .* is quantized itself .*leave quantization out"):
+    with pytest.raises(
+        ValueError, match="'int8': .* is already quantized .*leave quantization out"
+    ):
         lfm2_fast.load(q4_0, quantization="int8")
     made = lfm2_fast.load(gguf_of("f32"), device="cpu", quantization="int8")
     assert made.network.config.quantization == "int8"

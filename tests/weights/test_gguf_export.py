@@ -106,7 +106,7 @@ def test_what_llama_cpp_does_not_run_is_refused(
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
     refuse(random_checkpoint(rope_parameters={**yarn, "rope_theta": 1e4}), "type 'yarn'; write the")
     lfm2_fast.load(tiny, device="cpu", quantization="int8").save_pretrained(tmp_path / "int8")
-    refuse(tmp_path / "int8", "quantized itself .int8.: export the unquantized checkpoint")
+    refuse(tmp_path / "int8", "already quantized .int8.: export the unquantized checkpoint")
     other = changed_copy(tiny, tmp_path / "b", "tokenizer.json", normalizer={"type": "NFC"})
     refuse(other, "splits texts by other rules than LFM2's")
     large = lfm2_fast.load(tiny, device="cpu")
