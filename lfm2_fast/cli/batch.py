@@ -64,20 +64,18 @@ def batch(
     again: it continues, and runs no request twice. A line that is not a request gets an error. With
     --ray many engines answer, on the cores and GPUs of a cluster; that needs the extra "ray" too.
     """
-    from lfm2_fast.cli.terminal import Terminal
     from lfm2_fast.hf.loading import check_options
-    from lfm2_fast.server.run import check_extra, create_app
+    from lfm2_fast.server.run import check_extra
 
     check_extra()
-    from lfm2_fast.server.batch import Output, lines_of, run_batch, shard_of
+    from lfm2_fast.server.batch import shard_of
 
     part = shard_of(shard)
-    on_ray = {name: context.params[name] for name in ON_RAY}
     if ray and part != (1, 1):
         raise ValueError(f"--shard {shard} is for batches without --ray, which shares them out")
-    for name, value in on_ray.items():
-        if not ray and value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for --ray")
+    for name in ON_RAY:
+        if not ray and context.params[name] is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --ray: add --ray, or leave it out")
     if not (Path(requests).is_file() or ray and ("://" in requests or Path(requests).exists())):
         raise ValueError(f"{requests} is not a file")
     template = None if chat_template is None else opt.read_text(chat_template)
@@ -94,35 +92,62 @@ def batch(
         **loading,
     }
     if ray:
-        from lfm2_fast.cluster.batch import run_batch_on_ray
-        from lfm2_fast.cluster.scale import Scale
+        _answer_on_ray(requests, output, options, context.params)
+    else:
+        _answer_here(Path(requests), Path(output), options, part)
 
-        scale = Scale(replicas, None, None, None, cpus_per_replica, gpus_per_replica)
-        run_batch_on_ray(
-            requests, output, options, scale, address=ray_address, rows_per_block=rows_per_block
-        )
-        Terminal().note(f"the answers are in {output}")
-        return
+
+def _answer_on_ray(
+    requests: str, output: str, options: dict[str, Any], params: dict[str, Any]
+) -> None:
+    """Answer the requests on a Ray cluster; ``params`` has the options ``ON_RAY``."""
+    from lfm2_fast.cli.terminal import Terminal
+    from lfm2_fast.cluster.batch import run_batch_on_ray
+    from lfm2_fast.cluster.scale import Scale
+
+    scale = Scale(
+        params["replicas"],
+        cpus_per_replica=params["cpus_per_replica"],
+        gpus_per_replica=params["gpus_per_replica"],
+    )
+    run_batch_on_ray(
+        requests,
+        output,
+        options,
+        scale,
+        address=params["ray_address"],
+        rows_per_block=params["rows_per_block"],
+    )
+    Terminal().note(f"the answers are in {output}")
+
+
+def _answer_here(
+    requests: Path, output: Path, options: dict[str, Any], shard: tuple[int, int]
+) -> None:
+    """Answer the requests of a shard with one engine, and show progress and totals."""
+    from tqdm import tqdm
+
+    from lfm2_fast.cli.terminal import Terminal
+    from lfm2_fast.server.batch import Output, Summary, lines_of, run_batch
+    from lfm2_fast.server.run import create_app
+
     terminal = Terminal()
-    answers = Output(Path(output))
+    answers = Output(output)
     begin = time.perf_counter()
     try:
-        terminal.note(f"loading {model}")
-        app = create_app(**options, max_queue=None)
-        service = app.state.service
+        terminal.note(f"loading {options['model']}")
+        service = create_app(**options, max_queue=None).state.service
         terminal.note(f"sampling: {service.defaults.words}")
 
-        async def work() -> Any:
-            from tqdm import tqdm
-
+        async def work() -> Summary:
             with tqdm(unit=" requests", disable=not terminal.err.is_terminal) as bar:
 
-                def told(summary: Any) -> None:
+                def progress(summary: Summary) -> None:
                     bar.update(summary.answered - bar.n)
                     bar.set_postfix(failed=summary.failed, tokens=summary.new_tokens)
 
-                lines = lines_of(Path(requests), part)
-                return await run_batch(service, lines, answers, at_once=2 * max_rows, told=told)
+                lines, rows = lines_of(requests, shard), options["max_rows"]
+                return await run_batch(service, lines, answers, at_once=2 * rows, progress=progress)
 
         try:
             summary = asyncio.run(work())

@@ -59,8 +59,9 @@ class Sequences:
         return time.perf_counter() - begin
 
     def decode(self, steps: int) -> list[float]:
-        """Write ``steps + 1`` tokens to each sequence, and return the seconds of each step but the
-        first, which runs the last token of the call before.
+        """Write ``steps + 1`` tokens to each sequence; return the seconds of the last ``steps``.
+
+        The first step runs the last token of the call before.
         """
         times = self._write(steps + 1)
         return [b - a for a, b in zip(times, times[1:], strict=False)]
@@ -92,13 +93,11 @@ def prompt(row: int, length: int, vocab_size: int) -> list[int]:
 
 
 def bytes_read_per_step(model: Lfm2ForCausalLM) -> int:
-    """Bytes of weights that a step reads: all of them, except that it reads one row of an untied
-    embedding.
-    """
-    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    """Bytes of weights that a step reads: all but an untied embedding, of which it reads a row."""
+    sizes = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     embedding = model.network.embed_tokens.weight
     tied = model.network.config.tie_word_embeddings
-    return sum(held.values()) - (0 if tied else embedding.nbytes)
+    return sum(sizes.values()) - (0 if tied else embedding.nbytes)
 
 
 def cases(prompts: str, outputs: str, batches: str) -> list[Case]:
@@ -133,7 +132,8 @@ def load_and_measure(
 ) -> dict[str, Any]:
     """Load and ``measure`` a checkpoint, with a progress bar. The result has the load time too.
 
-    ``options`` go to ``load``. ``threads`` is torch's number of threads. Raises what those raise.
+    ``options`` go to ``load``. ``threads`` is torch's number of threads. Raises the exceptions of
+    ``load`` and ``measure``.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -189,7 +189,7 @@ def measure(
         else:
             warm_up += time.perf_counter() - begin
     seen = others.seen()
-    held = memory(device)  # before the copy's buffers are
+    used = memory(device)  # before memory_speed allocates its buffers
     speed = memory_speed(device)
     bandwidth = max(speed.values())
     return {
@@ -211,7 +211,7 @@ def measure(
         },
         "memory_bytes_per_second": speed,
         "warm_up_seconds": warm_up,
-        "memory": held,
+        "memory": used,
         "others": seen,
         "rows": [_row(model, case, first[case], steps[case], bandwidth, seen) for case in wanted],
     }

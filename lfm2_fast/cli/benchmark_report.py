@@ -30,12 +30,12 @@ def show(found: dict[str, Any], *, as_json: bool = False) -> None:
     numbers = " and ".join(filter(None, (model["quantization"], model["dtype"])))
     threads = f", {device['threads']} threads" if "threads" in device else ""
     speed = {k: readable("bytes", v) for k, v in found["memory_bytes_per_second"].items()}
-    known = found["memory"]  # systems differ in what they tell
+    used = found["memory"]  # not every system tells both
     words = {"resident": "memory", "peak": "at most"}
-    held = (f", {words[k]} {readable('bytes', known[k])}" for k in words if k in known)
+    sizes = (f", {words[k]} {readable('bytes', used[k])}" for k in words if k in used)
     lines = [
         f"{model['name']}, {numbers}, backend {model['backend']}, {device.get('name')}{threads}",
-        f"weights {readable('weight_bytes', model['weight_bytes'])}{''.join(held)}; a copy moves "
+        f"weights {readable('weight_bytes', model['weight_bytes'])}{''.join(sizes)}; a copy moves "
         f"{speed['copy']}/s, a sum reads {speed['read']}/s",
         f"load {found['load_seconds']:.2f} s, warm-up {found['warm_up_seconds']:.2f} s",
     ]
@@ -119,9 +119,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Raise ValueError where matplotlib is missing, naming the extra, or the folder of ``path``."""
+    """Raise ValueError, with the remedy, if matplotlib or the folder of ``path`` is missing."""
     if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}; create it first")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

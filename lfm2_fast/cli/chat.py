@@ -115,7 +115,7 @@ def _answer(conversation: Conversation, terminal: Terminal, message: str) -> Non
 
 
 def typed(terminal: Terminal) -> Iterator[str]:
-    """Messages typed at a prompt, until Ctrl-D, or Ctrl-C twice."""
+    """Yield messages typed at a prompt, until Ctrl-D, or Ctrl-C twice."""
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
 
@@ -147,7 +147,7 @@ def typed(terminal: Terminal) -> Iterator[str]:
 
 
 def piped() -> Iterator[str]:
-    """Messages from stdin, one a line."""
+    """Yield messages from stdin, one a line."""
     for line in sys.stdin:
         if line.strip():
             yield line.removesuffix("\n")

@@ -84,7 +84,7 @@ def bodies(chosen: Ops) -> dict[str, str]:
 
 
 def backends(device: torch.device) -> dict[str, str]:
-    """Say for every backend "yes", or why it does not run, or not fast, on ``device``."""
+    """Return "yes" for every backend that runs on ``device``, or why it is slow or does not run."""
     names = [name for name in BACKENDS if name != "auto"]
     found = {
         name: f"no: {lacking}" if (lacking := why_not(name, device, torch.float32)) else "yes"
@@ -155,7 +155,7 @@ def gguf_facts(file: GGUFFile) -> dict[str, Any]:
 
 def _bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
     window = config.conv_L_cache * config.hidden_size * dtype.itemsize
-    # Of another's format the tensors would have to be read.
+    # The bytes of another method's tensors are known only from their files.
     is_known = config.quantization != OTHER_METHOD
     return {
         **({"weight_bytes": checkpoint_bytes(config, dtype)} if is_known else {}),

@@ -32,7 +32,7 @@ def gguf(
 ) -> None:
     """Write a GGUF file with weights, tokenizer and chat template, which llama.cpp runs.
 
-    Needs the extra "gguf": pip install 'lfm2-fast[gguf]'. Of q4 and q5 files, embedding and head
+    Needs the extra "gguf": pip install 'lfm2-fast[gguf]'. In q4 and q5 files, embedding and head
     are q8_0.
     """
     from lfm2_fast.cli.terminal import Terminal
@@ -48,7 +48,9 @@ def gguf(
         force_download=force_download,
     )
     if folder.is_file():
-        raise ValueError(f"{folder} is a GGUF file itself: llama.cpp's llama-quantize converts it")
+        raise ValueError(
+            f"{folder} is already a GGUF file: convert it with llama.cpp's llama-quantize"
+        )
     export_gguf(folder, file, type.lower())
     Terminal().note(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
 
@@ -65,8 +67,8 @@ def openvino(
 ) -> None:
     """Write a folder for OpenVINO, which runs on Intel's NPUs, GPUs and CPUs.
 
-    optimum-intel makes it. Its logits and greedy tokens are compared with the model's before it is
-    done. Run it with lfm2-fast generate DIR --device npu.
+    optimum-intel makes it. Its logits and greedy tokens are then compared with the model's. Run it
+    with lfm2-fast generate DIR --device npu.
     """
     hub = (revision, local_files_only, force_download)
     _export("openvino", model, folder, type, environment, *hub)
@@ -84,8 +86,8 @@ def onnx(
 ) -> None:
     """Write a folder for ONNX Runtime GenAI.
 
-    Its model builder makes it. The head is connected with the right norm if the builder took
-    another one. Logits and greedy tokens are compared with the model's before it is done.
+    Its model builder makes it. If the builder connected the head to a wrong norm, that is mended.
+    Logits and greedy tokens are then compared with the model's.
     """
     hub = (revision, local_files_only, force_download)
     _export("onnx", model, folder, type, environment, *hub)
@@ -103,8 +105,8 @@ def coreml(
 ) -> None:
     """Write a folder with a package for Core ML, which an application for macOS or iOS runs.
 
-    coremltools converts a program whose logits and greedy tokens are compared with the model's
-    before. Core ML runs on Apple's systems alone, and is not asked.
+    coremltools converts a traced program. The program's logits and greedy tokens are first compared
+    with the model's. The package itself is not run, because Core ML needs one of Apple's systems.
     """
     hub = (revision, local_files_only, force_download)
     _export("coreml", model, folder, type, environment, *hub)

@@ -70,7 +70,7 @@ class ExportSession:
         return self.exported.tokenizer
 
     def conversation(self, system: str | None, max_new_tokens: int) -> Question:
-        """Return what asks one question in the chat template."""
+        """Return a conversation of one message in the chat template."""
         return Question(self, system, max_new_tokens)
 
     def continuation(

@@ -16,12 +16,15 @@ def generate(
     model: opt.Model,
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", callback=opt.text, help="Else --file, else stdin."),
+        typer.Argument(
+            metavar="[PROMPT]", callback=opt.text, help="The prompt; else --file, else stdin."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 512,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Ask in the chat template, or continue.")
+        bool | None,
+        typer.Option("--chat/--raw", help="Answer in the chat template, or continue the text."),
     ] = None,
     system: opt.System = None,
     preset: opt.Preset = None,
@@ -48,8 +51,8 @@ def generate(
     """Answer a prompt, or continue it, and show the text token by token.
 
     A checkpoint with a chat template answers, unless its name has Base in it. --raw continues the
-    prompt without a template, and shows every marker. A folder of lfm2-fast export runs by its own
-    runtime, with --device cpu, gpu or npu.
+    prompt without a template, and shows every marker. A folder that lfm2-fast export wrote runs in
+    its own runtime, with --device cpu, gpu or npu.
     """
     text = _prompt(prompt, file)
     if system is not None:

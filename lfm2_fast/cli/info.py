@@ -23,7 +23,7 @@ def info(
 ) -> None:
     """Show versions, device, the backend of each operation, and why a faster one does not run.
 
-    Of MODEL, only the config is read, or the header of a GGUF file.
+    Only the config of MODEL is read, or the header of its GGUF file.
     """
     from lfm2_fast.cli.environment import checkpoint_facts, machine_facts, show
 

@@ -13,8 +13,8 @@ import torch
 # Far larger than any cache, and small beside the memory of a machine that runs these models.
 COPIED = 1 << 28
 PROC = Path("/proc")
-# A figure is called unsafe from here on: the slow tenth of the times over their median, and the
-# processors that other programs used meanwhile.
+# A figure is called unsafe above these limits: the ninetieth percentile of the times over their
+# median, and the processors that other programs used meanwhile.
 WIDE = 1.25
 BUSY = 0.15
 
@@ -137,7 +137,7 @@ def doubts(times: Sequence[float], others: dict[str, Any]) -> list[str]:
 
 
 def _processors() -> tuple[int, int]:
-    """Ticks that all processors worked, and ticks that the host of a virtual machine took."""
+    """Ticks that all processors worked, and ticks that a virtual machine's host took from them."""
     path = PROC / "stat"
     if not path.is_file():
         return 0, 0

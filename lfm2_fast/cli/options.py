@@ -9,7 +9,7 @@ T = TypeVar("T", str | None, list[str] | None)
 
 
 def text(value: T) -> T:
-    """Return the text. Raises for bytes that are not UTF-8, which are lone surrogates in Python."""
+    """Return the text. Raises BadParameter if it is not UTF-8: Python reads that as surrogates."""
     for each in value if isinstance(value, list) else [value or ""]:
         try:
             each.encode()
@@ -29,13 +29,21 @@ System = Annotated[str | None, typer.Option(callback=text, help="System prompt."
 Preset = Annotated[
     str | None, typer.Option(help="Recommended sampling; else the one that fits MODEL's name.")
 ]
-DoSample = Annotated[bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens, or not.")]
+DoSample = Annotated[
+    bool | None, typer.Option("--do-sample/--greedy", help="Sample tokens, or not.")
+]
 Temperature = Annotated[float | None, typer.Option(help="Sharper below 1; 0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from the most likely tokens with total p.")]
-MinP = Annotated[float | None, typer.Option(help="Draw from tokens above p times the best one.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the most likely tokens whose probabilities add up to p."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Sample from tokens of at least p times the highest probability."),
+]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids repetition.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="The same seed draws the same text.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
 Stop = Annotated[
     list[str] | None, typer.Option(callback=text, help="End after this string; repeatable.")
 ]
@@ -53,17 +61,17 @@ GGUFFile = Annotated[
 Adapter = Annotated[
     str | None, typer.Option(help="LoRA adapter that is merged while loading: hub id or folder.")
 ]
-MaxLength = Annotated[int | None, typer.Option(help="Bound of the context in tokens.")]
+MaxLength = Annotated[int | None, typer.Option(help="Largest context in tokens.")]
 ServedModelName = Annotated[
     list[str] | None, typer.Option(help="Name that requests may ask for; repeatable.")
 ]
 MaxRows = Annotated[int, typer.Option(min=1, help="Texts that are written at the same time.")]
 MaxModelLen = Annotated[
-    int | None, typer.Option("--max-model-len", min=1, help="Bound of the context in tokens.")
+    int | None, typer.Option("--max-model-len", min=1, help="Largest context in tokens.")
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Memory of the context: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
+    typer.Option(help="Memory of the KV cache: 8GB, 50%; else 25% on a CPU, 85% on a GPU."),
 ]
 ChatTemplate = Annotated[Path | None, typer.Option(help="File with another chat template.")]
 Environment = Annotated[
@@ -78,17 +86,18 @@ ForceDownload = Annotated[
     bool, typer.Option("--force-download", help="Download files again that the cache has.")
 ]
 Replicas = Annotated[
-    int | None, typer.Option(min=1, help="Engines that work side by side, run by Ray.")
+    int | None, typer.Option(min=1, help="Engines that run side by side, managed by Ray.")
 ]
 RayAddress = Annotated[
     str | None,
-    typer.Option(help="Ray cluster that runs them: auto, HOST:PORT; else one of this command."),
+    typer.Option(help="Ray cluster to use: auto, HOST:PORT; else this command starts one."),
 ]
 CpusPerReplica = Annotated[
-    float | None, typer.Option(min=0, help="Cores; else a replica's share, or 1 beside a GPU.")
+    float | None,
+    typer.Option(min=0, help="Cores of a replica; else an equal share, or 1 beside a GPU."),
 ]
 GpusPerReplica = Annotated[
-    float | None, typer.Option(min=0, help="GPUs; else 1 if --device may be one.")
+    float | None, typer.Option(min=0, help="GPUs of a replica; else 1 if --device allows a GPU.")
 ]
 
 # The parameters of a command that are arguments of ``load``.
@@ -112,7 +121,7 @@ def loading_options(context: typer.Context) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> str:
-    """Return a file's text, without the line feed that ends it."""
+    """Return a file's text without its last line feed. Raises ValueError if it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

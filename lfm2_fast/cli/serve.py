@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lfm2_fast.cli import options as opt
+
+if TYPE_CHECKING:
+    from lfm2_fast.cli.terminal import Terminal
 
 # Options of other servers that this one refuses, with advice.
 REFUSED = {
@@ -40,7 +44,9 @@ def serve(
     max_rows: opt.MaxRows = 16,
     max_model_len: opt.MaxModelLen = None,
     memory: opt.Memory = None,
-    max_queue: Annotated[int, typer.Option(min=0, help="Texts that wait; then 503.")] = 1024,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="Texts that may wait; more get status 503.")
+    ] = 1024,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds that a request may take.")
     ] = None,
@@ -55,7 +61,8 @@ def serve(
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Show a page at /.")] = True,
     prompt_lookup: Annotated[
-        int, typer.Option(min=0, help="Tokens to draft out of the text; no text changes. Try 7.")
+        int,
+        typer.Option(min=0, help="Tokens to draft by prompt lookup, like 7; no text changes."),
     ] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -66,7 +73,7 @@ def serve(
     local_files_only: opt.LocalFilesOnly = False,
     force_download: opt.ForceDownload = False,
     drafter: Annotated[
-        str | None, typer.Option(help="DSpark drafter, hub id or folder; no text changes.")
+        str | None, typer.Option(help="DSpark drafter: hub id or folder; no text changes.")
     ] = None,
     named_adapters: Annotated[
         list[str] | None,
@@ -87,16 +94,17 @@ def serve(
     ray_address: opt.RayAddress = None,
     min_replicas: Annotated[int | None, typer.Option(min=0, help="Fewest replicas.")] = None,
     max_replicas: Annotated[
-        int | None, typer.Option(min=1, help="Most replicas; as many as the requests need run.")
+        int | None, typer.Option(min=1, help="Most replicas; as many run as the requests need.")
     ] = None,
     target_ongoing_requests: Annotated[
-        float | None, typer.Option(min=0.1, help="Requests of a replica; else --max-rows.")
+        float | None,
+        typer.Option(min=0.1, help="Requests at once that a replica should have; else --max-rows."),
     ] = None,
     cpus_per_replica: opt.CpusPerReplica = None,
     gpus_per_replica: opt.GpusPerReplica = None,
     no_prefix_routing: Annotated[
         bool,
-        typer.Option("--no-prefix-routing", help="Send requests to any replica that is free."),
+        typer.Option("--no-prefix-routing", help="Route requests without regard to their prefix."),
     ] = False,
     tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
     context_shift: Annotated[bool, typer.Option("--context-shift", hidden=True)] = False,
@@ -112,20 +120,14 @@ def serve(
         value = context.params[name]
         if value is True or value not in (None, False, 1):
             raise ValueError(f"--{name.replace('_', '-')} is not supported: {advice}")
-    from lfm2_fast.cli.session import load_both
     from lfm2_fast.cli.terminal import Terminal
     from lfm2_fast.hf.loading import check_options
-    from lfm2_fast.server.run import bound_socket, check_extra, create_app, run, url_of
+    from lfm2_fast.server.run import check_extra
 
     check_extra()
     template = None if chat_template is None else opt.read_text(chat_template)
     loading = opt.loading_options(context)
     check_options(**loading)
-    adapters: dict[str, str] = {}
-    for name, path in map(_named, named_adapters or ()):
-        if name in adapters:
-            raise ValueError(f"--adapter {name}= is given twice; give each adapter its own name")
-        adapters[name] = path
     terminal = Terminal()
     if not (api_key or host.startswith(LOOPBACK)):
         terminal.note("without --api-key everyone who reaches this address may call")
@@ -144,7 +146,7 @@ def serve(
         "page": page,
         "prompt_lookup": prompt_lookup,
         "drafter": drafter,
-        "adapters": adapters,
+        "adapters": _by_name(named_adapters or ()),
         "load_adapters": load_adapters,
         "max_adapters": max_adapters,
         "max_lora_rank": max_lora_rank,
@@ -170,9 +172,24 @@ def serve(
         return
     if no_prefix_routing:
         raise ValueError("--no-prefix-routing needs replicas: add --replicas or --ray-address")
+    _serve_one(terminal, model, loading, options, (host, port), drain, ready)
+
+
+def _serve_one(
+    terminal: Terminal,
+    model: str,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+    address: tuple[str, int],
+    drain: int,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve one engine until Ctrl-C or SIGTERM; ``ready`` gets its URL."""
+    from lfm2_fast.cli.session import load_both
+    from lfm2_fast.server.run import bound_socket, create_app, run, url_of
+
     # A port in use is an error before the weights are loaded.
-    bound = bound_socket(host, port)
-    with bound:
+    with bound_socket(*address) as bound:
         loaded, tokenizer = load_both(terminal, model, **loading)
         app = create_app(loaded, tokenizer=tokenizer, **options)
         service = app.state.service
@@ -183,12 +200,17 @@ def serve(
         terminal.note("the server has stopped")
 
 
-def _named(adapter: str) -> tuple[str, str]:
-    """Return name and path of ``NAME=PATH``. Raises ValueError for what is none."""
-    name, _, path = adapter.partition("=")
-    if not name or not path:
-        raise ValueError(f"--adapter {adapter!r} is not NAME=PATH")
-    return name, path
+def _by_name(adapters: Sequence[str]) -> dict[str, str]:
+    """Return the paths of adapters ``NAME=PATH`` by name. Raises ValueError for another form."""
+    paths: dict[str, str] = {}
+    for adapter in adapters:
+        name, _, path = adapter.partition("=")
+        if not name or not path:
+            raise ValueError(f"--adapter {adapter!r} is not NAME=PATH")
+        if name in paths:
+            raise ValueError(f"--adapter {name}= is given twice; give each adapter its own name")
+        paths[name] = path
+    return paths
 
 
 def _log_requests() -> None:

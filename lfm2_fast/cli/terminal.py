@@ -75,14 +75,14 @@ def _write(console: Console, text: str, style: str) -> None:
 
 
 class _Notes(logging.Handler):
-    """Shows what is logged as notes."""
+    """Shows log messages as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         Terminal().note(record.getMessage())
 
 
 def show_loading_notes() -> None:
-    """Show what loading weights has to tell, like the types of a GGUF file, from now on."""
+    """Show the notes of loading weights, like the types of a GGUF file, from now on."""
     logger = logging.getLogger("lfm2_fast.weights")
     if not any(isinstance(each, _Notes) for each in logger.handlers):
         logger.addHandler(_Notes())

@@ -82,7 +82,7 @@ def _is_text(id: str) -> bool:
 
 
 class RequestTables(RequestLines):
-    """Rows of Parquet files of requests, as lines. A row that is no request keeps its custom_id.
+    """Rows of Parquet files of requests, as lines. A wrong request keeps its custom_id.
 
     Raises ValueError without that column.
     """
@@ -91,7 +91,7 @@ class RequestTables(RequestLines):
         super().__init__(paths, file_extensions=["parquet"])
         with self._open_input_source(self._filesystem, self._paths()[0]) as file:
             if "custom_id" not in pq.read_schema(file).names:
-                raise ValueError(f"{paths} has no column custom_id")
+                raise ValueError(f"{paths} has no column custom_id; add one, different in each row")
 
     def _open_input_source(self, filesystem: Any, path: str, **options: Any) -> Any:
         # The format is read from its end.

@@ -1,4 +1,4 @@
-"""Front: what takes requests over HTTP and passes each to a replica."""
+"""Front: takes requests over HTTP and passes each to a replica."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCOPE = (
     "type asgi http_version method scheme path raw_path query_string root_path headers client "
     "server"
 ).split()
-# Endpoints that speak of one engine, which a service of many has no single answer to.
+# Endpoints about one engine. A service of several has no single answer to them.
 OF_ONE_ENGINE = ("/metrics", "/slots")
 
 
@@ -54,8 +54,8 @@ class Front:
             return Refusal(error, self._origins)
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         if path in OF_ONE_ENGINE:
-            message = f"{path} is of one engine, and this service has several: Ray's metrics"
-            message += " have the numbers of each replica"
+            message = f"{path} is about one engine, and this service has several: read Ray's"
+            message += " metrics, which have the numbers of each replica"
             error = ApiError(message, status=404, code="unsupported_endpoint")
             return Refusal(error, self._origins)
         try:
@@ -68,7 +68,7 @@ class Front:
         return Relay(self._answer.remote(scope, body), self._origins)
 
     async def _body(self, request: Request) -> bytes:
-        # No other endpoint reads a body, and of a client without a key none may be read.
+        # No other endpoint reads a body. The body of a client without a key must not be read.
         if request.method != "POST" or request.scope["path"] in OPEN:
             return b""
         return await Request(request.scope, self._checks.bounded(request.receive)).body()

@@ -24,7 +24,7 @@ def blocks_of(body: bytes) -> tuple[int, ...]:
     """Return the hash chain of a request's prompt, one hash for each full block.
 
     Two bodies have as many hashes in common as their prompts have blocks. A conversation that has
-    grown begins with the hashes of the shorter one. A body that is no request has none.
+    grown begins with the hashes of the shorter one. A body that is not a request has no hashes.
     """
     try:
         told = json.loads(body)
@@ -44,10 +44,10 @@ def blocks_of(body: bytes) -> tuple[int, ...]:
 
 
 class PrefixAffinity:
-    """Memory of which replica got which blocks, and the order of replicas for a prompt.
+    """Record of the blocks that each replica got, and the order of replicas for a prompt.
 
-    A replica costs the blocks that it does not hold, and ``request_cost`` blocks for each request
-    that it runs. Routers that know nothing of each other break ties alike, by rendezvous hashing.
+    The cost of a replica is the number of blocks that it does not hold, and ``request_cost`` blocks
+    for each request that it runs. Independent routers break ties alike, by rendezvous hashing.
     """
 
     def __init__(self, request_cost: float = REQUEST_COST, capacity: int = CAPACITY) -> None:

@@ -74,7 +74,7 @@ class Scale:
         return {"num_cpus": cpus, "num_gpus": gpus}
 
     def _share(self, nodes: Sequence[float]) -> float:
-        """Return the most whole cores of which all replicas find their number, or a part of one."""
+        """Return the most whole cores that every replica can have on a node, or a part of one."""
         for cores in range(int(max(nodes)), 0, -1):
             if sum(int(own // cores) for own in nodes) >= self.most:
                 return float(cores)

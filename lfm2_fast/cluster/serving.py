@@ -76,7 +76,7 @@ def _make(options: dict[str, Any]) -> Any:
 def _keys(given: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the keys that are given, else those in this process's environment."""
     if isinstance(given, str):
-        # An empty text is no key, and not the absence of one: the application refuses it.
+        # An empty text does not mean "no keys": the application refuses it.
         return (given,)
     return tuple(given or os.environ.get("LFM2_FAST_API_KEY", "").split())
 

@@ -192,11 +192,11 @@ async def run_batch(
     output: Output,
     *,
     at_once: int,
-    told: Callable[[Summary], None] = lambda summary: None,
+    progress: Callable[[Summary], None] = lambda summary: None,
 ) -> Summary:
     """Answer the requests of lines that the output does not answer, ``at_once`` at a time.
 
-    Answers are appended one by one, and ``told`` is called after each. A wrong request gets an
+    Answers are appended one by one, and ``progress`` is called after each. A wrong request gets an
     error as its answer. If the engine itself ends, its error is raised.
     """
     summary = Summary()
@@ -210,7 +210,7 @@ async def run_batch(
             made = await answer_line(service, line)
             output.write(made)
             _count(summary, made)
-            told(summary)
+            progress(summary)
 
     workers = [asyncio.ensure_future(work()) for _ in range(at_once)]
     try:

@@ -111,7 +111,7 @@ def test_what_was_interrupted_goes_on(service, requests: Path, tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answered(service, lines_of(requests), path, told=stop)
+        answered(service, lines_of(requests), path, progress=stop)
     assert len(told(path)) == 4
     assert answered(service, lines_of(requests), path).kept == 4
     assert len(told(path)) == 10

@@ -83,7 +83,11 @@ def test_the_command_writes_what_it_says(
     for arguments, code, said in (
         ([str(tiny), str(path), "--type", "Q4_0"], 0, "2.2 MB"),
         ([str(tiny), str(path), "--type", "q4_k"], 2, "type='q4_k' is not supported; use f32, f16"),
-        ([str(q4_0), str(path)], 2, "is a GGUF file itself: llama.cpp's llama-quantize converts"),
+        (
+            [str(q4_0), str(path)],
+            2,
+            "is already a GGUF file: convert it with llama.cpp's llama-quantize",
+        ),
     ):
         with pytest.raises(SystemExit) as left:
             main(["export", "gguf", *arguments])
