@@ -47,7 +47,7 @@ def bench_start(benchmark: Any, command: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def bench_load(benchmark: Any, size: str, dtype: str) -> None:
-    """Time of loading in a new process, with its import; and without it, beside that."""
+    """Time of loading in a new process, with the import, and beside it without the import."""
     folder = str(checkpoint(size))
     found: list[list[float]] = []
     benchmark.group = f"{size} load"

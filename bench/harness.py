@@ -20,7 +20,7 @@ from bench.shapes import TINY
 
 OUT = results.RESULTS / "harness.json"
 ROWS = 40
-# Words of a prompt, of what is to follow it, and of a passage that is scored whole.
+# Words of a prompt, of its continuation, and of a passage that is scored whole.
 PROMPT, ANSWER, PASSAGE = 24, 4, 120
 
 

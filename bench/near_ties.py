@@ -1,8 +1,8 @@
-"""Near-ties: where two runs of one request part, held against the model in float64.
+"""Near-ties: the first difference of two runs of a request, compared with the model in float64.
 
-Two runs in other chunks round otherwise, so a token may differ where two logits are as good as
-equal. The first token that differs must be a near-tie: in float64 it is no further below the best
-than the logits of the run alone are wrong.
+Two runs in different chunks round differently, so a token may differ where two logits are almost
+equal. The first token that differs must be a near-tie: in float64 it is below the best by at most
+the error of the logits of the run alone.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Setup:
         self.cache.reserve(self.batch)
 
     def fill(self) -> None:
-        """Let the cache hold random numbers."""
+        """Fill the cache with random numbers."""
         count = self.cache.pool.memory.count
         for state in self.cache.layers:
             paged = isinstance(state, KVPages)

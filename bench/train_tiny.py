@@ -57,7 +57,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Generated indices, change lists, licences and tables of contents teach nothing worth saying.
+# Generated indices, change lists, licences and tables of contents teach nothing useful.
 SKIPPED_PAGES = re.compile(
     r"genindex|py-modindex|changelog|/contents|license|copyright|legalnotice|/search|download|distutils/"
     r"|bookindex|/index\.html|release|infoschema|/catalog-|errcodes|features|keywords|_sources|acronyms"
@@ -113,7 +113,7 @@ def plain(element: lxml.html.HtmlElement) -> str:
 
 
 def read_page(path: Path, where: str) -> Page:
-    """Reads one HTML page (Sphinx or DocBook): headings, terms, paragraphs; no code, no tables."""
+    """Read one HTML page (Sphinx or DocBook): headings, terms, paragraphs; no code, no tables."""
     root = lxml.html.fromstring(path.read_bytes())
     page = Page(where)
     for part in root.xpath(SKIPPED_PARTS):
@@ -328,14 +328,14 @@ def samples(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def amend(path: Path, **values: object) -> None:
-    """Sets values in a JSON file."""
+    """Set values in a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
 def publish(
     folder: Path, model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: dict[str, str]
 ) -> float:
-    """Saves the weights in bf16, measures what was saved, and puts each file in its place."""
+    """Save the weights in bf16, measure the saved model, and put each file in its place."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as name:
         fresh = Path(name)
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(fresh)
@@ -367,7 +367,7 @@ def main(
     save_every: Annotated[int, typer.Option(help="Steps between two writings.")] = 300,
     seed: Annotated[int, typer.Option(help="Decides everything that is drawn.")] = 0,
 ) -> None:
-    """Trains the tokenizer and the model on the given documentation and writes the folder."""
+    """Train the tokenizer and the model on the given documentation, and write the folder."""
     torch.set_num_threads(1)
     pages, held_out = read_corpus(folders, seed)
     (out / "heldout.txt").write_text(held_out)

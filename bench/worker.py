@@ -34,7 +34,7 @@ GPU_ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "transformers": ("gpu.engines", "HuggingFace", {}),
     "transformers compiled": ("gpu.engines", "HuggingFaceCompiled", {}),
 }
-# What their logits are held against.
+# References for their logits.
 REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "reference": ("cpu.engines", "Ours", {"dtype": "float32", "backend": "eager"}),
     "plain": ("cpu.engines", "Ours", {"dtype": "bfloat16", "backend": "eager"}),
@@ -115,7 +115,7 @@ class Service:
         return time.perf_counter() - begin
 
     def make(self, config: str, device: str) -> float:
-        """Instead of loading: make the model of that config file, with random weights."""
+        """Make the model of that config file with random weights, instead of loading one."""
         begin = time.perf_counter()
         self.engine.make(Path(config), device)
         return time.perf_counter() - begin
@@ -136,7 +136,7 @@ class Service:
 
 
 def main() -> None:
-    # What libraries print must not come between the answers.
+    # Output of libraries must not come between the answers.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""Requests that are sent while things break, and how each ended."""
+"""Requests that are sent while parts of a service fail, and the end of each."""
 
 from __future__ import annotations
 

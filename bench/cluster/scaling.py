@@ -4,7 +4,7 @@
 
 An engine's step is a sleep after the small checkpoint's own few milliseconds, so that replicas do
 not compete for this machine's cores. A perfect service of n replicas has n times the tokens a
-second of one. Each replica is asked for half as much again as it has rows.
+second of one. Each replica gets 1.5 times as many requests as it has rows.
 """
 
 from __future__ import annotations

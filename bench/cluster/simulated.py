@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def eventually(true: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen in time"

@@ -1,4 +1,4 @@
-"""Applications whose engine makes steps of a fixed time, for replicas of many on few cores."""
+"""Applications whose engine has steps of a fixed time, to run many replicas on few cores."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def run(*command: str | Path) -> None:
 
 
 def link(objects: list[Path], program: Path) -> Path:
-    """Link a program. What it does not call may be missing, as llama.cpp's plain bodies are."""
+    """Link a program. It may lack functions that it does not call, like llama.cpp's plain ones."""
     run(CXX, "-static", "-Wl,--unresolved-symbols=ignore-all", *objects, "-o", program)
     return program
 
@@ -133,7 +133,7 @@ def main() -> None:
         if shutil.which(tool) is None:
             parser.error(f"{tool} is missing: apt-get install g++-aarch64-linux-gnu qemu-user")
     if not given.sources.is_dir():
-        parser.error(f"{given.sources} is no folder: make peers unpacks llama.cpp's sources")
+        parser.error(f"{given.sources} is not a folder: make peers unpacks llama.cpp's sources")
     figures, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
         programs = build(Path(folder), given.sources)

@@ -3,7 +3,7 @@
     python -m bench.cpu.batch_int4 --size 350M
 
 ``llama-bench`` runs one sequence, so its server runs eight requests at once. A rate is that of the
-steps alone: the seconds of requests for one token are taken off those of requests for more.
+steps alone: the seconds of requests for one token are subtracted from those of longer requests.
 """
 
 from __future__ import annotations

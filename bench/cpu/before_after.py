@@ -3,8 +3,8 @@
     python -m bench.cpu.before_after ../before --size 350M
 
 The other checkout needs an environment of its own, in ``.venv``, with its extension built. Both run
-the same checkpoint, each in its own process. Their logits are held against each other before
-anything is timed. Figures are ratios of medians, after over before.
+the same checkpoint, each in its own process. Their logits are compared before anything is timed.
+Figures are ratios of medians, after over before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENGINES = ("lfm2_fast", "lfm2_fast int8")
 def open_pair(name: str, before: Path, folder: Path, threads: int) -> list[Remote]:
     """Return the engine of that name from both checkouts, loaded, the older one first.
 
-    Raises EngineError where one does not run, or their logits differ by more than rounding.
+    Raises EngineError if one does not run, or if their logits differ by more than rounding.
     """
     pair = []
     for label, root in (("before", before), ("after", ROOT)):

@@ -4,8 +4,8 @@
     python -m bench.cpu.beside_llama --size 1.2B --kind Q4_0 --quantization int4
 
 Both run the same GGUF file; with ``--quantization`` this package quantizes the checkpoint that the
-file was made of. Logits are held against those of llama.cpp's server before anything is timed, so
-that no reference in float32 has to run: ``peers`` has one, and more engines.
+file was made of. Before anything is timed, logits are compared with those of llama.cpp's server.
+So no reference in float32 has to run. ``peers`` has one, and more engines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def open_pair(
 ) -> tuple[Remote, LlamaBench]:
     """Return this package's engine and llama.cpp's, whose logits agree.
 
-    ``size`` is the vocabulary's. Raises EngineError where one does not run, or they differ.
+    ``size`` is the vocabulary's. Raises EngineError if one does not run, or if they differ.
     """
     theirs = LlamaBench(programs, kind, folder, threads)
     exact, _, _ = theirs.inspect(size)
@@ -71,7 +71,7 @@ def main() -> None:
     given = parser.parse_args()
     names = given.cases.split(",")
     if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--cases {unknown[0]!r} is none of {', '.join(CASES)}")
+        parser.error(f"--cases {unknown[0]!r} is not one of {', '.join(CASES)}")
     torch.set_num_threads(given.threads)
     folder, vocabulary = checkpoint(given.size), config_of(given.size).vocab_size
     ours, theirs = open_pair(

@@ -31,23 +31,21 @@ def write_drafter(
     taps: list[int] | None = None,
     **changes: Any,
 ) -> Path:
-    """Write a random drafter of a target, as LiquidAI's checkpoints are; return its folder.
+    """Write a random drafter of a target, in the form of LiquidAI's; return its folder.
 
     ``taps`` are the layers of the target that it reads: by default the first and the last but one.
     """
     folder.mkdir()
     layers = target.num_hidden_layers
-    hidden, width = target.hidden_size, target.head_dim
-    heads, kv = target.num_attention_heads * width, target.num_key_value_heads * width
     taps = taps or [0, layers - 2]
     fields = {
         "architectures": ["Lfm2DSparkDraftModel"],
         "model_type": "qwen3",
-        "hidden_size": hidden,
+        "hidden_size": target.hidden_size,
         "num_hidden_layers": depth,
         "num_attention_heads": target.num_attention_heads,
         "num_key_value_heads": target.num_key_value_heads,
-        "head_dim": width,
+        "head_dim": target.head_dim,
         "intermediate_size": inner,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
@@ -67,8 +65,23 @@ def write_drafter(
         "enable_confidence_head": True,
     } | changes
     (folder / "config.json").write_text(json.dumps(fields))
-    shapes = {
-        "fc.weight": (hidden, len(taps) * hidden),
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes_of(target, depth, rank, inner, len(taps)).items():
+        drawn = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + drawn / 4 if len(shape) == 1 else drawn / math.sqrt(shape[1])
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def shapes_of(
+    target: Any, depth: int, rank: int, inner: int, taps: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a drafter, by name."""
+    hidden, width = target.hidden_size, target.head_dim
+    heads, kv = target.num_attention_heads * width, target.num_key_value_heads * width
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, taps * hidden),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
         "markov_head.markov_w1.weight": (target.vocab_size, rank),
@@ -91,10 +104,4 @@ def write_drafter(
             f"{at}mlp.up_proj.weight": (inner, hidden),
             f"{at}mlp.down_proj.weight": (hidden, inner),
         }
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, shape in shapes.items():
-        drawn = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + drawn / 4 if len(shape) == 1 else drawn / math.sqrt(shape[1])
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return shapes

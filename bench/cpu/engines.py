@@ -27,9 +27,7 @@ class Engine(Protocol):
         """
 
     def decode(self, steps: int) -> list[float]:
-        """Continue every sequence greedily by ``steps`` tokens, and return the seconds of each
-        step.
-        """
+        """Continue every sequence greedily by ``steps`` tokens; return the seconds of each step."""
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
         """Return logits ``[steps, vocabulary]`` float32 after ``tokens`` and after each token 1."""

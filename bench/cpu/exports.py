@@ -39,7 +39,7 @@ Run = Callable[[list[int] | None], object]
 
 
 def ours(folder: Path, quantization: str | None, room: int) -> Run:
-    """Return what runs this package's model."""
+    """Return a function that runs this package's model on token ids."""
     model = lfm2_fast.load(folder, device="cpu", dtype="bfloat16", quantization=quantization)
     cache = new_cache(model.network, 1, room)
     runner = ModelRunner(model.network, cache)
@@ -55,10 +55,10 @@ def ours(folder: Path, quantization: str | None, room: int) -> Run:
 
 @contextmanager
 def exported(folder: Path, environment: Path | None, room: int) -> Iterator[tuple[Run, Runtime]]:
-    """Give what runs an export, and its runtime."""
+    """Give a function that runs an export on token ids, and its runtime."""
     record = read_record(str(folder))
     if record is None:
-        raise SystemExit(f"{folder} is no export")
+        raise SystemExit(f"{folder} is not an export: write one with lfm2-fast export")
     vendor = VENDORS[record["runtime"]]
     python = vendor_python(vendor.name, vendor.modules[-1:], environment, print)
     with Runtime(python, vendor.name, folder, context=room) as runtime:

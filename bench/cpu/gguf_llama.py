@@ -2,8 +2,8 @@
 
     make peers && python -m bench.cpu.gguf_llama real && python -m bench.cpu.gguf_llama random
 
-Logits of both stand against those of the file's dequantized weights in float32, and against the
-error that llama.cpp's rounding of activations alone makes there. Greedy tokens are compared.
+Logits of both are compared with those of the file's dequantized weights in float32. The allowed
+error is that of llama.cpp's rounding of activations alone. Greedy tokens are compared too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KINDS = (*KEPT, "Q3_K_M", "Q2_K", "IQ4_NL")
 PROMPTS, STEPS, WRITTEN = 6, 6, 48
 # The small checkpoint's <|endoftext|> and <|im_end|>.
 ENDS = [2, 7]
-# Share by which an error may be larger than what explains it: llama.cpp also keeps keys in float16.
+# Factor by which an error may exceed that of rounding: llama.cpp also keeps keys in float16.
 SLACK = 1.25
 # Takes any tokenizer for LFM2's, since the converter knows published ones by their hash.
 CONVERT = """
@@ -61,7 +61,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 @dataclass(frozen=True)
 class Found:
-    """Distances of logits from the exact ones, relative to their size; of tokens, those equal.
+    """Distances of logits from the exact ones, relative to their size, and counts of equal tokens.
 
     ``rounded`` is the error of llama.cpp's rounding of activations alone. ``ours`` is in float32,
     ``ours_bfloat16`` as ``load`` does it. ``written`` has the number of equal greedy tokens of each

@@ -2,7 +2,7 @@
 
     make peers && python -m bench.cpu.gguf_loss
 
-Both are measured where llama-perplexity does: over the second half of pieces, each of which begins
+Both are measured as llama-perplexity does it: over the second half of pieces, each of which begins
 with the first token of texts.
 """
 
@@ -55,7 +55,7 @@ def divergence(
 
 
 def llama_divergence(base: Path, path: Path, text: Path, folder: Path) -> dict[str, float]:
-    """Return what llama-perplexity says of a file; ``kl_error`` is the standard error of its KL."""
+    """Return llama-perplexity's figures of a file; ``kl_error`` is the standard error of its KL."""
     scores = folder / "scores"
     common = [program("llama-perplexity"), "-f", text, "-c", WINDOW, "-t", 1, "-b", WINDOW]
     for words in (
@@ -74,7 +74,7 @@ def llama_divergence(base: Path, path: Path, text: Path, folder: Path) -> dict[s
     }.items():
         match = re.search(pattern, told)
         if match is None:
-            raise RuntimeError(f"llama-perplexity did not tell {name}: {told[-300:]}")
+            raise RuntimeError(f"llama-perplexity did not print {name}: {told[-300:]}")
         value = float(match[1])
         found[name] = value if name.startswith("kl") else float(np.log(value))
     return found

@@ -80,7 +80,7 @@ def trained_tokenizer(vocab_size: int) -> Any:
 
 
 def turn(engine: lfm2_fast.Engine, rows: int, steps: int, grammar: Grammar | None) -> float:
-    """Return the mean seconds of a step in which ``rows`` rows are written."""
+    """Return the mean seconds of a step that writes to ``rows`` rows."""
     for row in range(rows):
         request = lfm2_fast.Request(prompt(row, 8), max_tokens=steps + FIRST, constraint=grammar)
         engine.add(request)

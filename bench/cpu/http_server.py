@@ -3,9 +3,10 @@
     python -m bench.cpu.http_server client schema --quantization int8 --rounds 2
 
 A call measures rows, and adds their rounds to those that the file has. ``requests`` come all at
-once; ``client`` is alone; ``conversation`` goes on, and is edited in its middle. These ask both
-servers, in turns. ``cost`` is what HTTP adds to the engine, ``schema`` what a JSON schema adds.
-``gate`` holds the peer's logits against the reference, once. ``make peers`` builds llama.cpp.
+once; ``client`` is alone; ``conversation`` has a second turn, and an edit in its middle. These ask
+both servers, in turns. ``cost`` is the time that HTTP adds to the engine, ``schema`` the time that
+a JSON schema adds. ``gate`` compares the peer's logits with the reference, once. ``make peers``
+builds llama.cpp.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bench.shapes import SIZES, TINY, checkpoint
 from lfm2_fast.cli.machine_load import Neighbours, quantile
 
 HOST = "127.0.0.1"
-# An array that no stream comes to the end of.
+# An array that is longer than any stream.
 SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 10_000}
 
 
@@ -195,7 +196,7 @@ def cost(model: Any) -> Any:
 
 
 def gate(file: Path, folder: Path, threads: int, kind: str) -> None:
-    """Raise EngineError where llama.cpp's logits of the file are not the reference's."""
+    """Raise EngineError if llama.cpp's logits of the file are not the reference's."""
     with llama_server(program("llama-server"), folder, threads, 384, kind):
         print(f"the logits of {file.name} are right")
 

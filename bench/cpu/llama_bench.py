@@ -51,9 +51,7 @@ class LlamaBench:
             return logits, server.seconds, memory(pid=server.process.pid)
 
     def rate(self, context: int, steps: int) -> float:
-        """Return tokens a second of one run: of ``steps`` after ``context``, or of the context
-        without steps.
-        """
+        """Return tokens a second of ``steps`` after ``context``; without steps, of the context."""
         prompt, depth = (0, context) if steps else (context, 0)
         wanted = {"n_prompt": prompt, "n_depth": depth, "n_gen": steps, "n_threads": self.threads}
         # Weights are in memory of the process, as in the other engines.

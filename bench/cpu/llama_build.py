@@ -75,7 +75,7 @@ def run(command: Sequence[str], missing: str) -> None:
 
 
 def tool(name: str) -> str:
-    """Path of ``cmake`` or ``ninja``: beside this Python, on PATH, or installed by pip now."""
+    """Return the path of ``cmake`` or ``ninja``: beside this Python, on PATH, or installed now."""
     beside = str(Path(sys.executable).parent)
     where = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
     if found := shutil.which(name, path=where):

@@ -159,7 +159,7 @@ class LlamaServer:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise EngineError(f"a request failed: {error}; {self._said()}", self.name) from error
         if not isinstance(found, dict):
-            raise EngineError(f"its answer is no object: {found!r:.80}", self.name)
+            raise EngineError(f"its answer is not an object: {found!r:.80}", self.name)
         return found
 
     def _wait(self, until: float) -> None:

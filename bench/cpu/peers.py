@@ -94,16 +94,16 @@ def turn(engine: Engine, case: Workload, room: int) -> float:
 
 
 def interleave(
-    engines: Sequence[Engine], name: str, rounds: int, told: Callable[[str], None]
+    engines: Sequence[Engine], name: str, rounds: int, tell: Callable[[str], None]
 ) -> list[Figure]:
     """Run the case of that name on all engines, in turns, after one turn each that does not count.
 
-    ``told`` gets a line before every round, with an estimate of what is left. Raises EngineError.
+    ``tell`` gets a line before every round, with an estimate of what is left. Raises EngineError.
     """
     case = CASES[name]
     room = (1 if case.fresh else rounds + 2) * (case.steps + 1)
     samples: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    told(f"{name}: a turn each that does not count")
+    tell(f"{name}: a turn each that does not count")
     for engine in engines:
         if not case.fresh and isinstance(engine, Remote):
             engine.ask("start", batch=case.batch, context=case.context, room=room)
@@ -112,18 +112,16 @@ def interleave(
         turn(engine, case, room)
     for i in range(rounds):
         left = (rounds - i) * (time.monotonic() - begin) / (i + 1)
-        told(f"{name}: round {i + 1} of {rounds}, about {left:.0f} s left of this case")
+        tell(f"{name}: round {i + 1} of {rounds}, about {left:.0f} s left of this case")
         for engine in engines if i % 2 else list(reversed(engines)):
             samples[engine.name].append(turn(engine, case, room))
     return [Figure(name, engine, "tokens/s", found) for engine, found in samples.items()]
 
 
 def measure(
-    engines: list[Engine], name: str, rounds: int, skipped: dict[str, str], told: Any
+    engines: list[Engine], name: str, rounds: int, skipped: dict[str, str], tell: Any
 ) -> list[Figure]:
-    """``interleave`` the engines that run here. One that fails is removed, and the others start
-    over.
-    """
+    """``interleave`` the engines that run here. If one fails, the others start over without it."""
     while True:
         able = []
         for engine in engines:
@@ -132,10 +130,10 @@ def measure(
             else:
                 able.append(engine)
         try:
-            return interleave(able, name, rounds, told)
+            return interleave(able, name, rounds, tell)
         except EngineError as error:
             skipped[f"{error.engine}, from {name} on"] = str(error)
-            told(f"left out from here on: {error.engine}: {error}")
+            tell(f"left out from here on: {error.engine}: {error}")
             (failed,) = (engine for engine in engines if engine.name == error.engine)
             engines.remove(failed)
             failed.close()
@@ -236,7 +234,7 @@ def main() -> None:
     wanted = [every[int(n) - 1] for n in given.cases.split(",")] if given.cases else every
     folder = checkpoint(given.size)
     print(f"{given.size}'s shape, {given.threads} threads, {given.rounds} rounds", flush=True)
-    print("engines load, and their logits are held against the reference's", flush=True)
+    print("engines load, and their logits are compared with the reference's", flush=True)
     right = reference(folder, given.threads)
     engines, figures, skipped = open_engines(names, folder, given.threads, given.llama, right)
     figures.append(import_seconds(5))
@@ -249,7 +247,7 @@ def main() -> None:
             "threads": given.threads,
             "rounds": given.rounds,
             "order": "engines in turns, back and forth; one turn each before that does not count",
-            "sample": "tokens a second of one turn, choice of the likeliest token included",
+            "sample": "tokens a second of one turn, choice of the most likely token included",
             "cases": {name: vars(CASES[name]) for name in wanted},
             "memory": "resident after loading and a few tokens, less what was before loading; "
             "of llama.cpp all of its server's",
@@ -262,10 +260,10 @@ def main() -> None:
     others = Neighbours(own=[engine.process.pid for engine in remotes])
     for place, name in enumerate(wanted):
 
-        def told(text: str, place: int = place) -> None:
+        def tell(text: str, place: int = place) -> None:
             print(f"[{place + 1} of {len(wanted)}] {text}", flush=True)
 
-        figures += measure(engines, name, given.rounds, skipped, told)
+        figures += measure(engines, name, given.rounds, skipped, tell)
         print(f"\n{figure_table(figures, [name])}\n", flush=True)
         found["versions"] |= {key: value for e in engines for key, value in e.versions.items()}
         found |= {"others": others.seen(), "figures": results.as_json(figures)}

@@ -4,9 +4,9 @@
 
 Both backends share one set of random weights. They take turns, a few steps each, so that other load
 of the machine affects both. Whole steps and single operations are timed in separate turns, since
-timing every operation costs time itself. Operations are the fused ones, with what they call, or
-what a CPU graph replays. What is left of a step when they are taken out is Python between them: the
-model, the batch, the cache.
+timing every operation costs time itself. Operations are the fused ones, with all that they call, or
+those that a CPU graph replays. The rest of a step is Python between them: the model, the batch, the
+cache.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def timed(body: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 
 @contextmanager
 def timed_operations(ops: Any, spent: dict[str, list[float]]) -> Iterator[None]:
-    """Note the seconds of the fused operations, each with what it calls."""
+    """Note the seconds of the fused operations, each with all that it calls."""
     inside: list[str] = []
 
     def wrapped(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +123,7 @@ def timed_graphs(spent: dict[str, list[float]]) -> Iterator[None]:
 
     def replay(graph: Any) -> None:
         for operation, arguments, named in graph.recorded or ():
-            # A result that is renewed in place is told by the operation that makes it.
+            # A result that is written in place belongs to the operation that writes it.
             made_by = arguments[1] if operation is cpu_graph._renew else operation
             name = made_by._schema.name.split("::")[1].removesuffix("_native")
             timed(operation, spent[name])(*arguments, **named)
@@ -162,7 +162,7 @@ def microseconds(seconds: float) -> float:
 
 
 def summary(side: Side) -> dict[str, Any]:
-    """Medians, and what the fastest tenth is under, which noise from outside touches least."""
+    """Return medians, and the tenth percentile, which other load changes least."""
     ways = {"p10_us": lambda times: quantile(times, 0.1), "median_us": statistics.median}
     step = {key: microseconds(way(side.steps)) for key, way in ways.items()}
     rows: dict[str, dict[str, Any]] = {}

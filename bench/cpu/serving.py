@@ -192,14 +192,15 @@ def own_time(model: Any, rows: int, steps: int) -> dict[str, float]:
     return {"step": median(whole), "own": median(own), "share": median(own) / median(whole)}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Return the command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="350M", choices=(*SIZES, "tiny"))
     parser.add_argument(
         "--before", type=Path, help="another checkout, with an environment in .venv"
     )
     parser.add_argument(
-        "--llama-server", type=Path, help="default: that of `make peers`, where it was run"
+        "--llama-server", type=Path, help="default: the one that `make peers` built"
     )
     parser.add_argument("--quantization", choices=("int8",))
     parser.add_argument("--threads", type=int, default=2)
@@ -210,7 +211,11 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=16_000, help="tokens of the long prompt")
     parser.add_argument("--figures", nargs="+", default=FIGURES, choices=FIGURES)
     parser.add_argument("--out", type=Path, help="default: bench/results/serving-SIZE.json")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     torch.set_num_threads(given.threads)
     folder = checkpoint(given.size).resolve()
     options = {"quantization": given.quantization} if given.quantization else {}
@@ -222,8 +227,8 @@ def main() -> None:
     new = given.new
     sides = {"engine": lambda: together(model, prompts, new, ROWS)}
     if given.before is not None:
-        root, arguments = given.before.resolve(), (json.dumps([prompts, new]), json.dumps(options))
-        sides["before"] = lambda: before(root, folder, given.threads, ROWS, *arguments)
+        root, texts = given.before.resolve(), (json.dumps([prompts, new]), json.dumps(options))
+        sides["before"] = lambda: before(root, folder, given.threads, ROWS, *texts)
     path = given.llama_server or program("llama-server")
     with ExitStack() as stack:
         own = []

@@ -3,11 +3,11 @@
     python -m bench.cpu.speculation --size 350M
 
 Weights are random, so texts are scripts: the head runs and chooses, and the script's token then
-takes the place of its choice, on both sides alike. There are four texts. One repeats four fifths of
-its prompt, in runs. One has no repetition, and tokens as unequal as words. In one the beginnings
-repeat, but never the continuations. One is guessed by an assistant. A DSpark drafter with random
-weights shows what one costs whose drafts are never right. Then the time of a step that
-checks eight tokens of a long context, over that of one.
+replaces its choice, on both sides. There are four texts. One repeats four fifths of its prompt, in
+runs. One has no repetition, and its tokens are as unequal as words. In one the beginnings repeat,
+but never the continuations. One is guessed by an assistant. A DSpark drafter with random weights
+shows the cost of drafts that are never right. Last comes the time of a step that checks eight
+tokens after a long context, over that of one token.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def repeating(vocab: int) -> list[int]:
 
 
 def misleading() -> list[int]:
-    """Text of so few tokens that each has been there, and none tells the next."""
+    """Text of few tokens, so that each has occurred before, but none predicts the next."""
     return random.Random(2).choices(range(10, 42), k=PROMPT + NEW + 1)
 
 
@@ -163,7 +163,8 @@ def step_seconds(model: Lfm2, context: int, rounds: int) -> dict[str, Any]:
     return {"seconds": {str(n): own for n, own in times.items()}, "verdict": goal}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Return the command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="350M", choices=SIZES)
     parser.add_argument("--quantization", default="int8", choices=("int8", "int4", "none"))
@@ -172,7 +173,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--only", help="one of the cases, by a part of its name")
     parser.add_argument("--out", type=Path, help="default: bench/results/speculation-SIZE.json")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     torch.set_num_threads(given.threads)
     options = {} if given.quantization == "none" else {"quantization": given.quantization}
     model = lfm2_fast.load(checkpoint(given.size), device="cpu", **options).network

@@ -96,7 +96,7 @@ class Compiled:
 
 
 class Target:
-    """All that Triton asks of a driver in order to compile."""
+    """Driver with only the methods that Triton calls to compile."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -115,10 +115,10 @@ class Target:
 def compiling(
     arch: int, only: Collection[str] = (), maxnreg: int | None = None, *, recompile: bool = True
 ) -> Iterator[list[tuple[str, Any, str]]]:
-    """Launches compile for ``arch`` and run nothing; gives each one's name, kernel, ptxas log.
+    """Compile launches for ``arch`` and run nothing; give each one's name, kernel and ptxas log.
 
-    Where ``only`` names any kernels, others are passed over. Kernels in Triton's cache are compiled
-    again only with ``recompile``; otherwise they have no log.
+    If ``only`` names kernels, others are left out. Kernels in Triton's cache are compiled again
+    only with ``recompile``; otherwise they have no log.
     """
     launches: list[tuple[str, Any, str]] = []
     run, chip = triton.runtime.jit.JITFunction.run, tiling.chip
@@ -152,7 +152,7 @@ def launch_all(
     page_size: int = 64,
     pdl: bool = False,
 ) -> None:
-    """Every kernel in each of its shapes, for ``tokens`` of all ``sequences``."""
+    """Launch every kernel in each of its shapes, for ``tokens`` of all ``sequences``."""
     hidden = size.hidden
 
     def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -180,6 +180,24 @@ def launch_all(
         low_rank_triton(x, positions, *stack, stack[2], parts, None, product, low)
     cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
     rope_triton(positions, some(half, dtype=torch.float32), cos, sin)
+    launch_attention(size, (positions, slots, cu_seqlens, lengths, cos, sin), dtype, page_size, pdl)
+
+
+def launch_attention(
+    size: Size,
+    batch: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
+    page_size: int,
+    pdl: bool,
+) -> None:
+    """Launch the kernels that read and write pages, with one page a slot and with several."""
+    positions, slots, cu_seqlens, lengths, cos, sin = batch
+    tokens, sequences = len(positions), len(slots)
+    heads, kv_heads = size.heads, size.kv_heads
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
     norms, eps = (some(size.head_dim), some(size.head_dim)), 1e-5
     qkv = some(tokens, (heads + 2 * kv_heads) * size.head_dim)
     q, out = some(tokens, heads, size.head_dim), some(tokens, heads * size.head_dim)
@@ -227,7 +245,7 @@ def launch_few(
     bits: int = 16,
     pdl: bool = False,
 ) -> None:
-    """Every kernel of few tokens in each of its shapes.
+    """Launch every kernel of few tokens in each of its shapes.
 
     ``bias`` adds a bias where one is possible; ``bits`` 8 and 4 are int8 and int4.
     """
@@ -282,7 +300,7 @@ def step_inputs(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
-    """All kernels of a published size; few of them stand for those with biases and narrow ones."""
+    """Launch all kernels of a published size; biases only at the first one."""
     launch_all(size, dtype, pdl=pdl)
     for bias in (False, True) if size is SIZES[0] else (False,):
         launch_few(size, dtype, bias=bias, pdl=pdl)
@@ -293,9 +311,9 @@ def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
 def launch_sample(
     vocab: int, dtype: torch.dtype, *, sequences: int = 2, pdl: bool = False, most: bool = False
 ) -> None:
-    """Choice of tokens, greedy, drawn, and drawn from what top-k and top-p leave; and after.
+    """Launch the choice of tokens: greedy, sampled, and sampled after a top-k and top-p cut.
 
-    Or the choice alone that asks for ``most``, and so for every kernel.
+    ``most`` launches only the choice that needs every kernel.
     """
     logits = torch.zeros(sequences, vocab, dtype=dtype)
     whole = torch.zeros(sequences, dtype=torch.int64)
@@ -319,9 +337,9 @@ def compile_all(
     *,
     recompile: bool = True,
 ) -> list[Compiled]:
-    """Every kernel that the sizes and vocabularies use, each once.
+    """Return every kernel that the sizes and vocabularies use, each once.
 
-    With ``recompile`` False, kernels in Triton's cache are only assembled again, from their PTX.
+    Without ``recompile``, kernels in Triton's cache are only assembled again, from their PTX.
     """
     found: dict[str, Compiled] = {}
     used_by = {size.name: functools.partial(launch_size, size) for size in sizes}

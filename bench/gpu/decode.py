@@ -3,11 +3,11 @@
     python -m bench.gpu.decode --seconds 480
 
 First a gate: on trained weights, captured and uncaptured steps must give plain PyTorch's tokens. If
-they do not, the file has the differences instead of figures. Then come the limits
-of the GPU (``limits.py``). Then all sizes run twice, the most important first, until the time is
-up: once for the targets (``bench/report/gpu_goals.py``), once for the rest. What was measured is
-written after each. A size has a process of its own each time, and a fresh one after what failed,
-for a fault of a kernel stays with its process.
+they do not, the file has the differences instead of figures. Then come the limits of the GPU
+(``limits.py``). Then all sizes run twice, the most important first, until the time is up: once for
+the targets (``bench/report/gpu_goals.py``), once for the rest. Results are written after each case.
+Each run of a size has its own process, and a new one after a failure, because a process does not
+recover from a kernel's fault.
 
 ``--device cpu --config FILE`` runs the same code on a small model, to see that it runs.
 """
@@ -44,7 +44,7 @@ TELLING, INT8 = "1.2B", "2.6B"
 
 
 def gate(device: torch.device) -> dict[str, Any]:
-    """Tell if tokens are right, on trained weights and in float32, and where they are not."""
+    """Compare tokens of trained weights in float32 with plain PyTorch's; return the differences."""
     fast = lfm2_fast.load(TINY, device=device, dtype="float32")
     plain = lfm2_fast.load(TINY, device=device, dtype="float32", backend="eager")
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71], [1, 80]]
@@ -90,9 +90,9 @@ def first_difference(found: torch.Tensor, expected: torch.Tensor) -> dict[str, A
 def plan(
     configs: dict[str, lfm2_fast.Config], device: torch.device, limits: dict[str, Any]
 ) -> Iterator[tuple[str, list[Case]]]:
-    """Sizes in order, and what to measure of each, by name.
+    """Return the sizes in order, and the cases to measure of each, by name.
 
-    Kernels are counted after all that is timed, for counting slows what comes after it.
+    Kernels are counted after everything that is timed, because counting slows what follows.
     """
     copied, rate = limits["copy_gb_s"], limits["matmul_tflops"]
     short, long, prompt = CONTEXTS[0], CONTEXTS[-1], PROMPTS[-1]

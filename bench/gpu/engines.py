@@ -1,8 +1,8 @@
-"""Engines that are compared on a GPU: the same three calls as those of ``engines.py``.
+"""Engines that are compared on a GPU, with the same three calls as ``bench/cpu/engines.py``.
 
-Each makes its model of a config alone: a generator with a seed gives the same random weights in
-every process, so nothing is written to a disk. The seconds of steps are the device's, between
-moments in its own order of work: an engine whose host is slow shows it as time of the device.
+Each makes its model from a config alone: a generator with a seed gives the same random weights in
+every process, so no file is written. The seconds of steps are between events on the device. A slow
+host shows as time of the device.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ class HuggingFace(bench.cpu.engines.HuggingFace):
 class HuggingFaceCompiled(HuggingFace):
     """transformers' class with its static cache; a step compiled, and replayed as one CUDA graph.
 
-    Inductor's own graphs ("reduce-overhead", what ``generate`` asks for) check and copy on the host
-    at every step. Here the whole step is captured instead, with the choice of the token. The host
-    only starts a replay, so the time is that of the kernels. Coordinate descent makes Inductor
-    write kernels of its own for products with one token, and tunes them. Where the capture fails,
-    "reduce-overhead" is what is timed, and ``how`` says so.
+    Inductor's own graphs ("reduce-overhead", which ``generate`` asks for) check and copy on the
+    host at every step. Here the whole step is captured instead, with the choice of the token. The
+    host only starts a replay, so the time is that of the kernels. Coordinate descent makes Inductor
+    write and tune kernels for products with one token. If the capture fails, "reduce-overhead" is
+    timed, and ``how`` says so.
 
-    On a CPU nothing is compiled but traced, to see that this runs.
+    On a CPU the step is traced and not compiled, to see that this code runs.
     """
 
     def make(self, path: Path, device: str) -> None:
@@ -137,7 +137,7 @@ class HuggingFaceCompiled(HuggingFace):
         return self.torch.compile(forward, dynamic=False, fullgraph=True, **how)
 
     def new_cache(self, batch: int, length: int) -> Any:
-        """One cache of that size, emptied: graphs hold on to its tensors."""
+        """Return the one cache of that size, emptied: graphs point to its tensors."""
         size = (batch, -(-length // 256) * 256)
         if size not in self.caches:
             self.caches[size] = self.package.StaticCache(self.model.config, max_cache_len=size[1])
@@ -202,7 +202,7 @@ class HuggingFaceCompiled(HuggingFace):
 
 
 class Step:
-    """One token more: reads ``tokens [B, 1]``, writes the next there; ``row`` has the logits."""
+    """Step of one token: reads ``tokens [B, 1]`` and writes the next; ``row`` has the logits."""
 
     def __init__(self, compiled: Any, tokens: Any, cache: Any) -> None:
         self.compiled, self.tokens, self.cache = compiled, tokens.clone(), cache

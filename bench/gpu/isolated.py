@@ -24,7 +24,7 @@ from bench.shapes import random_weights
 from lfm2_fast.cli.machine_load import memory
 
 LATE = "not measured: the time was up"
-# Seconds after which a case on a GPU is taken for one that never ends; kernels compile meanwhile.
+# Seconds after which a case on a GPU counts as hanging; they include the compilation of kernels.
 PATIENCE = 120
 
 Name = tuple[str, ...]
@@ -35,9 +35,9 @@ Case = tuple[Name, partial[dict[str, Any]]]
 def isolated(
     config: lfm2_fast.Config, device: torch.device, cases: list[Case], until: float
 ) -> Iterator[tuple[Name, Any]]:
-    """Results of ``measure``, in as many processes as it takes to come to the last case.
+    """Yield results of ``measure``, in as many processes as all cases need.
 
-    None is begun after ``until``, of ``time.monotonic()``, but the very first.
+    Only the first case may begin after ``until``, a time of ``time.monotonic()``.
     """
     spawn, left = multiprocessing.get_context("spawn"), list(cases)
     while left:
@@ -72,7 +72,7 @@ def keep(found: Iterable[tuple[Name, Any]], results: dict[str, Any], out: Path) 
 
 
 def send(pipe: Connection, config: Any, device: torch.device, cases: Any, until: float) -> None:
-    """``measure`` in this process, which ends with it, or where a case never does."""
+    """Run ``measure`` in this process, which ends after it, or when a case hangs."""
 
     def watch() -> None:
         if device.type == "cuda":
@@ -82,14 +82,14 @@ def send(pipe: Connection, config: Any, device: torch.device, cases: Any, until:
     for answer in measure(config, device, cases, until):
         pipe.send(answer)
         watch()
-    # What a fault has left might not let Python end in order.
+    # After a fault, Python might not end in order.
     os._exit(0)
 
 
 def measure(
     config: lfm2_fast.Config, device: torch.device, cases: list[Case], until: float
 ) -> Iterator[tuple[Name, Any]]:
-    """Cases by name, and what was found of each, in order, up to the first that fails."""
+    """Yield cases by name with their results, in order, up to the first that fails."""
     try:
         weights = random_weights(config, torch.bfloat16, device)
         model = lfm2_fast.Lfm2ForCausalLM(config, weights)

@@ -16,7 +16,7 @@ REPLAYS = 100
 
 
 class DeviceClock:
-    """Moments on the device, in its own order of work."""
+    """Events on the device, in its own order of work."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -31,7 +31,7 @@ class DeviceClock:
         self.moments.append(moment)
 
     def microseconds(self) -> list[float]:
-        """From each moment to the next; waits for the last."""
+        """Return the time from each event to the next; waits for the last."""
         pairs = list(zip(self.moments, self.moments[1:], strict=False))
         if not self.cuda:
             return [1e6 * (end - begin) for begin, end in pairs]
@@ -63,7 +63,7 @@ def matmul_rate(device: torch.device, size: int) -> float:
         torch.mm(a, b)
     clock.mark()
     # The first ones choose the library's kernel and raise the clocks.
-    # By digits, not by places: a busy CPU's rate must not become 0, by which others divide.
+    # Rounded to digits, because a busy CPU's rate must not become 0: others divide by it.
     return float(f"{2 * size**3 / quantiles(clock.microseconds()[5:])['p50'] / 1e6:.4g}")
 
 
@@ -96,7 +96,7 @@ def empty_kernels(device: torch.device) -> dict[str, Any]:
 
 
 def told_by_driver() -> str:
-    """GPU's name, driver, clocks and power limit, as its driver tells them."""
+    """Return the GPU's name, driver, clocks and power limit, from its driver."""
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -3,10 +3,10 @@
     python -m bench.gpu.peers --seconds 500
 
 Each engine has its own process, because a compiler's settings, graphs and memory pools belong to a
-process. A crash then affects no other engine. They use the GPU in turns. Size by size, most telling
-first: an engine whose logits are not those of the reference in float32 is left out. This package
-and eager Hugging Face are timed before the third is compiled, and all three after: a cut leaves
-whole rows.
+process. A crash then affects no other engine. They use the GPU in turns. Sizes run one after
+another, the most important first. An engine whose logits are not those of the reference in float32
+is left out. This package and eager Hugging Face are timed before the third is compiled, and all
+three after it. So every row is complete, whenever the time is up.
 
 ``--device cpu --config FILE`` runs the same code on a small model, to see that it runs.
 """
@@ -49,7 +49,7 @@ def turn(engine: Remote) -> list[float]:
 
 
 def in_turns(engines: Sequence[Remote], rounds: int, until: float) -> dict[str, list[list[float]]]:
-    """Turns of each engine, back and forth; fewer than ``rounds`` when it is ``until``."""
+    """Run turns of each engine, back and forth, for ``rounds`` or until the time ``until``."""
     found: dict[str, list[list[float]]] = {engine.name: [] for engine in engines}
     for engine in engines:
         turn(engine)
@@ -62,7 +62,7 @@ def in_turns(engines: Sequence[Remote], rounds: int, until: float) -> dict[str, 
 
 
 def judges(path: Path, device: str) -> tuple[np.ndarray, float]:
-    """Reference's logits in float32, and how far those in bfloat16 may be off."""
+    """Return the reference's logits in float32, and the allowed error of those in bfloat16."""
     config = lfm2_fast.Config.from_file(path)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -89,7 +89,7 @@ class Size:
         self.how = found["how"].setdefault(name, {})
 
     def open(self, name: str) -> None:
-        """Make an engine, if it can run here and is right."""
+        """Make an engine, if it can run here and its logits are right."""
         begin = time.monotonic()
         try:
             engine = Remote(name, gpu=True)
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = Size(name, path, given.device, found)
         for engine in first:
             size.open(engine)
-        # Half of the turns, should compiling take all of the time that is left.
+        # Half of the turns come first, in case compiling takes all of the time that is left.
         until = begin + given.seconds
         size.measure(-(-given.rounds // 2), until)
         results.write(given.out, found)

@@ -1,10 +1,10 @@
-"""Hold a GPU's first figures against predictions: races, rows, kernels, int8, sampling, threads.
+"""Compare a GPU's first figures with predictions: races, rows, kernels, int8, sampling, threads.
 
     python -m bench.gpu.probe --seconds 500 --sizes 1.2B 350M 2.6B
 
-``bench.gpu.decode`` says how fast it is; this says where the model of the machine is wrong. Beside
-each figure stands what was predicted from machine code and arithmetic before any GPU had run it.
-All is written after each case, as JSON. A case has a process of its own after one that failed.
+``bench.gpu.decode`` measures speed; this finds where the model of the machine is wrong. Each figure
+has its prediction beside it, made from machine code and arithmetic before any GPU had run the code.
+Results are written after each case, as JSON. After a failure, the next case gets a new process.
 
 ``--device cpu --config FILE`` runs the same code on a small model, to see that it runs.
 """
@@ -61,7 +61,7 @@ PREDICTED = {
 
 
 def race(model: lfm2_fast.Lfm2ForCausalLM) -> dict[str, Any]:
-    """Tell if dependent launches, plain ones, and both repeated give the same bits."""
+    """Check that dependent launches, plain ones, and both repeated give the same bits."""
     plain, found = steps.plain_of(model), {}
     for rows, context, new in RACES:
         new = new if model.device.type == "cuda" else 8

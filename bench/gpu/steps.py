@@ -1,4 +1,4 @@
-"""Model's work on a GPU in pieces that can be timed: its steps, prompts and first tokens."""
+"""Parts of the model's work on a GPU that can be timed: steps, prompts and first tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Decoding:
         self.begin()
 
     def begin(self) -> None:
-        """Start over with the prompt, and warm up; what was captured stays."""
+        """Start over with the prompt, and warm up; captured graphs stay."""
         context = self.context
         self.end()
         self.cache.reset()
@@ -77,9 +77,9 @@ class Decoding:
         self.run(WARM)
 
     def run(self, count: int) -> list[float]:
-        """Microseconds of each of ``count`` steps or some more, on the device.
+        """Return microseconds on the device of at least ``count`` steps.
 
-        Of steps that are launched together it is their mean.
+        Steps that are launched together have their mean.
         """
         clock, together = DeviceClock(self.model.device), []
         while sum(together) < count:
@@ -90,7 +90,7 @@ class Decoding:
         return [us / steps for us, steps in times for _ in range(steps)]
 
     def launch(self) -> int:
-        """Launch the next steps and read those before; how many were launched."""
+        """Launch the next steps and read those before. Return the number that was launched."""
         assert self.steps is not None
         launched = self.steps.launch()
         assert launched, "there is no room for another step"
@@ -98,7 +98,7 @@ class Decoding:
         return launched
 
     def end(self) -> None:
-        """Read what was launched and not read."""
+        """Read the launches that were not read."""
         if self.steps is not None:
             self.steps.settle()
 
@@ -111,7 +111,7 @@ class Decoding:
     def kernels(self) -> int:
         """Number of kernels of a step, as the profiler counts them in a replay.
 
-        What its process does from then on takes longer: the driver goes on reporting.
+        Everything later in this process takes longer, because the driver continues to report.
         """
         from torch.profiler import ProfilerActivity, profile
 
@@ -137,7 +137,7 @@ def decode(
 
 
 def kernels(model: lfm2_fast.Lfm2ForCausalLM, batch: int, context: int) -> dict[str, Any]:
-    """Number of kernels of a step that ``decode`` times; nothing is to be timed after it."""
+    """Number of kernels of a step that ``decode`` times. Nothing may be timed after it."""
     decoding = Decoding(model, batch, context, 2 * STEPS)
     found = decoding.kernels()
     decoding.end()
@@ -242,9 +242,9 @@ def prefill_flops(config: lfm2_fast.Config, length: int) -> int:
 
 
 def first_token(model: lfm2_fast.Lfm2ForCausalLM, length: int, copied: float) -> dict[str, Any]:
-    """Microseconds from a prompt on the host to its first token there, and over the weights' floor.
+    """Microseconds from a prompt to its first token on the host, and their ratio to the floor.
 
-    The floor is every weight read once, at the copy's bandwidth.
+    The floor is the time to read every weight once, at the copy's bandwidth.
     """
     text, times = torch.tensor([prompt(length)]), []
     for _ in range(7):

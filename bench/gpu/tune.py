@@ -1,5 +1,4 @@
-"""Measure tilings of the few-token operations on this machine's GPU, and rewrite
-``kernels/tuned.py``.
+"""Measure tilings of the few-token operations on this GPU, and rewrite ``kernels/tuned.py``.
 
     python -m bench.gpu.tune --seconds 500
 
@@ -108,7 +107,7 @@ def tune(key: Key, dtype: torch.dtype, device: torch.device, pdl: bool) -> dict[
     found["us"] = [{"tiling": fields(tiling), **quantiles(us)} for tiling, us in times.items()]
     best = min(times, key=lambda tiling: quantiles(times[tiling])["p50"])
     if best != rule:
-        # The luckiest of many looks better than it is.
+        # The best of many samples looks better than it is.
         again = in_turns(operation, {tiling: runs[tiling] for tiling in (best, rule)}, CONFIRMED)
         value, low, high = ratio(again[best], again[rule], paired=True)
         found |= {"best": fields(best), "ratio": value, "interval": [low, high]}
@@ -135,7 +134,7 @@ def table_text(text: str, table: Table) -> str:
 
 
 def keep(table: Table, name: str, found: dict[str, Any]) -> None:
-    """Take what was found for a key into the table, in place."""
+    """Put the result for a key into the table, in place."""
     key = (found["operation"], found["N"], found["K"])
     table.setdefault(name, {}).pop(key, None)
     if found["kept"]:

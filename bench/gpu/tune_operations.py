@@ -61,7 +61,7 @@ class Key:
 
 
 def keys(configs: Iterable[Config]) -> list[Key]:
-    """Every key of these models, those first that read most in a step."""
+    """Return every key of these models, ordered by the bytes that it reads in a step."""
     read: dict[Key, int] = {}
     for config in configs:
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -108,7 +108,7 @@ class OneTokenRun:
         self.best = torch.empty(outputs, MOST_TOKENS, dtype=torch.int64, device=device)
 
     def launch(self, weight: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
-        """One launch: of the head the large one of its two."""
+        """Launch the operation once; the head has two launches, of which the large one runs."""
         operation, normed = self.key.operation, (self.x, self.norm, EPS)
         more: dict[str, Any] = {"pdl": pdl, "tiling": tiling}
         if operation == "norm_linear":
@@ -142,14 +142,14 @@ class OneTokenRun:
         argmax_advance_triton(
             best, self.token[:, None], None, *inputs, lengths, lengths.bool(), self.token
         )
-        # Where two logits are a rounding apart, either may be the larger.
+        # If two logits differ only by rounding, either may be the larger.
         chosen, largest = exact[0, int(self.token)], exact.max()
         step = torch.finfo(self.x.dtype).eps * largest.abs()
         off = 2 * (plain.double() - exact).abs().max() + step
         return None if bool(chosen >= largest - off) else "it is wrong: not the largest logit"
 
     def meaning(self, dtype: torch.dtype) -> torch.Tensor:
-        """Result of the first weight, in plain PyTorch."""
+        """Return the result of the first weight, in plain PyTorch."""
         x, norm, weight = (t.to(dtype) for t in (self.x, self.norm, self.weights[0]))
         operation = self.key.operation
         if operation == "linear_add":

@@ -1,4 +1,4 @@
-"""Name what got slower between two result files.
+"""List the figures that got slower between two result files.
 
     python -m bench.report.compare BEFORE.json AFTER.json [--least 5]
 

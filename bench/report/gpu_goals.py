@@ -65,7 +65,7 @@ def slower(what: str, size: str) -> Callable[[dict[str, Any], list[Figure]], Ran
 
 
 def prefill(size: str) -> Callable[[dict[str, Any], list[Figure]], Range | None]:
-    """Percent of a large product's rate that a long prompt runs at."""
+    """Rate of a long prompt, in percent of a large product's rate."""
 
     def find(gpu: dict[str, Any], peers: list[Figure]) -> Range | None:
         row = cell(gpu, "prefill", size)

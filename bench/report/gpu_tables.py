@@ -121,7 +121,7 @@ def rest_table(found: dict[str, Any]) -> str:
 
 
 def limits(found: dict[str, Any]) -> str:
-    """Origin of a result file, and the most that the GPU can do."""
+    """Origin of a result file, and the limits of the GPU."""
     text = (
         f"Measured on {found['when'][:10]} on {found.get('gpu') or found['machine']['name']}, "
         f"{commit_of(found)}"
@@ -142,9 +142,7 @@ def limits(found: dict[str, Any]) -> str:
 
 
 def peers_table(found: dict[str, Any], figures: Sequence[Figure]) -> str:
-    """Write a table with one row for each size and engine. The last column is our speed over
-    theirs.
-    """
+    """Write a table with a row for each size and engine; the last column is our relative speed."""
     rows = []
     for size, engines in found["sizes"].items():
         known = {f.engine: f for f in figures if f.name == f"decode {size}"}

@@ -10,7 +10,7 @@ from bench.report.results import read
 
 _OF_INT4 = {goal.name: goal for goal in GOALS if goal.ours == INT4}
 _OF_Q4_K_M = [goal for goal in GOALS if goal.ours == Q4_K_M]
-# Result file -> the goals that it has figures of, and what is special about its figures.
+# Result file -> the goals that it has figures of, and a note on its figures.
 FILES = {
     "int4-350M": ([_OF_INT4["memory after load"]], ""),
     "batch-int4-350M": ([_OF_INT4["decode, batch 8"]], ""),

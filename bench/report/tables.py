@@ -3,7 +3,7 @@
     python -m bench.report.tables [--check]
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; nothing in it is typed by
-hand. ``--check`` writes nothing and fails where a table is not what the results say.
+hand. ``--check`` writes nothing, and fails if a table differs from the results.
 """
 
 from __future__ import annotations

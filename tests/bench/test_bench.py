@@ -340,7 +340,7 @@ def test_ratios_have_intervals() -> None:
     assert value == low == high == pytest.approx(2.0)
     _, low, high = ratio(list(2 * turns), list(turns), paired=False)
     assert low < 1.7 and high > 2.3
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="must have the same number"):
         ratio([1.0], [1.0, 2.0], paired=True)
 
 

@@ -70,6 +70,6 @@ def test_the_conditions_name_the_runtimes(made: dict[str, Any]) -> None:
     assert "onnx-runtime 1.2.3" in text and "openvino-runtime 1.2.3" in text
 
 
-def test_a_folder_without_a_record_is_no_export(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is no export"), exports.exported(tmp_path, None, 8):
+def test_a_folder_without_a_record_is_not_an_export(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is not an export"), exports.exported(tmp_path, None, 8):
         pass
