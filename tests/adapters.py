@@ -25,7 +25,7 @@ class Made:
     def check(self, logits: torch.Tensor) -> None:
         """Raise AssertionError unless ``logits`` are as near to the exact ones as PEFT's are.
 
-        Twice PEFT's error in float32 is allowed, as of operations, and one rounding step.
+        Twice PEFT's error in float32 is allowed, plus one rounding step, as for operations.
         """
         assert (self.exact - self.base).abs().max() > 0.01, "the adapter does nothing"
         error = (logits.double() - self.exact).norm()

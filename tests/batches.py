@@ -1,4 +1,4 @@
-"""Batches and tables for tests of operations, and what tests do to whole caches."""
+"""Batches and tables for tests of operations, and changes to whole caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batch_of(
 def logits_of(
     model: lfm2_fast.Lfm2ForCausalLM, steps: Sequence[Mapping[int, int]]
 ) -> list[torch.Tensor]:
-    """Run steps of random tokens, whose counts are given by slot; the logits of each step."""
+    """Run steps of random tokens, whose counts are given by slot. Return each step's logits."""
     cache = model.new_cache(4)
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -41,7 +41,7 @@ def text(count: int, seed: int = 1) -> list[int]:
 
 
 def events_by_request(engine: Engine, requests: Sequence[Request]) -> list[list[Event]]:
-    """Run requests together until all have ended; the events of each."""
+    """Run requests together until all have ended. Return the events of each."""
     ids = [engine.add(request) for request in requests]
     events: dict[int, list[Event]] = {id: [] for id in ids}
     while engine.busy:

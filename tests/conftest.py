@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: checkpoints on disk, models of both classes, how bodies are judged.
+"""Fixtures shared by the tests: checkpoints on disk, models of both classes, error budgets.
 
 Triton kernels run on the machine's GPU, or in Triton's interpreter where there is none.
 ``TRITON_INTERPRET=1`` forces the interpreter; ``TRITON_INTERPRET=0`` without a GPU is an error.
@@ -32,7 +32,7 @@ if not INTERPRETED:
     settings.load_profile("gpu")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the cores out; and a pytest that a test starts is none of them.
+    # The workers share the cores. A pytest that a test starts is not a worker.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
@@ -265,7 +265,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """More threads than tasks are often worth, so that work is really shared."""
+    """Many threads, so that even small work is shared."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -316,7 +316,7 @@ def grid_order(request: pytest.FixtureRequest) -> Iterator[None]:
 def framed() -> Callable[[torch.Tensor], torch.Tensor]:
     """Copies a tensor into the middle of a larger one, which is NaN around it.
 
-    Its rows then stand apart and begin anywhere, and ``intact`` tells whether the frame still is.
+    So its rows have gaps and any alignment. ``intact`` checks that the frame is unchanged.
     """
 
     def frame(tensor: torch.Tensor) -> torch.Tensor:
@@ -387,7 +387,7 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
 
 
 class Recorded:
-    """Stands in for a CUDA graph: replaying it does again what was captured."""
+    """Stand-in for a CUDA graph: a replay runs the captured work again."""
 
     def __init__(self, graphs: Graphs, body: Callable[[], None]) -> None:
         self.body = body
@@ -400,7 +400,7 @@ class Recorded:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
-    """Every Graphs that is made, with captures that stand in for CUDA's."""
+    """Every ``Graphs`` object that is made, with stand-ins for CUDA's captures."""
     made: list[Graphs] = []
     init = StepBuffers.__init__
 

@@ -68,7 +68,7 @@ print(lfm2_fast.__version__, sorted({"torch", "transformers", "rich"} & set(sys.
     assert python(code) == f"{lfm2_fast.__version__} []\n"
 
 
-def test_what_is_imported_is_declared() -> None:
+def test_imported_packages_are_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = set(re.findall(r'^ +"(\w+)', listed, re.MULTILINE))

@@ -87,6 +87,17 @@ def test_docstrings_begin_with_a_verb_or_a_noun(folder: str, docstrings: Docstri
     assert docstrings[folder] and not wrong, "\n".join(wrong)
 
 
+def test_names_of_tests_state_a_behaviour() -> None:
+    named = re.compile(r"def (test_(?:what|whether|which|how|where|who)_\w+)")
+    wrong = [
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in sorted((ROOT / "tests").rglob("*.py"))
+        for name in named.findall(file.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert named.findall("def test_{}_is_wrong() -> None:".format("what"))
+
+
 def test_no_sentence_is_too_long(docstrings: Docstrings) -> None:
     found = {file: texts for files in docstrings.values() for file, texts in files.items()}
     found.update({page: [prose(page.read_text(encoding="utf-8"))] for page in documents()})

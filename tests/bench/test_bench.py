@@ -1,4 +1,4 @@
-"""The instruments: spread and company, the gate, peers, comparison, goals, tables, the command."""
+"""Tools of benchmarks: spread, other programs, the gate, peers, goals, tables, the command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_quantiles_interpolate() -> None:
     assert spread([5.0]) == {"p50": 5.0, "p10": 5.0, "p90": 5.0, "p99": 5.0}
 
 
-def test_doubts_name_spread_and_company() -> None:
+def test_doubts_name_spread_and_other_programs() -> None:
     quiet = {
         "processors_used_by_others": 0.01,
         "processors_taken_by_the_host": 0.0,
@@ -146,7 +146,7 @@ def test_bench_shows_figures_where_memory_is_not_known(capsys: pytest.CaptureFix
 
 
 def test_bench_shows_what_is_known_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Some kernels tell what a process holds, but not the most that it held."""
+    """Some kernels report the memory of a process, but not its peak."""
     show(figures() | {"memory": {"resident": 7000}})
     assert "weights 5 kB, memory 7 kB; a copy moves" in capsys.readouterr().out
     show(figures() | {"memory": {"peak": 9000, "resident": 7000}})

@@ -1,4 +1,4 @@
-"""The cache: rollback, slots, growth, saving, and steps that break off."""
+"""The cache: rollback, slots, growth, saving, and interrupted steps."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_garbage_beyond_the_length_is_never_read(model) -> None:
     assert torch.equal(step, run(model, clean, {0: ids(1, seed=2)})[0])
 
 
-def test_growth_keeps_what_is_held(model) -> None:
+def test_growth_keeps_the_content(model) -> None:
     cache = model.new_cache(2)
     small = cache.nbytes
     tokens = ids(300)
@@ -96,7 +96,7 @@ def test_growth_keeps_what_is_held(model) -> None:
 
 
 def test_the_table_stays_the_same_object(model) -> None:
-    """Counters of kernels are kept by it, and captured graphs point at them."""
+    """Kernels' counters are stored by table, and captured graphs point to both."""
     cache = model.new_cache(2)
     tables = {id(layer.table) for layer in cache.layers if hasattr(layer, "table")}
     run(model, cache, {0: ids(70)})
@@ -108,7 +108,7 @@ def test_the_table_stays_the_same_object(model) -> None:
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
 def test_reordered_slots_hold_what_their_sources_held(model, length: int) -> None:
-    """Slots swap, fork and rest at the same time, with any part of a page full."""
+    """Slots swap, fork and stay at the same time, with any part of a page full."""
     cache, texts = model.new_cache(5), [ids(length + slot, seed=slot) for slot in range(4)]
     run(model, cache, dict(enumerate(texts)))
     sources = {0: 1, 1: 0, 2: 3, 3: 3, 4: 1}
@@ -135,7 +135,7 @@ def test_reordered_slots_hold_what_their_sources_held(model, length: int) -> Non
 
 
 def test_a_full_cache_can_be_reordered(model) -> None:
-    """No page more is needed than the slots have."""
+    """No page is needed beyond those of the slots."""
     cache = model.new_cache(3, max_length=60)
     run(model, cache, {slot: ids(59, seed=slot) for slot in range(3)})
     assert cache.pool.available == 0

@@ -60,8 +60,8 @@ def test_slabs_are_reached_from_one_base_address(monkeypatch) -> None:
         assert grown.page(page)[3].data_ptr() == where + page * stride
 
 
-def test_address_space_is_no_memory() -> None:
-    """Room for a terabyte is reserved in no time; what is written takes memory."""
+def test_reserved_address_space_takes_no_memory() -> None:
+    """A terabyte of addresses is reserved at once. Only written parts take memory."""
     room = PageMemory(8, 8, 64, limit=2**19, device="cpu", dtype=torch.bfloat16, in_place=False)
     assert room.nbytes == 0 and room.limit * room.page_bytes == 2**39
     page = room.grow(1)[0]
@@ -69,7 +69,7 @@ def test_address_space_is_no_memory() -> None:
     assert room.nbytes == room.page_bytes
 
 
-def test_space_that_no_machine_has_is_refused() -> None:
+def test_more_address_space_than_any_machine_has_is_refused() -> None:
     with pytest.raises(MemoryError, match="lower max_length or the number of sequences"):
         PageMemory(8, 8, 64, limit=2**45, device="cpu", dtype=torch.float32, in_place=False)
 
@@ -197,7 +197,7 @@ TestPages = Pages.TestCase
 TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_what_was_used_last_is_evicted_last() -> None:
+def test_the_page_used_last_is_evicted_last() -> None:
     pool = PagePool(memory(4))
     index = PrefixIndex(pool)
     first, second = ([token] * (2 * PAGE_SIZE) for token in (1, 2))

@@ -56,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def endless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint, which no token of its own ends."""
+    """The small checkpoint without end tokens."""
     folder = tmp_path_factory.mktemp("endless")
     for file in tiny.iterdir():
         if file.suffix in (".json", ".jinja", ".safetensors"):
@@ -236,7 +236,7 @@ def test_errors_are_one_line_and_code_2(
         ("eval RANDOM --text README.md", "has no tokenizer.json"),
     ],
 )
-def test_what_the_tokenizer_lacks_is_told_before_the_weights_are_loaded(
+def test_a_missing_tokenizer_or_template_is_an_error_before_the_weights_are_loaded(
     run: Run,
     bare: Path,
     random_checkpoint: Callable[..., Path],
@@ -270,7 +270,7 @@ NO_TOKEN = "lfm2-fast: row 0 has no token to choose as its new token "
         ("eval BROKEN --text README.md --window 64", "over tokens 0 to 63 of the text is nan: "),
     ],
 )
-def test_logits_that_are_no_numbers_are_an_error(
+def test_nan_logits_are_an_error(
     run: Run, breaking: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, command, message
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -282,7 +282,7 @@ def test_logits_that_are_no_numbers_are_an_error(
 
 
 @pytest.mark.parametrize("way", ["--chat", "--raw", "--chat --do-sample --top-k 1"])
-def test_what_was_written_before_the_error_keeps_its_line(
+def test_text_before_an_error_keeps_its_line(
     run: Run, tiny: Path, breaking: Callable[..., Path], way: str
 ) -> None:
     from transformers import AutoTokenizer

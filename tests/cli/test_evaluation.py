@@ -80,7 +80,7 @@ def test_a_reference_that_differs_shows(tiny: Path, text) -> None:
     assert changed.reference_loss == pytest.approx(same.loss)
 
 
-def test_a_loss_that_is_no_number_is_told_with_its_piece(tiny: Path, text, breaking) -> None:
+def test_a_nan_loss_is_reported_with_its_piece(tiny: Path, text, breaking) -> None:
     """The same error comes if only the reference's loss is NaN."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     token = next(int(token) for token in text[450:550] if token not in text[:450])
@@ -94,7 +94,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_piece(tiny: Path, text, break
 
 
 @pytest.mark.parametrize(("window", "message"), [(1, "at least 2"), (700, "fewer than the window")])
-def test_what_cannot_be_measured(tiny: Path, text, window: int, message: str) -> None:
+def test_wrong_windows_are_refused(tiny: Path, text, window: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(lfm2_fast.load(tiny, device="cpu"), text[:600], window=window)
 

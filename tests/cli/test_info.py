@@ -12,7 +12,7 @@ from lfm2_fast.cli import environment
 
 
 @pytest.mark.parametrize("kind", ["conv", "full_attention"])
-def test_layers_of_one_kind_alone_are_told(
+def test_models_with_one_kind_of_layer_are_described(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     raw = json.loads((tiny / "config.json").read_text())
@@ -47,7 +47,7 @@ def test_the_context_is_what_rope_scaling_makes_of_it(tiny: Path, tmp_path: Path
     assert facts["context"] == 3 * raw["max_position_embeddings"]
 
 
-def test_without_a_dtype_no_bytes_are_told(tiny: Path, tmp_path: Path) -> None:
+def test_without_a_dtype_no_bytes_are_shown(tiny: Path, tmp_path: Path) -> None:
     raw = json.loads((tiny / "config.json").read_text())
     told = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
     (tmp_path / "config.json").write_text(json.dumps(told))

@@ -41,7 +41,7 @@ def test_the_body_arrives_and_all_messages_come_in_order() -> None:
     assert all(each["more_body"] for each in messages[1:-1])
 
 
-def test_what_was_not_read_goes_out_in_one_piece() -> None:
+def test_unread_messages_are_sent_in_one_piece() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send(START)
         for letter in "abc":

@@ -21,7 +21,7 @@ def test_a_grown_conversation_begins_with_the_same_blocks() -> None:
     grown = blocks_of(body("x" * 700, "y" * 700))
     assert len(first) == 2 and len(grown) == 5 and grown[:2] == first
     assert blocks_of(body("z" + "x" * 700))[0] != first[0]
-    # Sampling is no part of a prompt; the adapter and the tenant are.
+    # Sampling is not part of a prompt; the adapter and the tenant are.
     assert blocks_of(body("x" * 700, temperature=0.5)) == first
     assert not {*blocks_of(body("x" * 700, model="b"))} & {*first}
     assert not {*blocks_of(body("x" * 700, cache_salt="b"))} & {*first}

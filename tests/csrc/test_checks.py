@@ -121,7 +121,7 @@ def hostile(tensor: torch.Tensor) -> list[torch.Tensor]:
     return wrong
 
 
-# What an operation goes by is right by definition: its size, or its type.
+# An operation reads its own size and type from some arguments: these are right by definition.
 GIVEN = {
     "table": "size", "inv_freq": "size", "window": "size", "k_pages": "size", "eos": "size",
     "logits": "type", "quantize.x": "type", "finish_products.out": "type",

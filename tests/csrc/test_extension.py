@@ -101,7 +101,7 @@ def test_without_an_extension_the_rest_works(package, content, said, logged) -> 
     assert done.stderr.count("cannot be loaded") == logged
 
 
-def test_an_extension_without_cuda_is_said() -> None:
+def test_an_extension_without_cuda_is_reported() -> None:
     cpu_alone = native_library.why_not(torch.device("cpu")) is None and torch.version.cuda is None
     if not cpu_alone:
         pytest.skip("needs an extension that was built without CUDA")
@@ -223,7 +223,7 @@ def test_eight_bit_numbers_are_widened_as_vectors(tmp_path: Path) -> None:
 
 
 @compiles
-def test_what_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
+def test_code_that_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
     """With another compiler, files of newer instructions are empty."""
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     places = (f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include")

@@ -163,7 +163,7 @@ def test_the_largest_score_comes_last_or_first(dtype, rising: bool, within_budge
 
 
 @pytest.mark.parametrize("poison", [NAN, float("inf"), "largest"])
-def test_what_is_no_number_stays_in_its_sequence(dtype, poison: float | str, same_bits) -> None:
+def test_nan_and_infinity_stay_in_their_sequence(dtype, poison: float | str, same_bits) -> None:
     torch.manual_seed(0)
     case = Case(a_batch([40, 7, 0], [3, 90, 21]), 4, 2, 64, dtype)
     value = torch.finfo(dtype).max if poison == "largest" else poison

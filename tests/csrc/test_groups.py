@@ -1,4 +1,4 @@
-"""The extension's projections by matrices in groups: values, company, and what is refused."""
+"""The extension's projections by matrices in groups: values, independence of rows, refusals."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_norms_come_before(format, tokens, shape, dtype, framed, within_budget) 
 
 
 @pytest.mark.parametrize("format", GROUPED, ids=lambda format: format.name)
-def test_a_token_does_not_depend_on_its_company(format, dtype, same_bits) -> None:
+def test_a_token_does_not_depend_on_the_other_tokens(format, dtype, same_bits) -> None:
     matrix, x = matrix_of(format, 203, 512, dtype), tokens_of(130, 512, dtype)
     base = torch.zeros(130, 203, dtype=dtype)
 
@@ -141,7 +141,7 @@ def test_embedding(format, rows, dtype, framed, intact) -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
-def test_a_token_that_is_no_number_stays_alone(bad: float, dtype) -> None:
+def test_nan_in_a_token_changes_no_other_token(bad: float, dtype) -> None:
     matrix, x = matrix_of(INT4, 20, 96, dtype), tokens_of(3, 96, dtype)
     x[1, 50] = bad
     out = torch.zeros(3, 20, dtype=dtype)
@@ -149,7 +149,7 @@ def test_a_token_that_is_no_number_stays_alone(bad: float, dtype) -> None:
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
-def test_what_does_not_fit_is_refused(dtype) -> None:
+def test_tensors_that_do_not_fit_are_refused(dtype) -> None:
     x, out = tokens_of(1, 512, dtype), torch.zeros(1, 16, dtype=dtype)
     matrix = matrix_of(INT4, 16, 512, dtype)
     numbers, scales = matrix.parts

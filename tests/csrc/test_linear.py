@@ -93,7 +93,7 @@ def test_norms_come_before(tokens, shape, int8, dtype, framed, within_budget) ->
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_a_token_does_not_depend_on_its_company(int8, dtype, same_bits) -> None:
+def test_a_token_does_not_depend_on_the_other_tokens(int8, dtype, same_bits) -> None:
     x, matrix = factors(64, 200, 1030, dtype, int8)
     base = torch.zeros(64, 200, dtype=dtype)
 
@@ -108,7 +108,7 @@ def test_a_token_does_not_depend_on_its_company(int8, dtype, same_bits) -> None:
         assert same_bits(run(rows), together[rows])
 
 
-def test_what_is_not_read_does_not_matter(dtype) -> None:
+def test_numbers_that_are_not_read_do_not_matter(dtype) -> None:
     """NaN around the matrix, which is asked for ahead of its end, and between its rows."""
     whole = torch.full((70, 80), NAN, dtype=dtype)
     weight = whole[2:68, 4:72]
@@ -130,7 +130,7 @@ def test_tokens_are_rounded_as_the_reference_does(dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
-def test_a_token_that_is_no_number_stays_alone(bad: float, dtype) -> None:
+def test_nan_in_a_token_changes_no_other_token(bad: float, dtype) -> None:
     x, matrix = factors(3, 20, 100, dtype, True)
     x[1, 50] = bad
     out = torch.zeros(3, 20, dtype=dtype)

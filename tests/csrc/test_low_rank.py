@@ -61,7 +61,7 @@ def test_low_rank(
             assert torch.equal(alone, out[at])
 
 
-def test_an_entry_that_is_not_there() -> None:
+def test_a_missing_entry_is_refused() -> None:
     stack = random_stack(2, 8, (4,), 8).apply(lambda each: each.float())
     changes = stack.down, stack.up, stack.gain, stack.shift, stack.ends
     x, out = torch.zeros(1, 8), torch.zeros(1, 4)

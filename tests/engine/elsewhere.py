@@ -1,4 +1,4 @@
-"""Tensors on a device that is not there: what stand-ins for a GPU and for others share."""
+"""Tensors on a missing device: shared code of the stand-ins for GPUs and other devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine in its own thread: what coroutines get, and what happens when they, or it, go."""
+"""The engine in its own thread: events of coroutines, and the end of either of them."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_of_several_requests_all_are_taken_or_none(native) -> None:
     run(work())
 
 
-def test_what_cannot_run_is_refused_to_its_own_consumer(native) -> None:
+def test_only_the_consumer_of_a_wrong_request_gets_its_error(native) -> None:
     async def work() -> None:
         async with AsyncEngine(Engine(native, max_rows=1, max_waiting=1)) as engine:
             with pytest.raises(ValueError, match="prompt has no tokens"):

@@ -145,7 +145,9 @@ def test_one_that_fails_ends_its_row_alone(model: Any) -> None:
     assert [event.token for event in fine] == list(range(100, 105))
 
 
-def test_it_is_told_before_the_model_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constraint_prepares_before_the_model_runs(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
 
     class Spy:

@@ -19,7 +19,7 @@ from lfm2_fast.engine.cpu_graph import CpuGraph
 from lfm2_fast.ops import native_library
 
 
-def test_what_was_made_is_made_again() -> None:
+def test_a_replay_makes_the_recorded_results_again() -> None:
     """Cases are functions, overwritten results, changes in place, views, several results."""
     x, total, seen = torch.arange(6.0).view(2, 3), torch.zeros(2), []
 
@@ -46,7 +46,7 @@ def test_what_was_made_is_made_again() -> None:
 @pytest.mark.parametrize(
     "waits", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x[0].item()]
 )
-def test_what_depends_on_what_tensors_hold_is_refused(waits) -> None:
+def test_work_that_depends_on_tensor_values_is_refused(waits) -> None:
     x = torch.ones(3)
     graph = CpuGraph(lambda: waits(x))
     for _ in range(2):
@@ -54,7 +54,7 @@ def test_what_depends_on_what_tensors_hold_is_refused(waits) -> None:
             graph.replay()
 
 
-def test_what_was_recorded_does_not_hold_the_body() -> None:
+def test_a_recording_does_not_keep_its_body_alive() -> None:
     class Owner:
         pass
 
@@ -113,7 +113,7 @@ def test_a_step_for_the_callers_own_python_is_recorded_too(tiny, monkeypatch) ->
 
 @needs_native
 @pytest.mark.parametrize("processors", [[], [lambda ids, scores: scores * 1.0]])
-def test_what_is_recorded_rests_while_layers_have_hooks(tiny, processors, monkeypatch) -> None:
+def test_recorded_steps_rest_while_layers_have_hooks(tiny, processors, monkeypatch) -> None:
     """Recorded steps are not replayed with a hook, and are replayed again without it."""
     model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
     cache, replays = model.new_cache(1), []

@@ -1,6 +1,6 @@
 """Decode steps on static buffers, on the CPU: lag, buckets, dummy slot, queue, stand-in graphs.
 
-What a GPU alone shows, that a capture succeeds and replays the same launches, is not shown here.
+Only a GPU can show that a capture succeeds and replays the same launches.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def test_a_model_that_moves_or_goes_frees_its_graphs(ahead, graphs) -> None:
     assert held() is None
 
 
-def test_buffers_are_another_models_no_longer(ahead, graphs) -> None:
+def test_buffers_of_another_model_are_not_used(ahead, graphs) -> None:
     cache = ahead.new_cache(2)
     first = ahead.workspace.buffers(ahead.network, cache)
     assert ahead.workspace.buffers(ahead.network, cache) is first
@@ -249,9 +249,7 @@ def test_a_second_turn_after_a_step_that_was_ahead(plain, ahead, ends_at) -> Non
 
 
 @pytest.mark.parametrize("step", range(2, 2 + 2 * step_buffers.MAX_STEPS))
-def test_what_runs_after_the_end_changes_nothing_before_it(
-    plain, ahead, step: int, ends_at
-) -> None:
+def test_steps_after_the_end_change_nothing_before_it(plain, ahead, step: int, ends_at) -> None:
     """A text ends at any of the steps of one launch. The next turn is still right."""
     cache, reference = ahead.new_cache(1), plain.new_cache(1)
     for model, held in ((ahead, cache), (plain, reference)):
@@ -454,7 +452,7 @@ def same_contents(ours: Cache, theirs: Cache, slot: int) -> None:
                 torch.testing.assert_close(x, y)
 
 
-def test_what_cannot_be_counted_is_forgotten(ahead, monkeypatch) -> None:
+def test_slots_of_unknown_content_are_emptied(ahead, monkeypatch) -> None:
     """The device failed, so the contents of the slots are unknown, and they are emptied."""
     cache = ahead.new_cache(1)
 
@@ -587,7 +585,7 @@ def test_rows_stay_busy(plain, monkeypatch, ends_at) -> None:
     assert 1 not in sizes[: sizes.index(1)] and set(sizes[sizes.index(1) :]) == {1}
 
 
-def test_what_follows_all_rows_needs_them_at_a_time(plain) -> None:
+def test_results_of_all_rows_need_all_rows_at_once(plain) -> None:
     for wrong in (
         {"logits_processor": [lambda ids, scores: scores]},
         {"streamer": Puts()},
@@ -599,7 +597,7 @@ def test_what_follows_all_rows_needs_them_at_a_time(plain) -> None:
         plain.generate(PROMPTS, max_batch_size=0)
 
 
-def test_progress_is_told(plain, monkeypatch) -> None:
+def test_progress_is_reported(plain, monkeypatch) -> None:
     told = []
 
     class Bar:
@@ -710,10 +708,10 @@ def test_advance(body: str, dummy_slot: int | None, kernel_device) -> None:
         tokens, slots, positions, lengths, ended = inputs
         expected = before[4] | (chosen[:, None] == eos).any(-1) | (chosen == -1)
         assert torch.equal(ended, expected)
-        # What is no token must not be looked up in the embedding.
+        # A negative token must not be looked up in the embedding.
         assert torch.equal(tokens, chosen.where(chosen >= 0, 0))
         assert torch.equal(lengths, (positions + 1).int())
-        # Who ends goes past its text once: its last token was run where it stood.
+        # A row that ends is one position past its text: its last token has run.
         goes = before[2] + ~before[4]
         assert torch.equal(positions, goes if dummy_slot is None else goes.where(~expected, 0))
         assert torch.equal(

@@ -290,7 +290,7 @@ def test_log_probabilities_are_those_of_the_logits(exact, tiny) -> None:
             assert [token for token, _ in found.best] == best.indices.tolist()
 
 
-def test_a_preempted_prompt_tells_its_log_probabilities_once(exact) -> None:
+def test_a_preempted_prompt_reports_its_log_probabilities_once(exact) -> None:
     engine = Engine(exact, max_rows=2, chunk=37)
     engine.add(Request(text(4), max_tokens=30))
     engine.step()
@@ -345,7 +345,7 @@ def test_a_long_prompt_does_not_stop_decoding_rows(native) -> None:
     assert next(i for i, each in enumerate(steps) if short in each) <= 2
 
 
-def test_what_cannot_run_is_refused(native) -> None:
+def test_requests_that_cannot_run_are_refused(native) -> None:
     engine = Engine(native, max_rows=2, pages=2)
     for request, message in (
         (Request([]), "prompt has no tokens"),
@@ -436,7 +436,7 @@ def test_callers_python_that_raises_ends_its_row_alone(native) -> None:
         all_is_free(engine)
 
 
-def test_memory_is_taken_at_once_and_told(native, monkeypatch) -> None:
+def test_memory_is_taken_at_once_and_reported(native, monkeypatch) -> None:
     engine = Engine(native, max_rows=2, memory="64MB")
     assert engine.cache.pool.memory.count == engine.cache.pool.memory.limit
     assert f"room for {engine.tokens:,} tokens together" in str(engine)

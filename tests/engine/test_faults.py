@@ -78,7 +78,7 @@ def test_a_fork_without_memory_keeps_its_slot(native: Any, monkeypatch: Any) -> 
     assert sorted(engine.slots.free) == [0, 1, 2, 3] and calls
 
 
-def test_a_fault_in_the_choice_of_first_tokens_is_told(native: Any, monkeypatch: Any) -> None:
+def test_a_fault_in_the_choice_of_first_tokens_is_reported(native: Any, monkeypatch: Any) -> None:
     engine = Engine(native, max_rows=2)
     id = engine.add(Request(text(9), max_tokens=4))
     with monkeypatch.context() as patch:
@@ -98,7 +98,7 @@ def test_an_ended_request_is_let_go(native: Any) -> None:
     assert not engine.scheduler._costs and not engine.runner.prefilled and not engine.slots.leaving
 
 
-def test_a_prompt_that_is_told_does_not_wait_for_pages_it_cannot_use(native: Any) -> None:
+def test_a_prompt_with_log_probabilities_does_not_wait_for_shared_pages(native: Any) -> None:
     engine = Engine(native, max_rows=2, chunk=64)
     stem = text(5 * PAGE_SIZE)
     engine.add(Request(stem, max_tokens=1))

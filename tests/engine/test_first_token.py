@@ -127,7 +127,7 @@ def test_a_request_takes_few_launches_beside_its_prompt(model, gpu, params, prom
     assert 0 < before <= MOST and 0 < after <= MOST
 
 
-def test_so_does_a_call_of_generate(model, gpu) -> None:
+def test_a_call_of_generate_takes_few_launches_beside_its_prompt(model, gpu) -> None:
     prompt = torch.arange(2, 11)[None]
     kept = {"max_new_tokens": 2, "eos_token_id": []}
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_so_does_a_call_of_generate(model, gpu) -> None:
     assert 0 < before <= MOST and 0 < after <= MOST
 
 
-def test_what_is_moved_together_is_as_it_was(gpu) -> None:
+def test_tensors_that_move_together_keep_their_values(gpu) -> None:
     fields = [([1, -1, 2**62], torch.int64), ([True], torch.bool), ([], torch.int32)]
     fields += [([0.1, 2.5], torch.float64), ([7], torch.int32)]
     gpu.waits.clear()

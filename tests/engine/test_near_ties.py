@@ -1,4 +1,4 @@
-"""Reuse in the dtypes that serve: near-ties apart the tokens of a run alone, and no larger error.
+"""Reuse in the served dtypes: the tokens of a run alone, except near-ties, and no larger error.
 
 In float64 any schedule gives equal tokens (``test_engine.py``). Other dtypes round by the chunks in
 which a text has run. The oracle is the same checkpoint in float64, of int8 the same integers.
@@ -97,8 +97,8 @@ def test_a_token_that_differs_is_a_near_tie(runs: Runs, chunk: int) -> None:
 def test_reuse_adds_no_error(runs: Runs) -> None:
     """Teacher-forced, the error of reuse is at most 1.1 times that of runs without it.
 
-    Errors are taken together: those of one short text differ by more than that with its chunks
-    alone. Float32's are a few roundings of a logit, and bear the same comparison.
+    Errors of all texts are added up, because those of one short text vary more with its chunks.
+    Float32's errors are a few roundings of a logit, and allow the same comparison.
     """
     pairs = list(zip(runs.prompts, runs.tokens, strict=True))
     seen: list[list[torch.Tensor]] = [[] for _ in pairs]

@@ -1,6 +1,6 @@
 """The model as a GPU runs it, on one that stands in: its tokens, devices, graphs and waits.
 
-Each call is one that people make; what it gives is what plain PyTorch gives on the CPU.
+Each call is a usual one. Its result is that of plain PyTorch on the CPU.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def test_steps_wait_for_nothing_but_their_tokens(folder: Path, gpu: StandInGpu) 
 ADD = torch.ops.aten.add.Tensor
 
 
-def test_a_capture_that_fails_is_told_once_and_does_no_harm(gpu: StandInGpu, caplog) -> None:
+def test_a_failed_capture_is_reported_once_and_does_no_harm(gpu: StandInGpu, caplog) -> None:
     """The work runs uncaptured from then on; other work is captured as before."""
     total, ones = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
     graphs, stream = Graphs(GPU, capture_cuda), torch.cuda.current_stream()
@@ -391,7 +391,7 @@ def test_a_thread_without_a_handle_captures_what_another_has_run(gpu: StandInGpu
 
 
 @pytest.mark.parametrize("name", cases(["alone", "drawn", "processed"], ["drawn"]))
-def test_a_row_without_a_token_is_told(name: str, random_checkpoint, gpu: StandInGpu) -> None:
+def test_a_row_without_a_token_is_reported(name: str, random_checkpoint, gpu: StandInGpu) -> None:
     """The error has the row's number and position, although steps run ahead. Later calls work."""
     ours, plain = both(random_checkpoint(**FEW, tie_word_embeddings=False))
     text = CALLS[name](plain)[-1].tolist()
@@ -421,7 +421,7 @@ def test_a_conversation(trained: bool, tiny: Path, random_checkpoint, gpu: Stand
     assert texts[0] == texts[1] and all(texts[0])
 
 
-def test_what_is_saved_is_loaded(models, tmp_path: Path, gpu: StandInGpu) -> None:
+def test_a_saved_model_is_loaded_again(models, tmp_path: Path, gpu: StandInGpu) -> None:
     ours, plain = models
     ours.save_pretrained(tmp_path)
     again = lfm2_fast.load(tmp_path, device="cpu", backend="eager")

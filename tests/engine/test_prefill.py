@@ -1,4 +1,4 @@
-"""Admission and chunks: who waits for whom, and what is counted."""
+"""Admission and chunks: the order of prompts, and the counts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_index_can_be_cleared(native: Any) -> None:
         assert events_of(engine)[0].cached_tokens == hits
 
 
-def test_prompts_that_tell_take_their_pages_first(native: Any) -> None:
+def test_prompts_with_log_probabilities_take_their_pages_first(native: Any) -> None:
     """A chunk has two prompts, and pages for one. Neither runs in part."""
     engine = Engine(native, max_rows=2, pages=4, chunk=256, prefix_cache=False)
     ids = [engine.add(Request(text(90, i), max_tokens=3, prompt_logprobs=1)) for i in range(2)]
@@ -88,7 +88,7 @@ def test_prompts_that_tell_take_their_pages_first(native: Any) -> None:
     assert {id: len(found) for id, found in told.items()} == dict.fromkeys(ids, 90)
 
 
-def test_chunks_begin_as_they_are_told_to() -> None:
+def test_chunks_have_the_given_length_until_one_is_timed() -> None:
     """The first length holds before a chunk was timed. Then the seconds decide."""
     scheduler = Scheduler(0.05, first=MOST)
     row = Row(0, Request(text(9000)), 0, limit=1, arrival=0)

@@ -57,7 +57,7 @@ def test_rows_stand_at_the_ends_of_their_texts() -> None:
 
 
 @pytest.mark.parametrize("places", [[0, 1, 2], [3, 0, 4]])
-def test_what_is_put_is_picked(places: list[int]) -> None:
+def test_picked_rows_are_those_that_were_put(places: list[int]) -> None:
     made, _ = first_rows(rows_of([4, 0, 2]), CPU, 3)
     blank = [SamplingParams()] * 5
     whole, _ = StepRows.from_host(blank, CPU, {"tokens": range(5)}, [()] * 5, 3)

@@ -1,4 +1,4 @@
-"""warm_up(): afterwards requests compile and capture nothing, and nothing of it is left."""
+"""warm_up(): afterwards requests compile and capture nothing, and it leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -280,7 +280,9 @@ def test_beside_quantized_weights(
     assert error < 1.5 * other and error < 0.5 * before
 
 
-def test_what_cannot_stand_beside_the_weights(several: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_that_can_only_be_merged_are_refused(
+    several: dict[str, Any], tmp_path: Path
+) -> None:
     make_adapter(several["base"], tmp_path, modules_to_save=["embedding_norm"])
     model = lfm2_fast.load(several["base"], device="cpu")
     with pytest.raises(lfm2_fast.CheckpointError, match="replaces model.embedding_norm.weight"):

@@ -278,12 +278,12 @@ def test_a_streamer_cannot_follow_beams(ours, tokenizer) -> None:
         ours.generate([[1, 2]], num_beams=2, streamer=TextStreamer(tokenizer), max_new_tokens=2)
 
 
-def test_settings_of_beams_without_beams_are_told(ours) -> None:
+def test_settings_of_beams_without_beams_are_reported(ours) -> None:
     with pytest.warns(UserWarning, match="length_penalty=2.0 has no effect here"):
         ours.generate([[1, 2]], max_new_tokens=1, length_penalty=2.0)
 
 
-def test_broken_numbers_are_told(breaking: Callable[..., Path], ours) -> None:
+def test_nan_scores_are_reported(breaking: Callable[..., Path], ours) -> None:
     """The error names the row without logits, or the prompt without a score."""
     broken = lfm2_fast.load(breaking(300), device="cpu", dtype="float32")
     with pytest.raises(lfm2_fast.LogitsError, match="^row 2 has no token.* new token 1, at pos"):

@@ -55,7 +55,7 @@ def test_an_assistant_of_the_pipeline_changes_no_text(tiny: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_peft_is_told_how_adapters_are_loaded(tiny: Path, tmp_path: Path) -> None:
+def test_peft_gets_an_error_that_says_how_adapters_are_loaded(tiny: Path, tmp_path: Path) -> None:
     """Nothing is left half done, and the call that the message names gives PEFT's logits."""
     peft = pytest.importorskip("peft", reason="PEFT comes with the extra 'test'")
     made = make_adapter(tiny, tmp_path, target_modules=["q_proj", "out_proj"])

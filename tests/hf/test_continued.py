@@ -134,7 +134,7 @@ def test_several_threads_have_streamers_of_their_own(ours, tokenizer) -> None:
         thread.join()
 
 
-def test_context_that_is_dropped_is_told(ours, tokenizer) -> None:
+def test_dropped_context_is_reported(ours, tokenizer) -> None:
     first, more = ids_of(tokenizer, FIRST), ids_of(tokenizer, MORE, add_special_tokens=False)
     cache = ours.new_cache(1)
     ours(first, past_key_values=cache)
@@ -177,7 +177,7 @@ def test_a_refused_call_ends_its_streamer(ours, tokenizer, wrong: dict[str, Any]
     ],
     ids=["texts", "messages", "tensors"],
 )
-def test_what_is_no_ids_is_told(ours, inputs: Any, message: str) -> None:
+def test_wrong_inputs_are_named(ours, inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours.generate(inputs, max_new_tokens=2)
 

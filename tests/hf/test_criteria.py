@@ -48,7 +48,7 @@ def test_of_several_lengths_the_shortest_counts(models, batch) -> None:
     assert torch.equal(found, expected) and found.shape[1] == width + 7
 
 
-def test_what_is_no_list_of_callables_is_named(ours) -> None:
+def test_a_wrong_list_of_callables_is_named(ours) -> None:
     for name in ("logits_processor", "stopping_criteria"):
         for wrong in (MaxLengthCriteria(9), [3], "text"):
             with pytest.raises(TypeError, match=f"^{name} must be a list of callables, got "):

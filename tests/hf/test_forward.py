@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG.keys())
-def test_what_cannot_be_is_named(models, given: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_named(models, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models[1](**given)
 

@@ -153,7 +153,7 @@ def test_top_k_one_is_greedy(ours, batch) -> None:
     assert torch.equal(sampled, greedy)
 
 
-def test_a_row_draws_the_same_in_any_company(ours, tokenizer) -> None:
+def test_a_row_draws_the_same_in_any_batch(ours, tokenizer) -> None:
     """A draw depends on seed, row and position only, not on when other rows stop."""
     ids = tokenizer(PROMPTS[:1], return_tensors="pt").input_ids
     alone = ours.generate(ids, do_sample=True, max_new_tokens=30, seed=4)
@@ -613,7 +613,7 @@ def test_settings_without_effect_in_the_checkpoints_file_stop_no_call(
     assert torch.equal(found[:, : expected.shape[1]], expected)
 
 
-def test_what_the_checkpoints_file_asks_for_is_told_with_the_file(tiny: Path) -> None:
+def test_an_error_of_the_checkpoints_settings_names_their_file(tiny: Path) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
     model.generation_config = {"penalty_alpha": 0.6}
     ids = torch.tensor([[1, 40, 41]])

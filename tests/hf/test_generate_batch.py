@@ -180,7 +180,7 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
-def test_a_wrong_prompt_raises_at_its_turn_or_is_told(ours, rows) -> None:
+def test_a_wrong_prompt_raises_at_its_turn_or_is_reported(ours, rows) -> None:
     for item, message in WRONG:
         answers = lfm2_fast.generate_batch(ours, [rows[0], item, rows[1]], max_new_tokens=2)
         assert next(answers).tokens

@@ -102,7 +102,7 @@ def test_later_calls_are_right(broken: Model, healthy: Model, way: dict) -> None
     assert torch.equal(broken.generate(PROMPTS[::2], **ENDLESS), expected)
 
 
-def test_what_came_before_was_streamed_and_the_stream_ends(
+def test_earlier_tokens_were_streamed_and_the_stream_ends(
     broken: Model, healthy: Model, step: int
 ) -> None:
     for way in ({}, {"logits_processor": [same]}):
@@ -214,7 +214,9 @@ def test_a_score_of_infinity_forces_a_token_as_in_hugging_face(tiny: Path, pair:
             model.generate(ids, do_sample=True, **kwargs)
 
 
-def test_what_processors_repair_is_no_error(broken: Model, healthy: Model, step: int) -> None:
+def test_logits_that_processors_repair_are_not_an_error(
+    broken: Model, healthy: Model, step: int
+) -> None:
     from transformers import InfNanRemoveLogitsProcessor
 
     processors = [InfNanRemoveLogitsProcessor()]
@@ -250,7 +252,7 @@ def test_numbers_that_outgrow_float16(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backend", "quantization"), [("eager", None), ("native", None), ("native", "int8")]
 )
-def test_a_broken_number_anywhere_is_told(
+def test_nan_in_any_weight_is_reported(
     random_checkpoint: Callable[..., Path], backend: str, quantization: str | None
 ) -> None:
     """One weight is NaN, at any place. No implementation loses it on the way to the logits."""

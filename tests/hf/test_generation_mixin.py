@@ -39,7 +39,7 @@ def test_methods_that_are_gone_or_take_other_parameters(ours, user: str) -> None
     assert ours.generate([[1, 40]], max_new_tokens=2).shape == (1, 4)
 
 
-def test_more_that_is_asked_of_a_model(ours, monkeypatch) -> None:
+def test_a_new_requirement_of_transformers_is_an_error(ours, monkeypatch) -> None:
     known = GenerationMixin._beam_search
 
     def newer(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -199,7 +199,7 @@ def test_in_eight_bits(theirs) -> None:
     assert 0 < error < 0.2
 
 
-def test_what_is_no_lfm2_in_memory_is_named(theirs) -> None:
+def test_another_model_in_memory_is_named(theirs) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}

@@ -18,14 +18,16 @@ from lfm2_fast.hf.load_args import ACCEPTED, REFUSED
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_what_is_so_anyway_is_taken_and_noted(tiny: Path, name: str, caplog) -> None:
+def test_arguments_that_change_nothing_are_accepted_and_noted(
+    tiny: Path, name: str, caplog
+) -> None:
     with caplog.at_level(logging.INFO, "lfm2_fast"):
         lfm2_fast.load(tiny, device="cpu", **{name: "something"})
     assert f"{name}='something' has no effect: {ACCEPTED[name]}" in caplog.text
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_change_a_result_is_refused_with_advice(name: str) -> None:
+def test_arguments_that_would_change_a_result_are_refused_with_advice(name: str) -> None:
     """Before anything is looked for: this folder does not exist."""
     with pytest.raises(ValueError, match=f"{name}='something' is not supported.*: "):
         lfm2_fast.load("no/such", device="cpu", **{name: "something"})

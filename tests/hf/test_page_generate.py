@@ -1,4 +1,4 @@
-"""Every row of docs/usage/huggingface.md on ``generate``, held against transformers and tried.
+"""Every row of docs/usage/huggingface.md on ``generate``, compared with transformers and tried.
 
 A field of GenerationConfig or an argument of ``generate`` that is new there turns a test red.
 """
@@ -58,7 +58,7 @@ def test_every_argument_of_theirs_is_listed() -> None:
     assert generate_arguments(Lfm2ForCausalLM, GenerationConfig()) <= table(GENERATE).keys()
 
 
-def test_what_is_new_in_transformers_would_be_noticed() -> None:
+def test_new_names_in_transformers_would_be_noticed() -> None:
     class Newer(Lfm2ForCausalLM):
         def generate(self, inputs: Any = None, new_named: Any = None, **kwargs: Any) -> Any:
             return kwargs.pop("new_popped")
@@ -95,7 +95,7 @@ def plain(ours) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_what_has_no_effect_is_told(ours, plain, name: str) -> None:
+def test_arguments_without_effect_are_reported(ours, plain, name: str) -> None:
     """Neutral values pass in silence, others with a note; the answer is the same."""
     neutral, _ = WITHOUT_EFFECT[name]
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def test_what_has_no_effect_is_told(ours, plain, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_an_error_that_says_what_to_use(ours, plain, name: str) -> None:
+def test_refused_arguments_raise_errors_with_a_remedy(ours, plain, name: str) -> None:
     neutral, why = REFUSED[name]
     for value in neutral:
         assert torch.equal(ours.generate(IDS, max_new_tokens=3, **{name: value}), plain)
@@ -174,7 +174,7 @@ def test_each_that_is_the_same_has_a_trial() -> None:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_is_the_same(models, plain, tokenizer, name: str) -> None:
+def test_arguments_that_are_the_same(models, plain, tokenizer, name: str) -> None:
     # Of rows that have stopped ours has zeros: these see the first token.
     count = 1 if name in ("output_scores", "output_logits", "output_hidden_states") else 4
     kwargs = {"inputs": IDS, "max_new_tokens": count, "do_sample": False, **SAME[name]}

@@ -78,7 +78,7 @@ def test_every_public_name_of_theirs_is_listed() -> None:
     assert of_torch == table(TORCH).keys() and not table(METHODS).keys() & of_torch - {"forward"}
 
 
-def test_what_is_new_in_transformers_would_be_noticed() -> None:
+def test_new_names_in_transformers_would_be_noticed() -> None:
     """Each way in which an argument or a name can come is tried with one more of them."""
     from transformers import Lfm2ForCausalLM
 
@@ -167,7 +167,7 @@ def test_arguments_by_position_are_theirs_with_their_defaults() -> None:
             assert len(mine) <= len(their_list)
 
 
-def test_what_is_refused_is_an_error_that_says_what_to_use(tiny: Path) -> None:
+def test_refused_arguments_raise_errors_with_a_remedy(tiny: Path) -> None:
     model = lfm2_fast.load(tiny, device="cpu")
     for name, advice in REFUSED_NAMES.items():
         for each in (model, model.model):

@@ -271,7 +271,7 @@ def test_weights_are_in_flight_before_the_wait(compiled) -> None:
         for streamed in filter(None, (width, scales)):
             assert above.count(streamed) == loads * named["DEPTH"], (case, above)
             assert below.count(streamed) == loads, (case, below)
-        # The rest is, three to a channel and odd of address, the taps.
+        # The other loads are the taps: three for each channel, at odd addresses.
         rest = [mark for mark in above if mark not in (width, scales)]
         assert all(".U16" in mark for mark in rest), (case, rest)
         assert len(rest) <= named["BLOCK_N"] * (name == "norm_conv") * 4

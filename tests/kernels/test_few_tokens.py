@@ -22,7 +22,7 @@ EPS = 1e-5
 NAN = float("nan")
 WORDS = ("norm_linear", "norm_swiglu", "linear_add")
 # N, K and a tiling: one of everything; rows and columns that fill no tile; whole tiles; programs
-# that take several tiles, unequally many, and load two ahead; K of several tiles and the last of
+# that take different numbers of tiles, and load two ahead; K of several tiles and the last of
 # them not full.
 SHAPES = [
     (1, 2, Tiling(8, 64, 1, 1)),
@@ -125,7 +125,7 @@ def test_against_the_reference(
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_a_row_does_not_depend_on_its_company(
+def test_a_row_does_not_depend_on_the_other_rows(
     word, kernel_device, kernel_dtype, same_bits, within_budget
 ) -> None:
     """Alone, among sixteen, and beside a row that is NaN, its bits are the same."""

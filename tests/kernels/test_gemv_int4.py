@@ -118,7 +118,7 @@ def test_head_argmax(kernel_device, kernel_dtype) -> None:
     assert tokens.tolist() == case.run(tiling).argmax(-1).tolist()
 
 
-def test_what_does_not_fit_is_refused(kernel_device) -> None:
+def test_tensors_that_do_not_fit_are_refused(kernel_device) -> None:
     case = Case("norm_linear", 2, torch.float32, kernel_device)
     case.run(None)
     numbers, scale = case.parts

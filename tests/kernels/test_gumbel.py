@@ -21,7 +21,7 @@ def _noise_kernel(seeds_ptr, rows_ptr, positions_ptr, noise_ptr, first, BLOCK_V:
 
 
 def test_noise_is_the_references(kernel_device: torch.device) -> None:
-    """Within 1.2e-6: half a last place of what is below 32, and two of what the logarithm is of.
+    """Error below 1.2e-6: half a last place below 32, and two of the logarithm's argument.
 
     Seeds, rows and positions have more bits than the counter.
     """

@@ -30,7 +30,7 @@ def stack_of(parts: tuple[int, ...], columns: int, rank: int, like: torch.Tensor
 def test_against_the_meaning(
     parts, columns, rank, tokens, kernel_device, kernel_dtype, within_budget, same_bits
 ) -> None:
-    """Tokens without an adapter do not change, and company changes no bit."""
+    """Tokens without an adapter do not change, and other tokens change no bit."""
     torch.manual_seed(0)
     like = torch.empty(0, dtype=kernel_dtype, device=kernel_device)
     stack = stack_of(parts, columns, rank, like)

@@ -22,8 +22,8 @@ NAN = float("nan")
 class Case:
     """Random inputs for a step of ``batch``; of the windows only what may be read is not NaN.
 
-    B, C and x are of one size. Of random ones one product of the three would tower above the rest,
-    and plain PyTorch's luck with it decide the budget.
+    B, C and x have one magnitude. Otherwise one large product would dominate, and the chance error
+    of plain PyTorch in it would be the budget.
     """
 
     def __init__(
@@ -120,7 +120,9 @@ def test_any_batch(kernel_dtype, draw_batch, run, same_bits, within_budget) -> N
     check()
 
 
-def test_a_row_does_not_depend_on_its_company(kernel_device, kernel_dtype, run, same_bits) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(
+    kernel_device, kernel_dtype, run, same_bits
+) -> None:
     """Alone, among sixteen in slots of any order, and beside a row that is NaN."""
     torch.manual_seed(0)
     slots = torch.randperm(MOST_TOKENS).tolist()

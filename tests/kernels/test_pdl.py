@@ -189,10 +189,10 @@ CHOICES = {
 
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("choice", CHOICES)
-def test_what_is_captured_is_a_chain_of_dependent_launches(model, choice, monkeypatch) -> None:
-    """All of a step, and of two, as they run to warm up and then; over several splits, too.
+def test_captured_work_is_a_chain_of_dependent_launches(model, choice, monkeypatch) -> None:
+    """One step and two are dependent, in the warm-up and later, and over several splits.
 
-    The model's own operations, which run everything else, launch nothing so.
+    The model's own operations, which run all other work, have no dependent launches.
     """
     check_chain(model, choice, monkeypatch)
 
@@ -205,7 +205,7 @@ SCALED = {
 
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("model", [SCALED], indirect=True, ids=["dynamic"])
-def test_so_is_a_step_that_makes_its_frequencies(model, monkeypatch) -> None:
+def test_a_step_that_makes_its_frequencies_is_a_chain_too(model, monkeypatch) -> None:
     """Frequencies are read after the wait, because PyTorch's operations make them in this step."""
     check_chain(model, "greedy", monkeypatch)
 

@@ -133,7 +133,7 @@ def test_dtypes_and_rows_that_stand_apart(agrees, framed, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("drawn", [False, True])
-def test_a_row_without_a_token_is_told_and_stays_alone(
+def test_a_row_without_a_token_is_reported_and_changes_no_other(
     ops: Ops, kernel_device: torch.device, bad: float, drawn: bool
 ) -> None:
     """Greedy rows, penalized and drawn ones; over more than one tile of the vocabulary."""

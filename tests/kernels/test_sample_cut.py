@@ -156,7 +156,7 @@ def names(code: list[tuple[str, str]], loops: list[Loop]) -> dict[Loop, str]:
 
 
 @pytest.mark.nightly
-def test_what_top_p_alone_issues_beside_min_p() -> None:
+def test_top_p_issues_about_twice_as_many_instructions_as_min_p() -> None:
     """With 65,536 scores, of which 10,000 may be the cut: 2.11 times as many, where 2 is wanted."""
     run = [sys.executable, "-c", CODE, str(VOCAB)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -48,7 +48,7 @@ WANTED = {16: 23000, 8: 23000, 4: 7900}
 
 @pytest.mark.parametrize("bits", WANTED)
 def test_enough_bytes_are_in_flight_on_hopper(bits) -> None:
-    """WANTED, or all that there is. The 700M's rows divide badly: three quarters of it."""
+    """At least WANTED, or the whole weight. The 700M's rows divide badly: three quarters of it."""
     for hidden, inner, qkv in SIZES:
         wanted = WANTED[bits] * (0.75 if hidden == 1536 else 1)
         for rows, columns, parts, normed in shapes(hidden, inner, qkv):

@@ -65,7 +65,7 @@ HOLDERS = [
 
 @pytest.mark.parametrize("path", HOLDERS)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_what_is_never_called_is_refused_by_name(model, path: str, way) -> None:
+def test_hooks_that_would_never_run_are_refused_by_name(model, path: str, way) -> None:
     cache = model.new_cache(1)
     handle = way(model.network.get_submodule(path))
     try:
@@ -185,7 +185,7 @@ def test_layers_give_their_hooks_the_stream(model, ids: torch.Tensor) -> None:
         (lambda out: out[None], ValueError, "gave shape \\(1, 7, 192\\)"),
     ],
 )
-def test_what_is_no_stream_is_refused(model, gives, error, match: str) -> None:
+def test_wrong_results_of_a_layer_are_refused(model, gives, error, match: str) -> None:
     layer = model.network.layers[2]
     for handle in (
         layer.register_forward_hook(lambda mod, args, out: gives(out)),

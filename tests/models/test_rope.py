@@ -98,7 +98,7 @@ def test_plain_rope_is_transformers_too() -> None:
 
 @pytest.mark.parametrize("kind", BY_LENGTH)
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
-def test_a_rows_frequencies_do_not_follow_from_its_company(kind: str, head_dim: int) -> None:
+def test_a_rows_frequencies_do_not_depend_on_the_other_rows(kind: str, head_dim: int) -> None:
     """Frequencies are bit-identical for any number of rows and any place of a row."""
     ours = frequencies(scaled(kind, head_dim // 2), head_dim)
     lengths = torch.randint(1, 400, (70,), generator=torch.Generator().manual_seed(0)).int()
@@ -256,7 +256,7 @@ def test_mutation_turns_the_comparison_red(trained, kind, mutate, backend: str) 
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)
-def test_what_was_cast_has_them_too(random_checkpoint, kind: str) -> None:
+def test_cast_models_keep_exact_frequencies(random_checkpoint, kind: str) -> None:
     """Frequencies keep their 32 bits; in float64 they are those of float32."""
     folder = random_checkpoint(**scaled(kind))
     cast = lfm2_fast.load(folder, device="cpu", dtype="float32").to(torch.bfloat16)

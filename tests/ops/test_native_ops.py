@@ -72,7 +72,7 @@ def test_models_equal_eager(random_checkpoint, poisoned, dtype, within_budget, c
         within_budget(ours, a, b)
 
 
-def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
+def test_the_native_bodies_run(random_checkpoint, monkeypatch) -> None:
     """Only projections of many tokens run in the reference."""
     model = lfm2_fast.load(random_checkpoint(), device="cpu")
     assert model.ops.name == "native"
@@ -95,7 +95,7 @@ def test_the_bodies_are_what_runs(random_checkpoint, monkeypatch) -> None:
     ("capability", "right", "most"),
     [("AVX512", True, 16), ("AVX2", False, sys.maxsize), ("DEFAULT", False, 16)],
 )
-def test_int8_stays_where_pytorch_is_slow(monkeypatch, capability, right, most) -> None:
+def test_each_format_has_its_own_limit_of_few_tokens(monkeypatch, capability, right, most) -> None:
     """Many tokens go to PyTorch's product where it is right and fast, or where AVX2 lacks too."""
     monkeypatch.setattr(native_ops, "multiplies_int8", lambda: right)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -135,7 +135,7 @@ def test_threads_do_not_meet(random_checkpoint) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
 
 
-def test_what_cannot_run_is_said() -> None:
+def test_unsupported_dtypes_and_devices_are_refused() -> None:
     for kind in (torch.float32, torch.bfloat16, torch.float16):
         assert choose("auto", CPU, kind).name == choose("native", CPU, kind).name == "native"
     assert choose("auto", CPU, torch.float64).name == "eager"

@@ -159,7 +159,7 @@ def test_products_have_what_adapters_add(kernel_device, within_budget, format, t
         within_budget(found.cpu(), exact, plain)
 
 
-def test_the_kernels_are_what_runs(random_checkpoint, load, monkeypatch) -> None:
+def test_the_triton_kernels_run(random_checkpoint, load, monkeypatch) -> None:
     """Only projections run in the reference."""
     model = load(random_checkpoint(**TWO_LAYERS), "triton", torch.float32)
 
@@ -321,7 +321,7 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch) -> None:
         choose("cublas", torch.device("cpu"), torch.bfloat16)
 
 
-def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> None:
+def test_captured_work_is_launched_early_if_the_device_can(monkeypatch) -> None:
     """Captured work has its own operations, which share the counters. Other threads are not
     affected.
     """
@@ -339,7 +339,7 @@ def test_what_is_captured_is_launched_early_where_that_can_be(monkeypatch) -> No
 
 
 @pytest.mark.usefixtures("graphs")
-def test_steps_go_by_what_lies_on_the_device(random_checkpoint, load) -> None:
+def test_steps_read_only_tensors_on_the_device(random_checkpoint, load) -> None:
     """Captured by a stand-in and done again, rows end at different times and write the same.
 
     The host's numbers of a step mean nothing then, so a body that went by them would be wrong.

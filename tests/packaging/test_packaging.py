@@ -45,7 +45,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 
 def compiler_that(does: str, path: Path) -> Path:
-    """A program that tells a compiler's version; else it runs the script, and fails."""
+    """A program that prints a compiler's version if asked, else runs the script and fails."""
     version = 'case "$1" in -*version) echo "c++ (GCC) 13.2.0"; exit;; esac'
     path.write_text(f"#!/bin/sh\n{version}\n{does}\nexit 1\n", encoding="utf-8")
     path.chmod(0o755)

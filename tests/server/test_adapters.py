@@ -40,7 +40,7 @@ def test_adapters_are_models_by_name(
     assert "max_adapters=2 are loaded" in message
     answers = {name: body["choices"][0]["text"] for name, body in texts.items()}
     assert len(set(answers.values())) == 3, "the adapters change nothing"
-    # Each in its own company, and after the others: no page of another adapter is taken.
+    # Each alone with its adapter, and after the others: no page of another adapter is used.
     for name, path in zip(("first", "second"), paths, strict=True):
         alone = lfm2_fast.load(tiny, device="cpu", dtype="float32", adapter=path)
         assert serving(alone).complete().body["choices"][0]["text"] == answers[name]

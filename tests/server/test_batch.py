@@ -103,7 +103,7 @@ def test_a_crash_loses_and_repeats_nothing(service, requests: Path, tmp_path: Pa
     assert (again.answered, again.kept) == (0, 10)
 
 
-def test_what_was_interrupted_goes_on(service, requests: Path, tmp_path: Path) -> None:
+def test_an_interrupted_batch_continues(service, requests: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
 
     def stop(summary: Summary) -> None:

@@ -162,7 +162,7 @@ THINKING = """
 """
 
 
-def test_thinking_that_the_template_opens_is_told_apart(serving, model) -> None:
+def test_thinking_that_the_template_opens_is_separated(serving, model) -> None:
     client = serving(model, max_rows=2, chat_template=THINKING)
     given = {"ignore_eos": True}
     body = client.chat(**given).body
@@ -201,7 +201,7 @@ def test_the_final_message_goes_on(client) -> None:
     client.refused(both, "add_generation_prompt", "invalid_value")
 
 
-def test_hits_of_the_prefix_cache_are_told(client) -> None:
+def test_hits_of_the_prefix_cache_are_reported(client) -> None:
     long = [{"role": "user", "content": "Tell me of commits. " * 40}]
     first = client.chat(messages=long, cache_salt="one").body["usage"]
     again = client.chat(messages=long, cache_salt="one").body["usage"]
@@ -259,11 +259,11 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param", "code"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_named(client, fields: dict[str, Any], param: str, code: str) -> None:
+def test_wrong_fields_are_named(client, fields: dict[str, Any], param: str, code: str) -> None:
     client.refused(client.chat(**fields), param, code)
 
 
-def test_what_changes_nothing_is_taken(client) -> None:
+def test_fields_without_effect_are_accepted(client) -> None:
     from lfm2_fast.server.protocol import WITHOUT_EFFECT
 
     plain = client.chat().body["choices"]

@@ -164,7 +164,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param", "code"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_named(client, fields: dict[str, Any], param: str, code: str) -> None:
+def test_wrong_fields_are_named(client, fields: dict[str, Any], param: str, code: str) -> None:
     client.refused(client.complete(**fields), param, code)
 
 

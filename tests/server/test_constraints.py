@@ -217,17 +217,17 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param", "code"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_no_grammar_is_named(client, fields: dict[str, Any], param: str, code: str) -> None:
+def test_wrong_grammars_are_named(client, fields: dict[str, Any], param: str, code: str) -> None:
     client.refused(client.chat(**fields), param, code)
 
 
-def test_numbers_that_json_has_not_are_told_back_to_nobody(client) -> None:
+def test_numbers_that_json_lacks_are_refused(client) -> None:
     for number in (b"NaN", b"1e999"):
         body = b'{"input": "Hi", "metadata": {"a": %s}}' % number
         client.refused(client("/v1/responses", body), "metadata", "invalid_value")
 
 
-def test_what_leaves_no_token_is_the_clients_fault(client) -> None:
+def test_a_request_that_allows_no_token_is_the_clients_fault(client) -> None:
     end = client.service.defaults.eos[0]
     for fields in (
         {"guided_regex": "a", "allowed_token_ids": [500]},

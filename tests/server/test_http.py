@@ -58,7 +58,7 @@ def test_forms_and_plain_text_are_refused(client) -> None:
     assert client(CHAT, HELLO, Content_Type="application/json; charset=utf-8").status == 200
 
 
-def test_what_is_not_there(client) -> None:
+def test_unknown_paths_methods_and_models_are_refused(client) -> None:
     assert "/nothing" in client.refused(client("/nothing"), None, "unknown_url", 404)
     client.refused(client(CHAT), None, "method_not_allowed", 405)
     client.refused(client("/v1/embeddings", {}), None, "unsupported_endpoint", 404)
@@ -123,7 +123,7 @@ def test_a_client_that_goes_frees_its_rows_within_eight_steps(client) -> None:
         assert engine.statistics.steps - steps < 100
 
 
-def test_a_row_is_freed_within_eight_steps_of_being_told(client, monkeypatch) -> None:
+def test_a_row_is_freed_within_eight_steps_of_its_cancellation(client, monkeypatch) -> None:
     """Counted between the moment at which the stream is closed and the row's end."""
     from lfm2_fast.engine.async_engine import AsyncEngine
 

@@ -69,7 +69,7 @@ def test_end_tokens_are_no_text() -> None:
         assert choice.tokens == 2 and part.finish_reason == "stop"
 
 
-def test_what_failed_is_an_error() -> None:
+def test_a_failed_request_is_an_error() -> None:
     for event, status in (
         (Event(1, 0, None, "error", error=ValueError("no")), 400),
         (Event(1, 0, None, "error", error=RuntimeError("no")), 500),

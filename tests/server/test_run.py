@@ -49,7 +49,7 @@ def test_a_signal_lets_running_requests_end(serving, tiny: Path, sign: int, code
     assert re.search(r'127\.0\.0\.1 "POST /v1/completions" 200 req-\w+ [\d.]+s', err), err
 
 
-def test_what_outlasts_the_drain_is_told_so(serving, model) -> None:
+def test_requests_that_outlast_the_drain_get_an_error(serving, model) -> None:
     """A stream by an event, others by their status; none ends as if it were whole."""
     client = serving(model, max_rows=2, drain=0)
     long = {"prompt": "To create", "max_tokens": 2000, "ignore_eos": True}
@@ -68,7 +68,7 @@ def test_what_outlasts_the_drain_is_told_so(serving, model) -> None:
     assert json.loads(events[-2][6:])["error"]["code"] == "engine_stopped"
 
 
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(client, capsys) -> None:
+def test_a_port_in_use_is_an_error_before_anything_is_loaded(client, capsys) -> None:
     port = client.host.split(":")[1]
     with pytest.raises(SystemExit) as ended:
         main(["serve", "nowhere/at-all", "--port", port])
@@ -103,7 +103,7 @@ def test_adapters_are_named_with_their_paths(capsys) -> None:
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "prometheus_client", "uvicorn"])
-def test_without_the_extra_the_remedy_is_told(
+def test_without_the_extra_the_error_has_the_remedy(
     missing: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)

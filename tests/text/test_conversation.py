@@ -116,7 +116,7 @@ def test_after_an_exception_the_message_was_never_sent(
     ask(conversation, QUESTIONS[1])
 
 
-def test_the_cut_is_told(conversation: Conversation) -> None:
+def test_a_cut_answer_says_so(conversation: Conversation) -> None:
     conversation.max_new_tokens = 3
     assert str(ask(conversation, QUESTIONS[0])).endswith("; cut at 3 tokens")
     conversation.max_new_tokens = 500
@@ -144,7 +144,9 @@ def test_only_an_end_token_is_no_cut(
     assert answer.end == ("" if ends else "cut at 1 tokens")
 
 
-def test_arguments_that_are_no_settings(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
+def test_arguments_without_effect_or_support(
+    model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any
+) -> None:
     """A setting that has no effect is warned of once; what is not supported is refused by name."""
     ids = tokenizer("What is a list?").input_ids
     refused: dict[str, Any] = {"logits_processor": []}
@@ -222,7 +224,7 @@ def test_a_tool_call_that_was_cut_off_stays_open_in_the_history(
     assert [delta.kind for delta in shown] == ["text"]
 
 
-def test_what_has_no_template_is_named(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
+def test_a_missing_template_is_named(model: lfm2_fast.Lfm2ForCausalLM, tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
     with pytest.raises(ValueError, match="the chat template refuses .*: system first"):
         Conversation(model, tokenizer).ask("Hello", ignore)

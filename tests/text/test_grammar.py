@@ -199,7 +199,7 @@ def test_an_engines_replies_are_json_of_their_schemas(
     assert ended > 0.8 * len(pairs)
 
 
-def test_a_reply_is_the_same_in_any_company_and_after_preemption(
+def test_a_reply_is_the_same_in_any_batch_and_after_preemption(
     compiler: GrammarCompiler, tokenizer: Any, model: Any
 ) -> None:
     items = {"type": "integer", "minimum": 0, "maximum": 999}
@@ -324,7 +324,7 @@ def test_other_grammars_hold_too(
         ),
     ],
 )
-def test_what_is_no_grammar_is_named(
+def test_wrong_grammars_are_named(
     compiler: GrammarCompiler, make: Callable[[Any], Grammar], says: str
 ) -> None:
     with pytest.raises(ValueError, match=f"(?s){says}"):

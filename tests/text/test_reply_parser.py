@@ -148,7 +148,7 @@ def test_a_reply_is_taken_apart(tokenizer: Any, reply: str, gives: list[tuple[st
     assert parsed(tokenizer, reply)[0] == gives
 
 
-def test_what_is_not_asked_for_is_text(tokenizer: Any) -> None:
+def test_markers_without_their_option_are_text(tokenizer: Any) -> None:
     reply = f"<think>a</think>\n {START}[f(a=1)]{END} b "
     assert parsed(tokenizer, reply, tools=False)[0] == [
         ("reasoning", "a"),
@@ -183,7 +183,7 @@ def test_a_passage_may_begin_in_the_prompt(
     assert parsed(tokenizer, reply, prompt=prompt)[0] == gives
 
 
-def test_thinking_that_is_told_begins_at_once(tokenizer: Any) -> None:
+def test_thinking_begins_at_once_if_the_caller_says_so(tokenizer: Any) -> None:
     for reply in ("So.</think>Yes.", "<think>So.</think>Yes.", " So.<|cot_end|>\nYes."):
         made, _ = parsed(tokenizer, reply, thinking=True)
         assert made == [("reasoning", "So."), ("text", "Yes.")]
@@ -223,7 +223,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer: Any, text: str) -> N
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_unfinished_character_is_told_at_the_end(tokenizer: Any) -> None:
+def test_an_unfinished_character_is_sent_at_the_end(tokenizer: Any) -> None:
     ids = ids_of(tokenizer, "ok 😀")
     start = ids_of(tokenizer, START)
     assert len(ids) > 4  # the last character takes several tokens

@@ -115,7 +115,7 @@ def test_a_separate_head_is_used_against_the_config(
     assert error < (1e-4 if quantization is None else 0.5) * expected.abs().max()
 
 
-def test_what_the_class_without_a_head_saved_is_the_same_model(
+def test_a_checkpoint_of_the_class_without_a_head_is_the_same_model(
     random_checkpoint, tmp_path: Path
 ) -> None:
     from transformers import Lfm2Model

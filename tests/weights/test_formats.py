@@ -139,7 +139,7 @@ def test_mixed_formats_are_saved_and_loaded(random_checkpoint, tmp_path) -> None
     assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
 
 
-def test_a_gpu_gets_what_it_has_bodies_for(random_checkpoint, caplog, monkeypatch) -> None:
+def test_a_gpu_gets_formats_that_it_has_code_for(random_checkpoint, caplog, monkeypatch) -> None:
     """Matrices of other formats become dense, with the same values, and a note says so."""
     model = quantized(random_checkpoint(**EVEN), quantization="int4", backend="eager")
     config, weights = model.network.config, dict(model.network.state_dict())

@@ -70,7 +70,7 @@ def test_int4_is_q4_0_byte_for_byte() -> None:
         assert torch.equal(part.view(torch.uint8), same.view(torch.uint8))
 
 
-def test_what_is_no_block_is_refused() -> None:
+def test_unknown_types_and_partial_blocks_are_refused() -> None:
     with pytest.raises(CheckpointError, match="IQ4_NL is not one of Q4_0"):
         gguf_blocks.parts_of("IQ4_NL", torch.zeros(2, 18, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match="19 bytes are not whole blocks of Q4_0"):

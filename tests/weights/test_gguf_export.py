@@ -98,7 +98,7 @@ def test_the_command_writes_what_it_says(
     assert path.read_bytes() == q4_0.read_bytes()
 
 
-def test_what_llama_cpp_does_not_run_is_refused(
+def test_checkpoints_that_llama_cpp_does_not_run_are_refused(
     tiny: Path, tmp_path: Path, random_checkpoint: Callable[..., Path]
 ) -> None:
     def refuse(folder: Path, words: str, type: str = "q8_0") -> None:

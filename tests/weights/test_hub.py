@@ -364,7 +364,7 @@ def test_no_network_and_not_cached(load: Load, tmp_path: Path) -> None:
         assert "connect once to download it, or give a folder" in message
 
 
-def test_what_a_cache_without_markers_lacks_is_no_absence_unless_so_told(
+def test_a_cache_without_markers_does_not_prove_that_files_are_absent(
     hub: Hub, load: Load, tmp_path: Path
 ) -> None:
     """Another client made the cache, and noted nowhere which files the repository does not have."""

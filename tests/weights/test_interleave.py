@@ -12,7 +12,7 @@ from lfm2_fast.weights.interleave import interleave, rows_of, take_rows
 @pytest.mark.parametrize("unit", [2, 4])
 @pytest.mark.parametrize("rows", [0, 1, 8, 27, 64])
 @pytest.mark.parametrize("block", [1, 1 << 20])
-def test_units_lie_where_lanes_read(monkeypatch, unit: int, rows: int, block: int) -> None:
+def test_units_are_where_lanes_read_them(monkeypatch, unit: int, rows: int, block: int) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
     plain = torch.randint(256, (rows, 24), dtype=torch.uint8)
     mixed = plain.clone()

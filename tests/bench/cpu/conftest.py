@@ -1,4 +1,4 @@
-"""A checkpoint beside which benchmarks may write."""
+"""A copy of a checkpoint, in a folder that benchmarks may write to."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ found = {{"build_commit": "abc", "build_number": 7, "n_threads": int(given["-t"]
 print(json.dumps([{{**found, "samples_ns": [1], "samples_ts": [rate]}}]))
 """
 
-# Answers like llama-server: ready at the second look, and requests when as many as there are slots
-# have come. Logits are 2 for the token that was forced, and the number of the row elsewhere.
+# Answers like llama-server: it is ready at the second health check, and answers when a request for
+# each slot has come. Logits are 2 for the forced token, and the row's number elsewhere.
 SERVER = """
 import math, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

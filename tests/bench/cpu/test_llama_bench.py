@@ -1,4 +1,4 @@
-"""llama-bench: what it is asked, what it answers, what becomes of one that fails or is wrong."""
+"""llama-bench: its calls, its answers, and runs that fail or are wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def files(folder: Path, *kinds: str) -> None:
 
 
 def the_fakes_logits(size: int) -> np.ndarray:
-    """Return what the fake server's rows hold: its log-probabilities are these less a number."""
+    """Return the fake server's logits. Its log-probabilities are these minus a constant."""
     rows = np.zeros((STEPS, size), np.float32)
     rows[1::2, 1::2] = 1
     rows[:, 1] = 2

@@ -1,4 +1,4 @@
-"""llama-server: what it is asked, that requests come at once, and that it always ends."""
+"""llama-server: its calls, requests at once, and its end in every case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak serves what it says, tells what it saw, and fails where something is wrong."""
+"""The soak serves its traffic, reports what it measured, and fails if something is wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def made(model: Lfm2, **options: Any) -> soak.Soak:
     return soak.Soak(Engine(model, max_rows=2, pages=24, **options), Traffic(3, IDS), checks=3)
 
 
-def test_a_short_soak_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_soak_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "soak.json"
     few = ["--minutes", "0.04", "--rate", "15", "--checks", "3", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["soak", *few])
@@ -62,7 +62,7 @@ def test_an_interrupt_keeps_what_there_is(model: Lfm2) -> None:
     assert 2 <= len(begun.series["seconds"]) < 60
 
 
-def test_what_leaks_is_a_failure(model: Lfm2) -> None:
+def test_a_leak_is_a_failure(model: Lfm2) -> None:
     begun = made(model)
     begun.engine.cache.pool.take(1)
     asyncio.run(begun.run(minutes=0.005, rate=1, seed=0))

@@ -61,7 +61,7 @@ def test_a_fault_costs_its_case_alone() -> None:
     assert os.getpid() not in processes
 
 
-def test_what_cannot_be_made_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_made_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> Any:
         raise MemoryError("full")
 
@@ -78,7 +78,7 @@ def test_nothing_is_begun_when_the_time_is_up() -> None:
     assert "process" in found[0] and found[1] == LATE
 
 
-def test_what_never_ends_on_a_gpu_is_ended_and_its_place_told() -> None:
+def test_a_case_that_hangs_on_a_gpu_is_ended_and_its_place_shown() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HANGS]
     done = subprocess.run(command, env=env, cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=50)

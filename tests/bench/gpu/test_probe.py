@@ -12,7 +12,7 @@ from bench.gpu import isolated, probe, steps
 CONFIG = Path(__file__).resolve().parents[3] / "lfm2_fast" / "tiny" / "config.json"
 
 
-def test_every_figure_stands_beside_its_prediction(
+def test_every_figure_has_its_prediction_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, few in (("STEPS", 4), ("TURN_STEPS", 4), ("WARM", 3)):

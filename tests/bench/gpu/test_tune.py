@@ -1,4 +1,4 @@
-"""Tuning, in Triton's interpreter: the loop, the gate, what is kept, the file that it writes."""
+"""Tuning, in Triton's interpreter: the loop, the gate, the kept tilings, the file it writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def small(tmp_path: Path, tiny: Path) -> Path:
-    """A config whose weights the interpreter is soon through with."""
+    """A config with small weights, which the interpreter multiplies quickly."""
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
     config |= {"hidden_size": 48, "intermediate_size": 40, "vocab_size": 60}
     config |= {"block_auto_adjust_ff_dim": False}
@@ -40,7 +40,7 @@ def small(tmp_path: Path, tiny: Path) -> Path:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A copy of the file that is written."""
+    """A copy of the file that tuning writes."""
     path = tmp_path / "tuned.py"
     path.write_text((ROOT / "kernels" / "tuned.py").read_text(encoding="utf-8"), encoding="utf-8")
     return path
@@ -74,14 +74,14 @@ def test_candidates_stand_around_the_rule(key: Key) -> None:
 @pytest.mark.parametrize(
     "operation", ["norm_conv", "norm_linear", "norm_swiglu", "linear_add", "head_argmax"]
 )
-def test_what_is_wrong_is_not_timed(
+def test_a_wrong_tiling_is_not_timed(
     operation: str, quick_interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operation = OneTokenRun(Key(operation, 42, 64), torch.float32, ON_CPU, 2)
     assert not torch.equal(*operation.weights)
     tiling = Tiling(8, 64, 4, 2)
     assert operation.wrong(tiling) is None
-    # It is held against the first weight; the second gives something else.
+    # The result is compared with that of the first weight; the second gives another one.
     launch = OneTokenRun.launch
     monkeypatch.setattr(
         OneTokenRun, "launch", lambda self, w, *more: launch(self, operation.weights[1], *more)
@@ -114,7 +114,7 @@ def test_only_what_wins_by_more_than_chance_is_kept(monkeypatch: pytest.MonkeyPa
     assert "ratio" not in kept(1.2, 1.2)
 
 
-def test_plans_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_that_fail_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(self: OneTokenRun, weight: torch.Tensor, tiling: Tiling, pdl: bool) -> None:
         raise RuntimeError("out of resources: shared memory")
 

@@ -95,7 +95,7 @@ def test_a_killed_worker_and_a_killed_batch_lose_no_row_and_double_none(tmp_path
     text = finished(start(source, output, log=log), log)
     found = answers(output)
     ids = Counter(each["custom_id"] for each in found)
-    # As in a batch without Ray, a line that is no request has a number and no custom_id.
+    # As in a batch without Ray, a line that is not a request has a number and no custom_id.
     assert ids == Counter([*(f"r{i}" for i in range(ROWS)), None, None, "r0"])
     faults = {each["error"]["line"]: each for each in found if each["error"]}
     assert {line: each["error"]["code"] for line, each in faults.items()} == {

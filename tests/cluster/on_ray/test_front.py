@@ -102,7 +102,7 @@ def test_without_a_key_no_body_is_read(path: str, headers: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/health"), ("GET", "/"), ("OPTIONS", PATH)], ids=str
 )
-def test_what_needs_no_key_has_no_body(method: str, path: str) -> None:
+def test_open_endpoints_read_no_body(method: str, path: str) -> None:
     assert told(path, method=method) == (200, "0", 0)
 
 

@@ -16,7 +16,7 @@ def test_throughput_grows_with_the_replicas(simulated: Any) -> None:
         assert throughput(simulated, number, seconds=8) >= 0.85 * number * one
 
 
-def test_routing_by_prefix_finds_what_the_plain_choice_does_not(simulated: Any) -> None:
+def test_routing_by_prefix_has_more_hits_than_the_plain_choice(simulated: Any) -> None:
     found = [measured(simulated, choice, users=8, turns=5) for choice in (True, False)]
     by_prefix, plain = (each["hit_rate"] for each in found)
     print(found)

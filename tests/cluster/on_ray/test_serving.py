@@ -41,7 +41,7 @@ def alone(url: str, **fields: Any) -> Ending:
 
 
 def loaded(service: Simulated, during: Any, urls: list[str]) -> list[Ending]:
-    """The endings of a load while something happens; none is a cut text that looks complete."""
+    """Return the endings of a load while something happens. No cut text may look complete."""
     whole = alone(service.urls[0]).text
     endings = asyncio.run(load(urls, during, clients=6, tokens=TOKENS, **PROMPT))
     kinds = {kind: sum(each.kind == kind for each in endings) for kind in ("complete", *CLEAN)}
@@ -67,7 +67,7 @@ def kill(processes: list[Any]) -> None:
     time.sleep(6)
 
 
-def test_the_address_of_a_serve_that_runs_is_told(
+def test_the_address_of_a_running_serve_is_reported(
     service: Simulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Serve keeps its port; what the command asks for does not count."""
