@@ -4,8 +4,9 @@
 
 In a block marked ``console``, a line after "$ " is a command. It runs in a terminal of 100 columns,
 and the rest of the block is its output. Lines after "> " are typed into it. Blocks marked
-``python`` run in order in one process; a ``text`` block after one is its output. All use the small
-checkpoint in the package.
+``python`` run in order in one process; a ``text`` block after one is its output. A page without a
+``text`` block shows no output of Python, and its blocks do not run. All use the small checkpoint in
+the package. A page of ``NEEDS`` is left out if its folder does not exist.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "> "
+# Page -> the folder that its commands use. ``lfm2-fast export openvino lfm2_fast/tiny FOLDER``
+# writes this one.
+NEEDS = {"export.md": "tiny-openvino"}
 # A progress bar's line that is erased, with the cursor in it or below.
 ERASED = re.compile(r"[^\n]*(\n(\x1b\[\?25[hl]|\r)*\x1b\[1A)?\x1b\[2K")
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]")
@@ -122,8 +126,11 @@ def record(page: Path, path: str) -> None:
         text,
     )
     code = re.compile(r"(?ms)^```python\n(.*?)^```$(\n\n```text\n.*?^```$)?")
-    blocks = [found[1] for found in code.finditer(text)]
-    printed = iter(python(blocks)) if blocks else iter(())
+    found = list(code.finditer(text))
+    if not any(block[2] for block in found):
+        page.write_text(text, encoding="utf-8")
+        return
+    printed = iter(python([block[1] for block in found]))
 
     def renewed(found: re.Match[str]) -> str:
         output = next(printed)
@@ -140,6 +147,9 @@ def main() -> None:
         command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lfm2_fast "$@"\n')
         command.chmod(0o755)
         for page in pages:
+            if not (ROOT / NEEDS.get(page.name, "")).exists():
+                print(f"{page} is left out: there is no {NEEDS[page.name]}", file=sys.stderr)
+                continue
             record(page, f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 

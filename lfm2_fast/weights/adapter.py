@@ -1,6 +1,6 @@
 """Adapter: a folder that PEFT saved -> the changes of tensors, checked by a model's config.
 
-Nothing is passed over: a tensor that no part of the model takes is an error that names it.
+Nothing is ignored: a tensor that no part of the model takes is an error that names it.
 """
 
 from __future__ import annotations

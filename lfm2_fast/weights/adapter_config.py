@@ -1,6 +1,6 @@
 """AdapterConfig: what adapter_config.json of PEFT says of a LoRA adapter, every field checked.
 
-What has no effect once an adapter is trained is passed over. What would change the result and is
+Fields without effect on a trained adapter are ignored. A field that would change the result and is
 not supported is an error that names it, unknown fields included.
 """
 

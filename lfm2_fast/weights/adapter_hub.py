@@ -27,7 +27,7 @@ def find_adapter(
 ) -> Path:
     """Return the folder of an adapter that PEFT saved, downloaded if ``name`` is a hub id.
 
-    The options are those of ``hub.find_checkpoint``; a checkpoint's own are passed over. Raises
+    The options are those of ``hub.find_checkpoint``; a checkpoint's own are ignored. Raises
     CheckpointError.
     """
     options = revision, cache_dir, token, local_files_only, force_download

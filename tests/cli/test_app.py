@@ -417,7 +417,7 @@ def test_a_prompt_is_wanted_on_a_terminal(tiny: Path) -> None:
     assert terminal.text.startswith("lfm2-fast: there is no prompt: give it as an argument")
 
 
-def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
+def test_the_documentation_is_recorded_and_its_options_exist(run: Run, tmp_path: Path) -> None:
     record = runpy.run_path(str(ROOT / "docs" / "record.py"))
     block = "$ printf 'hi\\n> '; read x; echo got $x\n> old\nstale\n$ echo  two\n"
     expected = "$ printf 'hi\\n> '; read x; echo got $x\nhi\n> old\ngot old\n$ echo  two\ntwo\n"
@@ -425,6 +425,12 @@ def test_the_documentation_is_recorded_and_its_options_exist(run: Run) -> None:
     block, expected = f"{block}{gone}", f"{expected}{gone}a\nb\n"
     assert record["console"](block, os.environ["PATH"]) == expected
     assert record["python"](["x = 1", "print(x)"]) == ["\n", "1\n"]
+    page = tmp_path / "page.md"
+    for shown, left in (("", ""), ("\n\n```text\nstale\n```", "\n\n```text\nnew\n```")):
+        code = "```python\nprint('new')\n```" if shown else "```python\nunknown\n```"
+        page.write_text(f"{code}{shown}\n")
+        record["record"](page, os.environ["PATH"])
+        assert page.read_text() == f"{code}{left}\n"
     commands = ("generate", "chat", "info", "eval", "bench", "serve", "batch", "demo")
     options = "\n".join(run(name, "--help").out for name in commands)
     options += run("export", "gguf", "--help").out
