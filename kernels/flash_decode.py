@@ -106,10 +106,8 @@ def _flash_decode_kernel(
     first_split = tl.program_id(2) == 0
     k_head = HEADS + kv_head + tl.arange(0, 1)
     k = _norm_and_turn(qkv_ptr, k_head, first_split, k_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
-    v_head = k_head + KV_HEADS
-    v = tl.load(
-        qkv_ptr + v_head[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_d & first_split, other=0
-    )
+    v_ptrs = qkv_ptr + (k_head + KV_HEADS)[:, None] * HEAD_DIM + offs_d[None, :]
+    v = tl.load(v_ptrs, mask=mask_d & first_split, other=0)
     page = tl.load(table_ptr + past // page_size).to(tl.int64)
     at = page * stride_pages_p + past % page_size * stride_pages_r + offs_d[None, :]
     if KEYS_ALONE or not VERIFIED:
@@ -130,59 +128,46 @@ def _flash_decode_kernel(
         total = tl.zeros([BLOCK_M], tl.float32) + tl.where(has_token, 1.0, 0.0)
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + tl.where(has_token, v.to(tl.float32), 0)
         end = tl.minimum((split + 1) * size, past)
+        seen = tl.zeros([BLOCK_M], tl.int32) + end
         best, total, sums = attend_to_keys(
-            q,
-            best,
-            total,
-            sums,
-            split * size,
-            end,
-            tl.zeros([BLOCK_M], tl.int32) + end,
-            k_pages_ptr,
-            v_pages_ptr,
-            table_ptr,
-            scale,
-            page_size,
-            stride_pages_p,
-            stride_pages_r,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            WHOLE,
+            q, best, total, sums, split * size, end, seen, k_pages_ptr, v_pages_ptr, table_ptr,
+            scale, page_size, stride_pages_p, stride_pages_r, HEAD_DIM, BLOCK_N, BLOCK_D, WHOLE,
             MASKED=True,
-        )
+        )  # fmt: skip
         mean = sums / total[:, None]
         if splits == 1:
             tl.store(out_ptr + at, mean.to(q.dtype), mask=mask_m & mask_d)
         else:
-            partial_ptr = partials_ptr + split * (GROUP * HEAD_DIM)
-            tl.store(partial_ptr + at, mean, mask=mask_m & mask_d)
-            logsum_ptr = logsums_ptr + split * GROUP
-            tl.store(logsum_ptr + offs_m, best + tl.log2(total), mask=offs_m < GROUP)
+            partial_ptrs = partials_ptr + split * (GROUP * HEAD_DIM) + at
+            tl.store(partial_ptrs, mean, mask=mask_m & mask_d)
+            logsum_ptrs = logsums_ptr + split * GROUP + offs_m
+            tl.store(logsum_ptrs, best + tl.log2(total), mask=offs_m < GROUP)
 
     if splits > 1:
-        # Every thread's partial results come before the barrier, and the barrier before the atomic
-        # of one thread. The atomic's release makes them visible to a program that acquires the
-        # count later. The last program acquires all results, and the second barrier passes them to
-        # all its threads. It then resets the counter. The next launch on this stream waits for this
-        # one first, so it reads zero.
-        tl.debug_barrier()
         arrivals_ptr += (sequence if VERIFIED else slot) * KV_HEADS + kv_head
-        earlier = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-        if earlier == tl.minimum(splits, tl.num_programs(2)) - 1:
-            tl.store(arrivals_ptr, 0)
+        if _arrives_last(arrivals_ptr, tl.minimum(splits, tl.num_programs(2))):
             _add_up(
-                partials_ptr,
-                logsums_ptr,
-                out_ptr,
-                splits,
-                GROUP,
-                HEAD_DIM,
-                BLOCK_S,
-                BLOCK_G,
-                BLOCK_D,
-            )
+                partials_ptr, logsums_ptr, out_ptr, splits,
+                GROUP, HEAD_DIM, BLOCK_S, BLOCK_G, BLOCK_D,
+            )  # fmt: skip
+
+
+@triton.jit
+def _arrives_last(arrivals_ptr, programs):
+    """Count this program, and return True in the last of ``programs``, which sees all results.
+
+    Every thread's results come before the barrier, and the barrier before the atomic of one thread.
+    The atomic's release makes them visible to a program that acquires the count later. The last
+    program acquires all results, and the second barrier passes them to all its threads. It then
+    resets the counter. The next launch on this stream waits for this one first, so it reads zero.
+    """
+    tl.debug_barrier()
+    earlier = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    is_last = earlier == programs - 1
+    if is_last:
+        tl.store(arrivals_ptr, 0)
+    return is_last
 
 
 @triton.jit
@@ -298,16 +283,9 @@ def flash_decode_triton(
     """
     sequences, width = out.shape
     _, kv_heads, page_size, head_dim = k_pages.shape
-    heads = width // head_dim
-    group, splits = heads // kv_heads, partials.shape[2]
-    assert width == kv_heads * group * head_dim and head_dim % 2 == 0
-    assert qkv.shape == (sequences, width + 2 * kv_heads * head_dim)
-    assert qkv.stride(1) == out.stride(1) == 1
-    assert q_weight.shape == k_weight.shape == (head_dim,)
-    assert cos.shape == sin.shape == (sequences, head_dim // 2)
-    assert cos.dtype == sin.dtype == torch.float32
-    assert slots.shape == lengths.shape == (sequences,)
-    assert qkv.dtype == q_weight.dtype == k_weight.dtype == k_pages.dtype == out.dtype
+    heads, splits = width // head_dim, partials.shape[2]
+    group = heads // kv_heads
+    _check_inputs(qkv, q_weight, k_weight, cos, sin, slots, lengths, k_pages, out)
     check_pages(k_pages, v_pages, table)
     assert splits == most_splits(table.shape[1] * page_size)
     assert partials.shape == (sequences, kv_heads, splits, group, head_dim)
@@ -315,8 +293,7 @@ def flash_decode_triton(
     assert partials.dtype == logsums.dtype == torch.float32
     assert arrivals.shape[1:] == (kv_heads,) and arrivals.dtype == torch.int32
     assert len(arrivals) >= sequences if verified else len(arrivals) == table.shape[0]
-    for dense in (q_weight, k_weight, cos, sin, slots, lengths, partials, logsums, arrivals):
-        assert dense.is_contiguous()
+    assert all(dense.is_contiguous() for dense in (partials, logsums, arrivals))
     if sequences == 0:
         return
     block_d = max(triton.next_power_of_2(head_dim), 16)
@@ -326,30 +303,9 @@ def flash_decode_triton(
         for keys_alone in (True, False) if verified else (False,):
             grid = (sequences, kv_heads, 1 if keys_alone else programs)
             _flash_decode_kernel[grid](
-                qkv,
-                q_weight,
-                k_weight,
-                cos,
-                sin,
-                slots,
-                lengths,
-                table,
-                k_pages,
-                v_pages,
-                out,
-                partials,
-                logsums,
-                arrivals,
-                eps,
-                score_scale(head_dim),
-                page_size,
-                splits,
-                qkv.stride(0),
-                table.stride(0),
-                k_pages.stride(0),
-                k_pages.stride(1),
-                k_pages.stride(2),
-                out.stride(0),
+                qkv, q_weight, k_weight, cos, sin, slots, lengths, table, k_pages, v_pages, out,
+                partials, logsums, arrivals, eps, score_scale(head_dim), page_size, splits,
+                qkv.stride(0), table.stride(0), *k_pages.stride()[:3], out.stride(0),
                 HEADS=heads,
                 KV_HEADS=kv_heads,
                 HEAD_DIM=head_dim,
@@ -366,7 +322,33 @@ def flash_decode_triton(
                 num_warps=4,
                 num_stages=stages(table),
                 **pdl_options(pdl),
-            )
+            )  # fmt: skip
+
+
+def _check_inputs(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    k_pages: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Assert shapes, dtypes and layouts of everything but the pages and the partial results."""
+    sequences, width = out.shape
+    kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+    assert width % (kv_heads * head_dim) == 0 and head_dim % 2 == 0
+    assert qkv.shape == (sequences, width + 2 * kv_heads * head_dim)
+    assert qkv.stride(1) == out.stride(1) == 1
+    assert q_weight.shape == k_weight.shape == (head_dim,)
+    assert cos.shape == sin.shape == (sequences, head_dim // 2)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert slots.shape == lengths.shape == (sequences,)
+    assert qkv.dtype == q_weight.dtype == k_weight.dtype == k_pages.dtype == out.dtype
+    for dense in (q_weight, k_weight, cos, sin, slots, lengths):
+        assert dense.is_contiguous()
 
 
 def most_splits(context: int) -> int:

@@ -85,47 +85,16 @@ def _flash_prefill_kernel(
     seen = start + offs_t + 1
     common = (start + tile * BLOCK_T + 1) // BLOCK_N * BLOCK_N
     best, total, sums = attend_to_keys(
-        q,
-        best,
-        total,
-        sums,
-        0,
-        common,
-        seen,
-        k_pages_ptr,
-        v_pages_ptr,
-        table_ptr,
-        scale,
-        page_size,
-        stride_pages_p,
-        stride_pages_r,
-        HEAD_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        WHOLE,
+        q, best, total, sums, 0, common, seen, k_pages_ptr, v_pages_ptr, table_ptr,
+        scale, page_size, stride_pages_p, stride_pages_r, HEAD_DIM, BLOCK_N, BLOCK_D, WHOLE,
         MASKED=False,
-    )
+    )  # fmt: skip
+    end = tl.minimum(start + (tile + 1) * BLOCK_T, length)
     _, total, sums = attend_to_keys(
-        q,
-        best,
-        total,
-        sums,
-        common,
-        tl.minimum(start + (tile + 1) * BLOCK_T, length),
-        seen,
-        k_pages_ptr,
-        v_pages_ptr,
-        table_ptr,
-        scale,
-        page_size,
-        stride_pages_p,
-        stride_pages_r,
-        HEAD_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        WHOLE,
+        q, best, total, sums, common, end, seen, k_pages_ptr, v_pages_ptr, table_ptr,
+        scale, page_size, stride_pages_p, stride_pages_r, HEAD_DIM, BLOCK_N, BLOCK_D, WHOLE,
         MASKED=True,
-    )
+    )  # fmt: skip
     out = (sums / total[:, None]).to(q.dtype)
     tl.store(out_ptr + token * stride_out_t + at, out, mask=mask)
 

@@ -64,6 +64,15 @@ class Scratch(NamedTuple):
             sums=empty(rows, tiles, dtype=torch.int64),
         )
 
+    def check(self, logits: torch.Tensor, *, draws: bool, cuts: bool) -> None:
+        """Assert that the tensors fit one choice from ``logits``."""
+        rows, vocab = logits.shape
+        assert self.keys.shape == (rows, triton.cdiv(vocab, BLOCK.value))
+        assert not draws or self.scores.shape == logits.shape
+        assert not (draws and cuts) or self.few.shape == self.few_masses.shape == logits.shape
+        assert not draws or self.sums.shape == (rows, triton.cdiv(vocab, TILE))
+        assert all(each.is_contiguous() for each in self)
+
 
 @triton.jit
 def _sample_scores_kernel(
@@ -136,19 +145,13 @@ def sample_triton(
     assert vocab > 0 and logits.stride(1) == 1 and logits.dtype != torch.float64
     assert seen is None or (seen.shape == logits.shape and seen.stride(1) == 1)
     assert seen is None or seen.dtype == torch.bool
-    for each in (repetition_penalty, temperature, top_p, min_p):
-        assert each.dtype == torch.float64
-    for each in (top_k, seeds, rows, positions, tokens):
-        assert each.dtype == torch.int64
+    wide, whole = (repetition_penalty, temperature, top_p, min_p), (top_k, seeds, rows, positions)
+    assert all(each.dtype == torch.float64 for each in wide)
+    assert all(each.dtype == torch.int64 for each in (*whole, tokens))
     assert do_sample.dtype == torch.bool
-    given = (repetition_penalty, do_sample, temperature, top_k, top_p, min_p)
-    for each in (*given, seeds, rows, positions, tokens):
+    for each in (*wide, *whole, tokens, do_sample):
         assert each.shape == (sequences,) and each.is_contiguous()
-    assert scratch.keys.shape == (sequences, blocks)
-    assert not draws or scratch.scores.shape == logits.shape
-    assert not (draws and cuts) or scratch.few.shape == scratch.few_masses.shape == logits.shape
-    assert not draws or scratch.sums.shape == (sequences, tiles)
-    assert all(each.is_contiguous() for each in scratch)
+    scratch.check(logits, draws=draws, cuts=cuts)
     if sequences == 0:
         return
     # Triton stores bytes, not bits.
@@ -158,72 +161,36 @@ def sample_triton(
     block_b = triton.next_power_of_2(blocks)
     with torch.cuda.device_of(logits):
         _sample_scores_kernel[(tiles, sequences)](
-            logits,
-            marks,
-            repetition_penalty,
-            sampled,
-            temperature,
-            scratch.scores,
-            scratch.keys,
-            vocab,
-            blocks,
-            logits.stride(0),
-            stride_seen,
+            logits, marks, repetition_penalty, sampled, temperature,
+            scratch.scores, scratch.keys, vocab, blocks, logits.stride(0), stride_seen,
             DRAWS=draws,
             BLOCKS=TILE // BLOCK.value,
             **pdl_options(pdl),
-        )
+        )  # fmt: skip
         if draws and cuts:
             _sample_cut_kernel[(sequences,)](
-                scratch.scores,
-                scratch.keys,
-                sampled,
-                top_k,
-                top_p,
-                scratch.cuts,
-                scratch.firsts,
-                scratch.picked,
-                scratch.few,
-                scratch.few_masses,
-                vocab,
-                blocks,
-                math.log(vocab),
+                scratch.scores, scratch.keys, sampled, top_k, top_p, scratch.cuts,
+                scratch.firsts, scratch.picked, scratch.few, scratch.few_masses,
+                vocab, blocks, math.log(vocab),
                 BLOCK_B=block_b,
                 BLOCK_C=16,
                 num_warps=8,
                 **pdl_options(pdl),
-            )
+            )  # fmt: skip
         if draws:
             _sample_draw_kernel[(tiles, sequences)](
-                scratch.scores,
-                scratch.keys,
-                sampled,
-                min_p,
-                scratch.cuts,
-                scratch.firsts,
-                seeds,
-                rows,
-                positions,
-                scratch.sums,
-                vocab,
-                blocks,
+                scratch.scores, scratch.keys, sampled, min_p, scratch.cuts, scratch.firsts,
+                seeds, rows, positions, scratch.sums, vocab, blocks,
                 CUT=cuts,
                 BLOCK_B=block_b,
                 BLOCK_V=TILE,
                 **pdl_options(pdl),
-            )
+            )  # fmt: skip
         _sample_last_kernel[(sequences,)](
-            scratch.keys,
-            scratch.sums,
-            sampled,
-            positions,
-            marks,
-            tokens,
-            blocks,
-            tiles,
-            stride_seen,
+            scratch.keys, scratch.sums, sampled, positions, marks, tokens,
+            blocks, tiles, stride_seen,
             DRAWS=draws,
             BLOCK_B=block_b,
             BLOCK_T=triton.next_power_of_2(tiles),
             **pdl_options(pdl),
-        )
+        )  # fmt: skip
