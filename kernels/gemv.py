@@ -8,7 +8,7 @@ A thread loads 16 bytes of one row of the weight at a time, and they become its 
 core's operand without an exchange between threads. For this the order of K is changed, in the same
 way for tokens and weight. Each warp has a share of every BLOCK_K columns, and the warps' sums are
 added at the end of a row. `test_aot.py` counts the instructions: the compiler would turn another
-order into shuffles. While a tile is in use, what follows it is loading (``gemv_tiles.py``).
+order into shuffles. While a tile is in use, the next one is loading (``gemv_tiles.py``).
 
 A weight of the tokens' dtype has no ``scale``. An int8 weight has ``scale [N]`` float32. The sum of
 a row is multiplied by it in float32, so the integers are used directly. An int4 weight is in the

@@ -120,7 +120,7 @@ class PagePool:
             self._evict()
 
     def _grow(self, count: int) -> None:
-        """Take memory for the pages that are missing from ``count``. If there is none, evict cached
+        """Take memory for the pages that are missing from ``count``. Without memory, evict cached
         pages.
         """
         short = min(count - len(self._free), self.memory.limit - self.memory.count)

@@ -1,1 +1,1 @@
-"""Command line, one command a file, and what the commands share."""
+"""Command line: one command a file, and their shared code."""

@@ -14,7 +14,7 @@ BLOCK = 256
 REQUEST_COST = 4
 # Blocks that are remembered, about 30 MB.
 CAPACITY = 1 << 17
-# Fields of a body that decide what the first page of its prompt is.
+# Fields of a body that decide with whom the first page of its prompt is shared.
 _SALT = ("model", "cache_salt")
 # Fields of a body in the order in which they stand in a prompt.
 _TEXT = ("tools", "instructions", "messages", "input", "prompt")

@@ -26,10 +26,10 @@ class Replica:
         self._gauges: dict[str, Any] = {}
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
-        """Yield what the application sends to a request with this body.
+        """Yield the application's messages to a request with this body.
 
-        What it sends while the consumer is busy comes in one piece. If the consumer leaves, the
-        application sees its client disconnect.
+        Messages that are sent while the consumer is busy come in one piece. If the consumer leaves,
+        the application sees its client disconnect.
         """
         async for messages in run_app(self._app, scope, body):
             yield messages

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scale:
-    """Number of replicas and what each needs.
+    """Number of replicas and the resources of each.
 
     There are ``replicas``, or between ``min_replicas`` and ``max_replicas``, so that each has about
     ``target_ongoing_requests``; None is the engine's rows. ``cpus_per_replica`` and
@@ -60,7 +60,7 @@ class Scale:
     def resources(
         self, device: str, cluster: Mapping[str, float], nodes: Sequence[float] = ()
     ) -> dict[str, float]:
-        """Return what Ray reserves for a replica on a device, in a cluster with these resources.
+        """Return Ray's resources for a replica on a device, in a cluster with these resources.
 
         ``nodes`` are the cores of each node, by default one node with all of them.
         """

@@ -79,7 +79,7 @@ class Assistant:
         return drafts
 
     def _catch_up(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Run what is new of texts, but for a few last tokens, which are returned."""
+        """Run the new tokens of texts, except the last few, which are returned."""
         cache, missing = self._cache, []
         # A step writes all conv rows of a slot before it reads them.
         room, fit = self.size, cache.ring - cache.past

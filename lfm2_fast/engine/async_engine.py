@@ -44,7 +44,7 @@ class Stream:
     async def next(self) -> list[Event]:
         """Wait for events and return them; none after ``wake`` and after the end.
 
-        Raises what a step raised, and EngineStopped.
+        Raises the exception of a failed step, and EngineStopped.
         """
         if self.ended:
             return []
@@ -137,7 +137,7 @@ class AsyncEngine:
     async def between_steps(self, function: Callable[[Engine], T]) -> T:
         """Call a quick function of the engine while no step runs, and return its result.
 
-        Raises what the function raises, and EngineStopped.
+        Raises the function's exceptions, and EngineStopped.
         """
         loop = asyncio.get_running_loop()
         made: asyncio.Future[list[Any]] = loop.create_future()

@@ -49,7 +49,7 @@ class BlockDrafter:
         self._times: deque[float] = deque(maxlen=5)
 
     def seconds(self, step: float) -> tuple[float, float]:
-        """Return what a block takes, and one more token of it, where a step takes ``step``."""
+        """Return the seconds of a block, and of one more token in it, if a step takes ``step``."""
         return median(self._times) if self._times else COST * step, 0.0
 
     def follow(self, rows: Iterable[Row]) -> None:

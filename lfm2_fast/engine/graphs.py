@@ -52,7 +52,7 @@ class Graphs:
         self.pool: Any = None
 
     def forget_capture(self, graph: Any) -> None:
-        """Undo what a failed capture has left: the next one gets another pool and stream.
+        """Clean up after a failed capture: the next one gets another pool and stream.
 
         Torch's allocator still serves the failed graph's pool. That must end first.
         """
@@ -142,7 +142,7 @@ def _record(graph: Any, pool: Any, body: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Let Python collect no cycles inside: what they free may be what a capture refuses to free."""
+    """Let Python collect no cycles inside, because a capture may refuse to free their memory."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -22,7 +22,7 @@ class PromptLookup:
         self._source = self._drafted_at = 0
 
     def follow(self, prompt: Sequence[int], written: Sequence[int]) -> None:
-        """Take in what is new of a text: its prompt, then its new tokens."""
+        """Index the new part of a text: its prompt, then its new tokens."""
         text = self._text
         new = written[len(text) - len(prompt) :] if text else [*prompt, *written]
         for token in new:

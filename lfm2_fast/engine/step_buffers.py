@@ -80,7 +80,7 @@ class StepBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take, without what the graphs' pool holds."""
+        """Bytes of the tensors, without the graphs' memory pool."""
         extra = [each for each in (self.logits, self.marks) if each is not None]
         steps = sum(each.nbytes for each in (self.written, *self.inputs, *extra))
         own = 0 if self._drafts is None else self._drafts.nbytes

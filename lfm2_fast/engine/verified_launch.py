@@ -3,7 +3,7 @@
 A row's last token and its draft run as rows of one step, each with the bits of a step of its own.
 So the step knows the token that plain decoding chooses behind each of them. A drafted token stands
 if it is that token, and then the choice behind it counts. Choices are made in the order of the
-text: penalties, constraints, hooks and draws see what was written, and no draft.
+text: penalties, constraints, hooks and draws see the written tokens, and no draft.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lfm2_fast.models.stream_ring import StreamRing
 
 @dataclass
 class Drafted:
-    """Row of a verified step, its place among the rows that decode, and what was drafted for it.
+    """Row of a verified step, its place among the rows that decode, and its draft.
 
     ``first`` is where its tokens stand in the step, and ``accepted`` counts those of the draft that
     were written.
@@ -92,9 +92,9 @@ class VerifiedLaunch:
         return size
 
     def steps(self, cache: Cache) -> Iterator[Written]:
-        """Yield what is written, a token of each row at a time, as ``Launch.steps`` does."""
+        """Yield the written tokens, one of each row at a time, as ``Launch.steps`` does."""
         while True:
-            # The caller may have ended rows by what they wrote.
+            # The caller may have ended rows after their last tokens.
             self._open = [each for each in self._open if not each.row.ended]
             if not self._open:
                 break
@@ -114,7 +114,7 @@ class VerifiedLaunch:
         self._go_on()
 
     def _choose(self) -> tuple[list[int], dict[Row, LogProbs]]:
-        """Choose the next token of each row that is open, by what it has written."""
+        """Choose the next token of each open row, after the tokens that it has written."""
         if self._chosen is not None:
             return [self._chosen[each.first + self._depth] for each in self._open], {}
         own, buffers = self._own, self._buffers

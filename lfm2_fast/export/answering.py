@@ -29,7 +29,7 @@ CONTEXT = 2048
 
 
 def read_record(name: str) -> dict[str, Any] | None:
-    """Return the record of the export in folder ``name``, or None if it is none."""
+    """Return the record of the export in folder ``name``, or None if it is not an export."""
     path = Path(name) / RECORD
     return read_json(path) if path.is_file() else None
 

@@ -36,7 +36,7 @@ from lfm2_fast.weights.safetensors_files import INDEX
 # Tokens that a runtime has room for in the proof. Half of a static shape is the prompt's, so that
 # the proof's prompt is padded.
 CONTEXT = 4 * PROMPT
-# File of an export that says what made it, and what its proof measured.
+# File of an export with its origin and the results of its proof.
 RECORD = "lfm2_fast_export.json"
 
 
@@ -121,7 +121,7 @@ def _build(
     tokenizer: Any,
     note: Note,
 ) -> dict[str, Any]:
-    """Export ``source``, and return what its proof measured, with facts about the runtime.
+    """Export ``source``, and return the results of its proof, with facts about the runtime.
 
     The weights of ``model`` are those of ``source``, and are rounded in place where ``type`` is.
     """

@@ -207,7 +207,7 @@ def _place(position: int) -> str:
 
 
 def _suspect(errors: torch.Tensor) -> str:
-    """Say which part of the graph to look at: what is first wrong depends on few of them."""
+    """Name the part of the graph to look at: the first wrong logits depend on few parts."""
     bad = errors > LIMIT
     if bad[0]:
         return "the first token is wrong already, before any cache or position plays a part"

@@ -54,7 +54,7 @@ OTHER_NAMES = {
     "rope_scaling": "rope_parameters",
     "torch_dtype": "dtype",
 }
-# Fields that ``from_pretrained`` takes as arguments; its own ``dtype`` is none of them.
+# Fields that ``from_pretrained`` takes as arguments; its own ``dtype`` is not one of them.
 FIELDS = frozenset({*DEFAULTS, *OTHER_NAMES, "head_dim"} - {"dtype", "torch_dtype"})
 
 
@@ -98,7 +98,7 @@ class Lfm2Config:
         self.to_internal()
 
     def __getattr__(self, name: str) -> Any:
-        # Called for what is not set: another spelling of a field, or nothing.
+        # Called for names that are not set: another spelling of a field, or nothing.
         if name in OTHER_NAMES:
             return getattr(self, OTHER_NAMES[name])
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
@@ -106,7 +106,7 @@ class Lfm2Config:
     def __setattr__(self, name: str, value: Any) -> None:
         name = OTHER_NAMES.get(name, name)
         if name == "rope_parameters":
-            # Scaling that names no base keeps the one that there is.
+            # Scaling that names no base keeps the present one.
             value = _rope(value, vars(self).get(name, {}).get("rope_theta", 1e6))
         super().__setattr__(name, value)
 

@@ -32,7 +32,7 @@ NO_ATTENTIONS = "attention is fused: use transformers' class with attn_implement
 def check_forward_args(others: Mapping[str, Any], *, packed: bool) -> None:
     """Check arguments that a forward call does not use. ``packed`` is True if rows may be packed.
 
-    Raises ValueError for what is not supported and TypeError for an unknown name.
+    Raises ValueError for an unsupported argument, and TypeError for an unknown name.
     """
     for name, value in others.items():
         if name == "seq_idx" and not packed and value is not None:

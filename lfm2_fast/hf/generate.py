@@ -23,7 +23,7 @@ from lfm2_fast.hf.processors import replace_by_processors
 from lfm2_fast.hf.prompts import gather_prompts, read_ids
 
 
-# Not in a caller's inference mode either: what a cache keeps must be writable outside of it.
+# Not in a caller's inference mode either: a cache's tensors must be writable outside of it.
 @torch.inference_mode(False)
 @torch.no_grad()
 @host_by_default()

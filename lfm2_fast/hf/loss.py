@@ -45,7 +45,7 @@ def loss_function(
 
 
 class _NoBackward(torch.autograd.Function):
-    """Identity, whose backward pass says that there is none."""
+    """Identity, whose backward pass raises an error: training is not supported."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def save(
     variant: str | None,
     max_shard_size: int | str,
 ) -> None:
-    """Write a checkpoint whose config has ``settings`` besides what the network is made of.
+    """Write a checkpoint whose config has ``settings`` beside the network's sizes.
 
     ``state_dict`` replaces the weights, by Hugging Face's names. Raises ValueError for a name that
     the network does not have.

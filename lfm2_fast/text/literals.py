@@ -29,7 +29,7 @@ _ESCAPED |= {"\\": "\\", "'": "'", '"': '"', "/": "/", "\n": "", "\r\n": "", "\r
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|[{}]")
 _PIECES = {quote: re.compile(rf"(?:[^\\{quote}]+|\\.)*", re.DOTALL) for quote in "'\""}
 
-# Characters that may follow a closing quote, by what the string is part of. A quote before another
+# Characters that may follow a closing quote, by the string's parent. A quote before another
 # character belongs to the string, if the text cannot be read otherwise.
 _NEXT_VALUE = r"[\"'\[({\d.+-]|[rRbBuUfF]{1,2}[\"']|(?:True|False|None|true|false|null)\b"
 FOLLOWS = {

@@ -154,8 +154,8 @@ def sources(
 ) -> tuple[Config, dict[str, Any]]:
     """Return ``config`` with the format of every matrix, and the stored tensors by dense names.
 
-    Raises CheckpointError, which names the method, for what has no format here, and for tensors
-    that do not fit.
+    Raises CheckpointError, which names the method, for a matrix without a format here, and for
+    tensors that do not fit.
     """
     block = _check(folder / "config.json")
     dense = with_stored_head(folder, replace(config, quantization=None, formats=()), variant)
@@ -236,7 +236,7 @@ def _source(
     parts: dict[str, Stored],
     block: tuple[int, int],
 ) -> Any:
-    """Return a tensor as ``fill_table`` reads it. Raises CheckpointError for what does not fit."""
+    """Return a tensor as ``fill_table`` reads it. Raises CheckpointError if it does not fit."""
 
     def error(message: str) -> CheckpointError:
         return CheckpointError(f"{folder}: {name} {message}; {OTHERWISE}")

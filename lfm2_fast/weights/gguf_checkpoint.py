@@ -118,7 +118,7 @@ def _note(
     formats: Mapping[str, Format],
     dtype: torch.dtype,
 ) -> None:
-    """Log which types of matrices are kept exactly, and what the others become.
+    """Log which types of matrices are kept exactly, and the targets of the others.
 
     It is a warning if the file has types without a format here, which take more memory.
     """

@@ -2,7 +2,7 @@
 
 Imports nothing of the package. Usage: ``mend_onnx.py MODEL.onnx``. ONNX Runtime GenAI 0.18 takes
 the first matrix with as many rows as the vocabulary for the head. If that is one of the first
-layer's, the head gets that layer's norm. Prints what it changed.
+layer's, the head gets that layer's norm. Prints the change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ HEAD, NORM = "/lm_head/", "/final_norm_layernorm/"
 
 
 def mend(graph: Any) -> str | None:
-    """Connect the head's first node with the output of the final norm. Return what it had before.
+    """Connect the head's first node with the output of the final norm. Return its old input.
 
     Return None if it had that output already. Raises ValueError if the graph has no final norm, or
     no head that one input connects.
