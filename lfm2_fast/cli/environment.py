@@ -36,6 +36,8 @@ FUSED = (
     "embed_rope", "norm_linear", "norm_conv", "attend", "linear_add", "norm_swiglu", "head_argmax",
     "head_advance",
 )  # fmt: skip
+# Methods of ``Ops`` that are not operations.
+HELPERS = ("verified_tokens", "adapted", "at", "adapts", "adapt", "adapt_rows")
 # The instructions that make the CPU code faster, as Linux calls them.
 FEATURES = "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 asimd sve bf16 i8mm".split()
 
@@ -50,7 +52,7 @@ def machine_facts(device: str = "auto", backend: str = "auto") -> Facts:
     return {
         "versions": versions(),
         "device": {**hardware(where), "backend": chosen.name},
-        "operations": bodies(chosen),
+        "operations": operations(chosen),
         "backends": backends(where),
     }
 
@@ -71,13 +73,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def bodies(chosen: Ops) -> dict[str, str]:
-    """Name of the backend that runs each operation of ``chosen``."""
-    lines = [cls for cls in type(chosen).__mro__ if issubclass(cls, Ops)]
+def operations(chosen: Ops) -> dict[str, str]:
+    """Return the name of the backend that runs each operation of ``chosen``."""
+    classes = [cls for cls in type(chosen).__mro__ if issubclass(cls, Ops)]
     found = {}
     for name, value in vars(Ops).items():
-        if callable(value) and not name.startswith("_"):
-            owner = next(cls for cls in lines if name in vars(cls))
+        if callable(value) and not name.startswith("_") and name not in HELPERS:
+            owner = next(cls for cls in classes if name in vars(cls))
             if owner is not Ops or name not in FUSED:
                 found[name] = owner.name
     return found

@@ -47,6 +47,14 @@ def test_the_context_is_what_rope_scaling_makes_of_it(tiny: Path, tmp_path: Path
     assert facts["context"] == 3 * raw["max_position_embeddings"]
 
 
+def test_operations_are_listed_and_nothing_else() -> None:
+    """Fused operations are missing from a backend that composes them from the others."""
+    listed = environment.machine_facts("cpu", "eager")["operations"]
+    small = {"rope", "linear", "embed", "rms_norm", "swiglu", "gated_conv", "qk_norm_rope"}
+    assert listed.keys() == small | {"attention", "add_low_rank", "advance", "sample"}
+    assert set(listed.values()) == {"eager"}
+
+
 def test_without_a_dtype_no_bytes_are_shown(tiny: Path, tmp_path: Path) -> None:
     raw = json.loads((tiny / "config.json").read_text())
     told = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
