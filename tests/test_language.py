@@ -22,7 +22,8 @@ NOT_FIRST = {
 DIALECT = re.compile(
     r"\b(such(?! as)|so many|who(so)?ever|whatever|wherever|whichever|likewise|likeliest|anew"
     r"|in vain|as ever|for good|at hand|under way|all the same|one another|nobody|somebody"
-    r"|at the (least|most)|thereof|thereby|hereby|therein|wherein|whereof|of theirs)\b",
+    r"|at the (least|most)|thereof|thereby|hereby|therein|wherein|whereof|of theirs"
+    r"|passed over|held against|in any company)\b",
     re.IGNORECASE,
 )
 MOST_WORDS = 30

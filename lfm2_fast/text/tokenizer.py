@@ -26,8 +26,6 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     An adapter without a tokenizer uses its base's. Raises CheckpointError if there is no tokenizer,
     or if the folder is not a checkpoint.
     """
-    from transformers import AutoTokenizer
-
     folder = hub.find_checkpoint(name, weights=False, also=TOKENIZER_FILES, **options)
     if folder.is_file():
         return _from_gguf(folder)
@@ -40,26 +38,25 @@ def load_tokenizer(name: str, **options: Any) -> Any:
             f"{folder} has no {TOKENIZER_FILES[0]}; if it is on the hub, connect once to download "
             "it, else save the tokenizer into the checkpoint's folder"
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason})") from error
+    return _loaded(folder, folder)
 
 
 def _from_gguf(path: Path) -> Any:
     """Return the tokenizer of a GGUF file, with its chat template, as transformers builds it."""
-    from transformers import AutoTokenizer
-
     # Transformers' reader does not check the file; this package has checked it before.
     file = read_gguf(path)
     Config.from_dict(raw_config(file), str(path))
     if not file.metadata.get("tokenizer.ggml.tokens"):
         raise CheckpointError(f"{path} holds no tokenizer; use a file that llama.cpp converted")
+    return _loaded(path, path.parent, gguf_file=path.name)
+
+
+def _loaded(path: Path, folder: Path, **options: Any) -> Any:
+    """Return the tokenizer of ``folder``. Raises CheckpointError, which names ``path``."""
+    from transformers import AutoTokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded ({reason})") from error
