@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from lfm2_fast.hf.adapter_lookup import adapter_options
 from lfm2_fast.models.lfm2 import Lfm2
-from lfm2_fast.weights.adapter_hub import OPTIONS, find_adapter
+from lfm2_fast.weights.adapter_hub import ADAPTER_OPTIONS, find_adapter
 
 
 class AdapterMethods(nn.Module):
@@ -18,20 +20,26 @@ class AdapterMethods(nn.Module):
     network: Lfm2
 
     def load_adapter(
-        self, path: str | os.PathLike[str], name: str = "default", **hub_options: Any
+        self,
+        path: str | os.PathLike[str],
+        name: str = "default",
+        *,
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        **hub_options: Any,
     ) -> None:
         """Load the adapter in the folder or hub id ``path`` as ``name``, and make it active.
 
-        ``hub_options`` are those of ``load`` that say where on the hub it is. Raises ValueError for
-        a name that is taken, TypeError for another option, and CheckpointError, naming the tensor
-        or the field, for what cannot be applied.
+        ``hub_options`` are those of ``load`` that say where on the hub it is, ``subfolder`` also
+        where in a folder. ``adapter_kwargs`` is Hugging Face's mapping of them. Raises ValueError
+        for a name that is taken, TypeError for another option, and CheckpointError, naming the
+        tensor or the field, for what cannot be applied.
         """
-        if unknown := sorted(hub_options.keys() - set(OPTIONS)):
+        if unknown := sorted(hub_options.keys() - set(ADAPTER_OPTIONS)):
             raise TypeError(
                 f"load_adapter() takes no {unknown[0]}=; it takes path, name, and of the hub "
-                + ", ".join(OPTIONS)
+                + ", ".join(ADAPTER_OPTIONS)
             )
-        folder = find_adapter(path, **hub_options)
+        folder = find_adapter(path, **hub_options, **adapter_options(adapter_kwargs))
         network = self.network
         made = network.adapters.load(folder, name, network.embedding_norm.weight)
         network.adapters.active = made

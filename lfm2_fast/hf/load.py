@@ -30,6 +30,7 @@ def load(
     backend: str = "auto",
     quantization: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    adapter_kwargs: Mapping[str, Any] | None = None,
     config: Any = None,
     generation_config: Any = None,
     device_map: Device | Mapping[str, Device] | None = None,
@@ -53,8 +54,9 @@ def load(
     makes them GGUF's Q4_0, with embedding and head in int8, about a third. None takes them as they
     are stored. ``adapter`` is the folder or hub id of a LoRA adapter as PEFT saves it, which is
     merged into the weights before they are quantized. If ``model`` is an adapter itself, the base
-    that it names is loaded, with the adapter merged. ``config`` replaces the checkpoint's
-    config.json, ``generation_config`` its generation parameters.
+    that it names is loaded, with the adapter merged. ``adapter_kwargs`` are the adapter's own hub
+    options, like ``revision`` and ``subfolder``. ``config`` replaces the checkpoint's config.json,
+    ``generation_config`` its generation parameters.
 
     Hugging Face's spellings are taken as well: ``device_map``, also as ``{"": device}``;
     ``torch_dtype``; ``quantization_config``, ``load_in_8bit`` and ``load_in_4bit``, bitsandbytes' 8
@@ -74,6 +76,7 @@ def load(
         backend=backend,
         quantization=quantization,
         adapter=adapter,
+        adapter_kwargs=adapter_kwargs,
         config=config,
         generation_config=generation_config,
         device_map=device_map,

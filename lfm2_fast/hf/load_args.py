@@ -32,7 +32,6 @@ ACCEPTED = {
     "_from_auto": "it names the caller",
     "_from_pipeline": "it names the caller",
     "_commit_hash": "the commit is found by revision",
-    "adapter_kwargs": "there is no adapter to load",
 }
 # Name -> its values without effect, and advice for the others.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -13,12 +13,12 @@ import torch
 
 from lfm2_fast.config import OTHER_METHOD, Config
 from lfm2_fast.config_values import CheckpointError, read_json
+from lfm2_fast.hf.adapter_lookup import find_adapter_and_base
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
 from lfm2_fast.ops.select import choose
-from lfm2_fast.weights import checkpoint, compressed_tensors, gguf_checkpoint, gguf_config, hub
-from lfm2_fast.weights.adapter import Adapter, is_adapter, read_adapter
-from lfm2_fast.weights.adapter_hub import find_adapter
+from lfm2_fast.weights import checkpoint, compressed_tensors, gguf_checkpoint, gguf_config
+from lfm2_fast.weights.adapter import Adapter, read_adapter
 from lfm2_fast.weights.adapter_merge import merged_config
 from lfm2_fast.weights.formats import FORMATS
 from lfm2_fast.weights.fusion import widen_for
@@ -47,8 +47,13 @@ def load_as(
     check_load_args(others)
     # The changes of the config below are the model's, not the caller's.
     given = None if config is None else copy.deepcopy(Lfm2Config.of(config))
-    folder = hub.find_checkpoint(model, **hub_options)
-    adapter_folder, folder = _adapter_and_base(folder, options["adapter"], hub_options)
+    adapter_folder, folder = find_adapter_and_base(
+        model,
+        options["adapter"],
+        hub_options,
+        options["adapter_kwargs"],
+        from_auto=bool(others.get("_from_auto")),
+    )
     file = read_gguf(folder) if folder.is_file() else None
     if file is not None:
         raw = gguf_config.raw_config(file)
@@ -149,23 +154,6 @@ def _refuse_twice(folder: Path, quantization: str | None) -> None:
             f"quantization={quantization!r}: {folder} is already quantized ({OTHER_METHOD}), "
             "and is used as it is; leave quantization out, or give the unquantized checkpoint"
         )
-
-
-def _adapter_and_base(
-    folder: Path, asked: Any, options: Mapping[str, Any]
-) -> tuple[Path | None, Path]:
-    """Return the folder of the adapter to merge, or None, and that of the weights below it.
-
-    ``folder`` is the checkpoint's; one that holds an adapter alone names its base.
-    """
-    if not is_adapter(folder):
-        if asked is None:
-            return None, folder
-        # The revision is the checkpoint's.
-        return find_adapter(asked, **{**options, "revision": None}), folder
-    if asked is not None:
-        raise ValueError(f"{folder} holds an adapter itself: leave adapter={asked!r} out")
-    return folder, hub.find_base(folder, **options)
 
 
 def check_options(

@@ -93,6 +93,7 @@ class Lfm2PreTrainedModel(AdapterMethods, DrafterMethods):
         backend: str = "auto",
         quantization: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        adapter_kwargs: Mapping[str, Any] | None = None,
         quantization_config: Any = None,
         load_in_8bit: bool | None = None,
         load_in_4bit: bool | None = None,
@@ -132,6 +133,7 @@ class Lfm2PreTrainedModel(AdapterMethods, DrafterMethods):
                 quantization, quantization_config, load_in_8bit, load_in_4bit
             ),
             adapter=adapter,
+            adapter_kwargs=adapter_kwargs,
             config=config,
             generation_config=generation_config,
             device_map=device_map,

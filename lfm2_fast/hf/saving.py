@@ -10,6 +10,7 @@ import torch
 
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.weights import checkpoint
+from lfm2_fast.weights.adapter import holds_adapter
 from lfm2_fast.weights.fusion import unfused
 
 
@@ -26,8 +27,13 @@ def save(
     """Write a checkpoint whose config has ``settings`` beside the network's sizes.
 
     ``state_dict`` replaces the weights, by Hugging Face's names. Raises ValueError for a name that
-    the network does not have.
+    the network does not have, and for a folder that holds an adapter.
     """
+    if holds_adapter(folder):
+        raise ValueError(
+            f"{folder} holds an adapter, which would be added to these weights when the folder is "
+            "loaded: save into another folder"
+        )
     config = network.config
     named = unfused(config, network.state_dict())
     if state_dict is not None:

@@ -112,8 +112,8 @@ def create_app(
         memory = CPU_MEMORY if model.device.type == "cpu" else GPU_MEMORY
     config = model.network.config
     defaults = Defaults.of(name, model.generation_defaults(), config.vocab_size, preset)
-    # A revision is the base's.
-    hub = {**hub_options(loading), "revision": None}
+    # Revision and subfolder are the base's.
+    hub = {**hub_options(loading), "revision": None, "subfolder": ""}
     names = _several(served_model_name) or (_served_name(name),)
     options = Options(
         names,

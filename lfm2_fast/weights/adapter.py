@@ -72,10 +72,18 @@ class Adapter:
         return bool(names & {BASE + EMBEDDING, HEAD})
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Return True for a folder that holds an adapter as PEFT saves it, alone or beside weights."""
+    return (folder / adapter_config.FILE).is_file()
+
+
 def is_adapter(folder: Path) -> bool:
-    """Return True for a folder that holds an adapter alone, as PEFT saves it."""
-    own, whole = folder / adapter_config.FILE, folder / "config.json"
-    return own.is_file() and not whole.is_file()
+    """Return True for a folder that holds an adapter and no checkpoint.
+
+    Some trainers save the base's config.json with it.
+    """
+    is_whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return holds_adapter(folder) and not is_whole
 
 
 def read_adapter(folder: Path, config: Config) -> Adapter:

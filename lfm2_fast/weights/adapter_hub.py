@@ -11,8 +11,10 @@ from lfm2_fast.config_values import CheckpointError
 from lfm2_fast.weights import adapter, adapter_config
 from lfm2_fast.weights.hub_files import Repository, folder_or_repository, looking_up
 
-# Options of ``find_adapter`` for the place of an adapter on the hub, and its download.
+# Options for the place of an adapter or a drafter on the hub, and its download.
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+# Those of ``find_adapter``: an adapter may be in a folder of its repository.
+ADAPTER_OPTIONS = (*OPTIONS, "subfolder")
 
 
 def find_adapter(
@@ -23,6 +25,7 @@ def find_adapter(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    subfolder: str = "",
     **_: Any,
 ) -> Path:
     """Return the folder of an adapter that PEFT saved, downloaded if ``name`` is a hub id.
@@ -30,10 +33,11 @@ def find_adapter(
     The options are those of ``hub.find_checkpoint``; a checkpoint's own are ignored. Raises
     CheckpointError.
     """
-    options = revision, cache_dir, token, local_files_only, force_download
+    options = revision, cache_dir, token, local_files_only, force_download, subfolder
     folder = folder_or_repository(name, *options)
     if isinstance(folder, Repository):
         return fetch_adapter(folder, weights=True)
+    folder /= subfolder
     with looking_up(name):
         is_there = (folder / adapter_config.FILE).is_file()
     if not is_there:
@@ -53,7 +57,8 @@ def fetch_adapter(repository: Repository, *, weights: bool, also: Sequence[str] 
     config = repository.fetch(adapter_config.FILE, needed=True)
     if config is None:
         raise CheckpointError(
-            f"{repository.name} on the hub has no {adapter_config.FILE}; it is no adapter of PEFT"
+            f"{repository.name} on the hub has no {repository.path(adapter_config.FILE)}; it is no "
+            "adapter of PEFT"
         )
     repository = repository.at_commit_of(config, adapter_config.FILE)
     for name in (*((adapter.FILE,) if weights else ()), *also):

@@ -63,7 +63,8 @@ def find_checkpoint(
     ":TYPE", it is the file with the type TYPE in its name. For a split file the result is the first
     part, and all parts are there.
 
-    A folder or a repository that holds only an adapter is a result too.
+    A folder that holds only an adapter is a result too. Of a repository with an adapter, the result
+    has the adapter and no other weights.
 
     The config is downloaded and checked before gigabytes follow. Then come the generation config,
     the files in ``also`` that exist, and the weights if ``weights`` is true. All are of one commit.
@@ -107,6 +108,9 @@ def find_checkpoint(
     # A config.json in a repository of GGUF files is there to have downloads counted.
     if tag is None and ("gguf" not in name.lower() or variant is not None):
         config = repository.fetch("config.json", needed=True)
+        if config is not None and repository.fetch(adapter_config.FILE) is not None:
+            # As Hugging Face does: the adapter counts, with the base that it names.
+            return fetch_adapter(repository, weights=weights, also=also)
         if config is not None:
             return _download(repository, config, variant, weights=weights, also=also)
     names = repository.names()

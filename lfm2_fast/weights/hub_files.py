@@ -43,6 +43,10 @@ class Repository:
         depth = len(Path(self.subfolder, name).parts)
         return replace(self, revision=path.parents[depth - 1].name)
 
+    def path(self, name: str) -> str:
+        """Return the path of the file ``name`` in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
     def fetch(self, name: str, *, needed: bool = False) -> Path | None:
         """Return a file in the hub's cache, or None if the repository does not have it.
 
@@ -52,7 +56,7 @@ class Repository:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        path = f"{self.subfolder}/{name}" if self.subfolder else name
+        path = self.path(name)
         try:
             cached = try_to_load_from_cache(self.name, path, self._cache, self.revision)
             if cached is _CACHED_NO_EXIST and not self.force_download:

@@ -67,8 +67,9 @@ def test_load(tiny: Path, inner: Path) -> None:
 
     trials = load_trials(tiny, inner)
     # Theirs need the packages accelerate and bitsandbytes; tests/hf/test_load_args.py has ours, and
-    # tests/weights/test_gguf_checkpoint.py those of gguf_file.
-    elsewhere = {"device_map", "quantization_config", "gguf_file"}
+    # tests/weights/test_gguf_checkpoint.py those of gguf_file, and tests/hf/test_adapter_lookup.py
+    # those of adapter_kwargs.
+    elsewhere = {"device_map", "quantization_config", "gguf_file", "adapter_kwargs"}
     assert names(LOAD, "same") == trials.keys() | elsewhere
     plain = facts(Lfm2ForCausalLM, {})
     of_the_hub = {"cache_dir", "force_download", "local_files_only", "token", "revision"}

@@ -42,6 +42,7 @@ class Hub(ThreadingHTTPServer):
         self.status: int | None = None
         self.error_code = ""
         self.asked: list[str] = []
+        self.tokens: set[str | None] = set()
 
     @property
     def url(self) -> str:
@@ -76,6 +77,7 @@ class Answer(BaseHTTPRequestHandler):
         if name not in self.server.files:
             return self.fail(404, "EntryNotFound")
         content = self.server.files[name]
+        self.server.tokens.add(self.headers["Authorization"])
         if body:
             self.server.asked.append(name)
         self.send_response(200)
@@ -235,6 +237,15 @@ def test_a_terminal_sees_a_progress_bar(hub: Hub, load: Load, tmp_path: Path) ->
     assert b"model.safetensors" in shown and b"100%" in shown
 
 
+def adapter_of(base: Path, folder: Path, seed: int) -> Path:
+    """Write an adapter that names its base."""
+    write_adapter(folder, Config.from_file(base / "config.json"), 4, seed, std=0.3)
+    path = folder / "adapter_config.json"
+    fields = {**json.loads(path.read_text()), "base_model_name_or_path": str(base)}
+    path.write_text(json.dumps(fields))
+    return folder
+
+
 def test_an_adapter_on_the_hub(
     hub: Hub,
     execute: Callable[..., subprocess.CompletedProcess[str]],
@@ -243,13 +254,10 @@ def test_an_adapter_on_the_hub(
 ) -> None:
     """By itself, merged into its base, and beside it; from the cache once it was fetched."""
     base = random_checkpoint()
-    config = Config.from_file(base / "config.json")
-    folder = write_adapter(tmp_path / "adapter", config, 4, 0, std=0.3)
-    path = folder / "adapter_config.json"
-    fields = {**json.loads(path.read_text()), "base_model_name_or_path": str(base)}
-    path.write_text(json.dumps(fields))
+    folder, other = (adapter_of(base, tmp_path / str(seed), seed) for seed in range(2))
     hub.files = {each.name: each.read_bytes() for each in folder.iterdir()}
     hub.files["README.md"] = b"not needed"
+    hub.files |= {f"inner/{each.name}": each.read_bytes() for each in other.iterdir()}
     program = f"""
 import torch, lfm2_fast
 ids, options = torch.tensor([[1, 5, 9]]), dict(device="cpu", dtype="float32", backend="eager")
@@ -257,6 +265,13 @@ model = lfm2_fast.load({str(base)!r}, **options)
 plain, here = model(ids).logits, lfm2_fast.load({str(folder)!r}, **options)(ids).logits
 alone = lfm2_fast.load("org/model", **options)(ids).logits
 merged = lfm2_fast.load({str(base)!r}, adapter="org/model", **options)(ids).logits
+place = dict(subfolder="inner", revision="{COMMIT}")
+there = lfm2_fast.load({str(other)!r}, **options)(ids).logits
+inner = lfm2_fast.load("org/model", adapter_kwargs=place, **options)(ids).logits
+assert torch.equal(inner, there)
+inner = lfm2_fast.load({str(base)!r}, adapter="org/model", adapter_kwargs=place, **options)
+assert torch.equal(inner(ids).logits, there)
+model.load_adapter("org/model", "inner", adapter_kwargs=place)
 model.load_adapter("org/model")
 distances = [(each - here).norm() / here.norm() for each in (model(ids).logits, plain)]
 print(torch.equal(alone, here), torch.equal(merged, here), bool(distances[0] < 1e-5 < distances[1]))
@@ -264,7 +279,31 @@ print(torch.equal(alone, here), torch.equal(merged, here), bool(distances[0] < 1
     for env in ({}, {"HF_HUB_OFFLINE": "1"}):
         result = execute(program, tmp_path / "cache", hub.url, **env)
         assert result.stdout == "True True True\n", result.stderr
-    assert sorted(hub.asked) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    # The hub's cache has one copy of files that are equal, as the two configs are.
+    assert sorted(hub.asked) == [*files, f"inner/{files[1]}"]
+
+
+def test_an_adapter_with_a_config_on_the_hub(
+    hub: Hub,
+    execute: Callable[..., subprocess.CompletedProcess[str]],
+    random_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """The adapter counts, as with Hugging Face, and comes with the token that is given for it."""
+    base = random_checkpoint()
+    folder = adapter_of(base, tmp_path / "adapter", 0)
+    hub.files |= {each.name: each.read_bytes() for each in folder.iterdir()}
+    program = f"""
+import torch, lfm2_fast
+options = dict(device="cpu", dtype="float32", backend="eager", adapter_kwargs=dict(token="mine"))
+models = [lfm2_fast.load(each, **options) for each in ({str(folder)!r}, "org/model")]
+print(torch.equal(*(each(torch.tensor([[1, 5, 9]])).logits for each in models)))
+"""
+    result = execute(program, tmp_path / "cache", hub.url)
+    assert result.stdout == "True\n", result.stderr
+    assert sorted(hub.asked) == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+    assert hub.tokens == {"Bearer mine"}
 
 
 def test_the_given_cache_folder_is_used(hub: Hub, load: Load, tmp_path: Path) -> None:
