@@ -21,6 +21,9 @@ NO_KEY = tl.constexpr(-(2**63))
 # The ranks of infinity and of its negative.
 INFINITY = tl.constexpr(0x7F800000)
 NOTHING = tl.constexpr(-0x7F800001)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# To this, float64 adds numbers as whole ones.
+SHIFT = tl.constexpr(1.5 * 2**52)
 
 
 @triton.jit
@@ -38,8 +41,29 @@ def score_at(place):
 
 @triton.jit
 def mass_of(score, best):
-    """``exp(score - best)`` in float64."""
-    return tl.exp(score.to(tl.float64) - best.to(tl.float64))
+    """``exp(score - best)`` in float64 of a float32 ``score``, at most ``best``; 1 of equal ones.
+
+    The relative error is at most ``1e-15 (1 + best - score)``. The mass of a score more than 700
+    below the best is that of 700: it changes no sum of masses. The library's function takes 83
+    instructions.
+    """
+    near = tl.maximum(score, best - 700)
+    x = near.to(tl.float64) - best.to(tl.float64)
+    # The whole part of x / ln 2 is in the last bits of the sum.
+    shifted = x * LOG2_E + SHIFT
+    part = x * LOG2_E - (shifted - SHIFT)
+    # (2^part - 1) / part for |part| <= 1/2, within 6e-16.
+    power = part * 7.070977866508138e-09 + 1.0205905413765595e-07
+    power = part * power + 1.3215451633221434e-06
+    power = part * power + 1.5252672924850737e-05
+    power = part * power + 0.00015403530424776529
+    power = part * power + 0.0013333558200794592
+    power = part * power + 0.009618129107618665
+    power = part * power + 0.05550410866465167
+    power = part * power + 0.24022650695910075
+    power = part * power + 0.6931471805599462
+    made = (part * power + 1).to(tl.int64, bitcast=True)
+    return (made + (shifted.to(tl.int64, bitcast=True) << 52)).to(tl.float64, bitcast=True)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The cost of the search that top-p needs, counted in the machine code for sm_90."""
+"""Masses of the scores that top-p cuts, and what its search costs in machine code for sm_90."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from lfm2_fast.kernels.sample_cut import mass_of
 from lfm2_fast.ops.sampling import SamplingParams, SamplingState, warp
 from tests.kernels.test_aot import Loop
 
@@ -155,9 +158,31 @@ def names(code: list[tuple[str, str]], loops: list[Loop]) -> dict[Loop, str]:
     return found
 
 
+@triton.jit
+def _masses_kernel(scores_ptr, best_ptr, masses_ptr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(masses_ptr + at, mass_of(tl.load(scores_ptr + at), tl.load(best_ptr)))
+
+
+@pytest.mark.parametrize("best", [0.0, 31.7, -250.3])
+def test_masses_are_those_of_float64(best: float, kernel_device: torch.device) -> None:
+    """Within a few last places; beyond 700 below the best they are too small to count."""
+    best_score = torch.tensor(best)
+    below = torch.cat([torch.zeros(1), torch.logspace(-7, 1.6, 2043), torch.tensor([699.0, 1e4])])
+    scores = torch.cat([best_score - below, torch.full((2,), -torch.inf)])
+    masses = torch.full((len(scores),), float("nan"), dtype=torch.float64, device=kernel_device)
+    here = scores.to(kernel_device), best_score.to(kernel_device), masses
+    _masses_kernel[(1,)](*here, len(scores))
+    found, x = masses.cpu(), scores.double() - best_score.double()
+    assert found[0] == 1
+    error = (found - x.exp()).abs() / x.exp()
+    assert (error <= 1e-15 * (1 - x))[:-3].all()
+    assert (found[-3:] <= 1e-300).all() and (found[-3:] >= 0).all()
+
+
 @pytest.mark.nightly
-def test_top_p_issues_about_twice_as_many_instructions_as_min_p() -> None:
-    """With 65,536 scores, of which 10,000 may be the cut: 2.11 times as many, where 2 is wanted."""
+def test_top_p_issues_at_most_twice_the_instructions_of_min_p() -> None:
+    """With 65,536 scores, of which 10,000 may be the cut."""
     run = [sys.executable, "-c", CODE, str(VOCAB)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -168,4 +193,4 @@ def test_top_p_issues_about_twice_as_many_instructions_as_min_p() -> None:
     code, loops = listing(top_p["sample_cut"][1])
     assert set(names(code, loops).values()) == {*turns, "none"}
     ratio = issued(top_p, turns) / issued(min_p, turns)
-    assert 1.5 < ratio < 2.15, (ratio, turns)
+    assert 1.5 < ratio < 2, (ratio, turns)
