@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,7 +47,8 @@ class Batch:
     has the frequencies of the whole prompt.
 
     ``adapters [B]`` int64, on the device, are the sequences' entries in the stacks of adapters, 0
-    for none. None means that all have the model's active one.
+    for none. None means that all have the model's active one. ``whole`` are the entries with whole
+    matrices that sequences may have, as the host knows them; None means any.
 
     ``host`` has the same numbers on the host, for implementations that need them there. It is None
     for captured work, which has its numbers only on the device. Tokens after the last sequence are
@@ -63,6 +64,7 @@ class Batch:
     final_lengths: torch.Tensor | None = None
     write_from: torch.Tensor | None = None
     adapters: torch.Tensor | None = None
+    whole: frozenset[int] | None = None
 
     @classmethod
     def prepare(
@@ -115,7 +117,8 @@ class Batch:
             fields["final_lengths"] = (finals, torch.int32)
         if host.write_from is not None:
             fields["write_from"] = (host.write_from, torch.int32)
-        moved = dict(zip(fields, together_on_device(device, *fields.values()), strict=True))
+        tensors = together_on_device(device, *fields.values())
+        moved: dict[str, Any] = dict(zip(fields, tensors, strict=True))
         return cls(max_query=max(host.query_lengths, default=0), host=host, **moved)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -74,14 +75,16 @@ class CapturedPrompt:
         host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
         self.inputs.copy_(host, non_blocking=True)
 
-        adapters = buffers.adapters if buffers.adapted(model, [slot]) else None
+        whole = buffers.adapted(model, [slot])
+        adapters = None if whole is None else buffers.adapters
 
         def body() -> None:
-            batch = self.batch(on_host=not model.ops.device_only, adapters=adapters)
+            made = self.batch(on_host=not model.ops.device_only, adapters=adapters)
+            batch = replace(made, whole=whole)
             padded = self.inputs[: self.size]
             self.logits.copy_(model(padded, batch, cache, batch.last_rows))
 
-        buffers.run_captured(model, cache, ("prompt", self.size, adapters is None), body)
+        buffers.run_captured(model, cache, ("prompt", self.size, whole), body)
 
     def batch(self, *, on_host: bool, adapters: torch.Tensor | None = None) -> Batch:
         """Return the prompt as a batch; ``on_host`` waits for its numbers.

@@ -251,7 +251,11 @@ class Engine:
         self.statistics.steps += 1
         self._expire()
         self.runner.step()
-        return self.events.take()
+        events = self.events.take()
+        if self.model.adapters.release_unused():
+            # Recorded steps hold the matrices.
+            self.decode.buffers.drop_graphs()
+        return events
 
     def warm_up(self, sampling: Iterable[SamplingParams] = ()) -> None:
         """Compile and capture, on a GPU, what requests will need, so that none waits for it.

@@ -165,7 +165,7 @@ class Speculation:
         """Return True if a step of ``going`` may have drafts beside the adapters of its rows."""
         # Beside adapters, a GPU's kernels keep no bits and take one token of a slot.
         slots = (row.slot for row, _ in going)
-        return not self._ahead or not self._buffers.adapted(self._model, slots)
+        return not self._ahead or self._buffers.adapted(self._model, slots) is None
 
     def _draft(self, found: Sequence[tuple[_Found, int]], drafted: Sequence[Drafted]) -> float:
         """Put the given number of tokens of each draft into the rows of ``drafted``.

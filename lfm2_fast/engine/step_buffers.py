@@ -156,15 +156,23 @@ class StepBuffers:
 
     def with_adapters(self, model: Lfm2, batch: Batch) -> Batch:
         """Return ``batch`` with the adapters of its slots, if it has any."""
-        slots = batch.required_host.slots
-        if not self.adapted(model, slots):
+        entries = [self.entries[slot] for slot in batch.required_host.slots]
+        if not any(entries) and model.adapters.active is None:
             return batch
-        entries = [self.entries[slot] for slot in slots]
-        return replace(batch, adapters=on_device(entries, torch.int64, batch.slots.device))
+        told = on_device(entries, torch.int64, batch.slots.device)
+        return replace(batch, adapters=told, whole=model.adapters.whole & set(entries))
 
-    def adapted(self, model: Lfm2, slots: Iterable[int]) -> bool:
-        """Return True if steps of ``slots`` must be told their adapters, none included."""
-        return model.adapters.active is not None or any(self.entries[slot] for slot in slots)
+    def adapted(self, model: Lfm2, slots: Iterable[int]) -> frozenset[int] | None:
+        """Return ``whole`` of a step's batch; None if the step need not be told its adapters.
+
+        Of several entries it is all that there are: so N adapters need no more than N + 2 captured
+        steps of a size.
+        """
+        entries = {self.entries[slot] for slot in slots}
+        if not any(entries) and model.adapters.active is None:
+            return None
+        whole = model.adapters.whole
+        return whole if len(whole & entries) > 1 else whole & entries
 
     def _mark_from(self, wanted: bool) -> None:
         """Mark the tokens that rows have seen, from now on, if that is wanted."""
@@ -178,6 +186,8 @@ class StepBuffers:
         """Free the graphs, which point at tensors that are no longer used."""
         if self.graphs is not None:
             self.graphs.clear()
+        if self._drafts is not None:
+            self._drafts.drop_graphs()
 
     def set_sampling(self, places: Sequence[int], state: SamplingState) -> None:
         """Make rows ``places`` choose tokens as the rows of ``state`` do."""
@@ -208,10 +218,10 @@ class StepBuffers:
         self.inputs.finished[:count] = False
         self.clear_rows(count, bucket(count, cache), cache)
 
-    def batch(self, count: int, *, on_host: bool, adapted: bool = False) -> Batch:
+    def batch(self, count: int, *, on_host: bool, adapted: frozenset[int] | None = None) -> Batch:
         """Return the next step of the first rows; ``on_host`` waits for their numbers.
 
-        ``adapted`` tells their adapters.
+        It tells their adapters unless ``adapted``, which is its ``whole``, is None.
         """
         inputs = self.inputs.first(count)
         host = None
@@ -225,7 +235,8 @@ class StepBuffers:
             lengths=inputs.lengths,
             max_query=1,
             host=host,
-            adapters=self.adapters.index_select(0, inputs.slots) if adapted else None,
+            adapters=None if adapted is None else self.adapters.index_select(0, inputs.slots),
+            whole=adapted,
         )
 
     def view(self, count: int) -> SamplingState:
@@ -246,14 +257,15 @@ class StepBuffers:
         steps: int = 1,
         hooked: bool = False,
         verified: bool = False,
-        adapted: bool = False,
+        adapted: frozenset[int] | None = None,
         late: StreamRing | None = None,
     ) -> None:
         """Run steps of the first ``count`` rows; without ``choose`` one step up to ``logits``.
 
         ``hooked`` says that layers have hooks: then nothing is captured or replayed. ``verified``
-        says that several rows may be tokens of one slot, in their order. ``adapted`` says that rows
-        have adapters. ``late`` keeps the streams that the model's drafter reads later.
+        says that several rows may be tokens of one slot, in their order. ``adapted`` is the
+        result of that method for the rows. ``late`` keeps the streams that the model's drafter
+        reads later.
         """
         if not choose and self.logits is None:
             shape = (self.size, model.config.vocab_size)

@@ -291,14 +291,15 @@ class Lfm2(nn.Module):
             active = self.adapters.active
             if active is None:
                 return ops
-            return ops.adapted(torch.full_like(batch.positions, active.entry))
+            entries = torch.full_like(batch.positions, active.entry)
+            return ops.adapted(entries, frozenset({active.entry}))
         if batch.max_query == 1:
-            return ops.adapted(batch.adapters)
+            return ops.adapted(batch.adapters, batch.whole)
         bounds = batch.cu_seqlens[1:]
         numbers = torch.arange(len(batch.positions), dtype=bounds.dtype, device=bounds.device)
         # Padding after the last sequence gets that sequence's adapter.
         which = torch.searchsorted(bounds, numbers, right=True).clamp_(max=len(bounds) - 1)
-        return ops.adapted(batch.adapters.index_select(0, which))
+        return ops.adapted(batch.adapters.index_select(0, which), batch.whole)
 
     @torch.no_grad()
     def run_blocks(
@@ -375,7 +376,7 @@ class Lfm2(nn.Module):
         """
         ops, active = self.ops, self.adapters.active
         if active is not None:
-            ops = ops.adapted(torch.full_like(rows, active.entry))
+            ops = ops.adapted(torch.full_like(rows, active.entry), frozenset({active.entry}))
         return ops.norm_linear(x[rows], self.embedding_norm, self.lm_head)
 
     @torch.no_grad()

@@ -69,6 +69,8 @@ class Ops:
     by_token = False
     # Entry of each token in the stacks of adapters, ``[T]`` int64; None if no token has an adapter.
     entries: torch.Tensor | None = None
+    # Entries whose whole matrices the tokens may have, as far as the host knows; None is any.
+    whole: frozenset[int] | None = None
 
     @property
     def uses_graphs(self) -> bool:
@@ -103,27 +105,39 @@ class Ops:
         """Operations that leave no addition pending, for a caller's Python between layers."""
         return self
 
-    def adapted(self, entries: torch.Tensor) -> Ops:
-        """Operations for tokens that have adapters, whose ``entries [T]`` are int64."""
+    def adapted(self, entries: torch.Tensor, whole: frozenset[int] | None = None) -> Ops:
+        """Operations for tokens that have adapters, whose ``entries [T]`` are int64.
+
+        A matrix that replaces the base's is multiplied only if ``whole`` has its entry; None has
+        all. So the host need not wait for ``entries``.
+        """
         made = copy(self)
-        made.entries = entries
+        made.entries, made.whole = entries, whole
         return made
 
     def at(self, rows: torch.Tensor | None) -> Ops:
         """Operations for the packed tokens ``rows [R]`` alone; None is all of them."""
         if self.entries is None or rows is None:
             return self
-        return self.adapted(self.entries.index_select(0, rows))
+        return self.adapted(self.entries.index_select(0, rows), self.whole)
 
     def adapts(self, linear: Projection) -> bool:
         """Return True if tokens have adapters, and some may change this projection."""
-        return self.entries is not None and bool(linear.adapters or linear.replaced)
+        return self.entries is not None and bool(linear.adapters or self._replaced(linear))
+
+    def _replaced(self, linear: Projection) -> list[tuple[int, int, Projection]]:
+        """Return entry, first row and matrix of each replacement that a token may have."""
+        return [
+            (entry, first, own)
+            for (entry, first), own in linear.replaced.items()
+            if self.whole is None or entry in self.whole
+        ]
 
     def adapt(self, x: torch.Tensor, linear: Projection, product: torch.Tensor) -> torch.Tensor:
         """``product [T, N]`` of tokens ``x [T, K]`` as their adapters change it; mutates it."""
         if self.entries is None:
             return product
-        for (entry, first), own in linear.replaced.items():
+        for entry, first, own in self._replaced(linear):
             here = product[:, first : first + own.shape[0]]
             here.copy_(torch.where(self._have(entry), self._unadapted_product(x, own), here))
         return self.add_low_rank(x, linear, product)
@@ -274,7 +288,7 @@ class Ops:
         """Rows ``[T, H]`` of the embedding as the tokens' adapters change them."""
         if self.entries is None:
             return rows
-        for (entry, _), own in embedding.replaced.items():
+        for entry, _, own in self._replaced(embedding):
             rows = torch.where(self._have(entry), own.rows(tokens, rows.dtype), rows)
         if embedding.adapters is None:
             return rows

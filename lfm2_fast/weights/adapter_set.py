@@ -57,17 +57,20 @@ class AdapterSet:
         # Entries and rank of every stack; the first entry is zeros.
         self._entries, self._rank = 1, 0
         self._owners: list[weakref.ref[LoadedAdapter] | None] = [None]
+        # Adapters that were unloaded while something held them.
+        self._unloaded: list[weakref.ref[LoadedAdapter]] = []
         # Room that was asked for stays when no adapter is left.
         self._is_reserved = False
         self.max_adapters: int | None = None
         self.max_rank: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_owners"}
+        references = ("_owners", "_unloaded")
+        return {name: value for name, value in self.__dict__.items() if name not in references}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._owners = [None] * self._entries
+        self._owners, self._unloaded = [None] * self._entries, []
         for each in self._loaded.values():
             self._owners[each.entry] = weakref.ref(each)
 
@@ -85,6 +88,12 @@ class AdapterSet:
             known = ", ".join(map(repr, self._loaded)) or "none"
             raise ValueError(f"adapter {name!r} is not loaded; load_adapter() has loaded {known}")
         return self._loaded[name]
+
+    @property
+    def whole(self) -> frozenset[int]:
+        """Entries of adapters with whole matrices in place of the base's."""
+        replaced = (projection.replaced for projection in self.projections.values())
+        return frozenset(entry for each in replaced for entry, _ in each)
 
     def reserve(self, adapters: int, rank: int) -> None:
         """Have room for ``adapters`` of at most ``rank`` each, in the stacks that there are.
@@ -166,20 +175,31 @@ class AdapterSet:
     def unload(self, name: str) -> None:
         """Forget an adapter. Its entry serves another one when no request runs with it any more.
 
-        The stacks are freed with the last one, if no room was reserved and no request runs with
-        one. Raises ValueError for a name that is not loaded.
+        Its whole matrices are freed then, and the stacks with the last adapter, if no room was
+        reserved. Raises ValueError for a name that is not loaded.
         """
         if self.active is self.find(name):
             self.active = None
-        del self._loaded[name]
+        self._unloaded.append(weakref.ref(self._loaded.pop(name)))
+        self.release_unused()
+
+    def release_unused(self) -> bool:
+        """Free the memory of adapters that were unloaded, once nothing holds them.
+
+        Return True if something was freed.
+        """
+        held = [each for each in self._unloaded if each() is not None]
+        if len(held) == len(self._unloaded):
+            return False
+        self._unloaded = held
         self._drop_replaced()
-        in_use = self._loaded or any(owner and owner() for owner in self._owners)
-        if not in_use and not self._is_reserved:
+        if not (self._loaded or held or self._is_reserved):
             # The entries stay as they are counted: steps on a caller's cache may name them.
             for projection in self.projections.values():
                 projection.adapters = None
             self._rank = 0
             self.version += 1
+        return True
 
     def _drop_replaced(self) -> None:
         """Free the replaced matrices of entries that nothing holds."""
@@ -220,7 +240,8 @@ class AdapterSet:
                     "with adapter=, which merges it"
                 )
         for name, tensor in adapter.bases.items():
-            if not _holds(self.projections[self._places[name.removesuffix(".weight")][0]], tensor):
+            place = self._places.get(name.removesuffix(".weight"))
+            if place is None or not _holds(self.projections[place[0]], tensor):
                 raise CheckpointError(
                     f"{adapter.folder} was saved with a {name} that is not this base's: load the "
                     "unquantized base with adapter=, which merges it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lfm2_fast
 from bench.cpu.adapters import write_adapter
 from lfm2_fast.engine.draft_length import StepCosts
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Request
+from lfm2_fast.ops.base import Ops
 from lfm2_fast.ops.native_library import why_not
 from tests.adapters import ALL, IDS, make_adapter
 
@@ -27,6 +30,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all": (BIASED, {"target_modules": [*ALL, *TABLES], "rank_pattern": {"w1": 9}}),
     "DoRA": (BIASED, {"target_modules": [*ALL, *TABLES], "use_dora": True}),
     "biases": (BIASED, {"lora_bias": True, "target_modules": r".*(proj|w\d)"}),
+    "whole embedding": ({}, {"target_modules": ["w1"], "modules_to_save": ["embed_tokens"]}),
+    "whole head": ({}, {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}),
     "whole": (
         BIASED,
         {"target_modules": ["q_proj", "w1"], "use_dora": True, "modules_to_save": WHOLE},
@@ -121,6 +126,55 @@ def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, A
         model.generate(torch.tensor([prompt]), max_new_tokens=count)[0, -count:].tolist()
         == (alone["b"])
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_matrices_are_multiplied_for_their_adapter_alone(
+    backend: str, several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of others leave them out, recorded ones too; these rows keep their bits in company."""
+    if backend == "native" and why_not(torch.device("cpu")):
+        pytest.skip("the extension is not built")
+    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
+    for name in "ac":
+        model.load_adapter(several[name], name)
+    model.set_adapter(None)
+    multiplied: list[int] = []
+    product = Ops._unadapted_product
+
+    def counted(ops: Ops, x: torch.Tensor, own: Any) -> torch.Tensor:
+        multiplied.append(len(x))
+        return product(ops, x, own)
+
+    monkeypatch.setattr(Ops, "_unadapted_product", counted)
+    prompt = IDS[0].tolist()
+    first, plain, whole = (Request(prompt, max_tokens=8, adapter=name) for name in ("a", None, "c"))
+    assert len(run(model, [first, plain])) == 2 and not multiplied
+    engine, written = Engine(model), {}
+    ids = [engine.add(first), engine.add(plain)]
+    for step in range(20):
+        assert step > 4 or not multiplied
+        if step == 4:
+            ids.append(engine.add(whole))
+        for event in engine.step():
+            written.setdefault(event.id, []).append(event.token)
+    assert multiplied
+    assert [written[each] for each in ids] == run(model, [first, plain, whole])
+    multiplied.clear()
+    model.set_adapter("c")
+    model(IDS)
+    assert multiplied
+    entries = [model.network.adapters.find(name).entry for name in "ac"]
+    for tokens in (5, 40):
+        x, block = torch.randn(tokens, 96), model.network.layers[0]
+        own = torch.tensor([*entries, 0] * tokens)[:tokens]
+        made = [
+            model.ops.adapted(own, known).norm_linear(x, block.operator_norm, block.conv.in_proj)
+            for known in (None, frozenset({entries[1]}), frozenset())
+        ]
+        others = own != entries[1]
+        assert all(torch.equal(each[others], made[0][others]) for each in made)
+        assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -280,6 +334,56 @@ def test_beside_quantized_weights(
     assert error < 1.5 * other and error < 0.5 * before
 
 
+def test_whole_matrices_beside_quantized_weights(tiny: Path, tmp_path: Path) -> None:
+    """As PEFT runs them on a base of the quantized numbers; a mixed batch equals each row alone."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "quantization": "int8"}
+    model = lfm2_fast.load(tiny, backend="eager", **options)
+    dense = lfm2_fast.load(tiny, device="cpu", dtype="float32")
+    for name, projection in dense.network.adapters.projections.items():
+        projection.weight.data = model.network.adapters.projections[name].dequantized(torch.float32)
+    dense.network.tie_weights()
+    dense.save_pretrained(tmp_path / "base")
+    whole = make_adapter(
+        tmp_path / "base", tmp_path / "whole", target_modules=["q_proj"], modules_to_save=WHOLE
+    )
+    make_adapter(tmp_path / "base", tmp_path / "plain", seed=1)
+    model.load_adapter(whole.folder)
+    whole.check(model(IDS).logits)
+    native = None if why_not(torch.device("cpu")) else lfm2_fast.load(tiny, **options)
+    for each in (model, native):
+        if each is None:
+            continue
+        for name in ("whole", "plain"):
+            each.load_adapter(tmp_path / name, name)
+        each.set_adapter(None)
+        prompt, names = IDS[0].tolist(), ("whole", None, "plain", "whole")
+        requests = [Request(prompt, max_tokens=6, adapter=name) for name in names]
+        assert run(each, requests) == [run(each, [request])[0] for request in requests]
+
+
+def test_what_unloaded_adapters_took_is_freed_when_their_requests_end(
+    several: dict[str, Any],
+) -> None:
+    """Without another call: stacks and whole matrices, and the recorded steps that hold them."""
+    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32")
+    adapters = model.network.adapters
+    held = [*adapters.projections.values()]
+    for name in "ac":
+        model.load_adapter(several[name], name)
+    model.set_adapter(None)
+    engine = Engine(model)
+    for name in "ac":
+        engine.add(Request(IDS[0].tolist(), max_tokens=4, adapter=name))
+        engine.step()
+        model.unload_adapter(name)
+    matrices = [weakref.ref(own.weight) for each in held for own in each.replaced.values()]
+    assert matrices and any(each.adapters for each in held)
+    while engine.busy:
+        assert all(event.error is None for event in engine.step())
+    assert not any(each.replaced or each.adapters for each in held)
+    assert not any(each() is not None for each in matrices)
+
+
 def test_adapters_that_can_only_be_merged_are_refused(
     several: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -287,6 +391,13 @@ def test_adapters_that_can_only_be_merged_are_refused(
     model = lfm2_fast.load(several["base"], device="cpu")
     with pytest.raises(lfm2_fast.CheckpointError, match="replaces model.embedding_norm.weight"):
         model.load_adapter(tmp_path)
+    # A tensor that is neither trained whole nor the base's own.
+    make_adapter(several["base"], tmp_path / "other", target_modules=["w1"])
+    path = tmp_path / "other" / "adapter_model.safetensors"
+    norm = {"base_model.model.model.embedding_norm.weight": torch.full((96,), 3.0)}
+    save_file(load_file(path) | norm, path)
+    with pytest.raises(lfm2_fast.CheckpointError, match="model.embedding_norm.weight that is not"):
+        model.load_adapter(tmp_path / "other")
     model.network.adapters.limit(rank=64)
     with pytest.raises(lfm2_fast.CheckpointError, match="replaces .*max_lora_rank=64 keeps no"):
         model.load_adapter(several["c"])

@@ -128,8 +128,13 @@ def test_narrow_weights_equal_eager(
 
 @pytest.mark.parametrize("format", [DENSE, INT8, INT4], ids=lambda format: str(format.name))
 @pytest.mark.parametrize("tokens", [3, MOST_TOKENS + 1])
-def test_products_have_what_adapters_add(kernel_device, within_budget, format, tokens) -> None:
-    """Few tokens and many, with each format; a bias alone has no rank."""
+def test_products_have_what_adapters_add(
+    kernel_device, within_budget, same_bits, format, tokens
+) -> None:
+    """Few tokens and many, with each format; a bias alone has no rank.
+
+    A whole matrix that no token may have is left out, and changes no other token's bits.
+    """
     torch.manual_seed(0)
     linear = Projection(24, 32, bias=True, format=format)
     places = format.quantize(torch.randn(24, 32))
@@ -156,7 +161,11 @@ def test_products_have_what_adapters_add(kernel_device, within_budget, format, t
             norm = norm.float()
             ours = triton_ops.TritonOps().adapted(here[1])
             found = ours.norm_linear(here[0], norm.to(kernel_device), linear.to(kernel_device))
+            without = triton_ops.TritonOps().adapted(here[1], frozenset())
+            others = without.norm_linear(here[0], norm, linear)
         within_budget(found.cpu(), exact, plain)
+        assert same_bits(others[here[1] != 1], found[here[1] != 1])
+        assert not same_bits(others[here[1] == 1], found[here[1] == 1])
 
 
 def test_the_triton_kernels_run(random_checkpoint, load, monkeypatch) -> None:
