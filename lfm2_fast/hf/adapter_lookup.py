@@ -41,8 +41,8 @@ def find_adapter_and_base(
 ) -> tuple[Path | None, Path]:
     """Return the folder of the adapter to merge, or None, and that of the weights below it.
 
-    ``adapter`` names one. Without it, the adapter is the one in ``model``, if there is one: its
-    base is ``model`` itself if that is a local folder with weights, else the base that it names.
+    ``adapter`` names one. Without it, the adapter is the one in ``model``, if there is one. Its
+    base is ``model`` itself, if that is a local folder with weights, or the base that it names.
     ``hub_options`` are those of ``find_checkpoint``. ``adapter_kwargs`` replace them for the
     adapter, whose revision and subfolder are its own. ``from_auto`` says that one of transformers'
     Auto classes calls. Raises CheckpointError, and ValueError for two adapters.

@@ -75,7 +75,9 @@ def test_a_named_adapter_in_a_subfolder(tiny: Path, made: Made, registered: None
         made.check(model(IDS).logits)
 
 
-def test_what_cannot_be_honoured_is_refused(tiny: Path, made: Made, tmp_path: Path) -> None:
+def test_arguments_of_adapters_without_effect_are_refused(
+    tiny: Path, made: Made, tmp_path: Path
+) -> None:
     load = lfm2_fast.Lfm2ForCausalLM.from_pretrained
     with pytest.raises(ValueError, match=r"adapter_kwargs=\{'proxies': .* not supported.*revision"):
         load("no/such", adapter_kwargs={"proxies": {"https": "x"}})
@@ -93,7 +95,7 @@ def test_what_cannot_be_honoured_is_refused(tiny: Path, made: Made, tmp_path: Pa
 
 
 def test_merged_weights_are_not_saved_beside_their_adapter(made: Made, tmp_path: Path) -> None:
-    """They would be changed once more when that folder is loaded."""
+    """Loading that folder would change them once more."""
     shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
     model = lfm2_fast.load(tmp_path, device="cpu")
     with pytest.raises(ValueError, match="holds an adapter.*save into another folder"):

@@ -335,7 +335,7 @@ def test_beside_quantized_weights(
 
 
 def test_whole_matrices_beside_quantized_weights(tiny: Path, tmp_path: Path) -> None:
-    """As PEFT runs them on a base of the quantized numbers; a mixed batch equals each row alone."""
+    """PEFT gives the same on a base of the quantized numbers; a mixed batch equals each row."""
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "quantization": "int8"}
     model = lfm2_fast.load(tiny, backend="eager", **options)
     dense = lfm2_fast.load(tiny, device="cpu", dtype="float32")
@@ -361,7 +361,7 @@ def test_whole_matrices_beside_quantized_weights(tiny: Path, tmp_path: Path) -> 
         assert run(each, requests) == [run(each, [request])[0] for request in requests]
 
 
-def test_what_unloaded_adapters_took_is_freed_when_their_requests_end(
+def test_memory_of_an_unloaded_adapter_is_freed_when_its_requests_end(
     several: dict[str, Any],
 ) -> None:
     """Without another call: stacks and whole matrices, and the recorded steps that hold them."""
