@@ -112,6 +112,15 @@ def coreml(
     _export("coreml", model, folder, type, environment, *hub)
 
 
+@app.command(hidden=True)
+def executorch(model: Checkpoint, file: Folder) -> None:
+    """Say why there is no export for ExecuTorch."""
+    raise ValueError(
+        "export executorch is not offered: its program begins a text with the state of the last "
+        "one (docs/usage/export.md); use export gguf, onnx or openvino"
+    )
+
+
 def _export(
     vendor: str,
     model: str,

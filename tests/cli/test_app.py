@@ -199,6 +199,7 @@ ERRORS: dict[str, tuple[str, str]] = {
     "command": ("generat", "No such command 'generat'"),
     "argument": ("generate", "Missing argument 'MODEL'"),
     "info": ("info nope", "there is no folder 'nope'"),
+    "not-offered": ("export executorch TINY x.pte", "executorch is not offered: its program"),
     "info-device": ("info --device cuda:99", "device='cuda:99' is not available"),
 }
 
