@@ -87,11 +87,12 @@ class Merged:
             yield here, made
 
     def _sums(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield ``W + scale * up @ down``, some rows at a time, computed wide and rounded once."""
-        up, down = self.change.up.double(), self.change.down.double()
+        """Yield ``W + scale * up @ down``, some rows at a time, summed wider than ``W``."""
         for here, base in self.base(rows):
+            wide = torch.float32 if base.dtype.itemsize < 4 else torch.float64
+            up, down = self.change.up.to(wide), self.change.down.to(wide)
             left, right = (down[:, here].T, up.T) if self.transposed else (up[here], down)
-            made = torch.addmm(base.double(), left, right, alpha=self.change.scale)
+            made = torch.addmm(base.to(wide), left, right, alpha=self.change.scale)
             yield here, made.to(torch.promote_types(base.dtype, torch.float32))
 
 
