@@ -90,7 +90,7 @@ def _operand(tile, BITS: tl.constexpr):
 
 
 @triton.jit
-def _columns(STEPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
+def token_columns(STEPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
     """Columns ``[1, steps, parts, WARPS, 1, 4, EACH]`` of what a weight's words stand for.
 
     In int4 a step of a warp is a group, and the parts are its halves.
@@ -106,40 +106,9 @@ def _columns(STEPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, EACH:
 
 
 @triton.constexpr_function
-def _each(dtype: Any, bits: int) -> int:
+def at_once(dtype: Any, bits: int) -> int:
     """Numbers of a token that a thread loads at once: 16 bytes, or a quarter of half a group."""
     return 4 if bits == 4 else 128 // dtype.primitive_bitwidth
-
-
-@triton.jit
-def inverse_rms(
-    x_ptr,
-    tokens,
-    stride_x_t,
-    eps,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """``1 / sqrt(mean(x^2) + eps)`` of each token, float32, ``[2, 1, 1, 1, 8, 1, 1]``.
-
-    Eight tokens at a time, each thread of the columns that it will multiply.
-    """
-    EACH: tl.constexpr = _each(x_ptr.dtype.element_ty, BITS)
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K // (least_columns(BITS) * WARPS)
-    half = tl.arange(0, 2)[:, None, None, None, None, None, None]
-    token = tl.arange(0, 8)[None, None, None, None, :, None, None]
-    column = _columns(triton.next_power_of_2(STEPS), BITS, WARPS, EACH)
-    scales = tl.zeros([2, 1, 1, 1, 8, 1, 1], tl.float32)
-    for first in range(0, tokens, 8):
-        x_ptrs = x_ptr + tl.minimum(first + token, tokens - 1) * stride_x_t + column
-        x = tl.load(x_ptrs, mask=column < K, other=0).to(tl.float32)
-        squares = tl.sum(tl.sum(x * x, axis=6, keep_dims=True), axis=1, keep_dims=True)
-        squares = tl.sum(tl.sum(squares, axis=2, keep_dims=True), axis=5, keep_dims=True)
-        squares = tl.sum(squares, axis=3, keep_dims=True)
-        scales = tl.where(half * 8 == first, tl.rsqrt(squares / K + eps), scales)
-    return scales
 
 
 @triton.jit
@@ -175,12 +144,12 @@ def multiply(
     rows beyond the tokens has no effect.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    EACH: tl.constexpr = _each(DTYPE, BITS)
+    EACH: tl.constexpr = at_once(DTYPE, BITS)
     STEPS: tl.constexpr = BLOCK_K // (least_columns(BITS) * WARPS)
     ROWS: tl.constexpr = BLOCK_N * triton.next_power_of_2(PARTS)
     token = tl.arange(0, 2)[:, None, None, None, None, None, None] * 8
     token += tl.arange(0, 8)[None, None, None, None, :, None, None]
-    column = _columns(STEPS, BITS, WARPS, EACH)
+    column = token_columns(STEPS, BITS, WARPS, EACH)
     # Rows beyond the tokens repeat the last: to read it again costs less than to mask it.
     x_ptrs = x_ptr + (tl.minimum(token, tokens - 1) * stride_x_t + column)
     # Of every thread's own columns: in another layout the norm would go through shared memory.

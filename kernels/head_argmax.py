@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.advance import advance_arguments, advance_row
-from lfm2_fast.kernels.gemv import MOST_TOKENS, inverse_rms, launch, multiply
+from lfm2_fast.kernels.gemv import MOST_TOKENS, launch, multiply
+from lfm2_fast.kernels.gemv_rms import inverse_rms
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
 from lfm2_fast.kernels.sample_cut import is_defined

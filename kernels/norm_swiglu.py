@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import inverse_rms, launch, multiply
+from lfm2_fast.kernels.gemv import launch, multiply
+from lfm2_fast.kernels.gemv_rms import inverse_rms
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
 from lfm2_fast.kernels.tiling import Tiling, choose_tiling
