@@ -83,10 +83,10 @@ def evaluate(folder: Path, rows: int = ROWS) -> tuple[str, dict[str, dict[str, f
     numbers = {
         task: {
             name.removesuffix(",none"): value
-            for name, value in told.items()
+            for name, value in measured.items()
             if isinstance(value, float) and "stderr" not in name
         }
-        for task, told in found["results"].items()
+        for task, measured in found["results"].items()
     }
     return type(model.model).__module__.partition(".")[0], numbers
 

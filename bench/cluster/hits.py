@@ -43,11 +43,11 @@ async def conversations(url: str, users: int, turns: int, seed: int) -> dict[str
             body = {"messages": messages, "max_tokens": 12, "temperature": 0}
             async with session.post(f"{url}/v1/chat/completions", json=body) as response:
                 response.raise_for_status()
-                told = await response.json()
+                answer = await response.json()
             counts["requests"] += 1
-            counts["prompt"] += told["usage"]["prompt_tokens"]
-            counts["cached"] += told["usage"]["prompt_tokens_details"]["cached_tokens"]
-            messages.append(told["choices"][0]["message"])
+            counts["prompt"] += answer["usage"]["prompt_tokens"]
+            counts["cached"] += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            messages.append(answer["choices"][0]["message"])
 
     timeout = aiohttp.ClientTimeout(total=200)
     async with aiohttp.ClientSession(timeout=timeout) as session:

@@ -19,7 +19,7 @@ class Ending(NamedTuple):
 
     kind: str
     text: str = ""
-    told: Any = None
+    answer: Any = None
 
 
 async def ask(session: Any, url: str, *, tokens: int, stream: bool, **fields: Any) -> Ending:
@@ -33,11 +33,11 @@ async def ask(session: Any, url: str, *, tokens: int, stream: bool, **fields: An
                 text = await response.text()
                 return Ending("status", text, response.status)
             if not stream:
-                told = await response.json()
-                choice = told["choices"][0]
-                whole = told["usage"]["completion_tokens"] == tokens
+                answer = await response.json()
+                choice = answer["choices"][0]
+                whole = answer["usage"]["completion_tokens"] == tokens
                 kind = "complete" if whole and choice["finish_reason"] == "length" else "cut"
-                return Ending(kind, choice["text"], told)
+                return Ending(kind, choice["text"], answer)
             return await _read(response, tokens)
     except (aiohttp.ClientError, ConnectionError) as error:
         return Ending("connection", str(error))
@@ -50,14 +50,14 @@ async def _read(response: Any, tokens: int) -> Ending:
         if data == "[DONE]":
             done = True
         elif data:
-            told = json.loads(data)
-            if "error" in told:
-                return Ending("event", text, told["error"])
-            for choice in told["choices"]:
+            chunk = json.loads(data)
+            if "error" in chunk:
+                return Ending("event", text, chunk["error"])
+            for choice in chunk["choices"]:
                 text += choice["text"]
                 reason = choice["finish_reason"] or reason
-            if told.get("usage"):
-                written = told["usage"]["completion_tokens"]
+            if chunk.get("usage"):
+                written = chunk["usage"]["completion_tokens"]
     whole = done and reason == "length" and written == tokens
     return Ending("complete" if whole else "cut", text)
 

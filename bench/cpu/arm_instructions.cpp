@@ -1,4 +1,4 @@
-// Calls a kernel of csrc/ or of llama.cpp, as often as told: arm_instructions.py counts what runs.
+// Calls a kernel of csrc/ or of llama.cpp, as often as asked: arm_instructions.py counts what runs.
 //
 //     arm_instructions KERNEL CALLS
 #include <cstdlib>

@@ -178,14 +178,14 @@ def main() -> None:
         for side, case in cases if turn % 2 else cases[::-1]:
             side.turn(case, given.steps)
     figures = [figure for side in sides for figure in side.figures()]
-    told = ratios(figures, given.prefill, rows)
+    compared = ratios(figures, given.prefill, rows)
     protocol = {name: value for name, value in vars(given).items() if name != "out"}
     protocol["order"] = "all cases in turns, back and forth; one turn each before does not count"
     found = results.header(f"LFM2-{given.size}'s shape on a CPU, by rows of a step", protocol)
-    found |= {"others": others.seen(), "figures": results.as_json(figures), "ratios": told}
+    found |= {"others": others.seen(), "figures": results.as_json(figures), "ratios": compared}
     out = given.out or results.RESULTS / f"batch-rows-{given.size}.json"
     results.write(out, found)
-    print(f"{report(figures, told)}\n\nwritten: {out}; meanwhile: {found['others']}")
+    print(f"{report(figures, compared)}\n\nwritten: {out}; meanwhile: {found['others']}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def llama_divergence(base: Path, path: Path, text: Path, folder: Path) -> dict[s
     ):
         command = [str(word) for word in (*common, *words)]
         said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-    told = said.stdout + said.stderr
+    output = said.stdout + said.stderr
     found = {}
     for name, pattern in {
         "kl": r"Mean\s+KLD:\s+([\d.]+)",
@@ -72,9 +72,9 @@ def llama_divergence(base: Path, path: Path, text: Path, folder: Path) -> dict[s
         "loss": r"Mean PPL\(Q\)\s+:\s+([\d.]+)",
         "reference_loss": r"Mean PPL\(base\)\s+:\s+([\d.]+)",
     }.items():
-        match = re.search(pattern, told)
+        match = re.search(pattern, output)
         if match is None:
-            raise RuntimeError(f"llama-perplexity did not print {name}: {told[-300:]}")
+            raise RuntimeError(f"llama-perplexity did not print {name}: {output[-300:]}")
         value = float(match[1])
         found[name] = value if name.startswith("kl") else float(np.log(value))
     return found

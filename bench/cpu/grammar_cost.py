@@ -128,19 +128,19 @@ def main() -> None:
         Figure(f"time between tokens, rows {rows}", label, "s", samples)
         for (rows, label), samples in times.items()
     ]
-    told = {
+    ratios = {
         f"{rows} rows": ratio(times[rows, "with a schema"], times[rows, "without"], paired=True)
         for rows in ROWS
     }
     protocol = {name: value for name, value in vars(given).items() if name != "out"}
     protocol["order"] = "all cases in turns, back and forth; one turn each before does not count"
     found = results.header(f"JSON schema's cost, LFM2-{given.size}'s shape on a CPU", protocol)
-    found |= {"others": others.seen(), "figures": results.as_json(figures), "ratios": told}
+    found |= {"others": others.seen(), "figures": results.as_json(figures), "ratios": ratios}
     out = given.out or results.RESULTS / f"grammar-{given.size}.json"
     results.write(out, found)
     verdicts = [
         judged(f"time between tokens, {name}", MUST, AIM, value, more_is_better=False)
-        for name, value in told.items()
+        for name, value in ratios.items()
     ]
     print(f"{goal_table(verdicts)}\n\nwritten: {out}; meanwhile: {found['others']}")
 

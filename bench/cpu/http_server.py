@@ -58,11 +58,11 @@ def with_tokenizer(folder: Path) -> Path:
         size = json.loads((folder / "config.json").read_text())["vocab_size"]
         tokenizer = AutoTokenizer.from_pretrained(TINY)
         tokenizer.save_pretrained(made)
-        told = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
+        content = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
         # In the vocabulary and without merges: as added tokens they take a minute to load.
-        words = told["model"]["vocab"]
+        words = content["model"]["vocab"]
         words |= {f"<{place}>": place for place in range(len(tokenizer), size)}
-        (made / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+        (made / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     return made
 
 
@@ -79,9 +79,9 @@ async def stream(port: int, ids: list[int], new: int, more: dict[str, Any]) -> l
         times: list[float] = []
         while line := await reader.readline():
             if line.startswith(b"data: {"):
-                told = json.loads(line[6:])
-                if "error" in told:
-                    raise RuntimeError(told["error"]["message"])
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
                 # An event without text may be a token with an incomplete character.
                 times.append(time.perf_counter() - begin)
             elif line.startswith(b"data: [DONE]"):

@@ -120,11 +120,11 @@ def compared(
     for turn in range(rounds):
         texts = []
         for side in ("plain", "drafts") if turn % 2 == 0 else ("drafts", "plain"):
-            found, text, told = rate(model, script, **(options if side == "drafts" else {}))
+            found, text, statistics = rate(model, script, **(options if side == "drafts" else {}))
             rates[side].append(found)
             texts.append(text)
-            if side == "drafts" and told.drafted:
-                shares.append(told.accepted / told.drafted)
+            if side == "drafts" and statistics.drafted:
+                shares.append(statistics.accepted / statistics.drafted)
         assert texts[0] == texts[1], "drafts changed a text"
     value = ratio(rates["drafts"], rates["plain"], paired=True)
     verdict = asdict(judged(name, must, aim, value, more_is_better=True))

@@ -40,10 +40,10 @@ async def ask(port: int, place: int, tokens: int, cut: int | None, **more: str) 
         text, seen, ended = "", 0, False
         while line := await reader.readline():
             if line.startswith(b"data: {"):
-                told = json.loads(line[6:])
-                if "error" in told:
-                    raise RuntimeError(told["error"]["message"])
-                text += told["choices"][0]["text"]
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
+                text += chunk["choices"][0]["text"]
                 seen += 1
             ended |= line.startswith(b"data: [DONE]")
             if cut is not None and seen >= cut:

@@ -79,18 +79,18 @@ def http_table(found: Mapping[str, Any]) -> str:
 
 def conditions(found: Mapping[str, Any]) -> str:
     """Origin of the figures, as a sentence."""
-    told = []
+    sentences = []
     for kind, own in found.items():
         machine, protocol = own["machine"], own["protocol"]
         rounds = [each for row in own["rounds"].values() for each in row]
         seen = [side for each in rounds for side in each["others"].values()]
         most = max(side["processors_used_by_others"] for side in seen)
-        told.append(
+        sentences.append(
             f"{kind}: {own['when'][:10]}, {machine['name']} ({machine['features']}), "
             f"{protocol['threads']} threads, {commit_of(own)}; others used {most:.2f} processors "
             "at most."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def tables(folder: Path) -> dict[str, Callable[[], str]]:

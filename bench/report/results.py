@@ -66,8 +66,8 @@ def commit() -> dict[str, Any]:
     For a copy without ``.git``, ``$LFM2_FAST_COMMIT`` has the result of ``git describe --always
     --dirty`` in the original. Without it the commit is "unknown".
     """
-    if told := os.environ.get("LFM2_FAST_COMMIT"):
-        return {"commit": told, "changed_files": None}
+    if known := os.environ.get("LFM2_FAST_COMMIT"):
+        return {"commit": known, "changed_files": None}
     found = git("rev-parse", "--short=12", "HEAD")
     if not found:
         return {"commit": "unknown", "changed_files": None}

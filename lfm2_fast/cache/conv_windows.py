@@ -23,7 +23,7 @@ class ConvWindows:
     """Rings of all conv layers, ``ring = past + spare`` rows a slot, where ``past = width - 1``.
 
     A row's place follows from its position, so a step writes one row and shifts nothing. A later
-    row overwrites an earlier one. ``first_kept`` tells the first position that a ring still holds.
+    row overwrites an earlier one. ``first_kept`` is the first position that a ring still holds.
     A window that it no longer holds is restored by running the last ``replay_length`` tokens again.
     """
 

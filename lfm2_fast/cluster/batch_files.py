@@ -106,13 +106,13 @@ class RequestTables(RequestLines):
 
 def text_of(row: dict[str, Any]) -> bytes:
     """Return a row of a table of requests as the line of a file. ``body`` may be JSON as text."""
-    told = {name: row[name] for name in ("custom_id", "method", "url") if row.get(name) is not None}
+    line = {name: row[name] for name in ("custom_id", "method", "url") if row.get(name) is not None}
     body = row.get("body")
     try:
-        told["body"] = json.loads(body) if isinstance(body, str | bytes) else _without_nulls(body)
+        line["body"] = json.loads(body) if isinstance(body, str | bytes) else _without_nulls(body)
     except ValueError:
-        told["body"] = body
-    return json.dumps(told, default=str).encode()
+        line["body"] = body
+    return json.dumps(line, default=str).encode()
 
 
 def _without_nulls(value: Any) -> Any:

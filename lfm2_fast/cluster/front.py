@@ -141,6 +141,6 @@ def failure(error: Exception) -> ApiError:
 def last_event(path: str, error: ApiError) -> bytes:
     """Return the end of a stream of events that failed."""
     if path.endswith("/responses"):
-        told = {"type": "error", "code": error.code, "message": str(error), "param": error.param}
-        return f"event: error\ndata: {json.dumps(told)}\n\n".encode()
+        body = {"type": "error", "code": error.code, "message": str(error), "param": error.param}
+        return f"event: error\ndata: {json.dumps(body)}\n\n".encode()
     return f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n".encode()

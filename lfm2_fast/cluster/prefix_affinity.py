@@ -27,14 +27,14 @@ def blocks_of(body: bytes) -> tuple[int, ...]:
     grown begins with the hashes of the shorter one. A body that is not a request has no hashes.
     """
     try:
-        told = json.loads(body)
-        if not isinstance(told, dict):
+        fields = json.loads(body)
+        if not isinstance(fields, dict):
             return ()
-        text = json.dumps([told[name] for name in _TEXT if told.get(name)], ensure_ascii=False)
+        text = json.dumps([fields[name] for name in _TEXT if fields.get(name)], ensure_ascii=False)
         data = text.encode()
     except (ValueError, RecursionError):
         return ()
-    salt = repr([told.get(name) for name in _SALT]).encode(errors="replace")
+    salt = repr([fields.get(name) for name in _SALT]).encode(errors="replace")
     link = blake2b(salt, digest_size=8).digest()
     chain = []
     for start in range(0, len(data) - BLOCK + 1, BLOCK):

@@ -21,7 +21,7 @@ from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.assistant import Assistant
 from lfm2_fast.engine.block_drafter import BlockDrafter
 from lfm2_fast.engine.launch import Launch, Written
-from lfm2_fast.engine.logits import adjusted, prepare, told_log_probs
+from lfm2_fast.engine.logits import adjusted, prepare, requested_log_probs
 from lfm2_fast.engine.request import Row
 from lfm2_fast.engine.speculation import Speculation
 from lfm2_fast.engine.step_buffers import MAX_STEPS, StepBuffers, bucket
@@ -336,7 +336,7 @@ class DecodeLoop:
         logprobs = {}
         if any(row.request.logprobs is not None for row, _ in rows):
             assert logits is not None
-            logprobs = told_log_probs(rows, tokens[0].tolist(), logits)
+            logprobs = requested_log_probs(rows, tokens[0].tolist(), logits)
         if tokens.device.type != "cuda":
             self._unread.append(Launch(rows, tokens.clone(), None, ran, logprobs))
             return

@@ -77,7 +77,7 @@ class Events:
         return no_token(row, number, self.dtype, processed=changed)
 
     def _add(self, row: Row, token: int | None, logprobs: LogProbs | None = None) -> None:
-        told, row.prompt_logprobs = row.prompt_logprobs, None
+        prompt_logprobs, row.prompt_logprobs = row.prompt_logprobs, None
         self._pending.append(
             Event(
                 id=row.id,
@@ -85,7 +85,7 @@ class Events:
                 token=token,
                 finish_reason=row.finish_reason,
                 logprobs=logprobs,
-                prompt_logprobs=None if told is None else tuple(told),
+                prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
                 cached_tokens=row.cached_tokens,
                 error=row.error,
             )

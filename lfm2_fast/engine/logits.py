@@ -119,22 +119,22 @@ def log_probs(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]
     ]
 
 
-def told_log_probs(
+def requested_log_probs(
     rows: Sequence[tuple[Row, int]], tokens: Sequence[int], logits: torch.Tensor
 ) -> dict[Row, LogProbs]:
     """Return the log-probabilities of rows that ask for them, by ``logits [B, V]``.
 
     Each row has a place, which is that of its logits and of its new token in ``tokens``.
     """
-    told = [(row, at) for row, at in rows if row.request.logprobs is not None]
-    if not told:
+    asking = [(row, at) for row, at in rows if row.request.logprobs is not None]
+    if not asking:
         return {}
-    places = [at for _, at in told]
-    counts = [row.request.logprobs or 0 for row, _ in told]
+    places = [at for _, at in asking]
+    counts = [row.request.logprobs or 0 for row, _ in asking]
     # A row without a token to choose has the log-probability of token 0, which is NaN.
     own = [max(tokens[at], 0) for at in places]
     found = log_probs(logits[places], own, counts)
-    return dict(zip((row for row, _ in told), found, strict=True))
+    return dict(zip((row for row, _ in asking), found, strict=True))
 
 
 def _at(tokens: list[int], like: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ class ModelRunner:
 
     Each slot has its own sequence, of any length. The cache's ``history`` lists the tokens that
     were run, so that a later call can tell which prefix a slot holds. The texts have the model's
-    active adapter, unless ``buffers.set_adapter`` is told another. ``buffers`` are those of steps
+    active adapter, unless ``buffers.set_adapter`` sets another. ``buffers`` are those of steps
     on the cache; new ones are made if none are given. If layers have hooks, nothing is captured.
     Hooks are looked for once, here. Raises HookError for a hook that would never be called.
     """

@@ -145,8 +145,9 @@ class Prefill:
             logits = self.runner.run_chunks([text], slots, [again], ends, every=True)
             following = row.request.prompt[first + 1 : first + len(text) + 1]
             row.prompt_logprobs = row.prompt_logprobs or [None]
-            told = logits[: len(following)]
-            row.prompt_logprobs += log_probs(told, following, [count] * len(following))
+            row.prompt_logprobs += log_probs(
+                logits[: len(following)], following, [count] * len(following)
+            )
             last.append(logits[-1:] if self._ran(row) == row.length else logits[:0])
         return torch.cat(last)
 

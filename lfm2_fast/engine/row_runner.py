@@ -59,7 +59,7 @@ class RowRunner:
             assistant=assistant,
         )
         # Drafted and accepted tokens that the statistics count already.
-        self._told = 0, 0
+        self._counted = 0, 0
         # Rows whose prompts have run, with their logits. They will begin together.
         self.prefilled: list[tuple[Row, torch.Tensor]] = []
 
@@ -193,11 +193,11 @@ class RowRunner:
     def _read(self, keep: int) -> None:
         """Turn the tokens of all launches but the last ``keep`` into events."""
         now = time.monotonic()
-        for rows, tokens, told in self.decode.read(keep):
+        for rows, tokens, log_probs in self.decode.read(keep):
             for row, token in zip(rows, tokens, strict=True):
                 if row.finish_reason is not None:
                     continue
-                self.events.token(row, token, told.get(row), now)
+                self.events.token(row, token, log_probs.get(row), now)
                 if row.finish_reason is not None:
                     self.leave(row)
                 elif self.cache.lengths[row.slot] % PAGE_SIZE == 0:
@@ -213,7 +213,7 @@ class RowRunner:
         statistics.pages_free, statistics.pages_cached = pool.free, pool.cached
         statistics.pages_used = pool.used
         if self.decode.speculation is not None:
-            before = self._told
-            self._told = self.decode.speculation.drafted, self.decode.speculation.accepted
-            statistics.drafted += self._told[0] - before[0]
-            statistics.accepted += self._told[1] - before[1]
+            before = self._counted
+            self._counted = self.decode.speculation.drafted, self.decode.speculation.accepted
+            statistics.drafted += self._counted[0] - before[0]
+            statistics.accepted += self._counted[1] - before[1]

@@ -159,11 +159,11 @@ class StepBuffers:
         entries = [self.entries[slot] for slot in batch.required_host.slots]
         if not any(entries) and model.adapters.active is None:
             return batch
-        told = on_device(entries, torch.int64, batch.slots.device)
-        return replace(batch, adapters=told, whole=model.adapters.whole & set(entries))
+        adapters = on_device(entries, torch.int64, batch.slots.device)
+        return replace(batch, adapters=adapters, whole=model.adapters.whole & set(entries))
 
     def adapted(self, model: Lfm2, slots: Iterable[int]) -> frozenset[int] | None:
-        """Return ``whole`` of a step's batch; None if the step need not be told its adapters.
+        """Return ``whole`` of a step's batch; None if the step needs no adapters.
 
         Of several entries it is all that there are: so N adapters need no more than N + 2 captured
         steps of a size.
@@ -221,7 +221,7 @@ class StepBuffers:
     def batch(self, count: int, *, on_host: bool, adapted: frozenset[int] | None = None) -> Batch:
         """Return the next step of the first rows; ``on_host`` waits for their numbers.
 
-        It tells their adapters unless ``adapted``, which is its ``whole``, is None.
+        It has their adapters unless ``adapted``, which is its ``whole``, is None.
         """
         inputs = self.inputs.first(count)
         host = None

@@ -16,7 +16,7 @@ import torch
 from lfm2_fast.cache.batch import on_device, together_on_device
 from lfm2_fast.cache.kv_cache import Cache
 from lfm2_fast.engine.launch import Written, note
-from lfm2_fast.engine.logits import adjusted, told_log_probs
+from lfm2_fast.engine.logits import adjusted, requested_log_probs
 from lfm2_fast.engine.request import LogProbs, Row
 from lfm2_fast.engine.step_buffers import StepBuffers, bucket
 from lfm2_fast.models.lfm2 import Lfm2
@@ -42,7 +42,7 @@ class VerifiedLaunch:
     """Running step of ``drafted``; ``rows`` are its rows and places, as in a Launch.
 
     ``late`` is that of ``StepBuffers.run_steps``. ``took`` is its time beside that of a plain step,
-    drafting included, as far as it was told.
+    drafting included, as far as it is known.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class VerifiedLaunch:
             self._open = [each for each in self._open if not each.row.ended]
             if not self._open:
                 break
-            chosen, told = self._choose()
+            chosen, log_probs = self._choose()
             going, rows = [], []
             for each, token in zip(self._open, chosen, strict=True):
                 row = each.row
@@ -110,7 +110,7 @@ class VerifiedLaunch:
                     each.accepted += 1
                     going.append(each)
             self._open, self._depth = going, self._depth + 1
-            yield rows, chosen, told
+            yield rows, chosen, log_probs
         self._go_on()
 
     def _choose(self) -> tuple[list[int], dict[Row, LogProbs]]:
@@ -130,7 +130,7 @@ class VerifiedLaunch:
         if buffers.state.seen is not None:
             buffers.state.seen[on_device(places, torch.int64, device), chosen.clamp(min=0)] = True
         tokens = chosen.tolist()
-        return tokens, told_log_probs(numbered, tokens, logits)
+        return tokens, requested_log_probs(numbered, tokens, logits)
 
     def _go_on(self) -> None:
         """Let the rows that go on stand at the last tokens of their texts."""

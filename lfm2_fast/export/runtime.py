@@ -65,8 +65,8 @@ class Runtime:
         They are of the last token, or of ``every`` one. Raises ExportError if the runtime fails.
         """
         asked = {"op": "feed", "ids": list(ids), "restart": restart, "all": every}
-        told = self._ask(asked)
-        shape = (told["rows"], told["columns"])
+        answer = self._ask(asked)
+        shape = (answer["rows"], answer["columns"])
         assert self._process.stdout is not None
         data = bytearray(self._process.stdout.read(4 * shape[0] * shape[1]))
         if len(data) < 4 * shape[0] * shape[1]:
@@ -105,10 +105,10 @@ class Runtime:
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()
-        told: dict[str, Any] = json.loads(line)
-        if "error" in told:
-            raise ExportError(f"the runtime of {self._name} refuses: {told['error']}")
-        return told
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ExportError(f"the runtime of {self._name} refuses: {answer['error']}")
+        return answer
 
     def _ended(self) -> ExportError:
         """Return the error of a process that ended, with the last lines that it wrote."""

@@ -69,10 +69,10 @@ def generate_batch(
             raise ValueError(f"{name} is not supported by generate_batch(): call generate()")
     check_generates(model)
     maker = Maker(model, tokenizer, settings, seed_of(seed, generator))
-    return _run(maker, _listed(prompts), max_batch_size, memory, errors == "raise", progress)
+    return _run(maker, _one_by_one(prompts), max_batch_size, memory, errors == "raise", progress)
 
 
-def _listed(prompts: Iterable[Any] | Mapping[str, Any]) -> Iterable[Any]:
+def _one_by_one(prompts: Iterable[Any] | Mapping[str, Any]) -> Iterable[Any]:
     """Return the prompts one by one; of a tokenizer's answer, the ids without padding."""
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of prompts, got one text: put it into a list")
@@ -102,34 +102,34 @@ def _run(
         pages = max(rows * pages_of(min(CONTEXT, limit)), pages_of(limit))
     engine = Engine(model, max_rows=rows, max_length=model.max_length, memory=memory, pages=pages)
     bar = progress_bar(len(prompts) if isinstance(prompts, Sized) else None) if progress else None
-    # Answers that were read and not yielded, by their places, and the requests that run.
-    held: dict[int, Generated] = {}
+    # Prompts that were read and whose answers are not yielded, by place, and running requests.
+    pending: dict[int, Generated] = {}
     running: dict[int, Generated] = {}
     count, exhausted = 0, False
     try:
         while True:
-            while not exhausted and len(held) < AHEAD * rows:
+            while not exhausted and len(pending) < AHEAD * rows:
                 try:
                     item = next(source)
                 except StopIteration:
                     exhausted = True
                     break
-                made = held[count] = Generated(count)
+                made = pending[count] = Generated(count)
                 try:
                     request = maker.request(item, engine.max_length, made)
                     running[engine.add(request)] = made
                 except Exception as error:
-                    held[count] = Generated(count, made.prompt, error=error)
+                    pending[count] = Generated(count, made.prompt, error=error)
                 count += 1
-            if not held:
+            if not pending:
                 return
-            first = held[min(held)]
+            first = pending[min(pending)]
             if None not in first.finish_reasons:
-                del held[first.index]
+                del pending[first.index]
                 if bar is not None:
                     bar.update()
                 if first.error is not None and raises:
-                    raise _told(first.error, first.index)
+                    raise _with_index(first.error, first.index)
                 yield maker.decoded(first)
                 continue
             for event in engine.step():
@@ -152,7 +152,7 @@ def _note(event: Event, running: dict[int, Generated]) -> None:
             del running[event.id]
 
 
-def _told(error: Exception, index: int) -> Exception:
+def _with_index(error: Exception, index: int) -> Exception:
     """Return an error that names the prompt. It has the same class if that is one of ours."""
     made: Exception
     if isinstance(error, ValueError | TypeError):

@@ -153,20 +153,20 @@ class Columns:
     def __init__(self, streamer: Any, rows: int, pad: int) -> None:
         self.streamer, self.rows, self.pad = streamer, rows, pad
         self.ended: set[int] = set()
-        self.told = 0
+        self.sent = 0
 
     def put(self, written: list[list[int]]) -> None:
         """Send each column in which every row that has not ended has a token."""
         if self.streamer is None:
             return
-        while any(len(tokens) > self.told for tokens in written):
+        while any(len(tokens) > self.sent for tokens in written):
             column = [self.pad] * self.rows
             for row, tokens in enumerate(written):
-                if len(tokens) > self.told:
-                    column[row] = tokens[self.told]
+                if len(tokens) > self.sent:
+                    column[row] = tokens[self.sent]
                 elif row not in self.ended:
                     return
-            self.told += 1
+            self.sent += 1
             self.streamer.put(torch.tensor(column))
 
 

@@ -136,7 +136,8 @@ def _embedded(
         raise ValueError(f"inputs_embeds has {len(embeds)} rows, input_ids {len(ids)}")
     if isinstance(cache, Cache) and any(cache.lengths):
         raise ValueError(
-            "past_key_values must be empty beside inputs_embeds: it cannot be told what they share"
+            "past_key_values must be empty beside inputs_embeds: embeddings have no ids by which "
+            "to find what they share; give input_ids, or an empty cache"
         )
     # The numbers of embeddings do not matter to a mask, only their places.
     places = torch.empty(embeds.shape[:2])

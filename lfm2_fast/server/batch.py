@@ -86,11 +86,11 @@ class Output:
                     break
                 whole += len(line)
                 with suppress(ValueError, AttributeError, TypeError):
-                    told = json.loads(line)
-                    if (number := (told.get("error") or {}).get("line")) is not None:
+                    answer = json.loads(line)
+                    if (number := (answer.get("error") or {}).get("line")) is not None:
                         done.lines.add(number)
                     else:
-                        done.ids.add(told["custom_id"])
+                        done.ids.add(answer["custom_id"])
         self.file.truncate(whole)
         return done
 
@@ -169,15 +169,15 @@ def line_of(number: int, text: bytes) -> Line:
         return Line(number, wrong=ApiError(f"line {number}: {message}", param=param, code=code))
 
     try:
-        told = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         return wrong(f"it is not JSON: {error}"[:300], None, "invalid_json")
-    if not isinstance(told, dict):
+    if not isinstance(fields, dict):
         return wrong("it must be a JSON object", None, "invalid_json")
-    id, url, body = told.get("custom_id"), told.get("url", CHAT), told.get("body")
+    id, url, body = fields.get("custom_id"), fields.get("url", CHAT), fields.get("body")
     if not isinstance(id, str) or not id:
         return wrong("custom_id must be a string that is not empty", "custom_id")
-    if told.get("method", "POST") != "POST":
+    if fields.get("method", "POST") != "POST":
         return wrong("method must be POST", "method")
     if not isinstance(url, str) or url not in ENDPOINTS:
         return wrong(f"url must be one of {', '.join(ENDPOINTS)}", "url")

@@ -85,7 +85,7 @@ class ChatReply(ChoicesReply):
         )
         self._texts, self._body = service.texts, body
         self._thinks = body.include_reasoning is not False
-        self._held: dict[int, list[Any]] = {}
+        self._unsent: dict[int, list[Any]] = {}
 
     def first(self) -> Iterable[dict[str, Any]]:
         """Yield the role of every choice."""
@@ -98,18 +98,18 @@ class ChatReply(ChoicesReply):
 
         If text is held back, the log-probabilities of its tokens come with the next piece.
         """
-        held = self._held.setdefault(part.index, [])
-        held += part.logprobs
+        unsent = self._unsent.setdefault(part.index, [])
+        unsent += part.logprobs
         tokens: list[int] | None = part.tokens if self._body.return_token_ids else None
         for piece in part.deltas:
             if piece.kind == "reasoning" and not self._thinks:
                 continue
-            yield self._chunk(part.index, _delta(piece), None, self._told(held), tokens)
-            held.clear()
+            yield self._chunk(part.index, _delta(piece), None, self._logprobs(unsent), tokens)
+            unsent.clear()
             tokens = [] if tokens is not None else None
         if part.finish_reason is not None:
-            yield self._chunk(part.index, {}, part.finish_reason, self._told(held), tokens)
-            held.clear()
+            yield self._chunk(part.index, {}, part.finish_reason, self._logprobs(unsent), tokens)
+            unsent.clear()
 
     def whole(self, parts: list[Part]) -> dict[str, Any]:
         """Return the completion."""
@@ -146,7 +146,7 @@ class ChatReply(ChoicesReply):
             made["prompt_token_ids"] = list(self.answers.prompts[0])
         return made
 
-    def _told(self, found: list[Any]) -> dict[str, Any] | None:
+    def _logprobs(self, found: list[Any]) -> dict[str, Any] | None:
         return self._texts.chat(found) if found else None
 
     def _chunk(

@@ -28,11 +28,13 @@ async def completion(service: Service, data: bytes) -> CompletionReply:
     most = MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
         raise ApiError(
-            "echo with logprobs tells those of the prompt already; leave prompt_logprobs out",
+            "echo with logprobs returns those of the prompt already; leave prompt_logprobs out",
             param="prompt_logprobs",
             code="invalid_value",
         )
-    told = body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs
+    prompt_logprobs = (
+        body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs
+    )
 
     asked = Asked(
         body,
@@ -43,7 +45,7 @@ async def completion(service: Service, data: bytes) -> CompletionReply:
         max(most, 1),
         n=body.n or 1,
         logprobs=body.logprobs,
-        prompt_logprobs=told,
+        prompt_logprobs=prompt_logprobs,
         constraint=constraint,
         seconds=service.options.seconds,
     )
@@ -102,7 +104,7 @@ class CompletionReply(ChoicesReply):
             body.stream_options,
         )
         self._service, self._body, self._prompts = service, body, texts
-        self._held: dict[int, list[tuple[int, LogProbs | None]]] = {}
+        self._unsent: dict[int, list[tuple[int, LogProbs | None]]] = {}
         self._offsets: dict[int, int] = {}
 
     def first(self) -> Iterable[dict[str, Any]]:
@@ -113,16 +115,16 @@ class CompletionReply(ChoicesReply):
 
     def news(self, part: Part) -> Iterable[dict[str, Any]]:
         """Yield a chunk if there is text, or an end."""
-        held = self._held.setdefault(part.index, [])
+        unsent = self._unsent.setdefault(part.index, [])
         text = part.text
-        if part.prompt_logprobs is not None and self._body.echo and not held:
+        if part.prompt_logprobs is not None and self._body.echo and not unsent:
             ids = self.answers.prompts[part.index // (self._body.n or 1)]
-            held += zip(ids, part.prompt_logprobs, strict=True)
+            unsent += zip(ids, part.prompt_logprobs, strict=True)
             text = self._prompt(part.index) + text
-        held += part.logprobs
+        unsent += part.logprobs
         if text or part.finish_reason is not None:
-            yield self._chunk(part.index, text, held, part.finish_reason, part.tokens)
-            held.clear()
+            yield self._chunk(part.index, text, unsent, part.finish_reason, part.tokens)
+            unsent.clear()
 
     def whole(self, parts: list[Part]) -> dict[str, Any]:
         """Return the completion."""
@@ -130,11 +132,11 @@ class CompletionReply(ChoicesReply):
         body, texts = self._body, self._service.texts
         for part in parts:
             prompt = self.answers.prompts[part.index // (body.n or 1)]
-            told: list[tuple[int, LogProbs | None]] = []
+            logprobs: list[tuple[int, LogProbs | None]] = []
             text = part.text
             if body.echo:
                 text = self._prompt(part.index) + text
-                told += zip(prompt, part.prompt_logprobs or (), strict=False)
+                logprobs += zip(prompt, part.prompt_logprobs or (), strict=False)
             choice = {
                 "index": part.index,
                 "text": text,
@@ -142,7 +144,7 @@ class CompletionReply(ChoicesReply):
                 "finish_reason": part.finish_reason,
             }
             if body.logprobs is not None:
-                choice["logprobs"] = texts.completion([*told, *part.logprobs])
+                choice["logprobs"] = texts.completion([*logprobs, *part.logprobs])
             elif part.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = texts.prompt(prompt, part.prompt_logprobs)
             if body.return_token_ids:
@@ -158,7 +160,7 @@ class CompletionReply(ChoicesReply):
         self,
         index: int,
         text: str,
-        told: Sequence[tuple[int, LogProbs | None]],
+        logprobs: Sequence[tuple[int, LogProbs | None]],
         reason: str | None,
         tokens: Sequence[int] = (),
     ) -> dict[str, Any]:
@@ -170,7 +172,7 @@ class CompletionReply(ChoicesReply):
         }
         if self._body.logprobs is not None:
             offset = self._offsets.get(index, 0)
-            choice["logprobs"] = self._service.texts.completion(told, offset)
+            choice["logprobs"] = self._service.texts.completion(logprobs, offset)
             self._offsets[index] = offset + sum(map(len, choice["logprobs"]["tokens"]))
         if self._body.return_token_ids:
             choice["token_ids"] = list(tokens)

@@ -95,14 +95,14 @@ def _formats(body: Sampled) -> list[tuple[str, str, Any, bool]]:
         schema = given.get("schema")  # llama.cpp's and others' spelling
         return [(field, "json" if schema is not None else "object", schema, True)]
     if kind == "json_schema":
-        told = given.get("json_schema")
-        if not isinstance(told, Mapping) or not isinstance(told.get("schema"), Mapping | bool):
+        named = given.get("json_schema")
+        if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping | bool):
             raise ApiError(
                 "response_format.json_schema must be an object with a schema",
                 param=field,
                 code="invalid_value",
             )
-        return [(field, "json", told["schema"], told.get("strict") is not False)]
+        return [(field, "json", named["schema"], named.get("strict") is not False)]
     for name in ("regex", "grammar"):
         if kind == name:
             return [(field, name, given.get("pattern", given.get(name)), True)]

@@ -12,7 +12,7 @@ from lfm2_fast.server.errors import ApiError, refused
 from lfm2_fast.server.output import Part
 from lfm2_fast.server.protocol import parse
 from lfm2_fast.server.reply import Reply
-from lfm2_fast.server.responses_body import REFUSED, ResponsesBody, chat_of, check_told_back
+from lfm2_fast.server.responses_body import REFUSED, ResponsesBody, chat_of, check_echoed
 from lfm2_fast.server.service import Service
 from lfm2_fast.text.reply_parser import Delta
 
@@ -29,7 +29,7 @@ async def response(service: Service, data: bytes) -> ResponsesReply:
         )
     if not body.input:
         raise ApiError("input is empty", param="input", code="invalid_value")
-    check_told_back(body)
+    check_echoed(body)
     try:
         return ResponsesReply(service, await start_chat(service, chat_of(body)), body)
     except ApiError as error:
@@ -51,7 +51,7 @@ class ResponsesReply(Reply):
         self._sequence = 0
         self._end: str | None = None
         self._logprobs: list[Any] = []
-        self._tells = body.top_logprobs is not None or "message.output_text.logprobs" in (
+        self._wants_logprobs = body.top_logprobs is not None or "message.output_text.logprobs" in (
             body.include or ()
         )
 
@@ -104,16 +104,16 @@ class ResponsesReply(Reply):
         name = "output_text" if piece.kind == "text" else "reasoning_text"
         more: dict[str, Any] = {}
         if piece.kind == "text":
-            more["logprobs"] = self._told()
+            more["logprobs"] = self._new_logprobs()
         yield self._event(f"response.{name}.delta", **self._place(), delta=piece.text, **more)
 
-    def _told(self) -> list[dict[str, Any]]:
+    def _new_logprobs(self) -> list[dict[str, Any]]:
         """Return the log-probabilities of the pieces since the last call."""
         found, self._logprobs = self._logprobs, []
-        told = self._texts.chat(found)["content"] if self._tells else []
+        new = self._texts.chat(found)["content"] if self._wants_logprobs else []
         if self._items and self._kind == "text":
-            self._items[-1]["content"][0]["logprobs"] += told
-        return list(told)
+            self._items[-1]["content"][0]["logprobs"] += new
+        return list(new)
 
     def _open(self, kind: str) -> Iterable[dict[str, Any]]:
         self._kind = kind
@@ -136,7 +136,7 @@ class ResponsesReply(Reply):
         if self._kind is None:
             return
         item = self._items[-1]
-        self._told()
+        self._new_logprobs()
         part = item["content"][0]
         name = "output_text" if self._kind == "text" else "reasoning_text"
         more = {"logprobs": part["logprobs"]} if self._kind == "text" else {}

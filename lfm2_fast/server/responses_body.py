@@ -40,7 +40,7 @@ class ResponsesBody(Sampled):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def check_told_back(body: ResponsesBody) -> None:
+def check_echoed(body: ResponsesBody) -> None:
     """Raise ApiError for fields that an answer repeats and that hold numbers JSON has not."""
     given = {**body.model_dump(exclude_unset=True), **(body.model_extra or {})}
     for name in ("metadata", "reasoning", "text", "tool_choice", "tools"):

@@ -59,14 +59,14 @@ async def slots(service: Service) -> list[dict[str, Any]]:
         found = []
         for slot in range(engine.max_rows):
             row = rows.get(slot)
-            told: dict[str, Any] = {"id": slot, "n_ctx": engine.max_length}
-            told["is_processing"] = row is not None
+            state: dict[str, Any] = {"id": slot, "n_ctx": engine.max_length}
+            state["is_processing"] = row is not None
             if row is not None:
-                told["id_task"] = row.id
-                told["n_prompt_tokens"] = row.start
-                told["n_prompt_tokens_cache"] = row.cached_tokens
-                told["next_token"] = [{"n_decoded": len(row.written)}]
-            found.append(told)
+                state["id_task"] = row.id
+                state["n_prompt_tokens"] = row.start
+                state["n_prompt_tokens_cache"] = row.cached_tokens
+                state["next_token"] = [{"n_decoded": len(row.written)}]
+            found.append(state)
         return found
 
     return await service.ask(look)

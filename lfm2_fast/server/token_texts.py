@@ -93,14 +93,14 @@ class TokenTexts:
         self, prompt: Iterable[int], found: Iterable[LogProbs | None]
     ) -> list[dict[str, Any] | None]:
         """Return ``prompt_logprobs`` in vLLM's form: by token id, with known ranks."""
-        told: list[dict[str, Any] | None] = []
+        entries: list[dict[str, Any] | None] = []
         for token, given in zip(prompt, found, strict=True):
             if given is None:
-                told.append(None)
+                entries.append(None)
                 continue
             best = {id: (value, rank) for rank, (id, value) in enumerate(given.best, 1)}
             own = {token: best.get(token, (given.token, None))}
-            told.append(
+            entries.append(
                 {
                     str(id): {
                         "logprob": max(value, LEAST),
@@ -110,4 +110,4 @@ class TokenTexts:
                     for id, (value, rank) in (own | best).items()
                 }
             )
-        return told
+        return entries

@@ -49,7 +49,7 @@ class TokenDecoder:
         from tokenizers.decoders import DecodeStream
 
         self._ids: list[int] = []
-        self._told = 0
+        self._returned = 0  # characters
         self._stream = DecodeStream(skip_special_tokens=False)
 
     def put(self, token: int) -> str:
@@ -60,14 +60,14 @@ class TokenDecoder:
         except Exception:
             # The library fails if a decoder changes its earlier text.
             return ""
-        self._told += len(text)
+        self._returned += len(text)
         return text
 
     def end(self) -> str:
         """Return the rest, an incomplete character, and start again."""
         if not self._ids:
             return ""
-        text = self._backend.decode(self._ids, skip_special_tokens=False)[self._told :]
+        text = self._backend.decode(self._ids, skip_special_tokens=False)[self._returned :]
         self._begin()
         return text
 

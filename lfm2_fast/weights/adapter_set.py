@@ -41,9 +41,8 @@ class LoadedAdapter:
 class AdapterSet:
     """Loads adapters into stacks beside ``projections``, those of a model of ``config`` by name.
 
-    ``active`` is the adapter of tokens that are not told another, None for none. ``version`` counts
-    how often stacks were made or grew, and replaced matrices came or went: captured graphs point at
-    them.
+    ``active`` is the adapter of tokens that have no other, or None. ``version`` counts how often
+    stacks were made or grew, and replaced matrices came or went: captured graphs point at them.
     """
 
     def __init__(self, config: Config, projections: Mapping[str, Projection]) -> None:

@@ -316,7 +316,7 @@ class Projection(nn.Module):
     ``weight`` holds the numbers; the format's other parts are buffers, ``weight_scale`` of int8.
     ``bias [N]`` or None is added to the product. ``adapters`` are changes beside the matrix, or
     None. ``replaced`` are matrices that adapters have instead of some rows, by entry in the stacks
-    and first row. Only a forward pass that is told the tokens' adapters takes account of both.
+    and first row. Only a forward pass that gets the tokens' adapters uses both.
     """
 
     bias: nn.Parameter | None

@@ -189,15 +189,15 @@ def main() -> None:
         try:
             if asked["op"] == "open":
                 opened = RUNTIMES[runtime](path, device, int(context), exact == "exact")
-                told: dict[str, Any] = opened.facts
+                answer: dict[str, Any] = opened.facts
             else:
                 logits = opened.feed(asked["ids"], asked["restart"], asked["all"])
                 data = np.ascontiguousarray(logits, np.float32).tobytes()
-                told = {"rows": logits.shape[0], "columns": logits.shape[1]}
+                answer = {"rows": logits.shape[0], "columns": logits.shape[1]}
         except Exception as error:
             kind = "" if type(error) is LookupError else f"{type(error).__name__}: "
-            told = {"error": f"{kind}{error}"}
-        answers.write(json.dumps(told).encode() + b"\n" + data)
+            answer = {"error": f"{kind}{error}"}
+        answers.write(json.dumps(answer).encode() + b"\n" + data)
         answers.flush()
 
 

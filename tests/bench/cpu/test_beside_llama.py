@@ -20,19 +20,19 @@ class Ours:
     """An engine of this package that notes what it is asked, and gives ``made``."""
 
     made = np.zeros((STEPS, SIZE), np.float32)
-    told: list[Any]
+    calls: list[Any]
 
     def __init__(self, name: str) -> None:
-        self.name, Ours.told = name, [name]
+        self.name, Ours.calls = name, [name]
 
     def ask(self, request: str, **arguments: Any) -> None:
-        self.told.append((request, arguments["folder"]))
+        self.calls.append((request, arguments["folder"]))
 
     def logits(self, tokens: list[int], steps: int) -> np.ndarray:
         return self.made
 
     def close(self) -> None:
-        self.told.append("closed")
+        self.calls.append("closed")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_file_is_read_unless_the_checkpoint_is_quantized(
     ours, theirs = beside_llama.open_pair(folder, "Q4_K_M", quantization, 1, tmp_path, SIZE)
     source = folder if quantization else folder / "checkpoint-Q4_K_M.gguf"
     name = "lfm2_fast int4" if quantization else "lfm2_fast"
-    assert Ours.told == [name, ("load", str(source))]
+    assert Ours.calls == [name, ("load", str(source))]
     assert ours.name == f"lfm2_fast {quantization or 'Q4_K_M'}"
     assert theirs.name == "llama.cpp Q4_K_M"
 
@@ -68,4 +68,4 @@ def test_other_logits_are_not_timed(
     monkeypatch.setattr(Ours, "made", np.roll(right, 1, axis=1))
     with pytest.raises(EngineError, match="its logits are wrong"):
         beside_llama.open_pair(folder, "Q4_K_M", None, 1, tmp_path, SIZE)
-    assert Ours.told[-1] == "closed"
+    assert Ours.calls[-1] == "closed"

@@ -50,12 +50,12 @@ def loaded(service: Simulated, during: Any, urls: list[str]) -> list[Ending]:
     assert all(each.text == whole for each in endings if each.kind == "complete")
     for each in endings:
         if each.kind == "event":
-            assert each.told["code"] in ("replica_lost", "engine_stopped")
+            assert each.answer["code"] in ("replica_lost", "engine_stopped")
             assert whole.startswith(each.text)
         if each.kind == "status":
             # Those of our code are OpenAI's error objects. Ray Serve's own are plain text.
-            assert each.told in (500, 503, 404), each
-            if each.told == 503 and each.text.startswith("{"):
+            assert each.answer in (500, 503, 404), each
+            if each.answer == 503 and each.text.startswith("{"):
                 assert set(json.loads(each.text)["error"]) >= {"message", "code"}
     return endings
 
