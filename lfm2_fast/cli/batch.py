@@ -72,7 +72,10 @@ def batch(
 
     part = shard_of(shard)
     if ray and part != (1, 1):
-        raise ValueError(f"--shard {shard} is for batches without --ray, which shares them out")
+        raise ValueError(
+            f"--shard {shard} has no effect with --ray, which divides the requests itself: leave "
+            "it out"
+        )
     for name in ON_RAY:
         if not ray and context.params[name] is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for --ray: add --ray, or leave it out")

@@ -165,7 +165,7 @@ def measure(
         if case.prompt + case.output + 2 > model.max_length:
             raise ValueError(
                 f"a prompt of {case.prompt} tokens and {case.output} new ones do not fit into the "
-                f"context of {model.max_length}"
+                f"context of {model.max_length}: lower --prompt or --output"
             )
     device = model.device
     first: dict[Case, list[float]] = {case: [] for case in wanted}

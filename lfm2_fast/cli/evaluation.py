@@ -58,7 +58,7 @@ def load_and_evaluate(
     reference that is not wider.
     """
     if not text:
-        raise ValueError("the text is empty")
+        raise ValueError("the text is empty: give a file with text")
     check_options(dtype=dtype, quantization=quantization, **options)
     if reference is not None:
         check_options(dtype=reference, **options)
@@ -71,7 +71,7 @@ def load_and_evaluate(
     if other is not None and other.config.quantization is not None:
         raise ValueError(
             f"{name} is stored in {other.config.quantization} itself: there is nothing wider to "
-            "compare with"
+            "compare with; leave --reference out"
         )
     found = evaluate(model, encoded.input_ids[0], window=window, reference=other)
     facts = {**asdict(found), "perplexity": found.perplexity}
@@ -96,7 +96,10 @@ def evaluate(
         raise ValueError(f"window must be at least 2, got {window}")
     pieces = ids[: len(ids) // window * window].view(-1, window)
     if not len(pieces):
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than the window of {window}")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than the window of {window}: lower --window, "
+            "or give a longer text"
+        )
     each = torch.zeros(len(pieces), 4, dtype=torch.float64, device=model.device)
     progress = tqdm(pieces, desc="evaluating", unit="piece", delay=3.0, leave=False, disable=None)
     for sums, piece in zip(each, progress, strict=True):

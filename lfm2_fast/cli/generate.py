@@ -104,5 +104,5 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     else:
         text = sys.stdin.read().removesuffix("\n")
     if not text:
-        raise ValueError("the prompt is empty")
+        raise ValueError("the prompt is empty: give some text")
     return text

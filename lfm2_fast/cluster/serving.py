@@ -159,7 +159,9 @@ def serve_replicas(
 
     drain = args.get("drain", DRAIN)
     if address is not None and port == 0:
-        raise ValueError("port=0 has no meaning in a cluster: give one that is free on all nodes")
+        raise ValueError(
+            "port=0 may be another port on each node: give one that is free on all nodes"
+        )
     if address is None:
         with bound_socket(host, port) as bound:
             port = bound.getsockname()[1]

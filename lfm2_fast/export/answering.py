@@ -61,7 +61,10 @@ class Exported:
         """
         room = self.context - len(ids)
         if room < 1:
-            raise ValueError(f"{len(ids)} tokens fill the context of {self.context}: --max-length")
+            raise ValueError(
+                f"{len(ids)} tokens fill the context of {self.context}: raise --max-length, or "
+                "shorten the prompt"
+            )
         longest = self.runtime.facts.get("longest_prompt", self.context)
         if len(ids) > longest:
             raise ValueError(

@@ -28,7 +28,9 @@ async def response(service: Service, data: bytes) -> ResponsesReply:
             "truncation must be disabled: a client would not see what is left out", "truncation"
         )
     if not body.input:
-        raise ApiError("input is empty", param="input", code="invalid_value")
+        raise ApiError(
+            "input is empty: give a text or messages", param="input", code="invalid_value"
+        )
     check_echoed(body)
     try:
         return ResponsesReply(service, await start_chat(service, chat_of(body)), body)

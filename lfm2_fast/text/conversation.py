@@ -71,7 +71,10 @@ def stream_answer(
     check_generates(model)
     room = model.max_length - len(ids)
     if room < 1:
-        raise ValueError(f"{len(ids)} tokens fill the context of {model.max_length}")
+        raise ValueError(
+            f"{len(ids)} tokens fill the context of {model.max_length}: shorten the prompt, or "
+            "load the model with a larger max_length"
+        )
     budget = min(max_new_tokens or room, room)
     defaults, vocab_size = model.generation_defaults(), model.network.config.vocab_size
     request = streamed_request(defaults, vocab_size, tokenizer, ids, budget, arguments)
@@ -148,7 +151,9 @@ def streamed_request(
 def check_template(tokenizer: Any, name: str) -> None:
     """Raise ValueError if the tokenizer of checkpoint ``name`` has no chat template."""
     if not tokenizer.chat_template:
-        raise ValueError(f"{name} has no chat template; it can continue text")
+        raise ValueError(
+            f"{name} has no chat template; it can continue text: lfm2-fast generate --raw"
+        )
 
 
 class Conversation:

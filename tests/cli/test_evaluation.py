@@ -117,4 +117,4 @@ def test_an_empty_text_is_named_and_nothing_is_loaded(
     monkeypatch.setattr("lfm2_fast.weights.checkpoint.load_weights", None)
     (tmp_path / "empty").write_text("\n")
     done = CliRunner().invoke(app, ["eval", str(tiny), "--text", str(tmp_path / "empty")])
-    assert str(done.exception) == "the text is empty"
+    assert str(done.exception) == "the text is empty: give a file with text"

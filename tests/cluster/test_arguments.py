@@ -37,7 +37,7 @@ def test_options_of_batch_belong_together(
     lines = tmp_path / "x.jsonl"
     lines.touch()
     call = ("batch", "x", lines, "--output", tmp_path / "y")
-    assert "--shard 1/2 is for batches without --ray" in refused(
+    assert "--shard 1/2 has no effect with --ray" in refused(
         capsys, *call, "--ray", "--shard", "1/2"
     )
     assert "--replicas is for --ray" in refused(capsys, *call, "--replicas", 2)
