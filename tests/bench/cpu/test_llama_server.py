@@ -74,7 +74,7 @@ def test_logits_that_lack_a_token_are_refused(tmp_path: Path, body: str) -> None
         ("found['tokens_predicted'] = 11", "and wrote 11 of 12 tokens"),
         ("found['timings']['prompt_n'] = 0", "ran 0 tokens of a prompt of 2"),
         ("return self.answer(400, {'error': 'too long'})", "it answered 400: .*too long"),
-        ("found = 7", "its answer is no object: 7"),
+        ("found = 7", "its answer is not an object: 7"),
         ("import os; print('a fault', flush=True); os._exit(1)", "failed: .*it said: a fault"),
     ],
 )
