@@ -1,8 +1,9 @@
 """Projection of a few tokens added to the residual stream: ``residual + (x @ weight.T + bias)``.
 
 ``x [T, K]`` of at most 16 tokens, ``weight [N, K]``, ``bias [N]`` or None, ``scale [N]`` of an int8
-weight or None (gemv.py), ``residual, out [T, N]``; ``out`` may be ``residual``. The projection is
-rounded to the dtype, then the sum. Least bytes: NK elements. FLOPs: 2TNK.
+weight or None (gemv.py), ``residual, out [T, N]``; ``out`` may be ``residual``, and without a
+residual it is the projection. The projection is rounded to the dtype, then the sum. Least bytes: NK
+elements. FLOPs: 2TNK.
 """
 
 import torch
@@ -46,14 +47,15 @@ def _linear_add_kernel(
     pdl_wait(PDL)
     offs_t = tl.arange(0, 16)[:, None]
     for row in range(first, count, step):
-        added, tiles = multiply(
+        out, tiles = multiply(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, None, None,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
         offs_n = row + tl.arange(0, BLOCK_N)[None, :]
         mask = (offs_t < tokens) & (offs_n < count)
-        residual_ptrs = residual_ptr + offs_t * stride_residual_t + offs_n
-        out = tl.load(residual_ptrs, mask=mask, other=0).to(tl.float32) + added
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + offs_t * stride_residual_t + offs_n
+            out += tl.load(residual_ptrs, mask=mask, other=0).to(tl.float32)
         out_ptrs = out_ptr + offs_t * stride_out_t + offs_n
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -63,7 +65,7 @@ def linear_add_triton(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
     pdl: bool = False,
@@ -73,9 +75,9 @@ def linear_add_triton(
 
     ``pdl``, ``tiling``: as in norm_linear.py.
     """
-    assert residual.shape == out.shape == (len(x), len(weight))
-    assert residual.stride(1) == out.stride(1) == 1
-    assert residual.dtype == out.dtype == x.dtype
+    for each in (out, out if residual is None else residual):
+        assert each.shape == (len(x), len(weight)) and each.stride(1) == 1
+        assert each.dtype == x.dtype
     launch(
         _linear_add_kernel,
         tiling or choose_tiling("linear_add", weight),
@@ -86,6 +88,6 @@ def linear_add_triton(
         pdl=pdl,
         residual_ptr=residual,
         out_ptr=out,
-        stride_residual_t=residual.stride(0),
+        stride_residual_t=0 if residual is None else residual.stride(0),
         stride_out_t=out.stride(0),
     )

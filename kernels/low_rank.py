@@ -3,7 +3,9 @@
 T tokens, A entries, P parts of the rows, R ranks. ``x [T, K]``, ``entries [T]`` int64 from 0 to A -
 1 (not checked); entry 0 changes nothing. ``down [A, P, R, K]``, ``up [A, R, N]``, ``gain, shift [A,
 N]``, ``bias [N]`` or None. ``product [T, N]`` becomes ``product + gain * (product - bias) + up.T @
-(down @ x) + shift`` of each token's entry, each part's rows by that part's ``down``.
+(down @ x) + shift`` of each token's entry, each part's rows by that part's ``down``. If there is a
+``norm [K]``, x is normed first. If there is a ``residual [T, N]``, the product becomes the sum of
+both, each rounded.
 
 Sixteen tokens are a tile. The tile is multiplied by the matrices of every entry that it contains,
 one after another. A token keeps the product of its own entry, so its bits depend on no other token.
@@ -16,17 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
+from lfm2_fast.kernels.pdl import pdl_options, pdl_wait
+
 TOKENS = 16
-COLUMNS = 512
+COLUMNS = 256
 ROWS = 64
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _low_rank_down_kernel(
     x_ptr,
+    norm_ptr,
     entries_ptr,
     down_ptr,
     low_ptr,
+    eps,
     tokens,
     stride_x_t,
     K: tl.constexpr,
@@ -34,14 +40,28 @@ def _low_rank_down_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl_wait(PDL)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     is_token = token < tokens
     entry = tl.load(entries_ptr + token, mask=is_token, other=0)
-    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x_t + k[None, :]
-    x = tl.load(x_ptrs, mask=is_token[:, None] & (k < K)[None, :], other=0)
+    x_ptr += token.to(tl.int64)[:, None] * stride_x_t
+    x = tl.load(x_ptr + k[None, :], mask=is_token[:, None] & (k < K)[None, :], other=0)
+    if norm_ptr is not None:
+        # Every program sums the squares of all columns again: a launch would cost more.
+        squares = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+        for first in tl.static_range(0, K, BLOCK_K):
+            column = first + tl.arange(0, BLOCK_K)[None, :]
+            some = tl.load(x_ptr + column, mask=is_token[:, None] & (column < K), other=0)
+            squares += some.to(tl.float32) * some.to(tl.float32)
+        # Rounded as for the projection itself: scaled, then weighted.
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+        unit = (x.to(tl.float32) * scale[:, None]).to(x.dtype)
+        norm = tl.load(norm_ptr + k, mask=k < K, other=0).to(tl.float32)
+        x = (unit.to(tl.float32) * norm[None, :]).to(x.dtype)
     low = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     mask = (k < K)[:, None] & (rank < RANKS)[None, :]
     current = tl.max(entry, axis=0)
@@ -64,10 +84,12 @@ def _low_rank_up_kernel(
     gain_ptr,
     shift_ptr,
     bias_ptr,
+    residual_ptr,
     product_ptr,
     tokens,
     first_end,
     second_end,
+    stride_residual_t,
     N: tl.constexpr,
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -75,7 +97,9 @@ def _low_rank_up_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl_wait(PDL)
     part = tl.program_id(2)
     begin = tl.where(part == 0, 0, tl.where(part == 1, first_end, second_end))
     end = tl.where(part == PARTS - 1, N, tl.where(part == 0, first_end, second_end))
@@ -104,12 +128,20 @@ def _low_rank_up_kernel(
     gain = tl.load(gain_ptr + at, mask=mask, other=0).to(tl.float32)
     delta += tl.load(shift_ptr + at, mask=mask, other=0).to(tl.float32)
     product_ptrs = product_ptr + token.to(tl.int64)[:, None] * N + n[None, :]
+    if residual_ptr is not None:
+        # Tokens without an adapter are added too.
+        mask = is_token & mask_n
     product = tl.load(product_ptrs, mask=mask, other=0).to(tl.float32)
     plain = product
     if bias_ptr is not None:
         plain -= tl.load(bias_ptr + n, mask=n < end, other=0).to(tl.float32)[None, :]
-    out = product + (gain * plain + delta)
-    tl.store(product_ptrs, out.to(product_ptr.dtype.element_ty), mask=mask)
+    out = tl.where((entry > 0)[:, None], product + (gain * plain + delta), product)
+    out = out.to(product_ptr.dtype.element_ty)
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + token.to(tl.int64)[:, None] * stride_residual_t + n[None, :]
+        residual = tl.load(residual_ptrs, mask=mask, other=0).to(tl.float32)
+        out = (residual + out.to(tl.float32)).to(product_ptr.dtype.element_ty)
+    tl.store(product_ptrs, out, mask=mask)
 
 
 def low_rank_triton(
@@ -123,10 +155,15 @@ def low_rank_triton(
     bias: torch.Tensor | None,
     product: torch.Tensor,
     low: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> None:
     """Add to ``product``; ``parts`` has the rows of each part, at most three; ``low`` is scratch.
 
-    Rows of ``x`` may stand apart.
+    Rows of ``x`` and ``residual`` may stand apart. ``pdl``: as in norm_linear.py.
     """
     tokens, columns = x.shape
     count, rows = down.shape[0], product.shape[1]
@@ -137,10 +174,12 @@ def low_rank_triton(
     assert product.shape == (tokens, rows) and x.stride(1) == 1
     assert low.shape == low_shape(tokens, columns, ranks) and low.dtype == torch.float32
     assert bias is None or bias.shape == (rows,)
+    assert norm is None or (norm.shape == (columns,) and norm.is_contiguous())
+    assert residual is None or (residual.shape == product.shape and residual.stride(1) == 1)
     for dense in (entries, down, up, gain, shift, product, low):
         assert dense.is_contiguous()
-    for part in (down, up, gain, shift, product, *([] if bias is None else [bias])):
-        assert part.dtype == x.dtype
+    for part in (down, up, gain, shift, product, bias, norm, residual):
+        assert part is None or part.dtype == x.dtype
     if tokens == 0:
         return
     block_k = min(max(triton.next_power_of_2(columns), 16), COLUMNS)
@@ -149,9 +188,11 @@ def low_rank_triton(
         if rank:
             _low_rank_down_kernel[(tiles, triton.cdiv(ranks, 16), len(low))](
                 x,
+                norm,
                 entries,
                 down,
                 low,
+                eps,
                 tokens,
                 x.stride(0),
                 K=columns,
@@ -160,6 +201,7 @@ def low_rank_triton(
                 BLOCK_R=16,
                 BLOCK_K=block_k,
                 num_warps=4,
+                **pdl_options(pdl),
             )
         _low_rank_up_kernel[(tiles, triton.cdiv(max(parts), ROWS), len(parts))](
             low,
@@ -168,9 +210,11 @@ def low_rank_triton(
             gain,
             shift,
             bias,
+            residual,
             product,
             tokens,
             *ends,
+            0 if residual is None else residual.stride(0),
             N=rows,
             RANK=rank,
             PARTS=len(parts),
@@ -179,6 +223,7 @@ def low_rank_triton(
             BLOCK_R=max(triton.next_power_of_2(rank), 16),
             BLOCK_N=ROWS,
             num_warps=4,
+            **pdl_options(pdl),
         )
 
 

@@ -177,7 +177,10 @@ def launch_all(
         stack = (some(4, len(parts), rank, hidden), some(4, rank, rows), some(4, rows))
         low = some(*low_shape(tokens, hidden, rank * len(parts)), dtype=torch.float32)
         product = some(tokens, rows)
-        low_rank_triton(x, positions, *stack, stack[2], parts, None, product, low)
+        # After a norm, or before the addition to the residual stream.
+        beside = {"norm": norm} if len(parts) > 1 else {"residual": product}
+        given = (*stack, stack[2], parts, None, product, low)
+        low_rank_triton(x, positions, *given, **beside, pdl=pdl)
     cos, sin = (some(tokens, half, dtype=torch.float32) for _ in range(2))
     rope_triton(positions, some(half, dtype=torch.float32), cos, sin)
     launch_attention(size, (positions, slots, cu_seqlens, lengths, cos, sin), dtype, page_size, pdl)

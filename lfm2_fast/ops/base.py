@@ -127,6 +127,8 @@ class Ops:
 
     def _replaced(self, linear: Projection) -> list[tuple[int, int, Projection]]:
         """Return entry, first row and matrix of each replacement that a token may have."""
+        if self.entries is None:
+            return []
         return [
             (entry, first, own)
             for (entry, first), own in linear.replaced.items()

@@ -103,9 +103,17 @@ class TritonOps(PendingResidualOps):
         return MOST_TOKENS if all(map(_is_readable, matrices)) else 0
 
     def add_low_rank(
-        self, x: torch.Tensor, linear: Projection, product: torch.Tensor
+        self,
+        x: torch.Tensor,
+        linear: Projection,
+        product: torch.Tensor,
+        norm: nn.RMSNorm | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``product`` itself, to which two launches have added what the tokens' adapters add."""
+        """``product`` itself, to which two launches have added what the tokens' adapters add.
+
+        They norm ``x`` where there is a norm, and add ``residual`` to all tokens.
+        """
         stack = linear.adapters
         if self.entries is None or stack is None:
             return product
@@ -113,7 +121,19 @@ class TritonOps(PendingResidualOps):
         shape = low_shape(*x.shape, ranks)
         low = torch.empty(shape, dtype=torch.float32, device=x.device)
         numbers = stack.down, stack.up, stack.gain, stack.shift
-        low_rank_triton(x, self.entries, *numbers, stack.parts, linear.bias, product, low)
+        low_rank_triton(
+            x,
+            self.entries,
+            *numbers,
+            stack.parts,
+            linear.bias,
+            product,
+            low,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else epsilon(norm),
+            residual=residual,
+            pdl=self.pdl,
+        )
         return product
 
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
@@ -122,9 +142,9 @@ class TritonOps(PendingResidualOps):
             return super().norm_linear(x, norm, linear)
         out = few.new_empty(len(few), len(linear.weight))
         norm_linear_triton(few, *_norm(norm), *_linear(linear), out, pdl=self.pdl)
-        if self.adapts(linear):
+        if self._replaced(linear):
             return self.adapt(self.rms_norm(few, norm), linear, out)
-        return out
+        return self.add_low_rank(few, linear, out, norm)
 
     def norm_conv(
         self, x: Any, norm: nn.RMSNorm, conv: ConvLike, window: ConvWindow, batch: Batch
@@ -153,11 +173,13 @@ class TritonOps(PendingResidualOps):
         if few is None:
             return super().linear_add(y, linear, residual)
         out = torch.empty_like(few)
-        if self.adapts(linear):
-            linear_add_triton(y, *_linear(linear), torch.zeros_like(few), out, pdl=self.pdl)
+        adapts = self.adapts(linear)
+        linear_add_triton(y, *_linear(linear), None if adapts else few, out, pdl=self.pdl)
+        if not adapts:
+            return out
+        if self._replaced(linear):
             return few + self.adapt(y, linear, out)
-        linear_add_triton(y, *_linear(linear), few, out, pdl=self.pdl)
-        return out
+        return self.add_low_rank(y, linear, out, residual=few)
 
     def norm_swiglu(self, x: Any, norm: nn.RMSNorm, gate_up: Projection) -> torch.Tensor:
         few = _few(x, gate_up, 2)

@@ -63,7 +63,7 @@ TILES = {"norm_linear": 1, "linear_add": 1, "norm_swiglu": 2, "norm_conv": 3, "h
 LITTLE = {"flash_decode"}
 CHAIN = {
     *TILES, *LITTLE, "embed_rope", "argmax_advance", "sample_scores", "sample_cut", "sample_draw",
-    "sample_last", "advance",
+    "sample_last", "advance", "low_rank_down", "low_rank_up",
 }  # fmt: skip
 # Those of few tokens that stand for all of them, launched plainly.
 PLAIN = {"norm_linear", "embed_rope", "argmax_advance"}

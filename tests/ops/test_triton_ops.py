@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lfm2_fast
 from lfm2_fast.engine.model_runner import ModelRunner, run_batch
@@ -166,6 +168,55 @@ def test_products_have_what_adapters_add(
         within_budget(found.cpu(), exact, plain)
         assert same_bits(others[here[1] != 1], found[here[1] != 1])
         assert not same_bits(others[here[1] == 1], found[here[1] == 1])
+
+
+def test_few_tokens_with_adapters_take_two_launches_more(kernel_device, monkeypatch) -> None:
+    """No norm, fill or addition of its own beside the product and the two of the change."""
+    launched: list[str] = []
+    # The fills are those that poison new tensors here.
+    quiet = r"empty|view|slice|detach|unbind|\.fill_"
+
+    class Noting(TorchDispatchMode):
+        """Notes operations of PyTorch outside of launchers, but for those without work."""
+
+        inside = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if not self.inside and not re.search(quiet, str(func)):
+                launched.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    mode = Noting()
+
+    def note(name: str, launch: Callable[..., None]) -> Callable[..., None]:
+        def noted(*args: Any, **kwargs: Any) -> None:
+            launched.append(name.removesuffix("_triton"))
+            mode.inside = True
+            launch(*args, **kwargs)
+            mode.inside = False
+
+        return noted
+
+    for name in [name for name in dir(triton_ops) if name.endswith("_triton")]:
+        monkeypatch.setattr(triton_ops, name, note(name, getattr(triton_ops, name)))
+    x, entries = torch.randn(3, 32, device=kernel_device), torch.arange(3, device=kernel_device)
+    norm = torch.nn.RMSNorm(32, eps=1e-5).to(kernel_device)
+    linear, gate_up = (Projection(rows, 32).to(kernel_device) for rows in (32, 80))
+    for each, parts in ((linear, (32,)), (gate_up, (40, 40))):
+        each.adapters = AdapterStack.empty(3, 8, parts, 32, is_table=False, like=x)
+        for part in (each.weight, each.adapters.down, each.adapters.up):
+            torch.nn.init.normal_(part)
+    ops = triton_ops.TritonOps().adapted(entries)
+    calls = {
+        "norm_linear low_rank": lambda: ops.norm_linear(x, norm, linear),
+        "linear_add low_rank": lambda: ops.linear_add(x, linear, x),
+        "norm_linear low_rank swiglu": lambda: ops.norm_swiglu(x, norm, gate_up),
+    }
+    for expected, call in calls.items():
+        launched.clear()
+        with torch.no_grad(), mode:
+            call()
+        assert " ".join(launched) == expected
 
 
 def test_the_triton_kernels_run(random_checkpoint, load, monkeypatch) -> None:
