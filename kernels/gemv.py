@@ -269,7 +269,13 @@ def launch(
             num_warps=tiling.warps,
             # The loop over K is staged by hand, through registers.
             num_stages=1,
-            maxnreg=registers(bits, parts, tiling, normed=norm is not None),
+            maxnreg=registers(
+                bits,
+                parts,
+                tiling,
+                normed=norm is not None,
+                changed=arguments.get("change") is not None,
+            ),
             **arguments,
             **pdl_options(pdl),
         )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import launch, multiply
+from lfm2_fast.kernels.gemv_low_rank import Change, change_arguments, low_of_tokens, with_change
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
 from lfm2_fast.kernels.tiling import Tiling, choose_tiling
@@ -29,6 +30,7 @@ def _linear_add_kernel(
     stride_x_t,
     stride_residual_t,
     stride_out_t,
+    change,
     K: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -36,6 +38,9 @@ def _linear_add_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
@@ -46,11 +51,15 @@ def _linear_add_kernel(
     )  # fmt: skip
     pdl_wait(PDL)
     offs_t = tl.arange(0, 16)[:, None]
+    if change is not None:
+        entry, low = low_of_tokens(change, tokens, RANK, SPLITS, STACKED)
     for row in range(first, count, step):
         out, tiles = multiply(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, None, None,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
+        if change is not None:
+            out = with_change(out, change, entry, low, row, count, RANK, STACKED, PARTS, BLOCK_N)
         offs_n = row + tl.arange(0, BLOCK_N)[None, :]
         mask = (offs_t < tokens) & (offs_n < count)
         if residual_ptr is not None:
@@ -68,6 +77,7 @@ def linear_add_triton(
     residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
+    change: Change | None = None,
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
@@ -86,6 +96,7 @@ def linear_add_triton(
         bias,
         scale,
         pdl=pdl,
+        **change_arguments(change),
         residual_ptr=residual,
         out_ptr=out,
         stride_residual_t=0 if residual is None else residual.stride(0),

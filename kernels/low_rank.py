@@ -182,27 +182,10 @@ def low_rank_triton(
         assert part is None or part.dtype == x.dtype
     if tokens == 0:
         return
-    block_k = min(max(triton.next_power_of_2(columns), 16), COLUMNS)
     tiles, ends = triton.cdiv(tokens, TOKENS), [parts[0], sum(parts[:2])]
+    if rank:
+        low_rank_down_triton(x, entries, down, low, norm=norm, eps=eps, pdl=pdl)
     with torch.cuda.device_of(x):
-        if rank:
-            _low_rank_down_kernel[(tiles, triton.cdiv(ranks, 16), len(low))](
-                x,
-                norm,
-                entries,
-                down,
-                low,
-                eps,
-                tokens,
-                x.stride(0),
-                K=columns,
-                RANKS=ranks,
-                BLOCK_T=TOKENS,
-                BLOCK_R=16,
-                BLOCK_K=block_k,
-                num_warps=4,
-                **pdl_options(pdl),
-            )
         _low_rank_up_kernel[(tiles, triton.cdiv(max(parts), ROWS), len(parts))](
             low,
             entries,
@@ -222,6 +205,43 @@ def low_rank_triton(
             BLOCK_T=TOKENS,
             BLOCK_R=max(triton.next_power_of_2(rank), 16),
             BLOCK_N=ROWS,
+            num_warps=4,
+            **pdl_options(pdl),
+        )
+
+
+def low_rank_down_triton(
+    x: torch.Tensor,
+    entries: torch.Tensor,
+    down: torch.Tensor,
+    low: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    pdl: bool = False,
+) -> None:
+    """Fill ``low`` with the first products alone, of at least one token and one rank."""
+    tokens, columns = x.shape
+    ranks = down.shape[1] * down.shape[2]
+    assert down.shape[3] == columns and x.stride(1) == 1 and entries.shape == (tokens,)
+    assert low.shape == low_shape(tokens, columns, ranks) and low.dtype == torch.float32
+    block_k = min(max(triton.next_power_of_2(columns), 16), COLUMNS)
+    tiles = triton.cdiv(tokens, TOKENS)
+    with torch.cuda.device_of(x):
+        _low_rank_down_kernel[(tiles, triton.cdiv(ranks, 16), len(low))](
+            x,
+            norm,
+            entries,
+            down,
+            low,
+            eps,
+            tokens,
+            x.stride(0),
+            K=columns,
+            RANKS=ranks,
+            BLOCK_T=TOKENS,
+            BLOCK_R=16,
+            BLOCK_K=block_k,
             num_warps=4,
             **pdl_options(pdl),
         )

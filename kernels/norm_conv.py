@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import launch, multiply
+from lfm2_fast.kernels.gemv_low_rank import Change, change_arguments, low_of_tokens, with_change
 from lfm2_fast.kernels.gemv_rms import inverse_rms
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
@@ -43,6 +44,7 @@ def _norm_conv_kernel(
     stride_window_s,
     stride_window_r,
     stride_out_t,
+    change,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
@@ -53,6 +55,9 @@ def _norm_conv_kernel(
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     VERIFIED: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -75,6 +80,8 @@ def _norm_conv_kernel(
     old_at = slot[:, None, None] + source % ring * stride_window_r
     is_old = is_token[:, None, None] & (source >= 0) & (offs_w < WIDTH - 1)
     new_at = (slot + position % ring * stride_window_r)[:, None]
+    if change is not None:
+        entry, low = low_of_tokens(change, tokens, RANK, SPLITS, STACKED)
     for row in range(first, count, step):
         offs_n = row + tl.arange(0, BLOCK_N)
         mask_n, mask = offs_n < count, is_token[:, None] & (offs_n < count)[None, :]
@@ -86,6 +93,8 @@ def _norm_conv_kernel(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
+        if change is not None:
+            bcx = with_change(bcx, change, entry, low, row, count, RANK, STACKED, PARTS, BLOCK_N)
         # B, C, x and an empty fourth part, because a tile's rows are a power of two.
         pairs = tl.permute(tl.reshape(bcx, [16, 2, 2, BLOCK_N]), [0, 3, 1, 2])
         b_x, c_none = tl.split(pairs)
@@ -132,6 +141,7 @@ def norm_conv_triton(
     out: torch.Tensor,
     *,
     verified: bool = False,
+    change: Change | None = None,
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
@@ -162,6 +172,7 @@ def norm_conv_triton(
         scale,
         parts=3,
         pdl=pdl,
+        **change_arguments(change),
         norm_ptr=norm,
         taps_ptr=taps,
         conv_bias_ptr=bias,

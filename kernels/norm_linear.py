@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import launch, multiply
+from lfm2_fast.kernels.gemv_low_rank import Change, change_arguments, low_of_tokens, with_change
 from lfm2_fast.kernels.gemv_rms import inverse_rms
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
@@ -29,6 +30,7 @@ def _norm_linear_kernel(
     count,
     stride_x_t,
     stride_out_t,
+    change,
     K: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -36,6 +38,9 @@ def _norm_linear_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
@@ -47,11 +52,15 @@ def _norm_linear_kernel(
     pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, BITS, BLOCK_K, WARPS)
     offs_t = tl.arange(0, 16)[:, None]
+    if change is not None:
+        entry, low = low_of_tokens(change, tokens, RANK, SPLITS, STACKED)
     for row in range(first, count, step):
         out, tiles = multiply(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
+        if change is not None:
+            out = with_change(out, change, entry, low, row, count, RANK, STACKED, PARTS, BLOCK_N)
         offs_n = row + tl.arange(0, BLOCK_N)[None, :]
         mask = (offs_t < tokens) & (offs_n < count)
         out_ptrs = out_ptr + offs_t * stride_out_t + offs_n
@@ -67,6 +76,7 @@ def norm_linear_triton(
     scale: torch.Tensor | None,
     out: torch.Tensor,
     *,
+    change: Change | None = None,
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
@@ -84,6 +94,7 @@ def norm_linear_triton(
         bias,
         scale,
         pdl=pdl,
+        **change_arguments(change),
         norm_ptr=norm,
         out_ptr=out,
         eps=eps,

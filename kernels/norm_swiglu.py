@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv import launch, multiply
+from lfm2_fast.kernels.gemv_low_rank import Change, change_arguments, low_of_tokens, with_change
 from lfm2_fast.kernels.gemv_rms import inverse_rms
 from lfm2_fast.kernels.gemv_tiles import first_tiles, weight_places
 from lfm2_fast.kernels.pdl import pdl_wait
@@ -30,6 +31,7 @@ def _norm_swiglu_kernel(
     count,
     stride_x_t,
     stride_out_t,
+    change,
     K: tl.constexpr,
     BITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -37,6 +39,9 @@ def _norm_swiglu_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -49,11 +54,15 @@ def _norm_swiglu_kernel(
     pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, BITS, BLOCK_K, WARPS)
     offs_t = tl.arange(0, 16)[:, None]
+    if change is not None:
+        entry, low = low_of_tokens(change, tokens, RANK, SPLITS, STACKED)
     for row in range(first, count, step):
         both, tiles = multiply(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
         )  # fmt: skip
+        if change is not None:
+            both = with_change(both, change, entry, low, row, count, RANK, STACKED, PARTS, BLOCK_N)
         gate, up = tl.split(tl.permute(tl.reshape(both, [16, 2, BLOCK_N]), [0, 2, 1]))
         silu = (gate / (1 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
         offs_n = row + tl.arange(0, BLOCK_N)[None, :]
@@ -70,6 +79,7 @@ def norm_swiglu_triton(
     scale: torch.Tensor | None,
     out: torch.Tensor,
     *,
+    change: Change | None = None,
     pdl: bool = False,
     tiling: Tiling | None = None,
 ) -> None:
@@ -87,6 +97,7 @@ def norm_swiglu_triton(
         scale,
         parts=2,
         pdl=pdl,
+        **change_arguments(change),
         norm_ptr=norm,
         out_ptr=out,
         eps=eps,

@@ -68,7 +68,7 @@ class Tiling:
     depth: int = 1
 
 
-def registers(bits: int, parts: int, tiling: Tiling, *, normed: bool) -> int:
+def registers(bits: int, parts: int, tiling: Tiling, *, normed: bool, changed: bool = False) -> int:
     """Return the most registers of a thread, for a weight of ``parts`` stacked matrices.
 
     Compiled for sm_90, none spills in 16, 8 or 4 bits at any published size.
@@ -78,7 +78,8 @@ def registers(bits: int, parts: int, tiling: Tiling, *, normed: bool) -> int:
     # more than 168 for a thread.
     narrow = {8: 16 * normed, 4: 48 if tiling.warps == 8 else 40}.get(bits, 0)
     conv = (32 if bits < 16 else 8) * (parts == 3)
-    return REGISTERS + narrow + conv + (32 + conv) * (depth - 1)
+    # What an adapter adds is held beside the tile that loads meanwhile.
+    return REGISTERS + narrow + conv + (32 + conv) * (depth - 1) + 40 * changed
 
 
 def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Tiling:

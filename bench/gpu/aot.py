@@ -40,6 +40,7 @@ from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS
+from lfm2_fast.kernels.gemv_low_rank import Change
 from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton, head_tiling
 from lfm2_fast.kernels.linear_add import linear_add_triton
 from lfm2_fast.kernels.low_rank import low_rank_triton, low_shape
@@ -297,6 +298,47 @@ def launch_few(
     argmax_advance_triton(best, whole[:, None], 1, *step_inputs(whole), pdl=pdl)
 
 
+def launch_adapted(
+    size: Size, dtype: torch.dtype, *, bits: int = 16, tokens: int = 2, pdl: bool = False
+) -> None:
+    """Launch the kernels of few tokens that add an adapter's change, of rank 16."""
+    hidden, attended, eps = size.hidden, size.heads * size.head_dim, 1e-5
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def weight(rows: int, columns: int) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        if bits == 4:
+            scale = some(rows, columns // 32, dtype=torch.float16)
+            return some(rows, columns // 2, dtype=torch.uint8), None, scale
+        matrix = some(rows, columns, dtype=torch.int8 if bits == 8 else dtype)
+        return matrix, None, some(rows, dtype=torch.float32) if bits == 8 else None
+
+    def change(columns: int, *parts: int) -> dict[str, Change]:
+        ranks, rows = 16 * len(parts), sum(parts)
+        low = some(*low_shape(tokens, columns, ranks), dtype=torch.float32)
+        numbers = some(4, 16, rows), some(4, rows), some(4, rows)
+        entries = some(tokens, dtype=torch.int64)
+        return {"change": Change(entries, low, *numbers, None, parts)}
+
+    x, norm = some(tokens, hidden), (some(hidden), eps)
+    parts = attended, *[size.kv_heads * size.head_dim] * 2
+    qkv = weight(sum(parts), hidden)
+    out = some(tokens, sum(parts))
+    norm_linear_triton(x, *norm, *qkv, out, **change(hidden, *parts), pdl=pdl)
+    for columns in (attended, size.inner):
+        y = some(tokens, columns)
+        linear_add_triton(y, *weight(hidden, columns), x, x, **change(columns, hidden), pdl=pdl)
+    gate_up = weight(2 * size.inner, hidden), some(tokens, size.inner)
+    both = change(hidden, size.inner, size.inner)
+    norm_swiglu_triton(x, *norm, *gate_up[0], gate_up[1], **both, pdl=pdl)
+    places = (some(tokens, dtype=torch.int64) for _ in range(2))
+    window = some(tokens, size.width + 1, hidden)
+    conv = some(hidden, size.width), None, window, *places, x
+    in_proj = weight(3 * hidden, hidden)
+    norm_conv_triton(x, *norm, *in_proj, *conv, **change(hidden, 3 * hidden), pdl=pdl)
+
+
 def step_inputs(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Inputs of a step, and the tokens that it writes."""
     return whole, whole, whole, whole.int(), whole.bool(), whole
@@ -309,6 +351,8 @@ def launch_size(size: Size, dtype: torch.dtype, *, pdl: bool) -> None:
         launch_few(size, dtype, bias=bias, pdl=pdl)
     for bits in (8, 4):
         launch_few(size, dtype, bits=bits, pdl=pdl)
+    for bits in (16, 8, 4):
+        launch_adapted(size, dtype, bits=bits, pdl=pdl)
 
 
 def launch_sample(

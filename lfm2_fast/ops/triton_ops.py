@@ -20,9 +20,10 @@ from lfm2_fast.kernels.flash_prefill import flash_prefill_triton
 from lfm2_fast.kernels.gated_conv import gated_conv_triton
 from lfm2_fast.kernels.gated_conv_step import gated_conv_step_triton
 from lfm2_fast.kernels.gemv import MOST_TOKENS, is_readable
+from lfm2_fast.kernels.gemv_low_rank import MOST_RANKS, Change
 from lfm2_fast.kernels.head_argmax import argmax_advance_triton, head_argmax_triton, head_tiling
 from lfm2_fast.kernels.linear_add import linear_add_triton
-from lfm2_fast.kernels.low_rank import low_rank_triton, low_shape
+from lfm2_fast.kernels.low_rank import low_rank_down_triton, low_rank_triton, low_shape
 from lfm2_fast.kernels.norm_conv import norm_conv_triton
 from lfm2_fast.kernels.norm_linear import norm_linear_triton
 from lfm2_fast.kernels.norm_swiglu import norm_swiglu_triton
@@ -136,12 +137,45 @@ class TritonOps(PendingResidualOps):
         )
         return product
 
+    def _change(
+        self, x: torch.Tensor, linear: Projection, norm: nn.RMSNorm | None = None
+    ) -> Change | None:
+        """Change of few tokens ``x``, for the kernel that multiplies them to add; None if none can.
+
+        One launch has made the first of its two products, of the normed tokens where there is a
+        norm.
+        """
+        stack = linear.adapters
+        # Matrices that are loaded decide, not those that this step has: so a token's bits do not
+        # depend on other tokens.
+        if self.entries is None or stack is None or linear.replaced or len(x) == 0:
+            return None
+        ranks = len(stack.parts) * stack.rank
+        if not 0 < ranks <= MOST_RANKS:
+            return None
+        low = torch.empty(low_shape(*x.shape, ranks), dtype=torch.float32, device=x.device)
+        low_rank_down_triton(
+            x,
+            self.entries,
+            stack.down,
+            low,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else epsilon(norm),
+            pdl=self.pdl,
+        )
+        numbers = stack.up, stack.gain, stack.shift, linear.bias, stack.parts
+        return Change(self.entries, low, *numbers)
+
     def norm_linear(self, x: Any, norm: nn.RMSNorm, linear: Projection) -> torch.Tensor:
         few = _few(x, linear)
         if few is None:
             return super().norm_linear(x, norm, linear)
         out = few.new_empty(len(few), len(linear.weight))
-        norm_linear_triton(few, *_norm(norm), *_linear(linear), out, pdl=self.pdl)
+        change = self._change(few, linear, norm)
+        weight = *_norm(norm), *_linear(linear)
+        norm_linear_triton(few, *weight, out, change=change, pdl=self.pdl)
+        if change is not None:
+            return out
         if self._replaced(linear):
             return self.adapt(self.rms_norm(few, norm), linear, out)
         return self.add_low_rank(few, linear, out, norm)
@@ -150,8 +184,11 @@ class TritonOps(PendingResidualOps):
         self, x: Any, norm: nn.RMSNorm, conv: ConvLike, window: ConvWindow, batch: Batch
     ) -> torch.Tensor:
         few = _few(x, conv.in_proj, 3)
-        if few is None or batch.max_query != 1 or self.adapts(conv.in_proj):
+        if few is None or batch.max_query != 1:
             return super().norm_conv(x, norm, conv, window, batch)
+        change = self._change(few, conv.in_proj, norm)
+        if change is None and self.adapts(conv.in_proj):
+            return super().norm_conv(few, norm, conv, window, batch)
         taps, out = conv.conv, torch.empty_like(few)
         norm_conv_triton(
             few,
@@ -164,6 +201,7 @@ class TritonOps(PendingResidualOps):
             batch.slots,
             out,
             verified=self.verifies,
+            change=change,
             pdl=self.pdl,
         )
         return out
@@ -173,9 +211,11 @@ class TritonOps(PendingResidualOps):
         if few is None:
             return super().linear_add(y, linear, residual)
         out = torch.empty_like(few)
-        adapts = self.adapts(linear)
-        linear_add_triton(y, *_linear(linear), None if adapts else few, out, pdl=self.pdl)
-        if not adapts:
+        change = self._change(y, linear)
+        whole = change is not None or not self.adapts(linear)
+        weight = *_linear(linear), few if whole else None
+        linear_add_triton(y, *weight, out, change=change, pdl=self.pdl)
+        if whole:
             return out
         if self._replaced(linear):
             return few + self.adapt(y, linear, out)
@@ -185,10 +225,12 @@ class TritonOps(PendingResidualOps):
         few = _few(x, gate_up, 2)
         if few is None:
             return super().norm_swiglu(x, norm, gate_up)
-        if self.adapts(gate_up):
+        change = self._change(few, gate_up, norm)
+        if change is None and self.adapts(gate_up):
             return self.swiglu(self.norm_linear(few, norm, gate_up))
         out = few.new_empty(len(few), len(gate_up.weight) // 2)
-        norm_swiglu_triton(few, *_norm(norm), *_linear(gate_up), out, pdl=self.pdl)
+        weight = *_norm(norm), *_linear(gate_up)
+        norm_swiglu_triton(few, *weight, out, change=change, pdl=self.pdl)
         return out
 
     def head_advance(

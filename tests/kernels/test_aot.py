@@ -92,7 +92,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     ``spilled``. ``lengths`` has the numbers of launches and kernels after several lengths.
     ``chain`` has every kernel of a captured step, of one size or all, int8 and int4. Each one has a
     ``name``, its arguments, ``ptx`` and ``sass``, and is marked if it is a ``dependent`` launch.
-    ``sass`` is None without a disassembler.
+    ``sass`` is None without a disassembler. ``adapted`` are kernels that add an adapter's change.
 
     ``few`` leaves out biases, choices of tokens that need fewer kernels, the larger vocabulary and
     the other sizes. Kernels that are in Triton's cache, by their source and options, are only
@@ -111,6 +111,7 @@ def launch_size(size, dtype, *, pdl):
     aot.launch_few(size, dtype, pdl=pdl)
     for bits in (8, 4):
         aot.launch_few(size, dtype, bits=bits, pdl=pdl)
+    aot.launch_adapted(size, dtype, pdl=pdl)
 
 if few:
     aot.VOCABULARIES, aot.launch_size = aot.VOCABULARIES[:1], launch_size
@@ -160,8 +161,20 @@ for pdl, sizes, names in ((True, dependent, chain), (False, ((0, 16),), plain)):
                 "ptx": kernel.asm["ptx"],
                 "sass": kernel.asm["sass"] if pdl and disassembles and name in early else None,
             })
+def parameters(source):
+    for name in source.fn.arg_names:
+        kind = source.signature[name]
+        # Tensors of an adapter's change come before numbers of its parts.
+        for number, each in enumerate(kind if isinstance(kind, tuple) else (kind,)):
+            if each != "constexpr":
+                yield f"{name}_{number}_ptr" if isinstance(kind, tuple) else name
+
+with aot.compiling(90, recompile=False) as launches:
+    aot.launch_adapted(aot.SIZES[0], torch.bfloat16, pdl=True)
+adapted = [{"name": name, "ptx": kernel.asm["ptx"], "parameters": list(parameters(kernel.src))}
+           for name, kernel, _ in launches]
 print(json.dumps({"table": table, "refused": refused, "spilled": spilled, "lengths": lengths,
-                  "chain": found, "disassembles": disassembles}))
+                  "chain": found, "adapted": adapted, "disassembles": disassembles}))
 """
     few = request.param == "few"
     early = {*TILES, *LITTLE} if few else CHAIN
@@ -230,6 +243,16 @@ def test_links_of_a_captured_step_wait_before_they_touch_the_chain(compiled) -> 
     # And what can be early is.
     assert {name for name, loaded in early.items() if loaded} == {*TILES, *LITTLE}
     assert set().union(*early.values()) == CONSTANT
+
+
+def test_adapters_are_read_after_the_wait(compiled) -> None:
+    """Other requests' steps may still run while adapters come and go: only weights are early."""
+    found = compiled["adapted"]
+    assert {kernel["name"] for kernel in found} == {*TILES} - {"head_argmax"}
+    for kernel in found:
+        assert any(name.startswith("change_") for name in kernel["parameters"])
+        loaded = loaded_from(above_wait(kernel["ptx"]), kernel["parameters"])
+        assert loaded and loaded <= CONSTANT, kernel["name"]
 
 
 def test_weights_are_in_flight_before_the_wait(compiled) -> None:
