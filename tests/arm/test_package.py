@@ -38,4 +38,5 @@ def test_logits_are_as_close_as_plain_pytorchs(tiny, as_close_to_fp32) -> None:
     load = partial(lfm2_fast.load, tiny, device="cpu")
     exact = load(backend="eager", dtype="float32")
     eager, native = (load(backend=each, dtype="bfloat16") for each in ("eager", "native"))
-    as_close_to_fp32(exact, eager, native, [torch.arange(20, 60)[None]])
+    # One text of 40 tokens has a distance that is off by 8 % of its own, by chance.
+    as_close_to_fp32(exact, eager, native, [torch.arange(20, 980).view(24, 40)])
