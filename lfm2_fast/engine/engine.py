@@ -260,8 +260,9 @@ class Engine:
     def warm_up(self, sampling: Iterable[SamplingParams] = ()) -> None:
         """Compile and capture, on a GPU, what requests will need, so that none waits for it.
 
-        ``sampling`` are parameters by which they will choose tokens, beside greedy ones. It takes
-        some tens of seconds where nothing was compiled on this machine, and does nothing on a CPU.
+        ``sampling`` are parameters by which they will choose tokens, beside greedy ones. Steps with
+        loaded adapters are captured too, except those with whole matrices of several. It takes some
+        tens of seconds where nothing was compiled on this machine, and does nothing on a CPU.
         Pages and counts are as before. Raises RuntimeError while requests run, or when asleep.
         """
         self._check_awake()
@@ -271,13 +272,17 @@ class Engine:
             raise RuntimeError("warm_up() needs an engine without requests; call it before them")
         kinds = dict.fromkeys([SamplingParams(), *sampling])
         statistics = copy.deepcopy(vars(self.statistics))
-        vocab_size = self.model.config.vocab_size
-        for requests in warm_up_requests(self.max_rows, self.max_length, vocab_size, kinds):
-            for request in requests:
-                self.add(request)
-            while self.busy:
-                self.step()
-            self.clear_prefix_cache()
+        adapters, limits = self.model.adapters, (self.max_rows, self.max_length)
+        # Captured steps differ by the whole matrices that they multiply by.
+        differing = {adapters.whole & {adapters.find(name).entry}: name for name in adapters.names}
+        for adapter in (None, *differing.values()):
+            vocab_size = self.model.config.vocab_size
+            for requests in warm_up_requests(*limits, vocab_size, kinds, adapter):
+                for request in requests:
+                    self.add(request)
+                while self.busy:
+                    self.step()
+                self.clear_prefix_cache()
         vars(self.statistics).update(statistics)
 
     def abandon(self) -> None:

@@ -15,9 +15,13 @@ CONTEXT = 4096
 
 
 def warm_up_requests(
-    max_rows: int, max_length: int, vocab_size: int, sampling: Collection[SamplingParams]
+    max_rows: int,
+    max_length: int,
+    vocab_size: int,
+    sampling: Collection[SamplingParams],
+    adapter: str | None = None,
 ) -> Iterator[list[Request]]:
-    """Yield requests that run together, for an engine of these limits.
+    """Yield requests with ``adapter`` that run together, for an engine of these limits.
 
     Steps of 1, 2, 4 ... rows by each of ``sampling``, stopping at their logits too, and prompts of
     every captured size: of each kind of work two, the second of which captures it.
@@ -27,7 +31,7 @@ def warm_up_requests(
         start: int, length: int, new: int, params: SamplingParams, logprobs: int | None = None
     ) -> Request:
         prompt = [(start + place) % vocab_size for place in range(length)]
-        return Request(prompt, params, max_tokens=new, logprobs=logprobs)
+        return Request(prompt, params, max_tokens=new, logprobs=logprobs, adapter=adapter)
 
     longest = min(CONTEXT, max_length - 1)
     yield [request(0, longest, 1, SamplingParams())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lfm2_fast
+from bench.cpu.adapters import write_adapter
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Request
 from lfm2_fast.engine.statistics import Statistics
@@ -40,6 +41,22 @@ def test_requests_find_all_of_it_captured(model, graphs) -> None:
                 engine.add(Request(prompt, params, max_tokens=9, stream=row > 0, **more))
             while engine.busy:
                 engine.step()
+    assert made._warm == warm, "a request met work that was not warm"
+
+
+def test_requests_with_adapters_find_their_steps_captured(model, graphs, tmp_path) -> None:
+    """Beside rows without one, too."""
+    folder = write_adapter(tmp_path / "adapter", model.config, 4, 0)
+    model.adapters.load(folder, "one", model.embedding_norm.weight)
+    engine = Engine(model, max_rows=2, max_length=160)
+    engine.warm_up()
+    (made,) = graphs
+    warm = set(made._warm)
+    for names in (("one",), ("one", None), (None,)):
+        for name in names:
+            engine.add(Request(list(range(1, 100)), max_tokens=9, adapter=name))
+        while engine.busy:
+            engine.step()
     assert made._warm == warm, "a request met work that was not warm"
 
 
