@@ -12,6 +12,7 @@ from typing import Any
 from lfm2_fast.config import Config
 from lfm2_fast.config_values import CheckpointError, read_json
 from lfm2_fast.weights import hub
+from lfm2_fast.weights.adapter import is_adapter
 from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import is_gguf, read_gguf
 
@@ -130,12 +131,15 @@ class Lfm2Config:
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Lfm2Config:
         """Return the config of a checkpoint: a folder, a config.json or a hub id.
 
+        The config of an adapter is its base's.
         ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` and
         ``subfolder`` are the hub's; other options change fields. Raises CheckpointError.
         """
         path, asked = Path(name), hub.hub_options(options)
         if not path.is_file() or is_gguf(path):
             path = hub.find_checkpoint(name, weights=False, **asked)
+            if is_adapter(path):
+                path = hub.find_base(path, weights=False, **asked)
             path = path if path.is_file() else path / "config.json"
         options = {key: value for key, value in options.items() if key not in asked}
         raw = raw_config(read_gguf(path)) if is_gguf(path) else read_json(path)

@@ -52,6 +52,16 @@ def test_adapters_are_found_where_transformers_finds_them(
     assert type(model) is lfm2_fast.Lfm2ForCausalLM
 
 
+def test_fields_of_the_config_change_the_bases(made: Made) -> None:
+    """Both classes read the base's config."""
+    from transformers import Lfm2ForCausalLM
+
+    for kind in (Lfm2ForCausalLM, lfm2_fast.Lfm2ForCausalLM):
+        model = kind.from_pretrained(made.folder, dtype=torch.float32, use_cache=False)
+        assert model.config.use_cache is False
+        made.check(model(IDS).logits)
+
+
 def test_an_adapter_that_a_trainer_saved_with_the_bases_config(
     tiny: Path, made: Made, tmp_path: Path
 ) -> None:
