@@ -16,8 +16,9 @@ struct StepInputs {
 };
 
 // `eos` has `ends` tokens a row. `dummy_slot` is null if finished rows stay in their slots.
-inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends, const int64_t* dummy_slot,
-                    const StepInputs& inputs, int64_t rows, int64_t* written) {
+inline void advance(const int64_t* chosen, const int64_t* eos, int64_t ends,
+                    const int64_t* dummy_slot, const StepInputs& inputs, int64_t rows,
+                    int64_t* written) {
   for (int64_t row = 0; row < rows; ++row) {
     bool& finished = inputs.finished[row];
     if (!finished) ++inputs.positions[row];

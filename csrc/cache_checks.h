@@ -30,8 +30,8 @@ inline std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, const Tensor
   for (int64_t i = 0; i < count; ++i) {
     const int64_t number = bounds[i + 1] - bounds[i];
     STD_TORCH_CHECK(number >= 0, "cu_seqlens must not fall");
-    STD_TORCH_CHECK(0 <= slot[i] && slot[i] < cache_slots, "slot ", slot[i], " is none of ",
-                    cache_slots);
+    STD_TORCH_CHECK(0 <= slot[i] && slot[i] < cache_slots, "slot ", slot[i], " must be from 0 to ",
+                    cache_slots - 1);
     STD_TORCH_CHECK(length[i] >= number, "a context of ", length[i], " cannot end in ", number,
                     " tokens");
     sequences.push_back({slot[i], length[i] - number, bounds[i], number});
@@ -72,7 +72,8 @@ void expect_pages(const Pages<T>& pages, int64_t count, int64_t per_slot, int64_
                   " pages of ", pages.page_size, ", too few for ", last, " tokens");
   for (int64_t i = first / pages.page_size; i <= (last - 1) / pages.page_size; ++i) {
     const int32_t page = pages.table[slot * pages.table_stride + i];
-    STD_TORCH_CHECK(0 <= page && page < count, "page ", page, " is none of ", count);
+    STD_TORCH_CHECK(0 <= page && page < count, "page ", page, " must be from 0 to ",
+                    count - 1);
   }
 }
 

@@ -37,7 +37,7 @@ constexpr ScalarType kType<bool> = ScalarType::Bool;
 // Fails unless `tensor` has this type and shape, and no gaps in its last dimension. -1 is any size.
 inline void expect(const Tensor& tensor, const char* name, ScalarType type,
                    std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has another type than is expected of it");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has a wrong dtype");
   STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has ", tensor.dim(),
                   " dimensions, not ", shape.size());
   int64_t dim = 0;

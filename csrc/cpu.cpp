@@ -88,7 +88,8 @@ void embed_native(const Tensor& tokens, const Tensor& weight, const std::optiona
     expect(out, "out", kType<T>, {count, width});
     const int64_t* at = read<int64_t>(tokens);
     for (int64_t t = 0; t < count; ++t) {
-      STD_TORCH_CHECK(at[t] >= 0 && at[t] < rows, "token ", at[t], " is none of ", rows);
+      STD_TORCH_CHECK(at[t] >= 0 && at[t] < rows, "token ", at[t], " must be from 0 to ",
+                      rows - 1);
     }
     const auto to = rows_of<T>(out);
     if (grouped) {
@@ -185,8 +186,8 @@ void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = read<int64_t>(slots)[i];
       const int64_t position = read<int64_t>(positions)[i];
-      STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " is none of ",
-                      window.size(0));
+      STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " must be from 0 to ",
+                      window.size(0) - 1);
       STD_TORCH_CHECK(position >= 0, "position ", position, " is negative");
       // Adjacent tokens of one slot are a run of it, summed as single steps are.
       if (!sequences.empty() && sequences.back().slot == slot &&
@@ -304,8 +305,8 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
     // Where the partials of a row begin, by splits; those of a head lie together.
     std::vector<int64_t> begins(count + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(0 <= slot[i] && slot[i] < table.size(0), "slot ", slot[i], " is none of ",
-                      table.size(0));
+      STD_TORCH_CHECK(0 <= slot[i] && slot[i] < table.size(0), "slot ", slot[i],
+                      " must be from 0 to ", table.size(0) - 1);
       STD_TORCH_CHECK(length[i] > 0, "a sequence of ", length[i], " tokens has nothing to attend to");
       expect_pages(op.k, k_pages.size(0), table.size(1), slot[i], 0, length[i]);
       keys += length[i] * kv_heads;

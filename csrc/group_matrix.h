@@ -28,7 +28,8 @@ struct GroupMatrix {
 // The matrix in `weight` and `scales`, by their types and shapes. Fails for an unknown format.
 inline GroupMatrix group_matrix_of(const Tensor& weight, const Tensor& scales, int64_t rows,
                                    int64_t size) {
-  STD_TORCH_CHECK(size % kPiece == 0, "rows of ", size, " numbers are no whole groups of ", kPiece);
+  STD_TORCH_CHECK(size % kPiece == 0, "rows of ", size, " numbers are not whole groups of ",
+                  kPiece);
   const bool nibbles = weight.scalar_type() == ScalarType::Byte;
   expect_packed(weight, "weight", nibbles ? ScalarType::Byte : ScalarType::Char,
                 {rows, nibbles ? size / 2 : size});
@@ -54,7 +55,7 @@ inline GroupMatrix group_matrix_of(const Tensor& weight, const Tensor& scales, i
       return {kind, from, by, rows, size, number_bytes, bytes};
     }
   }
-  STD_TORCH_CHECK(false, "scales of width ", scales.size(1), " belong to no format of groups");
+  STD_TORCH_CHECK(false, "scales of width ", scales.size(1), " fit no format of groups");
 }
 
 // The last rows, fewer than eight, filled up with zeros. Empty if there are none.

@@ -34,7 +34,7 @@ void low_rank_native(const Tensor& x, const Tensor& entries, const Tensor& down,
     const int64_t* by_token = read<int64_t>(entries);
     for (int64_t t = 0; t < tokens; ++t) {
       STD_TORCH_CHECK(by_token[t] >= 0 && by_token[t] < count, "entries has ", by_token[t],
-                      ", and there are ", count);
+                      ", which must be from 0 to ", count - 1);
     }
     const LowRank<T> change{read<T>(down),
                             read<T>(up),

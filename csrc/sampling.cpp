@@ -120,8 +120,8 @@ void advance_native(const Tensor& chosen, const Tensor& eos, std::optional<int64
   expect_packed(written, "written", ScalarType::Long, {rows});
   const StepInputs inputs{write<int64_t>(tokens), write<int64_t>(slots), write<int64_t>(positions),
                           write<int32_t>(lengths), write<bool>(finished)};
-  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, dummy_slot ? &*dummy_slot : nullptr, inputs, rows,
-          write<int64_t>(written));
+  advance(read<int64_t>(chosen), read<int64_t>(eos), ends, dummy_slot ? &*dummy_slot : nullptr,
+          inputs, rows, write<int64_t>(written));
 }
 
 }  // namespace

@@ -152,9 +152,9 @@ def test_wrong_arguments_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("embed", {"tokens": [0, 6, 1]}, "token 6 is none of 6"),
+        ("embed", {"tokens": [0, 6, 1]}, "token 6 must be from 0 to 5"),
         ("embed", {"tokens": [0, -1, 1]}, "token -1"),
-        ("gated_conv_step", {"slots": [0, 1, 3]}, "slot 3 is none of 3"),
+        ("gated_conv_step", {"slots": [0, 1, 3]}, "slot 3 must be from 0 to 2"),
         ("gated_conv_step", {"slots": [0, 1, -1]}, "slot -1"),
         ("gated_conv_step", {"positions": [0, -1, 2]}, "position -1"),
         ("gated_conv", {"slots": [0, 1, 7]}, "slot 7"),
@@ -163,7 +163,7 @@ def test_wrong_arguments_are_refused(name: str) -> None:
         ("gated_conv", {"lengths": [4, 0, 6]}, "context of 0"),
         ("qk_norm_rope", {"lengths": [4, 9, 6]}, "too few for 9 tokens"),
         ("qk_norm_rope", {"table": [[0, 6], [2, 3], [4, 5]]}, None),
-        ("qk_norm_rope", {"table": [[6, 1], [2, 3], [4, 5]]}, "page 6 is none of 6"),
+        ("qk_norm_rope", {"table": [[6, 1], [2, 3], [4, 5]]}, "page 6 must be from 0 to 5"),
         ("flash_decode", {"lengths": [4, 0, 6]}, "nothing to attend to"),
         ("flash_decode", {"lengths": [4, 9, 6]}, "too few for 9 tokens"),
         ("flash_decode", {"table": [[0, 1], [-1, 3], [4, 5]]}, "page -1"),

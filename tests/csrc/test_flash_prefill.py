@@ -209,9 +209,9 @@ def test_other_heads_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("table", [[0], [1], [5]], "page 5 is none of 3"),
+        ("table", [[0], [1], [5]], "page 5 must be from 0 to 2"),
         ("table", [[0], [1], [-1]], "page -1"),
-        ("slots", [3], "slot 3 is none of 3"),
+        ("slots", [3], "slot 3 must be from 0 to 2"),
         ("slots", [-1], "slot -1"),
         ("lengths", [13], "too few for 13 tokens"),
         ("lengths", [4], "context of 4 cannot end in 5 tokens"),

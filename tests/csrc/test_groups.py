@@ -157,16 +157,16 @@ def test_tensors_that_do_not_fit_are_refused(dtype) -> None:
     def multiply(x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
         BODIES.linear_add_native(x, numbers, scales, None, out, out)
 
-    with pytest.raises(RuntimeError, match="rows of 500 numbers are no whole groups of 32"):
+    with pytest.raises(RuntimeError, match="rows of 500 numbers are not whole groups of 32"):
         multiply(x[:, :500], numbers, scales)
     with pytest.raises(RuntimeError, match="weight has size 256 in dimension 1, not 240"):
         multiply(x[:, :480], numbers, scales)
-    with pytest.raises(RuntimeError, match="width 15 belong to no format of groups"):
+    with pytest.raises(RuntimeError, match="width 15 fit no format of groups"):
         multiply(x, numbers, scales[:, :15].contiguous())
     with pytest.raises(RuntimeError, match="scales must be contiguous"):
         multiply(x, numbers, torch.cat([scales, scales], 1)[:, :16])
     with pytest.raises(RuntimeError, match="weight must be contiguous"):
         multiply(x, torch.cat([numbers, numbers], 1)[:, :256], scales)
     k = matrix_of(Q4_K, 16, 512, dtype)
-    with pytest.raises(RuntimeError, match="belong to no format of groups"):
+    with pytest.raises(RuntimeError, match="fit no format of groups"):
         multiply(x[:, :288], k.weight[:, :144].contiguous(), k.weight_scale)

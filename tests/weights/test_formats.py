@@ -65,7 +65,7 @@ def test_every_matrix_and_nothing_else(random_checkpoint) -> None:
 
 
 def test_int4_is_the_bodys(random_checkpoint) -> None:
-    """Embedding and head are int8, and so are matrices whose rows are no whole groups."""
+    """Embedding and head are int8, and so are matrices whose rows are not whole groups."""
     folder = random_checkpoint(**EVEN, conv_bias=True, tie_word_embeddings=False)
     kinds = {
         name: part.format
