@@ -95,8 +95,8 @@ def extension() -> dict[str, Any]:
 def lacks_clones(compiler: list[str]) -> bool:
     """Return True if ``compiler`` builds for only one kind of x86-64 (csrc/cpu_features.h)."""
     ask = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
-    told = subprocess.run(ask, text=True, capture_output=True).stdout
-    known = dict(re.findall(r"^#define (\w+) (\d+)$", told, re.MULTILINE))
+    output = subprocess.run(ask, text=True, capture_output=True).stdout
+    known = dict(re.findall(r"^#define (\w+) (\d+)$", output, re.MULTILINE))
     old = "__clang__" in known or int(known.get("__GNUC__", 0)) < 12
     return "__x86_64__" in known and old
 
@@ -123,8 +123,8 @@ def toolkit_fits(home: str | None, wanted: str | None) -> bool:
     nvcc = Path(home, "bin", "nvcc")
     if shutil.which(nvcc) is None:  # only libraries, without a compiler
         return False
-    told = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
-    fits = f"release {wanted.split('.')[0]}." in told
+    output = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
+    fits = f"release {wanted.split('.')[0]}." in output
     if not fits:
         print(f"lfm2_fast: no CUDA part: {nvcc} is not of CUDA {wanted}, torch is", file=sys.stderr)
     return fits
