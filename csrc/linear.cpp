@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -47,6 +48,9 @@ Source<T> source_of(const Tensor& x, int64_t tokens, const Tensor* norm, double 
   return {rows_of<const T>(x), by, static_cast<float>(eps), size};
 }
 
+// Most tokens that each thread rounds itself. More are divided among the threads.
+constexpr int64_t kRoundedApart = 16;
+
 // Prefetches the first rows while the tokens are packed.
 template <class W>
 void fetch(const W* rows) {
@@ -56,16 +60,17 @@ void fetch(const W* rows) {
 
 // Calls `work(factors, m, tokens, first, last)` for pieces of all tokens and rows, where
 // `factors.dots` multiplies tokens from `m` on. Rows are divided among threads. Each thread packs
-// the tokens itself, which is faster than waiting for another thread. `split` of the `rows` of the
-// matrix are divided; `factors` reach them all.
+// the tokens itself, which is faster than waiting for another thread, unless many are rounded in
+// groups. `split` of the `rows` of the matrix are divided; `factors` reach them all.
 template <class T, class Work>
 void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
               const MaybeTensor& scales, int64_t rows, int64_t split, const Work& work) {
   if (split == 0) return;
   const int64_t size = source.size;
-  const auto share = [&](const auto& with_tokens) {
+  const auto share = [&](const auto& prepare, const auto& with_tokens) {
     for (int64_t m = 0; m < tokens; m += kTokens) {
       const int64_t count = std::min(kTokens, tokens - m);
+      prepare(m, count);
       parallel_for(0, split, grain(rows / split * size), [&](int64_t first, int64_t last) {
         with_tokens(m, count, first, [&](const auto& factors) {
           for (int64_t n = first; n < last; n += kChunk) {
@@ -75,25 +80,45 @@ void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
       });
     }
   };
+  const auto nothing = [](int64_t, int64_t) {};
   if (scales && scales->dim() == 2) {
     const GroupMatrix matrix = group_matrix_of(weight, *scales, rows, size);
     const LastTile last_tile(matrix);
-    share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
-      fetch(matrix.tile(first / kLanes).numbers);
+    // Rounds those tokens after `m` that are numbered `from` to before `to`.
+    const auto round = [&](int64_t m, int64_t from, int64_t to, GroupScratch& into) {
       std::vector<T> made;
-      GroupScratch scratch(count, size);
-      round_groups(source.take(m, count, made), count, size, scratch);
-      const GroupTokens plain = scratch.tokens(count, size);
-      const bool paired = groups_by_pairs(matrix.kind, count);
-      const GroupTokens x = paired ? pair_tokens(plain, scratch) : plain;
-      then(Grouped(x, matrix, last_tile));
-    });
+      round_groups(source.take(m + from, to - from, made), from, to, into);
+    };
+    const auto tokens_of = [&](GroupScratch& scratch) {
+      const GroupTokens x = scratch.tokens();
+      return groups_by_pairs(matrix.kind, x.count) ? pair_tokens(x, scratch) : x;
+    };
+    std::unique_ptr<GroupScratch> shared;
+    GroupTokens shared_tokens{};
+    share(
+        [&](int64_t m, int64_t count) {
+          shared.reset();
+          if (count <= kRoundedApart) return;
+          shared = std::make_unique<GroupScratch>(count, size);
+          parallel_for(0, count, grain(size), [&](int64_t from, int64_t to) {
+            round(m, from, to, *shared);
+          });
+          shared_tokens = tokens_of(*shared);
+        },
+        [&](int64_t m, int64_t count, int64_t first, const auto& then) {
+          fetch(matrix.tile(first / kLanes).numbers);
+          if (shared != nullptr) return then(Grouped(shared_tokens, matrix, last_tile));
+          GroupScratch own(count, size);
+          round(m, 0, count, own);
+          const GroupTokens x = tokens_of(own);
+          then(Grouped(x, matrix, last_tile));
+        });
   } else if (scales) {
     expect(weight, "weight", ScalarType::Char, {rows, size});
     expect_packed(*scales, "scales", ScalarType::Float, {rows});
     const auto matrix = rows_of<const int8_t>(weight);
     const float* by_row = read<float>(*scales);
-    share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
+    share(nothing, [&](int64_t m, int64_t count, int64_t first, const auto& then) {
       fetch(matrix[first]);
       std::vector<T> made;
       std::vector<int8_t> numbers(count * size);
@@ -105,7 +130,7 @@ void multiply(const Source<T>& source, int64_t tokens, const Tensor& weight,
   } else {
     expect(weight, "weight", kType<T>, {rows, size});
     const auto matrix = rows_of<const T>(weight);
-    share([&](int64_t m, int64_t count, int64_t first, const auto& then) {
+    share(nothing, [&](int64_t m, int64_t count, int64_t first, const auto& then) {
       fetch(matrix[first]);
       std::vector<T> made;
       then(Dense<T>(source.take(m, count, made), count, matrix, size));

@@ -203,10 +203,16 @@ class Grouped {
     for (int64_t t = 0; t < count; ++t) {
       const int64_t row = (base + t) * kLanes;
       const int64_t from = std::max(first, row);
-      const int64_t bytes = (std::min(last, row + kLanes) - from) * sizeof(float);
+      const int64_t lanes = std::min(last, row + kLanes) - from;
       for (int64_t m = 0; m < x_.count; ++m) {
-        const auto* lanes = reinterpret_cast<const float*>(of_tiles + t * x_.count + m);
-        std::memcpy(sums + m * kChunk + from - first, lanes + from - row, bytes);
+        const Lanes& of_tile = of_tiles[t * x_.count + m];
+        float* to = sums + m * kChunk + from - first;
+        if (lanes == kLanes) {
+          store(of_tile, to);
+        } else {
+          std::memcpy(to, reinterpret_cast<const float*>(&of_tile) + from - row,
+                      lanes * sizeof(float));
+        }
       }
     }
   }

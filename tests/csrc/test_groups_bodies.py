@@ -22,7 +22,7 @@ COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 # In the order of GroupKind.
 GROUPED = [format for format in FORMATS.values() if isinstance(format, Groups)]
 SIZE = 512
-TILES = 3  # two at once and one alone
+TILES = 7  # four at once, two, and one alone
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="there is no C++ compiler"),
@@ -50,14 +50,32 @@ static inline __m256i dpbusd(__m256i sum, __m256i a, __m256i b) {
 }
 
 #define LFM2_DPBUSD dpbusd
-#include "groups_blocks.h"
 #include "groups_vnni.h"
+#include "groups_wide_blocks.h"
 
 namespace lfm2 {
+
+struct Emulated : Vnni {
+  template <class V>
+  static void join(const void* first, const void* second, V& both) {
+    std::memcpy(&both, first, 32);
+    std::memcpy(reinterpret_cast<char*>(&both) + 32, second, 32);
+  }
+
+  static void add_products(const WidePlaces& row, const WidePlaces& token, WidePlaces& sum) {
+    __m256i left[2], right[2], sums[2];
+    std::memcpy(left, &row, sizeof row);
+    std::memcpy(right, &token, sizeof token);
+    std::memcpy(sums, &sum, sizeof sum);
+    for (int i = 0; i < 2; ++i) sums[i] = dpbusd(sums[i], left[i], right[i]);
+    std::memcpy(&sum, sums, sizeof sum);
+  }
+};
+
 void groups_emulated(GroupKind kind, const GroupTokens& x, const GroupTile* tiles, int64_t count,
                      int64_t ahead, Lanes* sums) {
   with_format(kind, [&](auto format) {
-    dots_by_blocks<Vnni, decltype(format)>(x, tiles, count, ahead, sums);
+    dots_by_wide_blocks<Emulated, decltype(format)>(x, tiles, count, ahead, sums);
   });
 }
 }  // namespace lfm2
@@ -75,14 +93,15 @@ extern "C" bool dots(int body, int kind, const float* x, int64_t count, int64_t 
                      const uint8_t* numbers, const uint8_t* scales, int64_t number_bytes,
                      int64_t scale_bytes, Lanes* out) {
   GroupScratch scratch(count, size);
-  round_groups(Rows<const float>{x, size}, count, size, scratch);
-  const GroupTokens tokens = scratch.tokens(count, size);
-  GroupTile tiles[3];
-  for (int t = 0; t < 3; ++t) tiles[t] = {numbers + t * number_bytes, scales + t * scale_bytes};
+  round_groups(Rows<const float>{x, size}, 0, count, scratch);
+  const GroupTokens tokens = scratch.tokens();
+  constexpr int kTiles = 7;
+  GroupTile tiles[kTiles];
+  for (int t = 0; t < kTiles; ++t) tiles[t] = {numbers + t * number_bytes, scales + t * scale_bytes};
   const GroupDots bodies[] = {&groups_plain, &groups_avx2, &groups_emulated, &groups_avxvnni,
                               &groups_avx512vnni};
   const int here[] = {1, LFM2_HAS_AVX2, LFM2_HAS_AVX2, LFM2_HAS_AVXVNNI, LFM2_HAS_AVX512VNNI};
-  if (here[body]) bodies[body](GroupKind(kind), tokens, tiles, 3, 0, out);
+  if (here[body]) bodies[body](GroupKind(kind), tokens, tiles, kTiles, 0, out);
   return here[body];
 }
 """
