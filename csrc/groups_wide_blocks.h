@@ -50,10 +50,11 @@ LFM2_INLINE void add_wide_block(const WidePlaces (&rows)[8][2], const WideLanes*
 
 // sums[t * x.count + m] = the dot products of token m with tile t of four, of at most kWideTokens.
 template <class Isa, class F>
-LFM2_INLINE void dots_of_four_tiles(const GroupTokens& x, const GroupTile* tiles, int64_t ahead,
-                                    Lanes* sums) {
+LFM2_INLINE void dots_of_four_tiles(const GroupTokens& x, const GroupTile* tiles, Lanes* sums) {
   static_assert(F::kBits == 4 && F::kGroup == kPiece);
   constexpr int64_t kTileBytes = F::kNumberBytes * kLanes;
+  // The next four tiles' pieces. Those of these tiles a little further would not be read in order.
+  const int64_t next = kWideTiles * kTileBytes * (x.size / kPiece);
   WideLanes wide[kWideTokens][2];
   for (int64_t m = 0; m < x.count; ++m) wide[m][0] = wide[m][1] = WideLanes{};
   for (int64_t p = 0; p < x.size / kPiece; ++p) {
@@ -68,7 +69,7 @@ LFM2_INLINE void dots_of_four_tiles(const GroupTokens& x, const GroupTile* tiles
         const GroupTile& tile = tiles[2 * v + t];
         numbers[t] = tile.numbers + p * kTileBytes;
         for (int64_t i = 0; i < kTileBytes; i += 64) {
-          __builtin_prefetch(numbers[t] + ahead + i, 0, 2);
+          __builtin_prefetch(numbers[t] + next + i, 0, 2);
         }
         scales_of<Isa, F>(tile.scales, p, scales[t], minimums[t]);
       }
@@ -100,14 +101,16 @@ LFM2_INLINE void dots_of_four_tiles(const GroupTokens& x, const GroupTile* tiles
   }
 }
 
-// As `GroupDots`: tiles by fours where the format and the tokens allow it.
+// As `GroupDots`: tiles by fours where the format and the tokens allow it. One token waits for the
+// memory alone, which is faster with one tile after the other.
 template <class Isa, class F>
 LFM2_INLINE void dots_by_wide_blocks(const GroupTokens& x, const GroupTile* tiles, int64_t count,
                                      int64_t ahead, Lanes* sums) {
   int64_t t = 0;
   if constexpr (F::kBits == 4) {
-    for (; x.count <= kWideTokens && t + kWideTiles <= count; t += kWideTiles) {
-      dots_of_four_tiles<Isa, F>(x, tiles + t, ahead, sums + t * x.count);
+    const bool fits = x.count > 1 && x.count <= kWideTokens;
+    for (; fits && t + kWideTiles <= count; t += kWideTiles) {
+      dots_of_four_tiles<Isa, F>(x, tiles + t, sums + t * x.count);
     }
   }
   dots_by_blocks<Isa, F>(x, tiles + t, count - t, ahead, sums + t * x.count);
