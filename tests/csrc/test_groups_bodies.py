@@ -97,7 +97,9 @@ extern "C" bool dots(int body, int kind, const float* x, int64_t count, int64_t 
   const GroupTokens tokens = scratch.tokens();
   constexpr int kTiles = 7;
   GroupTile tiles[kTiles];
-  for (int t = 0; t < kTiles; ++t) tiles[t] = {numbers + t * number_bytes, scales + t * scale_bytes};
+  for (int t = 0; t < kTiles; ++t) {
+    tiles[t] = {numbers + t * number_bytes, scales + t * scale_bytes};
+  }
   const GroupDots bodies[] = {&groups_plain, &groups_avx2, &groups_emulated, &groups_avxvnni,
                               &groups_avx512vnni};
   const int here[] = {1, LFM2_HAS_AVX2, LFM2_HAS_AVX2, LFM2_HAS_AVXVNNI, LFM2_HAS_AVX512VNNI};
