@@ -418,7 +418,11 @@ def log_of_ptx(kernel: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"], encoding="utf-8")
-        command = [triton.knobs.nvidia.ptxas.path, "-lineinfo", "-v", f"--gpu-name={target[1]}"]
+        tools = triton.knobs.nvidia
+        # Triton's own choice: Blackwell has an assembler of its own.
+        is_blackwell = int(target[1].strip("sm_a")) >= 100
+        tool = tools.ptxas_blackwell if is_blackwell else tools.ptxas
+        command = [tool.path, "-lineinfo", "-v", f"--gpu-name={target[1]}"]
         command += [str(source), "-o", str(source.with_suffix(".cubin"))]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 

@@ -47,6 +47,16 @@ def test_every_size_does() -> None:
     check_all_compile({"table": done.stdout, "refused": done.stderr * done.returncode})
 
 
+@pytest.mark.nightly
+def test_cached_kernels_are_assembled_for_blackwell() -> None:
+    """By the assembler that Triton takes for it: the other one does not know all instructions."""
+    given = ("--arch", "120", "--only", "norm_linear", "--size", "350M", "--cached")
+    tables = [aot(*given) for _ in range(2)]
+    # The second time all of them are in Triton's cache.
+    first, second = (done.stdout.count("\nnorm_linear ") for done in tables)
+    assert first == second > 0, tables[1].stderr
+
+
 def test_a_spill_is_seen(compiled) -> None:
     assert "spill registers" in compiled["spilled"]
 
