@@ -22,7 +22,7 @@ def interleave(part: torch.Tensor, unit: int) -> None:
     """Interleave the rows of ``part [N, C]`` in place, in units of ``unit`` bytes."""
     for rows, lanes in _blocks(part, unit):
         tiles = rows.view(-1, lanes, rows.shape[1])
-        rows.copy_(tiles.transpose(1, 2).reshape(rows.shape))
+        rows.copy_(tiles.transpose(1, 2).contiguous().view(rows.shape))
 
 
 def rows_of(part: torch.Tensor, unit: int) -> torch.Tensor:
