@@ -112,6 +112,30 @@ def test_a_token_does_not_depend_on_the_other_tokens(format, dtype, same_bits) -
         assert same_bits(run(rows), together[rows])
 
 
+@pytest.mark.parametrize("tokens", [17, 64, 65, 130])
+@pytest.mark.parametrize("format", GROUPED, ids=lambda format: format.name)
+def test_many_tokens_equal_single_ones(format, tokens, dtype, same_bits) -> None:
+    """Threads share the rounding of many tokens, so each begins at another token."""
+    matrix, x = matrix_of(format, 45, 2048, dtype), tokens_of(tokens, 2048, dtype)
+    x[tokens // 2, 50], norm = NAN, torch.rand(2048).to(dtype)
+    base = torch.randn(tokens, 45).to(dtype)
+    runs = {
+        "linear_add": lambda rows, out: BODIES.linear_add_native(
+            x[rows], *matrix.parts, matrix.bias, base[rows], out[rows]
+        ),
+        "norm_linear": lambda rows, out: BODIES.norm_linear_native(
+            x[rows], norm, EPS, *matrix.parts, matrix.bias, out[rows]
+        ),
+    }
+    for run in runs.values():
+        together, single = torch.empty_like(base), torch.empty_like(base)
+        run(slice(None), together)
+        for token in range(tokens):
+            run(slice(token, token + 1), single)
+        assert together.isnan().all(1).nonzero().flatten().tolist() == [tokens // 2]
+        assert same_bits(together, single)
+
+
 @pytest.mark.parametrize("format", GROUPED, ids=lambda format: format.name)
 def test_a_row_does_not_depend_on_those_beside_it(format, dtype, same_bits) -> None:
     """Whole tiles and the last one, which may have fewer rows, give the same."""
