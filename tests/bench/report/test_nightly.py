@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +36,16 @@ def test_without_its_fixture(broken): pass
 
 
 @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.nightly), "1"])
-def test_outcomes_are_recorded(tmp_path: Path, workers: str) -> None:
+def test_outcomes_are_recorded(tmp_path: Path, monkeypatch, workers: str) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-m 'not nightly'")
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = nightly\n")
     record = tmp_path / "record.json"
     plugin = ["-p", "bench.report.nightly", "--nightly-record", str(record), "-n", workers]
     call = [sys.executable, "-m", "pytest", "-q", *plugin, str(tmp_path)]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    # The caller may choose tests by it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads(record.read_text())
     assert found["outcomes"] == {"error": 1, "failed": 1, "passed": 2, "skipped": 1}
