@@ -47,8 +47,9 @@ def mass_of(score, best):
     below the best is that of 700: it changes no sum of masses. The library's function takes 83
     instructions.
     """
-    near = tl.maximum(score, best - 700)
-    x = near.to(tl.float64) - best.to(tl.float64)
+    x = score.to(tl.float64) - best.to(tl.float64)
+    # Not the larger of the score and `best - 700`, which float32 may round to `best`.
+    x = tl.where(x < -700, -700.0, x)
     # The whole part of x / ln 2 is in the last bits of the sum.
     shifted = x * LOG2_E + SHIFT
     part = x * LOG2_E - (shifted - SHIFT)
