@@ -137,12 +137,14 @@ class Ops:
 
     def adapt(self, x: torch.Tensor, linear: Projection, product: torch.Tensor) -> torch.Tensor:
         """``product [T, N]`` of tokens ``x [T, K]`` as their adapters change it; mutates it."""
-        if self.entries is None:
-            return product
+        self._replace(x, linear, product)
+        return self.add_low_rank(x, linear, product)
+
+    def _replace(self, x: torch.Tensor, linear: Projection, product: torch.Tensor) -> None:
+        """Give tokens of adapters with a whole matrix its product, in ``product [T, N]``."""
         for entry, first, own in self._replaced(linear):
             here = product[:, first : first + own.shape[0]]
             here.copy_(torch.where(self._have(entry), self._unadapted_product(x, own), here))
-        return self.add_low_rank(x, linear, product)
 
     def _have(self, entry: int) -> torch.Tensor:
         """Return the tokens that have the adapter of ``entry``: ``[T, 1]``."""

@@ -177,7 +177,8 @@ class TritonOps(PendingResidualOps):
         if change is not None:
             return out
         if self._replaced(linear):
-            return self.adapt(self.rms_norm(few, norm), linear, out)
+            self._replace(self.rms_norm(few, norm), linear, out)
+        # It norms by itself, with whole matrices or without: so the bits are the same.
         return self.add_low_rank(few, linear, out, norm)
 
     def norm_conv(

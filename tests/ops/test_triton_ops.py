@@ -170,6 +170,29 @@ def test_products_have_what_adapters_add(
         assert not same_bits(others[here[1] == 1], found[here[1] == 1])
 
 
+def test_whole_matrices_change_no_other_tokens_bits(kernel_device, kernel_dtype, same_bits) -> None:
+    """Tokens with low-rank changes have the same bits in steps with a whole matrix and without."""
+    torch.manual_seed(0)
+    x, entries = torch.randn(6, 320).to(kernel_device, kernel_dtype), torch.arange(6) % 3
+    norm = torch.nn.RMSNorm(320, eps=1e-5).to(x)
+    linear, own = (Projection(rows, 320).to(x) for rows in (24, 8))
+    stack = AdapterStack.empty(3, 8, (16, 8), 320, is_table=False, like=x)
+    parts = norm.weight, linear.weight, own.weight, stack.down[1:], stack.up[1:]
+    with torch.no_grad():
+        for part in parts:
+            part.normal_()
+        linear.adapters, linear.replaced[1, 16] = stack, own
+        ops = triton_ops.TritonOps()
+        steps = [ops.adapted(entries.to(kernel_device), each) for each in (None, frozenset())]
+        for call in (
+            lambda ops: ops.norm_linear(x, norm, linear),
+            lambda ops: ops.linear_add(x, linear, x[:, :24]),
+        ):
+            found, without = map(call, steps)
+            assert same_bits(found[entries != 1], without[entries != 1])
+            assert not same_bits(found[entries == 1], without[entries == 1])
+
+
 def test_few_tokens_with_adapters_take_one_launch_more(kernel_device, monkeypatch) -> None:
     """The first product of the change; the second is in the kernel of the projection."""
     launched: list[str] = []
