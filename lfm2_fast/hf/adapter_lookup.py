@@ -11,9 +11,10 @@ from lfm2_fast.weights import hub
 from lfm2_fast.weights.adapter import holds_adapter, is_adapter
 from lfm2_fast.weights.adapter_hub import ADAPTER_OPTIONS, find_adapter
 
-# The word of ``adapter_kwargs`` by which transformers' Auto classes name the adapter that they
-# found.
+# Name in ``adapter_kwargs`` of the adapter that transformers' Auto classes have found.
 FOUND = "_adapter_model_path"
+# Options that say where the adapter is.
+PLACE = {"revision", "subfolder", "cache_dir"}
 
 
 def adapter_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -82,10 +83,6 @@ def _own_adapter_and_base(
     if Path(model).expanduser().is_dir() and not is_adapter(folder):
         return folder, folder
     return folder, hub.find_base(folder, **hub_options)
-
-
-# Those of ``adapter_kwargs`` that say where the adapter is.
-PLACE = {"revision", "subfolder", "cache_dir"}
 
 
 def _options_of(hub_options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,16 +30,16 @@ class AdapterMethods(nn.Module):
         """Load the adapter in the folder or hub id ``path`` as ``name``, and make it active.
 
         ``hub_options`` are those of ``load`` that say where on the hub it is, ``subfolder`` also
-        where in a folder. ``adapter_kwargs`` is Hugging Face's mapping of them. Raises ValueError
-        for a name that is taken, TypeError for another option, and CheckpointError, naming the
-        tensor or the field, for what cannot be applied.
+        where in a folder. ``adapter_kwargs`` is Hugging Face's mapping of them, and replaces them.
+        Raises ValueError for a name that is taken, TypeError for another option, and
+        CheckpointError, naming the tensor or the field, for what cannot be applied.
         """
         if unknown := sorted(hub_options.keys() - set(ADAPTER_OPTIONS)):
             raise TypeError(
                 f"load_adapter() takes no {unknown[0]}=; it takes path, name, and of the hub "
                 + ", ".join(ADAPTER_OPTIONS)
             )
-        folder = find_adapter(path, **hub_options, **adapter_options(adapter_kwargs))
+        folder = find_adapter(path, **{**hub_options, **adapter_options(adapter_kwargs)})
         network = self.network
         made = network.adapters.load(folder, name, network.embedding_norm.weight)
         network.adapters.active = made

@@ -79,7 +79,8 @@ def test_a_named_adapter_in_a_subfolder(tiny: Path, made: Made, registered: None
     made.check(lfm2_fast.load(tiny, device="cpu", dtype="float32", **given)(IDS).logits)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, **given)
     made.check(model(IDS).logits)
-    for options in ({"adapter_kwargs": inner}, inner):
+    replaced = {"subfolder": "lost", "adapter_kwargs": inner}
+    for options in ({"adapter_kwargs": inner}, inner, replaced):
         model = lfm2_fast.load(tiny, device="cpu", dtype="float32")
         model.load_adapter(made.folder.parent, **options)
         made.check(model(IDS).logits)
