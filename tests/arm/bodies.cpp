@@ -121,8 +121,8 @@ void groups(GroupKind kind) {
   for (const int64_t count : kCounts) {
     const std::vector<float> x = numbers_of<float>(count * kSize);
     GroupScratch scratch(count, kSize);
-    round_groups<float>({x.data(), kSize}, count, kSize, scratch);
-    const GroupTokens plain = scratch.tokens(count, kSize);
+    round_groups<float>({x.data(), kSize}, 0, count, scratch);
+    const GroupTokens plain = scratch.tokens();
     constexpr int64_t kTiles = (kRows + kLanes - 1) / kLanes;
     std::vector<Lanes> by_tile(kTiles * count);
     GroupTile tiles[kTiles];

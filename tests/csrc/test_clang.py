@@ -12,6 +12,8 @@ import torch
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 INCLUDE = Path(torch.__file__).parent / "include"
 SOURCES = sorted(CSRC.glob("*.cpp"))
+# Only `make test-arm` builds and runs it.
+BODIES = CSRC.parent / "tests" / "arm" / "bodies.cpp"
 # Of these torch's headers take most of the time.
 WITH_TORCH = [path for path in SOURCES if "#include <torch/" in path.read_text(encoding="utf-8")]
 NIGHTLY = pytest.mark.nightly
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("clang++"), reason="there is no
 def compile_by_clang(target: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     strict = ("-Wall", "-Wextra", "-Werror", "-fsyntax-only")
     options = ("-std=c++17", "-O1", "-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    headers = ("-isystem", INCLUDE, "-isystem", INCLUDE / "torch/csrc/api/include")
+    headers = ("-isystem", INCLUDE, "-isystem", INCLUDE / "torch/csrc/api/include", "-I", CSRC)
     command = ["clang++", f"--target={target.split()[0]}", *target.split()[1:], *strict, *options]
     return subprocess.run([*command, *headers, *arguments], text=True, capture_output=True)
 
@@ -43,6 +45,6 @@ def test_clang_takes_every_source(target: str, with_torch: bool, tmp_path: Path)
     (tmp_path / "libraries.cpp").write_text("#include <vector>\n#include <stdint.h>\n", "utf-8")
     if compile_by_clang(target, tmp_path / "libraries.cpp").returncode:
         pytest.skip(f"no C++ headers for {target}: g++-aarch64-linux-gnu or libc++-dev has them")
-    sources = WITH_TORCH if with_torch else sorted(set(SOURCES) - set(WITH_TORCH))
+    sources = WITH_TORCH if with_torch else [*sorted(set(SOURCES) - set(WITH_TORCH)), BODIES]
     done = compile_by_clang(target, *sources)
     assert done.returncode == 0, done.stderr
