@@ -3,7 +3,7 @@
     make peers && python -m bench.cpu.gguf_llama real && python -m bench.cpu.gguf_llama random
 
 Logits of both are compared with those of the file's dequantized weights in float32. The allowed
-error is that of llama.cpp's rounding of activations alone. Greedy tokens are compared too.
+error is that of llama.cpp's rounding alone (``llama_rounding``). Greedy tokens are compared too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import copytree
@@ -23,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import SuppressTokensLogitsProcessor
 
 import lfm2_fast
 from bench.cpu.llama_build import CONVERTER, PEERS, program
+from bench.cpu.llama_rounding import rounding
 from bench.cpu.llama_server import LlamaServer
 from bench.gate import distance, logits
 from bench.report import results
@@ -39,14 +38,12 @@ from lfm2_fast.weights.gguf_config import raw_config
 from lfm2_fast.weights.gguf_file import GGUFFile, read_gguf
 
 OUT = results.RESULTS / "gguf-llama.json"
-# Types that llama.cpp rounds activations for in groups of 256; of 32 for the others.
-K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KEPT = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 KINDS = (*KEPT, "Q3_K_M", "Q2_K", "IQ4_NL")
 PROMPTS, STEPS, WRITTEN = 6, 6, 48
 # The small checkpoint's <|endoftext|> and <|im_end|>.
 ENDS = [2, 7]
-# Factor by which an error may exceed that of rounding: llama.cpp also keeps keys in float16.
+# Factor by which an error may exceed that of rounding: two computations round other numbers.
 SLACK = 1.25
 # Takes any tokenizer for LFM2's, since the converter knows published ones by their hash.
 CONVERT = """
@@ -63,7 +60,7 @@ runpy.run_path({script!r}, run_name="__main__")
 class Found:
     """Distances of logits from the exact ones, relative to their size, and counts of equal tokens.
 
-    ``rounded`` is the error of llama.cpp's rounding of activations alone. ``ours`` is in float32,
+    ``rounded`` is the error of llama.cpp's rounding alone. ``ours`` is in float32, and
     ``ours_bfloat16`` as ``load`` does it. ``written`` has the number of equal greedy tokens of each
     prompt, of ``WRITTEN``. ``gaps`` has the distance of the exact logits at the first different
     token. ``noise`` is the largest error of both engines' logits together.
@@ -83,8 +80,8 @@ class Found:
 def wrong(found: Found) -> str | None:
     """Return the rule that a file breaks, or None.
 
-    Rounding of activations must explain the error of either engine, and both errors the distance
-    between them. Tokens may differ where the exact logits of two are nearer than the errors.
+    Rounding must explain the error of either engine, and both errors the distance between them.
+    Tokens may differ where the exact logits of two are nearer than the errors.
     """
     if max(found.ours, found.llama) > SLACK * found.rounded:
         return f"an error is more than {SLACK} times {found.rounded:.3g}, that of rounding"
@@ -166,33 +163,6 @@ def exact_model(file: GGUFFile) -> tuple[lfm2_fast.Lfm2ForCausalLM, dict[int, st
     return lfm2_fast.Lfm2ForCausalLM(config, weights, backend="eager"), types
 
 
-def rounded(x: torch.Tensor, type: str) -> torch.Tensor:
-    """Return activations as llama.cpp rounds them before a product with a matrix of ``type``."""
-    if type in ("F16", "BF16"):
-        return x.to(torch.float16 if type == "F16" else torch.bfloat16).float()
-    if type == "F32":
-        return x
-    groups = x.unflatten(-1, (-1, 256 if type in K_TYPES else 32))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    whole = (groups / scale.where(scale > 0, 1)).round()
-    return (whole * (scale if type in K_TYPES else scale.half().float())).flatten(-2)
-
-
-@contextmanager
-def rounding(types: dict[int, str]) -> Iterator[None]:
-    """Round activations within the block, as llama.cpp does for matrices of these ``types``."""
-    plain = F.linear
-
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        return plain(rounded(x, types.get(weight.data_ptr(), "F32")), weight, bias)
-
-    F.linear = linear  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.linear = plain  # type: ignore[assignment]
-
-
 def centred(rows: np.ndarray) -> np.ndarray:
     return rows - rows.mean(-1, keepdims=True)
 
@@ -264,7 +234,7 @@ def main() -> None:
         "steps": STEPS,
         "greedy_tokens": WRITTEN,
         "exact": "float32 on the file's weights, widened by the package gguf",
-        "rounded": "the same with activations rounded as llama.cpp does, and nothing else",
+        "rounded": "the same with activations, keys and values rounded as llama.cpp does",
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
