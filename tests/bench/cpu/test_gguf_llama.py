@@ -17,10 +17,10 @@ RIGHT = Found({}, 1.0, 1.0, 1.0, 1.0, 1.0, [48], [], 1.0)
 def test_rules_are_broken_by_what_rounding_does_not_explain() -> None:
     assert wrong(RIGHT) is None
     for change, words in (
-        ({"ours": 1.3}, "an error is more than 1.25 times 1"),
-        ({"llama": 1.3}, "an error is more than 1.25 times 1"),
+        ({"ours": 1.3}, "an error is more than 1.2 times 1"),
+        ({"llama": 1.3}, "an error is more than 1.2 times 1"),
         ({"apart": 1.8}, "1.8 apart, more than their errors"),
-        ({"gaps": [0.1, 1.1]}, "whose logits are 1.1 apart"),
+        ({"gaps": [0.1, -1.1]}, "whose logits are 1.1 apart"),
     ):
         assert words in (wrong(Found(**{**vars(RIGHT), **change})) or "")
 
@@ -44,10 +44,7 @@ def test_committed_loss_of_4_bits_is_llama_cpps() -> None:
 @pytest.mark.nightly
 @pytest.mark.skipif(not llama_build.built(), reason="`make peers` has not built llama.cpp here")
 @pytest.mark.parametrize("shape", ["real", "random"])
-def test_logits_are_llama_cpps_within_its_rounding(
-    tiny: Path, tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_llama, "PROMPTS", 3)
+def test_logits_are_llama_cpps_within_its_rounding(tiny: Path, tmp_path: Path, shape: str) -> None:
     torch.set_num_threads(1)
     folder = tiny if shape == "real" else gguf_llama.random_checkpoint(tmp_path / "random")
     made = tmp_path / "made"
@@ -56,5 +53,8 @@ def test_logits_are_llama_cpps_within_its_rounding(
     for kind, path in files_of(folder, made, gguf_llama.KEPT):
         found = compare(path, prompts)
         assert wrong(found) is None, kind
-        if shape == "real" and kind in ("F16", "BF16"):
-            assert found.written == [gguf_llama.WRITTEN] * 3
+        if kind in ("F16", "BF16"):
+            # llama.cpp rounds activations. Where its token is another, the exact one is ours.
+            assert min(found.gaps, default=1.0) > 0, kind
+        if (shape, kind) == ("real", "F16"):
+            assert found.written == [gguf_llama.WRITTEN] * gguf_llama.PROMPTS
