@@ -14,7 +14,10 @@ _OF_Q4_K_M = [goal for goal in GOALS if goal.ours == Q4_K_M]
 FILES = {
     "int4-350M": ([_OF_INT4["memory after load"]], ""),
     "batch-int4-350M": ([_OF_INT4["decode, batch 8"]], ""),
-    "beside-Q4_0-350M": ([_OF_INT4["decode"], _OF_INT4["prefill 512"]], ""),
+    "beside-Q4_0-350M": (
+        [_OF_INT4[name] for name in ("decode", "prefill 512", "decode after 8k")],
+        "",
+    ),
     "beside-Q4_0-1.2B": ([INT4_AT_1_2B], ""),
     "beside-Q4_K_M-350M": (_OF_Q4_K_M, ""),
     "before-after-350M-int8": ([INT8_AS_BEFORE], ""),
