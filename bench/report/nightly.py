@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# A report's keywords do not tell a mark from a folder's name.
+MARKED = ("nightly", True)
+
 
 class Recorder:
     """Counts the outcomes of all tests, and keeps outcome and seconds of those marked nightly."""
@@ -27,7 +30,7 @@ class Recorder:
             return
         outcome = "error" if report.when != "call" and report.failed else report.outcome
         self.outcomes[outcome] += 1
-        if "nightly" in report.keywords:
+        if MARKED in report.user_properties:
             self.proofs[report.nodeid] = {"outcome": outcome, "s": round(report.duration, 1)}
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -44,6 +47,11 @@ class Recorder:
             "proofs": dict(sorted(self.proofs.items())),
         }
         results.write(self.path, found)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("nightly"):
+        item.user_properties.append(MARKED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -38,6 +38,9 @@ def test_without_its_fixture(broken): pass
 @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.nightly), "1"])
 def test_outcomes_are_recorded(tmp_path: Path, monkeypatch, workers: str) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "-m 'not nightly'")
+    # A folder of the mark's name marks nothing.
+    tmp_path = tmp_path / "nightly"
+    tmp_path.mkdir()
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = nightly\n")
     record = tmp_path / "record.json"
