@@ -88,12 +88,20 @@ def several(random_checkpoint: Callable[..., Path], tmp_path_factory: Any) -> di
     return {"base": base, "a": a, "b": b, "c": c}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, Any]) -> None:
-    """Each request gets the tokens that it gets alone, and pages are shared within an adapter."""
+def beside(several: dict[str, Any], backend: str, names: str) -> Any:
+    """Return a model with these adapters beside it. Skips if the backend is not here."""
     if backend == "native" and why_not(torch.device("cpu")):
         pytest.skip("the extension is not built")
     model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
+    for name in names:
+        model.load_adapter(several[name], name)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_several_adapters_in_one_step(backend: str, several: dict[str, Any]) -> None:
+    """Each request gets the tokens that it gets alone, and pages are shared within an adapter."""
+    model = beside(several, backend, "")
     prompt = IDS[0].tolist() * 7
     names = ["a", "b", None, "c", "a"]
     count = 6
@@ -133,11 +141,7 @@ def test_whole_matrices_are_multiplied_for_their_adapter_alone(
     backend: str, several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of others leave them out, recorded ones too; these rows keep their bits in company."""
-    if backend == "native" and why_not(torch.device("cpu")):
-        pytest.skip("the extension is not built")
-    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
-    for name in "ac":
-        model.load_adapter(several[name], name)
+    model = beside(several, backend, "ac")
     model.set_adapter(None)
     multiplied: list[int] = []
     product = Ops._unadapted_product
@@ -182,11 +186,7 @@ def test_drafts_beside_adapters(
     backend: str, several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of several adapters write the same with drafts, the active one changed meanwhile."""
-    if backend == "native" and why_not(torch.device("cpu")):
-        pytest.skip("the extension is not built")
-    model = lfm2_fast.load(several["base"], device="cpu", dtype="float32", backend=backend)
-    for name in "acb":
-        model.load_adapter(several[name], name)
+    model = beside(several, backend, "acb")
     prompt = IDS[0].tolist() * 3
     requests = [Request(prompt, max_tokens=12, adapter=name) for name in ("a", "c", None, "b")]
     alone = [run(model, [request])[0] for request in requests]
