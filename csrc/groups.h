@@ -24,6 +24,9 @@ constexpr int64_t kPiece = 32;  // numbers of a token that share a scale
 constexpr int64_t kSuper = 256;  // numbers of a row that share the float16 words of kBytes
 constexpr int kDots = 4;        // numbers of a row in a unit, which lies in one lane
 
+// Tokens that are multiplied at once, at most. Their sums fit in the first-level cache.
+constexpr int64_t kTokens = 64;
+
 // Storage of scales and minimums: float16, float32, or bytes beside float16 words.
 enum class Scales { kHalf, kFloat, kByte, kSignedByte };
 

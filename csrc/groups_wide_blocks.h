@@ -14,7 +14,6 @@ typedef float WideLanes __attribute__((vector_size(64)));
 typedef int32_t WidePlaces __attribute__((vector_size(64)));
 
 constexpr int64_t kWideTiles = 4;  // of a block, two in a vector
-constexpr int64_t kWideTokens = 64;  // whose sums fit in the first-level cache
 
 // sums[m][v] += products of a piece of Q tokens with four tiles. `at` is the first token's place
 // among all pieces.
@@ -48,14 +47,15 @@ LFM2_INLINE void add_wide_block(const WidePlaces (&rows)[8][2], const WideLanes*
   }
 }
 
-// sums[t * x.count + m] = the dot products of token m with tile t of four, of at most kWideTokens.
+// sums[t * x.count + m] = the dot products of token m with tile t of four, of at most kTokens.
 template <class Isa, class F>
 LFM2_INLINE void dots_of_four_tiles(const GroupTokens& x, const GroupTile* tiles, Lanes* sums) {
   static_assert(F::kBits == 4 && F::kGroup == kPiece);
   constexpr int64_t kTileBytes = F::kNumberBytes * kLanes;
-  // The next four tiles' pieces. Those of these tiles a little further would not be read in order.
+  // Bytes to the same piece of the next four tiles, which is prefetched. A shorter distance would end
+  // in the next tile near the end of each tile, and the four tiles are read side by side.
   const int64_t next = kWideTiles * kTileBytes * (x.size / kPiece);
-  WideLanes wide[kWideTokens][2];
+  WideLanes wide[kTokens][2];
   for (int64_t m = 0; m < x.count; ++m) wide[m][0] = wide[m][1] = WideLanes{};
   for (int64_t p = 0; p < x.size / kPiece; ++p) {
     WidePlaces rows[8][2];
@@ -108,7 +108,7 @@ LFM2_INLINE void dots_by_wide_blocks(const GroupTokens& x, const GroupTile* tile
                                      int64_t ahead, Lanes* sums) {
   int64_t t = 0;
   if constexpr (F::kBits == 4) {
-    const bool fits = x.count > 1 && x.count <= kWideTokens;
+    const bool fits = x.count > 1 && x.count <= kTokens;
     for (; fits && t + kWideTiles <= count; t += kWideTiles) {
       dots_of_four_tiles<Isa, F>(x, tiles + t, sums + t * x.count);
     }

@@ -13,9 +13,8 @@
 
 namespace lfm2 {
 
-// Rows of a matrix that are multiplied before their results are finished, and tokens at once.
+// Rows of a matrix that are multiplied before their results are finished.
 constexpr int64_t kChunk = 64;
-constexpr int64_t kTokens = 64;
 
 // sums[m * kChunk + n - first] = x[m] . weight[n], for n from `first` to before `last`.
 template <class Step, class T>
