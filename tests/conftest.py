@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,9 @@ CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if CUDA else "1") == "1"
 if not (CUDA or INTERPRETED):
     raise pytest.UsageError("TRITON_INTERPRET=0 asks for a GPU, and torch sees none")
+
+# A shell's background job ignores Ctrl-C. Commands that tests start would ignore it as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not INTERPRETED:
     # Every new example may compile a kernel again: the same ones each time, and none to shrink one.
