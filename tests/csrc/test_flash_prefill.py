@@ -13,7 +13,7 @@ import lfm2_fast
 from lfm2_fast.cache.batch import Batch
 from lfm2_fast.cache.kv_cache import KVPages
 from lfm2_fast.engine.model_runner import run_batch
-from lfm2_fast.ops import reference
+from lfm2_fast.ops import native_library, reference
 from lfm2_fast.ops import reference as ref
 from lfm2_fast.ops.native_ops import NativeOps
 from tests.batches import batch_of, whole_pages
@@ -22,7 +22,11 @@ CPU = torch.device("cpu")
 NAN = float("nan")
 BODIES = torch.ops.lfm2_fast
 
-pytestmark = pytest.mark.usefixtures("threads")
+_lacking = native_library.why_not(CPU)
+pytestmark = [
+    pytest.mark.usefixtures("threads"),
+    pytest.mark.skipif(_lacking is not None, reason=str(_lacking)),
+]
 
 
 def a_batch(starts: Sequence[int], counts: Sequence[int]) -> Batch:
