@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -52,12 +53,19 @@ def _explained(error: Exception) -> str:
     message = " ".join(str(error).split())
     if hasattr(error, "format_message"):
         where = getattr(getattr(error, "ctx", None), "command_path", "lfm2-fast")
-        return f"{' '.join(error.format_message().split())} (see {where} --help)"
+        fault = f"{error.format_message()}{_refused(error)}"
+        return f"{' '.join(fault.split())} (see {where} --help)"
     if isinstance(error, ValueError | OSError | ExportError):
         return message
     if isinstance(error, lfm2_fast.BackendError | lfm2_fast.CacheError | lfm2_fast.LogitsError):
         return message
     return f"{type(error).__name__}: {message} (lfm2-fast --traceback ... shows where)"
+
+
+def _refused(error: Exception) -> str:
+    """Return the value that typer refused, where pydantic's message leaves it out."""
+    faults: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    return f", got {faults[0]['input']!r}" if faults else ""
 
 
 if __name__ == "__main__":

@@ -80,8 +80,10 @@ def batch(
         if not ray and context.params[name] is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for --ray: add --ray, or leave it out")
     if not (Path(requests).is_file() or ray and ("://" in requests or Path(requests).exists())):
-        raise ValueError(f"{requests} is not a file")
-    template = None if chat_template is None else opt.read_text(chat_template)
+        raise ValueError(f"REQUESTS: there is no file {requests!r}; give a file of JSON lines")
+    if not ray:
+        opt.check_folder_of(Path(output), "--output")
+    template = None if chat_template is None else opt.read_text(chat_template, "--chat-template")
     loading = opt.loading_options(context)
     check_options(**loading)
     options = {

@@ -19,7 +19,9 @@ def demo(
         str, typer.Argument(metavar="[PROMPT]", callback=opt.text, help="The text to continue.")
     ] = "The database server",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 160,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed draws another text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=opt.MOST_SEED, help="Another seed draws another text.")
+    ] = 0,
 ) -> None:
     """Continue a text with the small LFM2 that this package carries."""
     import torch

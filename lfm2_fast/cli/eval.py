@@ -33,7 +33,7 @@ def eval(
 
     With --reference: KL divergence from it, and the share of equal most likely tokens.
     """
-    words = opt.read_text(text)
+    words = opt.read_text(text, "--text")
     from lfm2_fast.cli.environment import show
     from lfm2_fast.cli.evaluation import load_and_evaluate
     from lfm2_fast.cli.terminal import Terminal

@@ -61,7 +61,10 @@ def load_and_evaluate(
         raise ValueError("the text is empty: give a file with text")
     check_options(dtype=dtype, quantization=quantization, **options)
     if reference is not None:
-        check_options(dtype=reference, **options)
+        try:
+            check_options(dtype=reference, **options)
+        except ValueError as error:
+            raise ValueError(f"--reference: {error}") from error
     tokenizer = load_tokenizer(name, **hub_options(options))
     # Only pieces run, so the whole text may be longer than the context.
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)

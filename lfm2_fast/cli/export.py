@@ -9,7 +9,7 @@ import typer
 
 from lfm2_fast.cli import options as opt
 
-app = typer.Typer(help="Write a checkpoint as files that other programs run.", no_args_is_help=True)
+app = typer.Typer()
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id or folder of the unquantized checkpoint.")
@@ -17,6 +17,13 @@ Checkpoint = Annotated[
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder to write; it must be empty, or not exist.")
 ]
+
+
+@app.callback(invoke_without_command=True)
+def _exports(context: typer.Context) -> None:
+    """Write a checkpoint as files that other programs run."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -40,6 +47,7 @@ def gguf(
     from lfm2_fast.weights.gguf_export import export_gguf
     from lfm2_fast.weights.hub import find_checkpoint
 
+    opt.check_folder_of(file, "FILE")
     folder = find_checkpoint(
         model,
         also=TOKENIZER_FILES,

@@ -96,7 +96,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("give the prompt as an argument or with --file, not both")
     if file is not None:
-        text = opt.read_text(file)
+        text = opt.read_text(file, "--file")
     elif prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin.isatty() and prompt is None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 T = TypeVar("T", str | None, list[str] | None)
+# Largest seed of torch's generators that is a signed integer of 64 bits.
+MOST_SEED = 2**63 - 1
 
 
 def text(value: T) -> T:
@@ -43,7 +45,9 @@ MinP = Annotated[
     typer.Option(help="Sample from tokens of at least p times the highest probability."),
 ]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids repetition.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same text.")
+]
 Stop = Annotated[
     list[str] | None, typer.Option(callback=text, help="End after this string; repeatable.")
 ]
@@ -120,9 +124,22 @@ def loading_options(context: typer.Context) -> dict[str, Any]:
     return {name: value for name, value in context.params.items() if name in LOADING}
 
 
-def read_text(file: Path) -> str:
-    """Return a file's text without its last line feed. Raises ValueError if it is not UTF-8."""
+def read_text(file: Path, option: str) -> str:
+    """Return the text of an option's file, without its last line feed.
+
+    Raises ValueError if the file cannot be read or is not UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{option} {file} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"{option} {file} cannot be read: {error.strerror}; give a file with UTF-8 text"
+        ) from error
+
+
+def check_folder_of(file: Path, name: str) -> None:
+    """Raise ValueError if there is no folder for the file that an option or argument names."""
+    if not file.parent.is_dir():
+        raise ValueError(f"{name} {file}: there is no folder {file.parent}; create it first")

@@ -122,10 +122,11 @@ def serve(
             raise ValueError(f"--{name.replace('_', '-')} is not supported: {advice}")
     from lfm2_fast.cli.terminal import Terminal
     from lfm2_fast.hf.loading import check_options
-    from lfm2_fast.server.run import check_extra
+    from lfm2_fast.server.run import check_extra, check_settings
 
     check_extra()
-    template = None if chat_template is None else opt.read_text(chat_template)
+    check_settings(memory, preset)
+    template = None if chat_template is None else opt.read_text(chat_template, "--chat-template")
     loading = opt.loading_options(context)
     check_options(**loading)
     terminal = Terminal()
@@ -206,7 +207,7 @@ def _by_name(adapters: Sequence[str]) -> dict[str, str]:
     for adapter in adapters:
         name, _, path = adapter.partition("=")
         if not name or not path:
-            raise ValueError(f"--adapter {adapter!r} is not NAME=PATH")
+            raise ValueError(f"--adapter {adapter!r} is not NAME=PATH: give a name and a path")
         if name in paths:
             raise ValueError(f"--adapter {name}= is given twice; give each adapter its own name")
         paths[name] = path

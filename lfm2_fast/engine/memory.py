@@ -12,6 +12,8 @@ from lfm2_fast.engine.model_runner import MOST_DRAFTED, RING
 from lfm2_fast.models.lfm2 import Lfm2
 from lfm2_fast.models.stream_ring import width
 
+UNITS = {"%": 0.01, "GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "": 1}
+
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes of a device's memory that are not in use.
@@ -34,22 +36,30 @@ def free_memory(device: torch.device) -> int:
 def bytes_of(memory: int | str, device: torch.device) -> int:
     """Return ``memory`` in bytes: from a number, "8GB", "500MB", or "80%" of the free memory.
 
-    Raises ValueError for another text, and for 0 or less.
+    Raises ValueError for another text, for 0 or less, and for more than "100%".
+    """
+    amount, is_share = memory_amount(memory)
+    return int(amount * free_memory(device)) if is_share else int(amount)
+
+
+def memory_amount(memory: int | str) -> tuple[float, bool]:
+    """Return a number of bytes and False, or a share of the free memory and True.
+
+    Raises as ``bytes_of``.
     """
     text = str(memory).strip()
-    units = {"%": free_memory(device) / 100, "GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
-    for unit, size in {**units, "": 1}.items():
-        if text.endswith(unit):
-            try:
-                found = float(text.removesuffix(unit)) * size
-            except ValueError:
-                break
-            if 0 < found < 2**62:
-                return int(found)
-            break
-    raise ValueError(
-        f"memory must be bytes, or like '8GB' or '80%' of the free memory, got {memory!r}"
-    )
+    unit = next(each for each in UNITS if text.endswith(each))
+    try:
+        amount = float(text.removesuffix(unit)) * UNITS[unit]
+    except ValueError:
+        amount = 0.0
+    is_share = unit == "%"
+    if not 0 < amount < 2**62 or is_share and amount > 1:
+        raise ValueError(
+            "memory must be bytes, or like '8GB', '500MB' or at most '100%' of the free memory, "
+            f"got {memory!r}"
+        )
+    return amount, is_share
 
 
 def pages_in(

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm2_fast.engine.engine import Engine
+from lfm2_fast.engine.memory import memory_amount
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
+from lfm2_fast.text.presets import sampling
 from lfm2_fast.text.tokenizer import load_tokenizer
 from lfm2_fast.weights.adapter_hub import OPTIONS, find_adapter
 from lfm2_fast.weights.hub import hub_options
@@ -38,6 +40,13 @@ def check_extra() -> None:
         raise ImportError(
             f"the server needs the extra of that name ({error}): pip install 'lfm2-fast[server]'"
         ) from error
+
+
+def check_settings(memory: int | str | None, preset: str | None) -> None:
+    """Raise ValueError for settings of ``create_app`` that are wrong for any model."""
+    if memory is not None:
+        memory_amount(memory)
+    sampling("", preset=preset)
 
 
 def create_app(
@@ -86,6 +95,7 @@ def create_app(
     "server", ValueError for an empty key, and what ``load`` and ``Engine`` raise.
     """
     check_extra()
+    check_settings(memory, preset)
     keys = _several(api_key)
     if not all(keys):
         raise ValueError(

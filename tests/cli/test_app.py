@@ -95,6 +95,7 @@ def test_help_is_quick_and_names_every_command() -> None:
 
 def test_help_and_version(run: Run) -> None:
     assert run() == run("--help")
+    assert run("export") == run("export", "--help")
     assert run("--version") == Result(0, f"lfm2-fast {lfm2_fast.__version__}\n", "")
     for command in ("generate", "chat", "info", "bench", "serve", "batch", "demo"):
         assert run(command, "--help").out.startswith(f"Usage: lfm2-fast {command}")
@@ -185,16 +186,19 @@ ERRORS: dict[str, tuple[str, str]] = {
     "backend-first": ("generate nope hi --backend x", "backend='x' is not in this version"),
     "reference-first": (
         "eval nope --text README.md --reference int8",
-        "dtype='int8' is not supported",
+        "--reference: dtype='int8' is not supported",
     ),
     "max-length": ("generate TINY hi --max-length 3", "tokens fill the context of 3"),
     "raw-system": ("generate TINY hi --raw --system x", "--system needs the chat template"),
     "two-prompts": ("generate TINY hi --file x", "give the prompt as an argument or with --file"),
-    "no-file": ("generate TINY --file nope.txt", "No such file or directory: 'nope.txt'"),
+    "no-file": ("generate TINY --file nope.txt", "--file nope.txt cannot be read: No such file"),
+    "folder-as-text": ("eval TINY --text tests", "--text tests cannot be read: Is a directory;"),
+    "no-folder-to-write": (
+        "export gguf TINY nope/x",
+        "FILE nope/x: there is no folder nope;",
+    ),
     "binary-file": ("generate TINY --file TINY/model.safetensors", "is not UTF-8 text"),
     "empty-prompt": ("generate TINY", "the prompt is empty"),
-    "range": ("generate TINY hi --max-new-tokens 0", "'--max-new-tokens'"),
-    "no-number": ("generate TINY hi --top-k many", "'--top-k'"),
     "option": ("generate TINY hi --beams 3", "No such option: --beams (see lfm2-fast generate --"),
     "command": ("generat", "No such command 'generat'"),
     "argument": ("generate", "Missing argument 'MODEL'"),
@@ -225,6 +229,23 @@ def test_errors_are_one_line_and_code_2(
     assert (code, out) == (2, "")
     assert error.startswith("lfm2-fast: ") and message in error
     assert len(notes) in (0, 1, 3), "an error is one line after those that tell what is loaded"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("generate", "--max-new-tokens", "0"),
+        ("generate", "--top-k", "many"),
+        ("chat", "--seed", str(2**63)),
+        ("demo", "--seed", str(2**63)),
+        ("serve", "--max-rows", "-1"),
+        ("serve", "--port", "99999"),
+    ],
+)
+def test_a_refused_value_is_in_the_error(run: Run, command: str, option: str, value: str) -> None:
+    code, out, err = run(command, "MODEL", option, value)
+    assert (code, out) == (2, "")
+    assert f"'{option}'" in err and value in err and f"(see lfm2-fast {command} --help)" in err
 
 
 @pytest.mark.parametrize(

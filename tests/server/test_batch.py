@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'server' is not installed")
 
+from lfm2_fast.__main__ import main  # noqa: E402
 from lfm2_fast.server.batch import Line, Output, Summary, lines_of, run_batch, shard_of  # noqa: E402
 from lfm2_fast.server.run import create_app  # noqa: E402
 
@@ -132,6 +133,18 @@ def test_shards_share_the_lines_out(requests: Path) -> None:
     for text in ("", "3", "0/2", "3/2", "a/b", "-1/2", "1/2/3"):
         with pytest.raises(ValueError, match="--shard must be I/N"):
             shard_of(text)
+
+
+def test_missing_files_are_errors_before_anything_is_loaded(tmp_path: Path, capsys) -> None:
+    (tmp_path / "requests").write_text("{}")
+    for requests, output, message in (
+        ("nope", "answers", "REQUESTS: there is no file"),
+        ("requests", "nope/answers", f"there is no folder {tmp_path / 'nope'}; create it first"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["batch", "nowhere", str(tmp_path / requests), "--output", str(tmp_path / output)])
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and message in err
 
 
 def test_one_process_writes_to_a_file(tmp_path: Path) -> None:

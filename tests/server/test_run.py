@@ -92,6 +92,27 @@ def test_options_of_other_servers_are_refused_by_name(capsys, option: Any, advic
     assert ended.value.code == 2 and f"{option[0]} is not supported" in err and advice in err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--memory", "500%"], "at most '100%' of the free memory, got '500%'"),
+        (["--memory", "5XB"], "memory must be bytes, or like '8GB', '500MB' or"),
+        (["--preset", "nope"], "there is no preset 'nope'; choose one of"),
+        (["--chat-template", "nope"], "--chat-template nope cannot be read: No such file"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_errors_before_anything_is_loaded(
+    capsys, option: list[str], message: str
+) -> None:
+    pytest.importorskip("fastapi", reason=EXTRA)
+    for place in (["--port", "0"], ["--ray-address", "auto"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "nowhere/at-all", *place, *option])
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.startswith("lfm2-fast: ") and message in err
+
+
 def test_adapters_are_named_with_their_paths(capsys) -> None:
     pytest.importorskip("fastapi", reason=EXTRA)
     with pytest.raises(SystemExit) as ended:
