@@ -149,6 +149,15 @@ def load_and_measure(
     return {"load_seconds": seconds, **measure(model, wanted, rounds=rounds, progress=shown)}
 
 
+def _check_fit(wanted: Sequence[Case], context: int) -> None:
+    for case in wanted:
+        if case.prompt + case.output + 2 > context:
+            raise ValueError(
+                f"a prompt of {case.prompt} tokens and {case.output} new ones do not fit into the "
+                f"context of {context}: lower --prompt or --output"
+            )
+
+
 def measure(
     model: Lfm2ForCausalLM,
     wanted: Sequence[Case],
@@ -161,13 +170,8 @@ def measure(
     ``progress`` wraps the list of runs, for a progress bar. Raises ValueError for a case that does
     not fit into the model's context.
     """
-    for case in wanted:
-        if case.prompt + case.output + 2 > model.max_length:
-            raise ValueError(
-                f"a prompt of {case.prompt} tokens and {case.output} new ones do not fit into the "
-                f"context of {model.max_length}: lower --prompt or --output"
-            )
-    device = model.device
+    _check_fit(wanted, model.max_length)
+    device, vocab_size = model.device, model.network.config.vocab_size
     first: dict[Case, list[float]] = {case: [] for case in wanted}
     steps: dict[Case, list[float]] = {case: [] for case in wanted}
     warm_up = 0.0
@@ -177,9 +181,7 @@ def measure(
     longest = max((case.prompt + case.output for case in wanted), default=0)
     for turn, case in progress([(turn, case) for turn in range(rounds + 1) for case in wanted]):
         sequences = by_batch[case.batch]
-        prompts = [
-            prompt(i, case.prompt, model.network.config.vocab_size) for i in range(case.batch)
-        ]
+        prompts = [prompt(i, case.prompt, vocab_size) for i in range(case.batch)]
         begin = time.perf_counter()
         to_first = sequences.start(prompts, longest - case.prompt + 1)
         each = sequences.decode(case.output)

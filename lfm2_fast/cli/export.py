@@ -65,6 +65,7 @@ def gguf(
 
 @app.command()
 def openvino(
+    context: typer.Context,
     model: Checkpoint,
     folder: Folder,
     type: Annotated[str, typer.Option(help="Weights: f32, f16, int8, int4.")] = "int8",
@@ -78,12 +79,12 @@ def openvino(
     optimum-intel makes it. Its logits and greedy tokens are then compared with the model's. Run it
     with lfm2-fast generate DIR --device npu.
     """
-    hub = (revision, local_files_only, force_download)
-    _export("openvino", model, folder, type, environment, *hub)
+    _export("openvino", context)
 
 
 @app.command()
 def onnx(
+    context: typer.Context,
     model: Checkpoint,
     folder: Folder,
     type: Annotated[str, typer.Option(help="Weights: f32, int8, int4.")] = "int4",
@@ -97,12 +98,12 @@ def onnx(
     Its model builder makes it. If the builder connected the head to a wrong norm, that is mended.
     Logits and greedy tokens are then compared with the model's.
     """
-    hub = (revision, local_files_only, force_download)
-    _export("onnx", model, folder, type, environment, *hub)
+    _export("onnx", context)
 
 
 @app.command()
 def coreml(
+    context: typer.Context,
     model: Checkpoint,
     folder: Folder,
     type: Annotated[str, typer.Option(help="Weights: f16, f32.")] = "f16",
@@ -116,8 +117,7 @@ def coreml(
     coremltools converts a traced program. The program's logits and greedy tokens are first compared
     with the model's. The package itself is not run, because Core ML needs one of Apple's systems.
     """
-    hub = (revision, local_files_only, force_download)
-    _export("coreml", model, folder, type, environment, *hub)
+    _export("coreml", context)
 
 
 @app.command(hidden=True)
@@ -129,31 +129,22 @@ def executorch(model: Checkpoint, file: Folder) -> None:
     )
 
 
-def _export(
-    vendor: str,
-    model: str,
-    folder: Path,
-    type: str,
-    environment: Path | None,
-    revision: str | None,
-    local_files_only: bool,
-    force_download: bool,
-) -> None:
+def _export(vendor: str, context: typer.Context) -> None:
+    """Run a vendor's exporter with the parameters of its command, and tell the size."""
     from lfm2_fast.cli.terminal import Terminal
     from lfm2_fast.export.exporting import export
     from lfm2_fast.export.vendors import VENDORS
 
-    terminal = Terminal()
+    terminal, asked = Terminal(), context.params
+    folder = asked["folder"]
     export(
         VENDORS[vendor],
-        model,
+        asked["model"],
         folder,
-        type.lower(),
-        environment=environment,
+        asked["type"].lower(),
+        environment=asked["environment"],
         note=terminal.note,
-        revision=revision,
-        local_files_only=local_files_only,
-        force_download=force_download,
+        **opt.loading_options(context),
     )
     size = sum(file.stat().st_size for file in folder.rglob("*"))
     run = "" if VENDORS[vendor].unproven else f"; run it with lfm2-fast generate {folder}"

@@ -28,6 +28,23 @@ SCALE = (
     "cpus_per_replica",
     "gpus_per_replica",
 )
+# Options that ``create_app`` takes as they are.
+SETTINGS = (
+    "served_model_name",
+    "max_rows",
+    "max_model_len",
+    "memory",
+    "max_queue",
+    "preset",
+    "timeout",
+    "max_body",
+    "page",
+    "prompt_lookup",
+    "drafter",
+    "load_adapters",
+    "max_adapters",
+    "max_lora_rank",
+)
 LOOPBACK = ("127.", "localhost", "::1")
 
 
@@ -132,25 +149,11 @@ def serve(
     terminal = Terminal()
     if not (api_key or host.startswith(LOOPBACK)):
         terminal.note("without --api-key everyone who reaches this address may call")
-    options: dict[str, Any] = {
-        "served_model_name": served_model_name,
+    options: dict[str, Any] = {name: context.params[name] for name in SETTINGS} | {
         "api_key": api_key or (),
-        "max_rows": max_rows,
-        "max_model_len": max_model_len,
-        "memory": memory,
-        "max_queue": max_queue,
-        "preset": preset,
         "chat_template": template,
         "cors_origins": cors_origins or (),
-        "timeout": timeout,
-        "max_body": max_body,
-        "page": page,
-        "prompt_lookup": prompt_lookup,
-        "drafter": drafter,
         "adapters": _by_name(named_adapters or ()),
-        "load_adapters": load_adapters,
-        "max_adapters": max_adapters,
-        "max_lora_rank": max_lora_rank,
     }
 
     def ready(url: str) -> None:

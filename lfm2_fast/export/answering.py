@@ -59,19 +59,7 @@ class Exported:
         A seed draws the tokens that a loaded model would draw from these logits. Raises ValueError
         if the context is full or the arguments are wrong, ExportError if the runtime fails.
         """
-        room = self.context - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"{len(ids)} tokens fill the context of {self.context}: raise --max-length, or "
-                "shorten the prompt"
-            )
-        longest = self.runtime.facts.get("longest_prompt", self.context)
-        if len(ids) > longest:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, and an NPU's static shape has room for "
-                f"{longest} of them, half of max_length={self.context}: use --max-length "
-                f"{2 * len(ids)}, or a shorter prompt"
-            )
+        room = self._room_after(ids)
         budget = min(max_new_tokens, room)
         request = streamed_request(
             self.defaults, self.vocab_size, self.tokenizer, ids, budget, arguments
@@ -106,6 +94,23 @@ class Exported:
             logits = self.runtime.feed([token])
         stream.end()
         return Answer(stream.text, stream.timing, len(ids), 0, end == "stopped", end)
+
+    def _room_after(self, ids: list[int]) -> int:
+        """Return how many tokens fit behind the prompt. Raises ValueError if it is too long."""
+        room = self.context - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"{len(ids)} tokens fill the context of {self.context}: raise --max-length, or "
+                "shorten the prompt"
+            )
+        longest = self.runtime.facts.get("longest_prompt", self.context)
+        if len(ids) > longest:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, and an NPU's static shape has room for "
+                f"{longest} of them, half of max_length={self.context}: use --max-length "
+                f"{2 * len(ids)}, or a shorter prompt"
+            )
+        return room
 
 
 def open_export(

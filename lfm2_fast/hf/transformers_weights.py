@@ -25,24 +25,8 @@ def fused_weights(
 
     What both store alike is shared. Raises as ``from_transformers`` does.
     """
-    config = getattr(model, "config", None)
-    if hasattr(model, "peft_config") or any(
-        "lora_" in name for name, _ in model.named_parameters()
-    ):
-        raise ValueError("the model has an adapter: call merge_and_unload() first")
-    if getattr(config, "model_type", None) != "lfm2":
-        raise TypeError(f"from_transformers() takes an LFM2 model, not {type(model).__name__}")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "the model is quantized: load it without quantization_config, and give "
-            "from_transformers() quantization='int8'"
-        )
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        raise ValueError("the model lies on several devices: move it to one with model.to(device)")
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise ValueError("some weights of the model are offloaded: load it without device_map")
-    ours = Lfm2Config.of(config)
+    _check_source(model)
+    ours = Lfm2Config.of(model.config)
     state = {
         name if name == HEAD or name.startswith(BASE) else BASE + name: tensor.detach()
         for name, tensor in model.state_dict().items()
@@ -76,6 +60,26 @@ def fused_weights(
     if held.quantization is not None:
         ours.quantization_config = held.quantization_config
     return ours, weights
+
+
+def _check_source(model: Any) -> None:
+    """Raise TypeError or ValueError unless ``model`` is a whole dense LFM2 on one device."""
+    if hasattr(model, "peft_config") or any(
+        "lora_" in name for name, _ in model.named_parameters()
+    ):
+        raise ValueError("the model has an adapter: call merge_and_unload() first")
+    if getattr(getattr(model, "config", None), "model_type", None) != "lfm2":
+        raise TypeError(f"from_transformers() takes an LFM2 model, not {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized: load it without quantization_config, and give "
+            "from_transformers() quantization='int8'"
+        )
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        raise ValueError("the model lies on several devices: move it to one with model.to(device)")
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("some weights of the model are offloaded: load it without device_map")
 
 
 def _quantized(parts: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:

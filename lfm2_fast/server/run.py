@@ -137,14 +137,9 @@ def create_app(
     )
     if drafter is not None:
         model.load_drafter(drafter, **{each: hub[each] for each in OPTIONS if each in hub})
-    network = model.network
     if (max_adapters, max_lora_rank) != (None, None):
-        network.adapters.limit(max_adapters, max_lora_rank)
-    for each, path in (adapters or {}).items():
-        if each in names:
-            raise ValueError(f"adapter {each!r} has the model's own name; give it another")
-        folder = find_adapter(path, **hub)
-        network.adapters.load(folder, each, network.embedding_norm.weight)
+        model.network.adapters.limit(max_adapters, max_lora_rank)
+    _load_adapters(model, adapters or {}, names, hub)
     engine = Engine(
         model,
         max_rows=max_rows,
@@ -155,6 +150,20 @@ def create_app(
     )
     engine.warm_up([defaults.sampling])
     return application(Service(engine, tokenizer, defaults, options))
+
+
+def _load_adapters(
+    model: Lfm2ForCausalLM,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    taken: Sequence[str],
+    hub: Mapping[str, Any],
+) -> None:
+    """Load adapters by name, found with the options ``hub``. Raises ValueError for ``taken``."""
+    network = model.network
+    for name, path in adapters.items():
+        if name in taken:
+            raise ValueError(f"adapter {name!r} has the model's own name; give it another")
+        network.adapters.load(find_adapter(path, **hub), name, network.embedding_norm.weight)
 
 
 def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:

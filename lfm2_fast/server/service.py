@@ -203,7 +203,7 @@ class Service:
             )
         if taken := sorted(NO_VARIABLES & set(variables or ())):
             raise refused(f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
-        messages, goes_on = body.messages or (), bool(body.continue_final_message)
+        given, goes_on = body.messages or (), bool(body.continue_final_message)
         if goes_on and body.add_generation_prompt:
             raise ApiError(
                 "add_generation_prompt begins a message and continue_final_message goes on with "
@@ -211,24 +211,13 @@ class Service:
                 param="add_generation_prompt",
                 code="invalid_value",
             )
-        size = sum(len(str(message.get("content", ""))) for message in messages)
-        try:
-            made = normalize_messages(messages, self.template)
-        except ValueError as error:
-            raise of_value_error(error, "messages") from None
-        for place, message in enumerate(made):
-            if message["role"] not in ROLES:
-                raise ApiError(
-                    f"messages[{place}].role must be one of {', '.join(ROLES)}, or developer, got "
-                    f"{message['role'][:40]!r}",
-                    param=f"messages[{place}].role",
-                    code="invalid_value",
-                )
+        size = sum(len(str(message.get("content", ""))) for message in given)
+        messages = _normalized(given, self.template)
 
         def work() -> str:
             return str(
                 self.tokenizer.apply_chat_template(
-                    made,
+                    messages,
                     tools=list(tools) or None,
                     add_generation_prompt=body.add_generation_prompt is not False and not goes_on,
                     continue_final_message=goes_on,
@@ -300,6 +289,23 @@ class Service:
         """Estimate the seconds until a row is free."""
         waves = self.engine.engine.statistics.waiting / self.rows
         return min(max(math.ceil(self._seconds * waves / 2), 1), 60)
+
+
+def _normalized(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Return messages as a template reads them. Raises ApiError for a wrong form or role."""
+    try:
+        made = normalize_messages(messages, template)
+    except ValueError as error:
+        raise of_value_error(error, "messages") from None
+    for place, message in enumerate(made):
+        if message["role"] not in ROLES:
+            raise ApiError(
+                f"messages[{place}].role must be one of {', '.join(ROLES)}, or developer, got "
+                f"{message['role'][:40]!r}",
+                param=f"messages[{place}].role",
+                code="invalid_value",
+            )
+    return made
 
 
 async def in_thread(work: Callable[[], T], size: int) -> T:

@@ -80,6 +80,19 @@ def find_checkpoint(
                 f"{os.fspath(model)!r} names a GGUF type, and gguf_file={gguf_file!r} a file: give "
                 "one of them"
             )
+    found = _on_disk(name, subfolder, gguf_file, tag)
+    if found is not None:
+        return found
+    repository = Repository(
+        name, revision, cache_dir, token, local_files_only, force_download, subfolder
+    )
+    if gguf_file is not None:
+        return _download_gguf(repository, gguf_file)
+    return _from_hub(repository, tag, variant, weights=weights, also=also)
+
+
+def _on_disk(name: str, subfolder: str, gguf_file: str | None, tag: str | None) -> Path | None:
+    """Return the folder or GGUF file that ``name`` is; None if it can be a hub id."""
     folder = Path(name)
     with suppress(RuntimeError):  # "~" of an unknown user
         folder = folder.expanduser()
@@ -100,11 +113,19 @@ def find_checkpoint(
             f"there is no folder {name!r}; give a checkpoint folder or a hub id like "
             "'LiquidAI/LFM2-1.2B'"
         )
-    repository = Repository(
-        name, revision, cache_dir, token, local_files_only, force_download, subfolder
-    )
-    if gguf_file is not None:
-        return _download_gguf(repository, gguf_file)
+    return None
+
+
+def _from_hub(
+    repository: Repository,
+    tag: str | None,
+    variant: str | None,
+    *,
+    weights: bool,
+    also: Sequence[str],
+) -> Path:
+    """Download a repository's checkpoint, adapter, or GGUF file of the type ``tag``."""
+    name = repository.name
     # A config.json in a repository of GGUF files is there to have downloads counted.
     if tag is None and ("gguf" not in name.lower() or variant is not None):
         config = repository.fetch("config.json", needed=True)
