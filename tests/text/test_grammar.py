@@ -24,17 +24,11 @@ from lfm2_fast.ops.sampling import SamplingParams
 from lfm2_fast.text.grammar import Grammar, GrammarCompiler
 from lfm2_fast.text.grammar_mask import GrammarError, GrammarMask
 from lfm2_fast.text.reply_parser import ReplyParser
-from lfm2_fast.text.tokenizer import load_tokenizer
 from tests.batches import events_by_request
 
 VOCAB, EOS = 4096, 7
 START, END, THINK, THOUGHT = 10, 11, 14, 15
 TURN = "<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Path) -> Any:
-    return load_tokenizer(str(tiny))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +16,9 @@ from hypothesis import strategies as st
 from lfm2_fast.text.markers import markers_of, open_passage
 from lfm2_fast.text.messages import normalize_messages
 from lfm2_fast.text.reply_parser import Delta, ReplyParser
-from lfm2_fast.text.tokenizer import load_tokenizer
 
 START, END = "<|tool_call_start|>", "<|tool_call_end|>"
 TURN = "<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Path) -> Any:
-    return load_tokenizer(str(tiny))
 
 
 @pytest.fixture(scope="module")
