@@ -369,6 +369,7 @@ def test_requests_that_cannot_run_are_refused(native) -> None:
         ({"max_rows": 0}, "max_rows must be at least 1"),
         ({"memory": 1000}, "memory=1000 is 0 MiB"),
         ({"memory": "lots"}, "memory must be bytes, or like '8GB'"),
+        ({"memory": "101%"}, "at most '100%' of the free memory, got '101%'"),
         ({"memory": "1GB", "pages": 3}, "memory or pages, not both"),
         ({"pages": 0}, "pages must be at least 1"),
     ):
