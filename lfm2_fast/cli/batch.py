@@ -82,7 +82,7 @@ def batch(
     if not (Path(requests).is_file() or ray and ("://" in requests or Path(requests).exists())):
         raise ValueError(f"REQUESTS: there is no file {requests!r}; give a file of JSON lines")
     if not ray:
-        opt.check_folder_of(Path(output), "--output")
+        opt.check_new_file(Path(output), "--output")
     template = None if chat_template is None else opt.read_text(chat_template, "--chat-template")
     loading = opt.loading_options(context)
     check_options(**loading)

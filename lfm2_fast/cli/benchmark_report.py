@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lfm2_fast.cli.environment import readable
-from lfm2_fast.cli.options import check_folder_of
+from lfm2_fast.cli.options import check_new_file
 
 COLUMNS = (
     *("prompt", "output", "batch", "first ms", "p50 ms", "p90 ms", "p99 ms", "tokens/s"),
@@ -121,7 +121,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def check_plot(path: Path) -> None:
     """Raise ValueError, with the remedy, if matplotlib or the folder of ``path`` is missing."""
-    check_folder_of(path, "--plot")
+    check_new_file(path, "--plot")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

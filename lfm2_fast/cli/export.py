@@ -47,7 +47,7 @@ def gguf(
     from lfm2_fast.weights.gguf_export import export_gguf
     from lfm2_fast.weights.hub import find_checkpoint
 
-    opt.check_folder_of(file, "FILE")
+    opt.check_new_file(file, "FILE")
     folder = find_checkpoint(
         model,
         also=TOKENIZER_FILES,

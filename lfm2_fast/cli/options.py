@@ -139,7 +139,9 @@ def read_text(file: Path, option: str) -> str:
         ) from error
 
 
-def check_folder_of(file: Path, name: str) -> None:
-    """Raise ValueError if there is no folder for the file that an option or argument names."""
+def check_new_file(file: Path, name: str) -> None:
+    """Raise ValueError if the file that an option or argument names has no folder, or is one."""
+    if file.is_dir():
+        raise ValueError(f"{name} {file} is a folder: name a file in it")
     if not file.parent.is_dir():
         raise ValueError(f"{name} {file}: there is no folder {file.parent}; create it first")

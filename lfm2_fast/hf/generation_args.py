@@ -26,6 +26,9 @@ from lfm2_fast.hf.generation_names import (
 )
 from lfm2_fast.ops.sampling import SamplingParams
 
+# As many tokens as no vocabulary has; a larger number would not fit into a tensor.
+MOST_TOP_K = 2**31
+
 
 @dataclass(frozen=True)
 class GenerationArgs:
@@ -166,7 +169,7 @@ def _sampling(check: Checked) -> SamplingParams:
         do_sample=do_sample,
         # Callers often write greedy decoding with a temperature of 0.
         temperature=check.number("temperature", 1.0, above=0.0) if do_sample else 1.0,
-        top_k=check.count("top_k", least=0) or 0,
+        top_k=min(check.count("top_k", least=0) or 0, MOST_TOP_K),
         top_p=check.number("top_p", 1.0, low=0.0, high=1.0),
         min_p=check.number("min_p", 0.0, low=0.0, high=1.0),
         repetition_penalty=check.number("repetition_penalty", 1.0, above=0.0),

@@ -42,8 +42,14 @@ def check_extra() -> None:
         ) from error
 
 
-def check_settings(memory: int | str | None, preset: str | None) -> None:
+def check_settings(
+    api_key: str | Sequence[str], memory: int | str | None, preset: str | None
+) -> None:
     """Raise ValueError for settings of ``create_app`` that are wrong for any model."""
+    if not all(_several(api_key)):
+        raise ValueError(
+            "api_key is an empty text, which anyone can send: give a key, or leave it out"
+        )
     if memory is not None:
         memory_amount(memory)
     sampling("", preset=preset)
@@ -95,12 +101,7 @@ def create_app(
     "server", ValueError for an empty key, and what ``load`` and ``Engine`` raise.
     """
     check_extra()
-    check_settings(memory, preset)
-    keys = _several(api_key)
-    if not all(keys):
-        raise ValueError(
-            "api_key is an empty text, which anyone can send: give a key, or leave it out"
-        )
+    check_settings(api_key, memory, preset)
     from lfm2_fast.server.app import application
     from lfm2_fast.server.parameters import Defaults
     from lfm2_fast.server.service import Options, Service
@@ -127,7 +128,7 @@ def create_app(
     names = _several(served_model_name) or (_served_name(name),)
     options = Options(
         names,
-        api_keys=keys,
+        api_keys=_several(api_key),
         seconds=timeout,
         max_body=max_body,
         origins=tuple(cors_origins),

@@ -153,6 +153,13 @@ def test_top_k_one_is_greedy(ours, batch) -> None:
     assert torch.equal(sampled, greedy)
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all_tokens(ours, batch) -> None:
+    def sample(top_k: int) -> torch.Tensor:
+        return ours.generate(**batch, max_new_tokens=20, do_sample=True, seed=3, top_k=top_k)
+
+    assert torch.equal(sample(10**20), sample(0))
+
+
 def test_a_row_draws_the_same_in_any_batch(ours, tokenizer) -> None:
     """A draw depends on seed, row and position only, not on when other rows stop."""
     ids = tokenizer(PROMPTS[:1], return_tensors="pt").input_ids

@@ -140,6 +140,7 @@ def test_missing_files_are_errors_before_anything_is_loaded(tmp_path: Path, caps
     for requests, output, message in (
         ("nope", "answers", "REQUESTS: there is no file"),
         ("requests", "nope/answers", f"there is no folder {tmp_path / 'nope'}; create it first"),
+        ("requests", ".", f"--output {tmp_path} is a folder: name a file in it"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["batch", "nowhere", str(tmp_path / requests), "--output", str(tmp_path / output)])

@@ -97,6 +97,7 @@ def test_options_of_other_servers_are_refused_by_name(capsys, option: Any, advic
     [
         (["--memory", "500%"], "at most '100%' of the free memory, got '500%'"),
         (["--memory", "5XB"], "memory must be bytes, or like '8GB', '500MB' or"),
+        (["--api-key", ""], "api_key is an empty text, which anyone can send"),
         (["--preset", "nope"], "there is no preset 'nope'; choose one of"),
         (["--chat-template", "nope"], "--chat-template nope cannot be read: No such file"),
     ],
