@@ -142,7 +142,7 @@ def serve(
     from lfm2_fast.server.run import check_extra, check_settings
 
     check_extra()
-    check_settings(api_key or (), memory, preset)
+    check_settings(served_model_name, api_key or (), memory, preset)
     template = None if chat_template is None else opt.read_text(chat_template, "--chat-template")
     loading = opt.loading_options(context)
     check_options(**loading)

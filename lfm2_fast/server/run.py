@@ -15,6 +15,7 @@ from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.memory import memory_amount
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM
 from lfm2_fast.hf.load import load
+from lfm2_fast.text.conversation import set_template
 from lfm2_fast.text.presets import sampling
 from lfm2_fast.text.tokenizer import load_tokenizer
 from lfm2_fast.weights.adapter_hub import OPTIONS, find_adapter
@@ -43,9 +44,14 @@ def check_extra() -> None:
 
 
 def check_settings(
-    api_key: str | Sequence[str], memory: int | str | None, preset: str | None
+    served_model_name: str | Sequence[str] | None,
+    api_key: str | Sequence[str],
+    memory: int | str | None,
+    preset: str | None,
 ) -> None:
     """Raise ValueError for settings of ``create_app`` that are wrong for any model."""
+    if not all(_several(served_model_name)):
+        raise ValueError("served_model_name is an empty text: give a name, or leave it out")
     if not all(_several(api_key)):
         raise ValueError(
             "api_key is an empty text, which anyone can send: give a key, or leave it out"
@@ -101,7 +107,7 @@ def create_app(
     "server", ValueError for an empty key, and what ``load`` and ``Engine`` raise.
     """
     check_extra()
-    check_settings(api_key, memory, preset)
+    check_settings(served_model_name, api_key, memory, preset)
     from lfm2_fast.server.app import application
     from lfm2_fast.server.parameters import Defaults
     from lfm2_fast.server.service import Options, Service
@@ -118,7 +124,7 @@ def create_app(
     if tokenizer is None:
         tokenizer = load_tokenizer(name)
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
+        set_template(tokenizer, chat_template)
     if memory is None:
         memory = CPU_MEMORY if model.device.type == "cpu" else GPU_MEMORY
     config = model.network.config

@@ -156,6 +156,22 @@ def check_template(tokenizer: Any, name: str) -> None:
         )
 
 
+def set_template(tokenizer: Any, template: str) -> None:
+    """Replace the tokenizer's chat template. Raises ValueError for one that cannot be parsed."""
+    from jinja2 import TemplateSyntaxError
+
+    tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat_template has a fault in line {error.lineno}: {error.message}; mend it, or leave "
+            "chat_template out"
+        ) from error
+    except Exception:
+        return  # A template is a program: it may refuse this message, and take others.
+
+
 class Conversation:
     """Messages in a checkpoint's chat template, answered one after another.
 

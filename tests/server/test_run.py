@@ -97,6 +97,7 @@ def test_options_of_other_servers_are_refused_by_name(capsys, option: Any, advic
     [
         (["--memory", "500%"], "at most '100%' of the free memory, got '500%'"),
         (["--memory", "5XB"], "memory must be bytes, or like '8GB', '500MB' or"),
+        (["--served-model-name", ""], "served_model_name is an empty text: give a name"),
         (["--api-key", ""], "api_key is an empty text, which anyone can send"),
         (["--preset", "nope"], "there is no preset 'nope'; choose one of"),
         (["--chat-template", "nope"], "--chat-template nope cannot be read: No such file"),
@@ -142,6 +143,17 @@ def test_an_empty_key_is_refused(model) -> None:
     for keys in ("", ["a", ""]):
         with pytest.raises(ValueError, match="api_key is an empty text"):
             lfm2_fast.serve(model, port=0, background=True, api_key=keys)
+
+
+def test_a_chat_template_that_cannot_be_parsed_is_an_error_at_the_start(model) -> None:
+    pytest.importorskip("fastapi", reason=EXTRA)
+    from lfm2_fast.server.run import create_app
+
+    with pytest.raises(ValueError, match="chat_template has a fault in line 2: .*; mend it"):
+        create_app(model, chat_template="{{ messages }}\n{% if %}")
+    # A fault that depends on the messages is an answer to them.
+    app = create_app(model, max_rows=1, chat_template="{{ 1 + messages }}")
+    app.state.service.close()
 
 
 def test_an_application_can_be_mounted(client, model) -> None:
