@@ -6,12 +6,13 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cache_checks.h"
 #include "checks.h"
 #include "embed.h"
-#include "flash_decode.h"
+#include "flash_decode_floats.h"
 #include "gated_conv.h"
 #include "group_matrix.h"
 #include "operations.h"
@@ -339,6 +340,7 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
     parallel_for(0, number_of_splits, grain(each), [&](int64_t first, int64_t last) {
       std::vector<float> scratch(op.scratch(most));
       std::vector<T> padding(op.padding());
+      std::vector<const T*> queries(most * group);
       std::vector<float*> into(most * group);
       for (int64_t i = first; i < last; ++i) {
         const Split& split = splits[i];
@@ -346,6 +348,12 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
           if (split.first >= length[split.row + n]) continue;
           float* own = partials_of(split.row + n, split.kv_head, split.first / kSplit);
           for (int64_t g = 0; g < group; ++g) into[n * group + g] = own + g * partial;
+        }
+        if constexpr (std::is_same_v<T, bf16>) {
+          if (LFM2_HAS_AVX512BF16 && width % kBf16Vector == 0) {
+            flash_decode_avx512bf16(op, split, queries.data(), into.data());
+            continue;
+          }
         }
         flash_decode(op, split, scratch.data(), padding.data(), into.data());
       }

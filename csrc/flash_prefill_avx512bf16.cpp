@@ -12,21 +12,11 @@
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 // GCC 12's own header has values that are "used uninitialized".
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-
 #include "flash_prefill.h"
+#include "simd_avx512bf16.h"
 
 namespace lfm2 {
 namespace {
-
-LFM2_INLINE __m512bh pairs_of(__m512i words) { return reinterpret_cast<__m512bh>(words); }
-
-// Two neighbouring numbers, in every lane.
-LFM2_INLINE __m512i spread(const void* pair) {
-  int word;
-  std::memcpy(&word, pair, sizeof word);
-  return _mm512_set1_epi32(word);
-}
 
 // The pairs (a, b) of every lane, rounded to bf16.
 LFM2_INLINE __m512i paired(__m512 a, __m512 b) {
@@ -34,21 +24,6 @@ LFM2_INLINE __m512i paired(__m512 a, __m512 b) {
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
-}
-
-// 2^x for x <= 0, within 4 units in the last place; NaN for NaN. The polynomial is (2^r - 1) / r
-// for |r| <= 1/2, by interpolation at Chebyshev's points.
-LFM2_INLINE __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = x - n;
-  __m512 p = _mm512_set1_ps(0x1.5ec866p-10f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.3cbf6p-7f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.c6afeep-5f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebfa4cp-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e43p-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
 }
 
 // Lane i of x[j] goes to lane j of x[i]: squares of 8, 4, 2 and 1 change places.
@@ -68,10 +43,6 @@ LFM2_INLINE void transpose(__m512i (&x)[16]) {
       x[i + size] = _mm512_permutex2var_epi32(a, lower, b);
     }
   }
-}
-
-LFM2_INLINE __mmask16 lanes_before(int64_t count) {
-  return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
 }
 
 LFM2_INLINE __mmask32 numbers_before(int64_t count) {
