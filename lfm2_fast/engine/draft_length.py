@@ -16,8 +16,10 @@ LEAST_GAIN = 1.05
 TOKEN_COST = 0.1
 # A step that takes more than this many times its usual time was delayed by something else.
 MOST_DELAY = 2.0
-# Steps without a draft before a kind of draft is tried again: after the first refusal, and at most.
-FIRST_REST, LONGEST_REST = 16, 512
+# Times of a size, after which their median is believed. One slow step must not end all drafts.
+TIMES = 3
+# Most steps without a draft before a kind of draft is tried again.
+LONGEST_REST = 512
 # Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
 FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 2.0, 0.015, 4.0
 # Verified steps in a row, after which a plain step is timed: a processor's speed changes.
@@ -28,18 +30,19 @@ IN_A_ROW = 16
 class Source:
     """Lookups or another model, and how their drafts are planned.
 
-    After a rest, a draft is planned by the chance ``hope``. The outcomes of the latest
-    ``remembered`` tokens count; older ones fade.
+    After a rest, first of ``rest`` steps, a draft is planned by the chance ``hope``. The outcomes
+    of the latest ``remembered`` tokens count; older ones fade.
     """
 
     hope: float
     remembered: float
+    rest: int
 
 
 # Texts change between what repeats and what does not.
-LOOKUP = Source(hope=0.5, remembered=8.0)
+LOOKUP = Source(hope=0.5, remembered=8.0, rest=16)
 # Another model costs more and is right more often, and how often changes little along a text.
-ANOTHER_MODEL = Source(hope=0.8, remembered=32.0)
+ANOTHER_MODEL = Source(hope=0.8, remembered=32.0, rest=32)
 
 
 class Budget:
@@ -96,10 +99,22 @@ class StepCosts:
         return any(tokens <= rows for tokens in self._times)
 
     def of(self, tokens: int) -> float:
-        """Return the seconds of a step of ``tokens``, or an estimate by those that are known."""
-        known = sorted(self._times)
+        """Return the seconds of a step of ``tokens``, or an estimate by other steps.
+
+        A size that was timed a few times takes no longer than the others let expect. So it is timed
+        again, and a step that something else delayed is forgotten.
+        """
+        own = self._times.get(tokens, ())
+        if len(own) >= TIMES:
+            return median(own)
+        others = self._by_others(tokens)
+        return min(median(own), others) if own else others
+
+    def _by_others(self, tokens: int) -> float:
+        """Return an estimate of ``tokens`` by steps of other sizes, or by its own alone."""
+        known = sorted(set(self._times) - {tokens})
         if not known:
-            return 1.0 + TOKEN_COST * tokens
+            return self._median(tokens) if self._times else 1.0 + TOKEN_COST * tokens
         below = [each for each in known if each <= tokens]
         above = [each for each in known if each >= tokens]
         if not below:
@@ -112,7 +127,7 @@ class StepCosts:
                 more = max(rise / (low - below[-2]), 0.0)
             return self._median(low) + more * (tokens - low)
         high = above[0]
-        share = 0.0 if high == low else (tokens - low) / (high - low)
+        share = (tokens - low) / (high - low)
         return self._median(low) * (1 - share) + self._median(high) * share
 
     def _median(self, tokens: int) -> float:
@@ -131,7 +146,10 @@ class _Rate:
     accepted: float = 0.5
     tried: float = 1.0
     skipped: int = 0
-    rest: int = FIRST_REST
+    longer: int = 1  # times the first rest
+
+    def rest(self, source: Source) -> int:
+        return min(source.rest * self.longer, LONGEST_REST)
 
 
 @dataclass
@@ -158,7 +176,8 @@ class Acceptance:
     def chance(self, kind: Hashable, source: Source = LOOKUP) -> float:
         """Return the chance that a draft is planned by, at least the hope after its rest."""
         rate = self._rate(kind)
-        return max(self.measured(kind), source.hope if rate.skipped >= rate.rest else 0.0)
+        rested = rate.skipped >= rate.rest(source)
+        return max(self.measured(kind), source.hope if rested else 0.0)
 
     def skip(self, kind: Hashable) -> None:
         """Note that a draft was there and was not tried."""
@@ -167,11 +186,12 @@ class Acceptance:
     def note(self, kind: Hashable, accepted: int, refused: int, source: Source = LOOKUP) -> None:
         """Note how many tokens of a draft were accepted, and whether one was refused."""
         rate = self._rate(kind)
-        rested, rate.skipped = rate.skipped >= rate.rest, 0
+        rest = rate.rest(source)
+        rested, rate.skipped = rate.skipped >= rest, 0
         if accepted and not rested:
-            rate.rest = FIRST_REST
-        elif rested:
-            rate.rest = min(2 * rate.rest, LONGEST_REST)
+            rate.longer = 1
+        elif rested and rest < LONGEST_REST:
+            rate.longer *= 2
         kept = min(source.remembered / rate.tried, 1.0)
         rate.accepted, rate.tried = rate.accepted * kept + accepted, rate.tried * kept
         rate.tried += accepted + refused

@@ -50,7 +50,8 @@ def speed(
             acceptance = Acceptance(of_all)
         plain, chance = known.of(1), acceptance.chance(kind(at), source)
         loss = budget.left * plain if bounded else inf
-        most = 0 if (bounded and budget.asks_for_plain) or not known.knows(1) else 7
+        may = known.knows(1) and sum(seen.values()) >= slow
+        most = 7 if may and not (bounded and budget.asks_for_plain) else 0
         cost = drafting * plain
         count = draft_lengths(known, 1, [chance], [most], 7, cost, loss=loss)[0]
         speed = draw.uniform(0.9, 1.1) * (1.3 if sum(seen.values()) < slow else 1.0)
@@ -124,14 +125,14 @@ def test_an_assistant_that_is_mostly_right_gains_from_the_beginning(seed: int) -
 
 def test_drafts_are_as_long_as_they_pay() -> None:
     costs = StepCosts(warm=0)
-    for tokens, seconds in ((1, 1.0), (2, 1.15), (8, 2.0), (16, 4.0)):
+    for tokens, seconds in 3 * ((1, 1.0), (2, 1.15), (8, 2.0), (16, 4.0)):
         costs.add(tokens, seconds)
     lengths = [draft_lengths(costs, 1, [chance], [15], 15)[0] for chance in (0.05, 0.3, 0.7, 0.95)]
     assert lengths == [0, 1, 3, 7]
     # What is slower with more tokens, as plain PyTorch is, is never worth it.
     dear = StepCosts(warm=0)
-    dear.add(1, 1.0)
-    dear.add(2, 2.0)
+    for tokens, seconds in 3 * ((1, 1.0), (2, 2.0)):
+        dear.add(tokens, seconds)
     assert draft_lengths(dear, 1, [0.99], [7], 15) == [0]
     # Two rows share what is left of the step's tokens; the likelier gets more.
     assert draft_lengths(costs, 2, [0.9, 0.6], [7, 7], 6) == [5, 1]
@@ -164,7 +165,32 @@ def test_a_step_that_is_recorded_uses_up_no_budget() -> None:
     costs.add(1, 1.0)
     estimate = costs.of(2)
     assert costs.add(2, 9.0) == estimate < 1.5
-    assert costs.add(2, 1.3) == 1.3 and costs.of(2) == 1.3
+    assert [costs.add(2, 1.3) for _ in range(3)] == [1.3] * 3 and costs.of(2) == 1.3
+
+
+def test_one_slow_step_does_not_end_all_drafts() -> None:
+    """A size is timed a few times before its times are believed."""
+    costs = StepCosts(warm=0)
+    for tokens, seconds in ((1, 1.0), (1, 1.0), (1, 1.0), (2, 1.1), (4, 3.0)):
+        costs.add(tokens, seconds)
+    assert draft_lengths(costs, 1, [0.9], [3], 3) == [3]
+    for _ in range(2):
+        costs.add(4, 3.0)
+    assert costs.of(4) == 3.0 and draft_lengths(costs, 1, [0.9], [3], 3) == [1]
+
+
+def test_another_model_that_is_never_right_rests_longer() -> None:
+    def trials(source: Source) -> int:
+        acceptance, tried = Acceptance(), 0
+        for _ in range(512):
+            if acceptance.chance(0, source) >= 0.5:
+                acceptance.note(0, 0, 1, source)
+                tried += 1
+            else:
+                acceptance.skip(0)
+        return tried
+
+    assert trials(LOOKUP) == 6 and trials(ANOTHER_MODEL) == 5
 
 
 def test_refusals_in_a_row_change_little_what_is_known_of_another_model() -> None:
