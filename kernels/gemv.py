@@ -11,10 +11,10 @@ added at the end of a row. `test_aot.py` counts the instructions: the compiler w
 order into shuffles. While a tile is in use, the next one is loading (``gemv_tiles.py``).
 
 A weight of the tokens' dtype has no ``scale``. An int8 weight has ``scale [N]`` float32. The sum of
-a row is multiplied by it in float32, so the integers are used directly. An int4 weight is in the
-interleaved order of its format, eight rows side by side, with a float16 scale for each 32 numbers
-of a row (``gemv_int4.py``). A kernel gets any of them as 32-bit words. Several matrices of one
-shape, stacked, are multiplied together (``PARTS``).
+a row is multiplied by it in float32, so the integers are used directly (``gemv_int8.py``). An int4
+weight is in the interleaved order of its format, eight rows side by side, with a float16 scale for
+each 32 numbers of a row (``gemv_int4.py``). A kernel gets any of them as 32-bit words. Several
+matrices of one shape, stacked, are multiplied together (``PARTS``).
 
 The first tiles, like the taps, are loaded above ``pdl_wait`` (pdl.py), while the previous
 kernel still runs. That is the gain of an early launch.
@@ -27,7 +27,9 @@ import triton
 import triton.language as tl
 
 from lfm2_fast.kernels.gemv_int4 import int4_operand, natural_rows
+from lfm2_fast.kernels.gemv_int8 import int8_numbers
 from lfm2_fast.kernels.gemv_tiles import place, weight_tile
+from lfm2_fast.kernels.gemv_tokens import at_once, normed, token_columns
 from lfm2_fast.kernels.pdl import pdl_options
 from lfm2_fast.kernels.tiling import Tiling, bits_of, least_columns, registers
 
@@ -36,7 +38,7 @@ MOST_TOKENS = 16
 
 
 @triton.jit
-def _numbers(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _numbers(words, tokens, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Return the numbers of words ``[..., 16]`` as DTYPE, ``[..., 4, numbers in 16 bytes]``."""
     SHAPE: tl.constexpr = words.shape
     if BITS == 32:
@@ -45,8 +47,7 @@ def _numbers(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
         low = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         numbers = tl.join(low, (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
     else:
-        even = tl.join(words << 24 >> 24, words << 8 >> 24)
-        numbers = tl.join(even, tl.join(words << 16 >> 24, words >> 24)).to(tl.float32).to(DTYPE)
+        numbers = int8_numbers(words, tokens, DTYPE)
     return tl.reshape(numbers, [SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], 4, 128 // BITS])
 
 
@@ -56,15 +57,15 @@ def _weight_operand(tile, tokens, BITS: tl.constexpr, EACH: tl.constexpr, DTYPE:
     if BITS == 4:
         return int4_operand(tile[0], tile[1], tokens, DTYPE)
     else:
-        return _wider_operand(tile, BITS, EACH, DTYPE)
+        return _wider_operand(tile, tokens, BITS, EACH, DTYPE)
 
 
 @triton.jit
-def _wider_operand(words, BITS: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
+def _wider_operand(words, tokens, BITS: tl.constexpr, EACH: tl.constexpr, DTYPE: tl.constexpr):
     S: tl.constexpr = words.shape
     # Of numbers narrower than the tokens' a thread's 16 bytes are several of EACH.
     shape: tl.constexpr = [S[0], S[1], S[2], 8, 4, 128 // BITS // EACH, EACH]
-    numbers = tl.reshape(_numbers(words, BITS, DTYPE), shape)
+    numbers = tl.reshape(_numbers(words, tokens, BITS, DTYPE), shape)
     numbers = tl.permute(numbers, [0, 1, 5, 2, 3, 4, 6])
     return tl.permute(_operand(numbers, BITS), [0, 2, 1])
 
@@ -83,32 +84,30 @@ def _operand(tile, BITS: tl.constexpr):
         tile = tl.permute(tile, [3, 0, 4, 1, 2, 5, 7, 6])
     elif S[6] == 8:
         tile = tl.reshape(tile, [S[0], S[1], S[2], S[3], 8, 4, 2, 2, 2])
-        tile = tl.permute(tile, [3, 0, 4, 1, 2, 7, 5, 6, 8])
+        if BITS == 8:
+            # As in int4, numbers that are side by side in a register are two columns apart.
+            tile = tl.permute(tile, [3, 0, 4, 1, 2, 8, 5, 6, 7])
+        else:
+            tile = tl.permute(tile, [3, 0, 4, 1, 2, 7, 5, 6, 8])
     else:
         tile = tl.permute(tile, [3, 0, 4, 1, 2, 5, 6])
     return tl.reshape(tile, [S[3], S[0] * 8, S[1] * S[2] * 4 * S[6]])
 
 
 @triton.jit
-def token_columns(STEPS: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr):
-    """Columns ``[1, steps, parts, WARPS, 1, 4, EACH]`` of what a weight's words stand for.
+def _sum_of_warps(acc):
+    """Return ``acc [WARPS, 16, rows]`` added over the warps, ``[16, rows]``.
 
-    In int4 a step of a warp is a group, and the parts are its halves.
+    Halves of the warps are added at once. Numbers of a split are in one thread, so the compiler
+    moves them there and back through shared memory. A sum over an axis would also use shuffles.
     """
-    MANY: tl.constexpr = 8 if BITS == 4 else 128 // BITS
-    APART: tl.constexpr = 16 if BITS == 4 else EACH
-    NEXT: tl.constexpr = EACH if BITS == 4 else MANY
-    column = tl.arange(0, STEPS)[None, :, None, None, None, None, None] * (4 * MANY * WARPS)
-    column += tl.arange(0, MANY // EACH)[None, None, :, None, None, None, None] * APART
-    column += tl.arange(0, WARPS)[None, None, None, :, None, None, None] * (4 * MANY)
-    column += tl.arange(0, 4)[None, None, None, None, None, :, None] * NEXT
-    return column + tl.arange(0, EACH)[None, None, None, None, None, None, :]
-
-
-@triton.constexpr_function
-def at_once(dtype: Any, bits: int) -> int:
-    """Numbers of a token that a thread loads at once: 16 bytes, or a quarter of half a group."""
-    return 4 if bits == 4 else 128 // dtype.primitive_bitwidth
+    S: tl.constexpr = acc.shape
+    if S[0] == 1:
+        return tl.reshape(acc, [S[1], S[2]])
+    else:
+        halves = tl.reshape(acc, [2, S[0] // 2, S[1], S[2]])
+        left, right = tl.split(tl.permute(halves, [1, 2, 3, 0]))
+        return _sum_of_warps(left + right)
 
 
 @triton.jit
@@ -170,15 +169,11 @@ def multiply(
             x = tl.load(x_ptrs + k, mask=column < K - k, other=0)
         if norm_ptr is not None:
             norm = tl.load(norm_ptr + k + mine, mask=mine < K - k, other=0)
-            unit = (x.to(tl.float32) * scales).to(DTYPE)
-            x = (unit.to(tl.float32) * norm.to(tl.float32)).to(DTYPE)
+            x = normed(x, norm, scales, BITS)
         weight = _weight_operand(tiles[0], tokens, BITS, EACH, DTYPE)
         acc = tl.dot(_operand(x, BITS), weight, acc, input_precision="ieee")
-        if DEPTH == 1:
-            tiles = (following,)
-        else:
-            tiles = (tiles[1], following)
-    out = tl.sum(acc, axis=0)
+        tiles = tiles[1:] + (following,)
+    out = _sum_of_warps(acc)
     if BITS == 4:
         out = natural_rows(out)
     n = tl.arange(0, ROWS)

@@ -9,7 +9,7 @@ columns, where sums of squares take 380.
 import triton
 import triton.language as tl
 
-from lfm2_fast.kernels.gemv import at_once, token_columns
+from lfm2_fast.kernels.gemv_tokens import at_once, token_columns
 from lfm2_fast.kernels.tiling import least_columns
 
 
@@ -32,8 +32,7 @@ def inverse_rms(
     EACH: tl.constexpr = at_once(DTYPE, BITS)
     half = tl.arange(0, 2)[:, None, None, None, None, None, None]
     token = tl.arange(0, 8)[None, None, None, None, :, None, None]
-    # Beside int8's tiles the products would spill registers.
-    SUMS: tl.constexpr = DTYPE == tl.float32 or BITS == 8
+    SUMS: tl.constexpr = DTYPE == tl.float32
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K if SUMS else 1
     EVERY: tl.constexpr = STEPS * BLOCK_K // (least_columns(BITS) * WARPS)
     column = token_columns(triton.next_power_of_2(EVERY), BITS, WARPS, EACH)
