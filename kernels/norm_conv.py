@@ -51,7 +51,6 @@ def _norm_conv_kernel(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     VERIFIED: tl.constexpr,
@@ -67,28 +66,29 @@ def _norm_conv_kernel(
     tiles = first_tiles(
         words_ptr, scale_ptr, rows, words, columns, first, step, count, K, BITS, BLOCK_K, DEPTH
     )  # fmt: skip
-    taps = _taps(taps_ptr, first, count, WIDTH, BLOCK_N, BLOCK_W)
+    taps = _taps(taps_ptr, first, count, WIDTH, BLOCK_N)
     pdl_wait(PDL)
     scales = inverse_rms(x_ptr, tokens, stride_x_t, eps, K, BITS, BLOCK_K, WARPS)
-    offs_t, offs_w = tl.arange(0, 16), tl.arange(0, BLOCK_W)[None, None, :]
+    offs_t = tl.arange(0, 16)
     # The window belongs to the chain, like all tensors that are not weights. It is read and written
     # below the wait, so it needs no second copy for any number of running steps.
     is_token = offs_t < tokens
     position = tl.load(positions_ptr + offs_t, mask=is_token, other=0).to(tl.int32)
     slot = tl.load(slots_ptr + offs_t, mask=is_token, other=0).to(tl.int32) * stride_window_s
-    source = position[:, None, None] - (WIDTH - 1) + offs_w
-    old_at = slot[:, None, None] + source % ring * stride_window_r
-    is_old = is_token[:, None, None] & (source >= 0) & (offs_w < WIDTH - 1)
     new_at = (slot + position % ring * stride_window_r)[:, None]
+    old_at, is_old = (), ()
+    for back in tl.static_range(WIDTH - 1, 0, -1):
+        source = position - back
+        old_at += ((slot + source % ring * stride_window_r)[:, None],)
+        is_old += ((is_token & (source >= 0))[:, None],)
     if change is not None:
         entry, low = low_of_tokens(change, tokens, RANK, SPLITS, STACKED)
     for row in range(first, count, step):
         offs_n = row + tl.arange(0, BLOCK_N)
         mask_n, mask = offs_n < count, is_token[:, None] & (offs_n < count)[None, :]
-        old_ptrs = window_ptr + old_at + offs_n[None, :, None]
         if not VERIFIED:
-            old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
-        following = _taps(taps_ptr, row + step, count, WIDTH, BLOCK_N, BLOCK_W)
+            old = _old(window_ptr, old_at, is_old, offs_n, mask_n, WIDTH)
+        following = _taps(taps_ptr, row + step, count, WIDTH, BLOCK_N)
         bcx, tiles = multiply(
             tiles, rows, words, columns, x_ptr, words_ptr, bias_ptr, scale_ptr, norm_ptr, scales,
             row, step, tokens, count, stride_x_t, K, BITS, PARTS, BLOCK_N, BLOCK_K, WARPS, DEPTH,
@@ -105,9 +105,10 @@ def _norm_conv_kernel(
         if VERIFIED:
             # A token reads the window that an earlier token of its slot, in another thread, wrote.
             tl.debug_barrier()
-            old = tl.load(old_ptrs, mask=is_old & mask_n[None, :, None], other=0)
-        history = tl.where(offs_w == WIDTH - 1, bx[:, :, None], old)
-        conv = tl.sum(history.to(tl.float32) * taps.to(tl.float32)[None, :, :], axis=2)
+            old = _old(window_ptr, old_at, is_old, offs_n, mask_n, WIDTH)
+        conv = bx.to(tl.float32) * taps[WIDTH - 1].to(tl.float32)[None, :]
+        for w in tl.static_range(WIDTH - 1):
+            conv += old[w].to(tl.float32) * taps[w].to(tl.float32)[None, :]
         if conv_bias_ptr is not None:
             conv_bias = tl.load(conv_bias_ptr + offs_n, mask=mask_n, other=0)
             conv += conv_bias.to(tl.float32)[None, :]
@@ -117,13 +118,23 @@ def _norm_conv_kernel(
 
 
 @triton.jit
-def _taps(
-    taps_ptr, first, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
-):
-    """Taps ``[BLOCK_N, BLOCK_W]`` of the channels from ``first`` on."""
-    offs_n, offs_w = first + tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_W)[None, :]
-    mask = (offs_n < count) & (offs_w < WIDTH)
-    return tl.load(taps_ptr + offs_n * WIDTH + offs_w, mask=mask, other=0)
+def _taps(taps_ptr, first, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Taps of the channels from ``first`` on, WIDTH of ``[BLOCK_N]``."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    taps = ()
+    for w in tl.static_range(WIDTH):
+        taps += (tl.load(taps_ptr + offs_n * WIDTH + w, mask=offs_n < count, other=0),)
+    return taps
+
+
+@triton.jit
+def _old(window_ptr, old_at, is_old, offs_n, mask_n, WIDTH: tl.constexpr):
+    """Rows of the window before the new one, WIDTH - 1 of ``[16, BLOCK_N]``."""
+    old = ()
+    for w in tl.static_range(WIDTH - 1):
+        ptrs = window_ptr + old_at[w] + offs_n[None, :]
+        old += (tl.load(ptrs, mask=is_old[w] & mask_n[None, :], other=0),)
+    return old
 
 
 def norm_conv_triton(
@@ -186,6 +197,5 @@ def norm_conv_triton(
         stride_window_r=window.stride(1),
         stride_out_t=out.stride(0),
         WIDTH=width,
-        BLOCK_W=triton.next_power_of_2(width),
         VERIFIED=verified,
     )
