@@ -89,16 +89,14 @@ def first_tiles(
     DEPTH: tl.constexpr,
 ):
     """Return the first DEPTH tiles of a program whose rows begin at ``first``, ``step`` apart."""
-    tile = weight_tile(
-        words_ptr, scale_ptr, rows, words, columns, first, count, 0, K, BITS, BLOCK_K
-    )  # fmt: skip
-    if DEPTH == 1:
-        return (tile,)
-    else:
-        row, at = place(first, step, BLOCK_K, K, BLOCK_K)
-        return tile, weight_tile(
+    tiles = ()
+    for ahead in tl.static_range(DEPTH):
+        row, at = place(first, step, ahead * BLOCK_K, K, BLOCK_K)
+        tile = weight_tile(
             words_ptr, scale_ptr, rows, words, columns, row, count, at, K, BITS, BLOCK_K
         )  # fmt: skip
+        tiles += (tile,)
+    return tiles
 
 
 @triton.jit

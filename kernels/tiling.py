@@ -35,7 +35,7 @@ MOST_COLUMNS = 256
 # as many numbers.
 INT4_THREAD_BYTES, INT4_MOST_COLUMNS, INT4_MOST_ROWS = 64, 128, 64
 # Factors of a tiling's cost. A program alone on its SM leaves it idle at each barrier. More than
-# eight warps leave no room for the next kernel. Two tiles ahead take registers. All are guesses
+# eight warps leave no room for the next kernel. More tiles ahead take registers. All are guesses
 # until a GPU has run this (`make tune-gpu`).
 ALONE, CROWDED, DEEP = 1.1, 1.05, 1.1
 # Time to read 16 tokens from the nearest cache, as a share of reading the weight from memory.
@@ -76,10 +76,10 @@ def registers(bits: int, parts: int, tiling: Tiling, *, normed: bool, changed: b
     depth = tiling.depth
     # A program of eight warps is alone on its SM in int4. With three of four warps there are no
     # more than 168 for a thread.
-    narrow = {8: 16 * normed, 4: 48 if tiling.warps == 8 else 40}.get(bits, 0)
+    extra = {16: 8 * (normed and tiling.warps == 8), 8: 16, 4: 48 if tiling.warps == 8 else 40}
     conv = (32 if bits < 16 else 8) * (parts == 3)
     # What an adapter adds is held beside the tile that loads meanwhile.
-    return REGISTERS + narrow + conv + (32 + conv) * (depth - 1) + 40 * changed
+    return REGISTERS + extra.get(bits, 0) + conv + (32 + conv) * (depth - 1) + 56 * changed
 
 
 def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Tiling:
@@ -129,15 +129,14 @@ def candidates(
     if bits == 4:
         thread_bytes, most_rows = INT4_THREAD_BYTES, INT4_MOST_ROWS
         most_k = min(most_k, INT4_MOST_COLUMNS)
-    # With eight warps' sums of three parts, the values of the convolution would spill.
-    widths = (4, 8) if parts < 3 else (4,)
     least_n = LEAST_ROWS if bits == 4 else max(LEAST_ROWS // stacked, 1)
-    shapes = itertools.product((1, 2, 3, 4), widths, range(6), (1, 2))
+    depths = (1, 2, 3) if bits == 8 else (1, 2)
+    shapes = itertools.product((1, 2, 3, 4), (4, 8), range(6), depths)
     for each, warps, exponent, depth in shapes:
         block_n = least_n * 2**exponent
         least_k = least_columns(bits) * warps
         # With a depth of two, three tiles are in a thread's registers in place of two.
-        most_bytes = thread_bytes if depth == 1 or parts == 3 else thread_bytes // 2
+        most_bytes = thread_bytes if parts == 3 else thread_bytes >> (depth - 1)
         block_k = most_bytes * 32 * warps * 8 // (block_n * stacked * bits)
         block_k = min(block_k, triton.next_power_of_2(columns), most_k * warps)
         if block_k < least_k and exponent > 0:
@@ -153,17 +152,18 @@ def candidates(
         programs = triton.cdiv(tiles, rounds)
         busiest = triton.cdiv(programs, processors) * rounds * block_n
         padded = triton.cdiv(columns, block_k) * block_k / columns
-        if depth == 2 and (each * warps > 8 or rounds * triton.cdiv(columns, block_k) < 2):
+        if depth > 1 and (each * warps > 8 or rounds * triton.cdiv(columns, block_k) < depth):
             continue
-        if depth == 2 and normed and (parts < 3 or bits > 8):
+        if depth > 1 and normed and (parts < 3 or bits > 8):
             # Tiles of fewer rows would norm the tokens more often.
             continue
         in_flight = min(programs * tile * depth / processors, PROCESSOR_BYTES)
         reads = 1 + TOKENS_SHARE * 256 / (block_n * parts * bits)
-        cost = busiest * padded * reads / in_flight
+        # The columns' masks take instructions in each step.
+        cost = busiest * padded ** (2 if columns > block_k else 1) * reads / in_flight
         cost *= ALONE if programs <= processors else 1
         cost *= CROWDED if each * warps > MOST_WARPS // 2 else 1
-        cost *= DEEP if depth == 2 else 1
+        cost *= DEEP if depth > 1 else 1
         yield cost, Tiling(block_n, block_k, warps, programs, depth)
 
 
