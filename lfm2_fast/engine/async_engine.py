@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.request import Event, Request
+from lfm2_fast.ops.cpu_threads import release_threads
 
 T = TypeVar("T")
 # Events, an error that ends them, or None, which only wakes a waiting coroutine.
@@ -94,6 +95,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._closed = False
         self._fault: BaseException | None = None
+        # This thread has perhaps loaded the model, or warmed it up.
+        release_threads()
         self._thread = threading.Thread(target=self._drive, name="lfm2_fast engine", daemon=True)
         self._thread.start()
 

@@ -21,6 +21,7 @@ from lfm2_fast.hf.hooks import check_generates
 from lfm2_fast.hf.pretrained import Lfm2PreTrainedModel
 from lfm2_fast.hf.processors import replace_by_processors
 from lfm2_fast.hf.prompts import gather_prompts, read_ids
+from lfm2_fast.ops.cpu_threads import release_other_threads
 
 
 # Not in a caller's inference mode either: a cache's tensors must be writable outside of it.
@@ -94,6 +95,8 @@ def generate(
     cache then holds the tokens that have run.
     """
     with ExitStack() as ending:
+        # Of a web framework's threads, the next call may have another one.
+        ending.callback(release_other_threads)
         if streamer is not None:
             # After any failure, also before the first step: a thread may wait for the text.
             ending.callback(streamer.end)

@@ -16,6 +16,7 @@ from lfm2_fast.config_values import CheckpointError, read_json
 from lfm2_fast.hf.adapter_lookup import find_adapter_and_base
 from lfm2_fast.hf.configuration import Lfm2Config
 from lfm2_fast.hf.load_args import check_load_args
+from lfm2_fast.ops.cpu_threads import release_threads
 from lfm2_fast.ops.select import choose
 from lfm2_fast.weights import checkpoint, compressed_tensors, gguf_checkpoint, gguf_config
 from lfm2_fast.weights.adapter import Adapter, read_adapter
@@ -94,6 +95,8 @@ def load_as(
     if options["device_map"] is not None:
         # Clients that see this attribute do not move the model.
         setattr(made, "hf_device_map", {"": where})  # noqa: B010  (a type checker knows it not)
+    # Texts may be written in another thread, as with transformers' TextIteratorStreamer.
+    release_threads()
     return made
 
 
