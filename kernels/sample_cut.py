@@ -110,7 +110,6 @@ def _sample_cut_kernel(
     picked_ptr += row * blocks
     key, places = best_key(keys_ptr + row * blocks, blocks, BLOCK_B)
     best = (key >> 32).to(tl.int32)
-    best_score = score_at(best)
     k = tl.load(top_k_ptr + row)
     p = tl.load(top_p_ptr + row)
     has_k = (k > 0) & (k < vocab)
@@ -120,16 +119,59 @@ def _sample_cut_kernel(
     if (tl.load(do_sample_ptr + row) == 0) | (not is_defined(best)) | (not (has_k | has_p)):
         return
 
+    worthless, bound = _bounds(places, best, k, p, has_k, has_p, blocks, log_vocab, BLOCK_B)
+    few, rest = _collected(
+        scores_ptr, places, bound, has_k, best, picked_ptr, few_ptr, few_masses_ptr, vocab,
+        blocks, BLOCK_B, BLOCK_C,
+    )  # fmt: skip
+    cut = bound * 0 + LEAST
+    if has_k:
+        cut = _kth_collected(few_ptr, few, bound, best, k, BLOCK_C * BLOCK)
+    skip = cut * 0
+    if has_p:
+        cut, skip, few = _nucleus(
+            few_ptr, few_masses_ptr, few, rest, cut, worthless, best, p, BLOCK_C * BLOCK
+        )
+    first_token = cut * 0
+    if skip > 0:
+        first_token = _token_behind(few_ptr, few, cut, skip, BLOCK_C * BLOCK)
+    tl.store(cuts_ptr + row, cut)
+    tl.store(firsts_ptr + row, first_token)
+
+
+@triton.jit
+def _bounds(places, best, k, p, has_k, has_p, blocks, log_vocab, BLOCK_B: tl.constexpr):
+    """Return the rank below which top-p drops all, and a lower bound of the smallest kept rank."""
     # One more unit is a margin for rounding.
-    worth = best_score.to(tl.float64) + tl.log(tl.where(has_p, 1 - p, 1)) - log_vocab - 1
+    worth = score_at(best).to(tl.float64) + tl.log(tl.where(has_p, 1 - p, 1)) - log_vocab - 1
     worthless = tl.where(has_p, place_of(worth.to(tl.float32)), LEAST)
     bound = worthless
     if has_k:
         least = tl.min(tl.where(tl.arange(0, BLOCK_B) < blocks, places, NAN), axis=0)
         bound = tl.where(k <= blocks, _kth_best(places, least, best, k), LEAST)
+    return worthless, bound
 
-    # Collect the blocks with a score of at least the bound, and then the ranks and masses of these
-    # scores, in order. Without a k, the mass below the bound counts too.
+
+@triton.jit
+def _collected(
+    scores_ptr,
+    places,
+    bound,
+    has_k,
+    best,
+    picked_ptr,
+    few_ptr,
+    few_masses_ptr,
+    vocab,
+    blocks,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Collect the blocks with a score of at least the bound, then ranks and masses of these scores.
+
+    They keep their order. Return how many scores there are, and without a k the mass below the
+    bound.
+    """
     offs_b = tl.arange(0, BLOCK_B)
     holds = (offs_b < blocks) & ((places >= bound) | (not has_k))
     tl.store(picked_ptr + tl.cumsum(holds.to(tl.int32), axis=0) - 1, offs_b, mask=holds)
@@ -143,7 +185,7 @@ def _sample_cut_kernel(
         offs_v = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         offs_v = tl.reshape(offs_v, [BLOCK_C * BLOCK])
         score = tl.load(scores_ptr + offs_v, mask=offs_v < vocab, other=float("-inf"))
-        place, mass = place_of(score), mass_of(score, best_score)
+        place, mass = place_of(score), mass_of(score, score_at(best))
         stays = (offs_v < vocab) & (place >= bound)
         at = few + tl.cumsum(stays.to(tl.int32), axis=0) - 1
         tl.store(few_ptr + at, (place.to(tl.int64) << 32) | offs_v, mask=stays)
@@ -151,51 +193,55 @@ def _sample_cut_kernel(
         few += tl.sum(stays.to(tl.int32), axis=0)
         rest += tl.sum(tl.where(stays | has_k, 0.0, mass), axis=0)
     tl.debug_barrier()
+    return few, rest
 
-    cut = bound * 0 + LEAST
-    if has_k:
-        low, high = bound.to(tl.int64), best.to(tl.int64)
-        while low < high:
-            middle = low + (high - low + 1) // 2
-            enough = _how_many(few_ptr, few, middle, NAN, BLOCK_C * BLOCK) >= k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle - 1)
-        cut = low.to(tl.int32)
+
+@triton.jit
+def _kth_collected(few_ptr, few, bound, best, k, BLOCK_N: tl.constexpr):
+    """Return the k-th largest of ``few`` ranks, which are between ``bound`` and ``best``."""
+    low, high = bound.to(tl.int64), best.to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = _how_many(few_ptr, few, middle, NAN, BLOCK_N) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _nucleus(few_ptr, few_masses_ptr, few, rest, cut, worthless, best, p, BLOCK_N: tl.constexpr):
+    """Return the smallest rank kept for ``p``, how many tokens of it are dropped, and ``few``.
+
+    ``rest`` is the mass below ``few`` ranks, and nothing below ``cut`` was kept. Ranks that the
+    search has decided may be dropped from ``few``.
+    """
+    limit = (1 - p).to(tl.float32)
+    share = 1 / (rest + _mass(few_ptr, few_masses_ptr, few, cut, NAN, BLOCK_N))
+    # All scores below `low` are dropped. Not all below `high + 1` are.
+    low, high = tl.maximum(cut, worthless).to(tl.int64), best.to(tl.int64)
+    is_first = True
+    while low < high:
+        if (few > BLOCK_N) & (not is_first):
+            few, dropped = _narrowed(few_ptr, few_masses_ptr, few, cut, low, high, BLOCK_N)
+            rest += dropped
+        is_first = False
+        middle = low + (high - low + 1) // 2
+        under = rest + _mass(few_ptr, few_masses_ptr, few, cut, middle, BLOCK_N)
+        goes = (under * share).to(tl.float32) <= limit
+        low = tl.where(goes, middle, low)
+        high = tl.where(goes, high, middle - 1)
+    # Of the tokens that equal the smallest kept score, the first are dropped too; one always stays.
+    under = rest + _mass(few_ptr, few_masses_ptr, few, cut, low, BLOCK_N)
+    cut = low.to(tl.int32)
+    each = mass_of(score_at(cut), score_at(best))
     skip = cut * 0
-    if has_p:
-        limit = (1 - p).to(tl.float32)
-        share = 1 / (rest + _mass(few_ptr, few_masses_ptr, few, cut, NAN, BLOCK_C * BLOCK))
-        # All scores below `low` are dropped. Not all below `high + 1` are.
-        low, high = tl.maximum(cut, worthless).to(tl.int64), best.to(tl.int64)
-        is_first = True
-        while low < high:
-            if (few > BLOCK_C * BLOCK) & (not is_first):
-                few, dropped = _narrowed(
-                    few_ptr, few_masses_ptr, few, cut, low, high, BLOCK_C * BLOCK
-                )
-                rest += dropped
-            is_first = False
-            middle = low + (high - low + 1) // 2
-            under = rest + _mass(few_ptr, few_masses_ptr, few, cut, middle, BLOCK_C * BLOCK)
-            goes = (under * share).to(tl.float32) <= limit
-            low = tl.where(goes, middle, low)
-            high = tl.where(goes, high, middle - 1)
-        # Of the tokens that equal the smallest kept score, the first are dropped too; one always
-        # stays.
-        under = rest + _mass(few_ptr, few_masses_ptr, few, cut, low, BLOCK_C * BLOCK)
-        cut = low.to(tl.int32)
-        each = mass_of(score_at(cut), best_score)
-        most = tl.maximum(_how_many(few_ptr, few, low, low + 1, BLOCK_C * BLOCK) - 1, 0)
-        while skip < most:
-            some = skip + (most - skip + 1) // 2
-            goes = ((under + some * each) * share).to(tl.float32) <= limit
-            skip = tl.where(goes, some, skip)
-            most = tl.where(goes, most, some - 1)
-    first_token = cut * 0
-    if skip > 0:
-        first_token = _token_behind(few_ptr, few, cut, skip, BLOCK_C * BLOCK)
-    tl.store(cuts_ptr + row, cut)
-    tl.store(firsts_ptr + row, first_token)
+    most = tl.maximum(_how_many(few_ptr, few, low, low + 1, BLOCK_N) - 1, 0)
+    while skip < most:
+        some = skip + (most - skip + 1) // 2
+        goes = ((under + some * each) * share).to(tl.float32) <= limit
+        skip = tl.where(goes, some, skip)
+        most = tl.where(goes, most, some - 1)
+    return cut, skip, few
 
 
 @triton.jit
