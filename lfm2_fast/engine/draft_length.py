@@ -16,12 +16,13 @@ LEAST_GAIN = 1.05
 TOKEN_COST = 0.1
 # A step that takes more than this many times its usual time was delayed by something else.
 MOST_DELAY = 2.0
-# Times of a size, after which their median is believed. One slow step must not end all drafts.
+# The latest times of a size, of which all must be there before their median is believed: one slow
+# step must not end all drafts. More would notice too late that the processor's speed has changed.
 TIMES = 3
 # Most steps without a draft before a kind of draft is tried again.
 LONGEST_REST = 512
 # Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
-FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 2.0, 0.015, 4.0
+FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 2.0, 0.01, 4.0
 # Verified steps in a row, after which a plain step is timed: a processor's speed changes.
 IN_A_ROW = 16
 
@@ -91,7 +92,7 @@ class StepCosts:
             return usual
         # Without known times, estimates have another unit.
         told = min(seconds, MOST_DELAY * usual) if self._times else usual
-        self._times.setdefault(tokens, deque(maxlen=5)).append(seconds)
+        self._times.setdefault(tokens, deque(maxlen=TIMES)).append(seconds)
         return told
 
     def knows(self, rows: int) -> bool:

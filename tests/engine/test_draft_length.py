@@ -33,6 +33,7 @@ def speed(
     costs: dict[int, float] = CHEAP,
     row: int = TOKENS,
     slow: int = 0,
+    period: int = 0,
     bounded: bool = True,
     source: Source = LOOKUP,
     drafting: float = 0.0,
@@ -54,7 +55,9 @@ def speed(
         most = 7 if may and not (bounded and budget.asks_for_plain) else 0
         cost = drafting * plain
         count = draft_lengths(known, 1, [chance], [most], 7, cost, loss=loss)[0]
-        speed = draw.uniform(0.9, 1.1) * (1.3 if sum(seen.values()) < slow else 1.0)
+        steps = sum(seen.values())
+        is_slow = steps < slow or (period and steps // period % 2)
+        speed = draw.uniform(0.9, 1.1) * (1.3 if is_slow else 1.0)
         seen[1 + count] += 1
         took = costs[1 + count] + (1 if count and seen[1 + count] <= 2 else 0)
         told, accepted = known.add(1 + count, took * speed) + count * cost, 0
@@ -87,7 +90,8 @@ PATTERNS: dict[str, tuple[Right, Kind]] = {
 @pytest.mark.parametrize("name", PATTERNS)
 def test_no_text_loses_more_than_3_percent(name: str, row: int, costs: dict[int, float]) -> None:
     right, kind = PATTERNS[name]
-    assert min(speed(right, kind, costs=costs, row=row, slow=slow) for slow in (0, 8)) > 0.97
+    for slow, period in ((0, 0), (8, 0), (0, 60)):
+        assert speed(right, kind, costs=costs, row=row, slow=slow, period=period) > 0.97
 
 
 def test_a_text_would_lose_more_without_budget_and_plain_steps() -> None:
