@@ -284,6 +284,35 @@ void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor
   });
 }
 
+// PyTorch needs three operations for it, between which a recorded step comes back to Python.
+void keep_stream_native(const Tensor& x, const Tensor& slots, const Tensor& positions,
+                        int64_t first, const Tensor& ring) {
+  with_type(x, [&](auto number) {
+    using T = decltype(number);
+    const int64_t tokens = x.size(0);
+    const int64_t size = x.size(1);
+    expect(x, "x", kType<T>, {tokens, size});
+    expect_packed(slots, "slots", ScalarType::Long, {tokens});
+    expect_packed(positions, "positions", ScalarType::Long, {tokens});
+    expect_packed(ring, "ring", kType<T>, {-1, -1, -1});
+    const int64_t length = ring.size(1);
+    const int64_t width = ring.size(2);
+    STD_TORCH_CHECK(0 <= first && first + size <= width, "ring has ", width,
+                    " numbers, too few for ", size, " from ", first, " on");
+    const auto from = rows_of<const T>(x);
+    const int64_t* slot = read<int64_t>(slots);
+    const int64_t* position = read<int64_t>(positions);
+    for (int64_t i = 0; i < tokens; ++i) {
+      STD_TORCH_CHECK(0 <= slot[i] && slot[i] < ring.size(0), "slot ", slot[i],
+                      " must be from 0 to ", ring.size(0) - 1);
+      STD_TORCH_CHECK(position[i] >= 0 && length > 0, "position ", position[i],
+                      " is not in a ring of ", length);
+      T* to = write<T>(ring) + (slot[i] * length + position[i] % length) * width + first;
+      std::copy_n(from[i], size, to);
+    }
+  });
+}
+
 void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                          const Tensor& table, const Tensor& slots, const Tensor& lengths,
                          const Tensor& out) {
@@ -383,6 +412,7 @@ STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CPU, library) {
   implement(library, "rope_native", TORCH_BOX(&rope_native));
   implement(library, "qk_norm_rope_native", TORCH_BOX(&qk_norm_rope_native));
   implement(library, "flash_decode_native", TORCH_BOX(&flash_decode_native));
+  implement(library, "keep_stream_native", TORCH_BOX(&keep_stream_native));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lfm2_fast, CompositeExplicitAutograd, library) {

@@ -43,7 +43,7 @@ class Source:
 # Texts change between what repeats and what does not.
 LOOKUP = Source(hope=0.5, remembered=8.0, rest=16)
 # Another model costs more and is right more often, and how often changes little along a text.
-ANOTHER_MODEL = Source(hope=0.8, remembered=32.0, rest=32)
+ANOTHER_MODEL = Source(hope=0.8, remembered=32.0, rest=64)
 
 
 class Budget:

@@ -356,10 +356,10 @@ class Lfm2(nn.Module):
             if number in tapped:
                 streams.append(settled(x))
         if drafter is not None:
-            joined = torch.cat(streams, -1)
             if late is not None and late.drafter is drafter:
-                late.keep(joined, batch)
+                late.keep(streams, batch, ops)
             else:
+                joined = torch.cat(streams, -1)
                 drafter.remember(joined, batch, cache.draft_layers, ops.settling)
         return x[rows] if hooked and rows is not None else x
 

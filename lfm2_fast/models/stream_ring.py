@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lfm2_fast.cache.batch import Batch
+from lfm2_fast.ops.base import Ops
 
 
 class StreamRing:
@@ -20,9 +21,9 @@ class StreamRing:
         self.drafter, self.size = drafter, size
         self.rows = like.new_zeros(slots, size, width(drafter))
 
-    def keep(self, streams: torch.Tensor, batch: Batch) -> None:
-        """Store ``streams [T, N]`` of a step whose sequences have one token each."""
-        self.rows.index_put_((batch.slots, batch.positions % self.size), streams)
+    def keep(self, streams: Sequence[torch.Tensor], batch: Batch, ops: Ops) -> None:
+        """Store the streams ``[T, H]`` of a step whose sequences have one token each."""
+        ops.keep_streams(streams, batch.slots, batch.positions, self.rows)
 
     def read(self, slots: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Return the streams ``[T, N]`` of tokens, each one of the newest of its slot."""

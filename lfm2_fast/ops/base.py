@@ -7,7 +7,7 @@ small ones that they are made of, or both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Protocol
 
@@ -226,6 +226,16 @@ class Ops:
     ) -> None:
         """Step by the most likely tokens: ``advance`` with the tokens of ``head_argmax``."""
         self.advance(self.head_argmax(x, norm, linear), eos, dummy_slot, inputs, written)
+
+    def keep_streams(
+        self,
+        streams: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        ring: torch.Tensor,
+    ) -> None:
+        """Store the streams of tokens in their slots' rings; see ``keep_streams_ref``."""
+        ref.keep_streams_ref(streams, slots, positions, ring)
 
     def advance(
         self,

@@ -60,6 +60,9 @@ SCHEMAS = (
     # int64, bias [N], out [T, N], which has the products before
     "low_rank_native(Tensor x, Tensor entries, Tensor down, Tensor up, Tensor gain, Tensor shift, "
     "Tensor ends, Tensor? bias, Tensor(a!) out) -> ()",
+    # x [T, H], slots and positions [T] int64, ring [slots, size, N], written from number `first` on
+    "keep_stream_native(Tensor x, Tensor slots, Tensor positions, int first, "
+    "Tensor(a!) ring) -> ()",
     # x [T, K], out [T, K] int8, scales [T] float32
     "quantize_native(Tensor x, Tensor(a!) out, Tensor(b!) scales) -> ()",
     # products [T, N] int32, token_scales [T] and row_scales [N] float32, bias [N], out [T, N]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -290,6 +290,16 @@ class NativeOps(PendingResidualOps):
             tokens = drawn if state.all_drawn else torch.where(state.do_sample, drawn, tokens)
         state.record(tokens)
         return tokens
+
+    def keep_streams(
+        self,
+        streams: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        ring: torch.Tensor,
+    ) -> None:
+        for number, x in enumerate(streams):
+            native.keep_stream(x, slots, positions, number * x.shape[1], ring)
 
     def advance(
         self,

@@ -7,6 +7,8 @@ float64 each function is the oracle of the faster implementations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -239,6 +241,20 @@ def _attend_one(
         is_causal=mask is None,
     )
     return out[0].transpose(0, 1)
+
+
+def keep_streams_ref(
+    streams: Sequence[torch.Tensor],
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    ring: torch.Tensor,
+) -> None:
+    """Store the streams of T tokens, L of ``[T, H]``, in ``ring [slots, size, L * H]``.
+
+    They lie side by side, at the token's slot and at its position modulo ``size``. ``slots`` and
+    ``positions [T]`` int64.
+    """
+    ring.index_put_((slots, positions % ring.shape[1]), torch.cat(list(streams), -1))
 
 
 def advance_ref(

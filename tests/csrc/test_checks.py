@@ -98,6 +98,9 @@ def arguments() -> dict[str, dict[str, Any]]:
             "scores": x, "seeds": ints, "rows": ints, "positions": ints,
             "out": torch.zeros(3, dtype=torch.int64),
         },
+        "keep_stream": {
+            "x": x, "slots": ints, "positions": ints, "first": 4, "ring": torch.zeros(3, 2, 16),
+        },
         "advance": {
             "chosen": ints, "eos": torch.tensor([[2, 5]] * 3), "dummy_slot": 3,
             "tokens": ints.clone(), "slots": ints.clone(), "positions": ints.clone(),
@@ -124,6 +127,7 @@ def hostile(tensor: torch.Tensor) -> list[torch.Tensor]:
 # An operation reads its own size and type from some arguments: these are right by definition.
 GIVEN = {
     "table": "size", "inv_freq": "size", "window": "size", "k_pages": "size", "eos": "size",
+    "ring": "size",
     "logits": "type", "quantize.x": "type", "finish_products.out": "type",
     "embed.out": "type",
 }  # fmt: skip
@@ -157,6 +161,8 @@ def test_wrong_arguments_are_refused(name: str) -> None:
         ("gated_conv_step", {"slots": [0, 1, 3]}, "slot 3 must be from 0 to 2"),
         ("gated_conv_step", {"slots": [0, 1, -1]}, "slot -1"),
         ("gated_conv_step", {"positions": [0, -1, 2]}, "position -1"),
+        ("keep_stream", {"slots": [0, 1, 3]}, "slot 3 must be from 0 to 2"),
+        ("keep_stream", {"positions": [0, -1, 2]}, "position -1"),
         ("gated_conv", {"slots": [0, 1, 7]}, "slot 7"),
         ("gated_conv", {"cu_seqlens": [0, 2, 1, 3]}, "must not fall"),
         ("gated_conv", {"cu_seqlens": [0, 1, 2, 2]}, "from 0 to 3"),

@@ -215,6 +215,17 @@ def test_qk_norm_rope(dtype, framed, intact, same_bits, within_budget) -> None:
     check()
 
 
+def test_streams_are_kept_at_their_slots_and_positions(dtype, framed) -> None:
+    """Rows may have gaps; positions are counted around the ring."""
+    streams = [framed(torch.randn(4, 24).to(dtype)) for _ in range(3)]
+    slots, positions = torch.tensor([2, 0, 2, 3]), torch.tensor([0, 13, 6, 1000])
+    ours, plain = (torch.full((4, 7, 72), NAN, dtype=dtype) for _ in range(2))
+    NativeOps().keep_streams(streams, slots, positions, ours)
+    ref.keep_streams_ref(streams, slots, positions, plain)
+    assert (~ours.isnan()).any(-1).sum() == 4
+    assert torch.equal(ours.nan_to_num(9.0), plain.nan_to_num(9.0))
+
+
 def a_context(data, dtype: torch.dtype, lengths: list[int]) -> SimpleNamespace:
     """One query per sequence. Pages are NaN where nothing may be read."""
     kv_heads = data.draw(st.integers(1, 3))

@@ -194,7 +194,7 @@ def test_another_model_that_is_never_right_rests_longer() -> None:
                 acceptance.skip(0)
         return tried
 
-    assert trials(LOOKUP) == 6 and trials(ANOTHER_MODEL) == 5
+    assert trials(LOOKUP) == 6 and trials(ANOTHER_MODEL) == 4
 
 
 def test_refusals_in_a_row_change_little_what_is_known_of_another_model() -> None:
