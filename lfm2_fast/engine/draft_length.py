@@ -21,6 +21,8 @@ MOST_DELAY = 2.0
 TIMES = 3
 # Most steps without a draft before a kind of draft is tried again.
 LONGEST_REST = 512
+# Chance below which another model's drafts are worth nothing at any cost.
+HOPELESS = 0.15
 # Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
 FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 2.0, 0.01, 4.0
 # Verified steps in a row, after which a plain step is timed: a processor's speed changes.
@@ -179,6 +181,11 @@ class Acceptance:
         rate = self._rate(kind)
         rested = rate.skipped >= rate.rest(source)
         return max(self.measured(kind), source.hope if rested else 0.0)
+
+    def rests(self, kind: Hashable, source: Source) -> bool:
+        """Return True if drafts are hopeless until the end of their rest."""
+        rate = self._rate(kind)
+        return rate.accepted < HOPELESS * rate.tried and rate.skipped < rate.rest(source)
 
     def skip(self, kind: Hashable) -> None:
         """Note that a draft was there and was not tried."""

@@ -228,6 +228,10 @@ class Speculation:
                 return _Found(number, drafting, place, kind, min(most, asked))
         if self._assistant is None or not request.assisted:
             return None
+        if drafting.acceptance.rests(ASSISTED, ANOTHER_MODEL):
+            # Most steps of a useless model come here, so nothing more is computed for them.
+            drafting.acceptance.skip(ASSISTED)
+            return None
         most = min(most, self._assistant.max_length - row.length)
         return _Found(number, drafting, None, ASSISTED, most) if most > 0 else None
 

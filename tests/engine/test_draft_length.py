@@ -197,6 +197,19 @@ def test_another_model_that_is_never_right_rests_longer() -> None:
     assert trials(LOOKUP) == 6 and trials(ANOTHER_MODEL) == 4
 
 
+def test_hopeless_drafts_rest_and_come_back() -> None:
+    acceptance = Acceptance()
+    acceptance.note(0, 0, 1, ANOTHER_MODEL)
+    assert not acceptance.rests(0, ANOTHER_MODEL)  # one refusal says little
+    for _ in range(3):
+        acceptance.note(0, 0, 1, ANOTHER_MODEL)
+    rested = 0
+    while acceptance.rests(0, ANOTHER_MODEL):
+        acceptance.skip(0)
+        rested += 1
+    assert rested == 64 and acceptance.chance(0, ANOTHER_MODEL) == ANOTHER_MODEL.hope
+
+
 def test_refusals_in_a_row_change_little_what_is_known_of_another_model() -> None:
     def measured(source: Source) -> float:
         acceptance = Acceptance()
