@@ -284,7 +284,7 @@ void qk_norm_rope_native(const Tensor& qkv, const Tensor& q_weight, const Tensor
   });
 }
 
-// PyTorch needs three operations for it, between which a recorded step comes back to Python.
+// PyTorch needs three operations to store a stream. Between them a recorded step comes back to Python.
 void keep_stream_native(const Tensor& x, const Tensor& slots, const Tensor& positions,
                         int64_t first, const Tensor& ring) {
   with_type(x, [&](auto number) {
@@ -297,7 +297,7 @@ void keep_stream_native(const Tensor& x, const Tensor& slots, const Tensor& posi
     expect_packed(ring, "ring", kType<T>, {-1, -1, -1});
     const int64_t length = ring.size(1);
     const int64_t width = ring.size(2);
-    STD_TORCH_CHECK(0 <= first && first + size <= width, "ring has ", width,
+    STD_TORCH_CHECK(0 <= first && first <= width - size, "ring has ", width,
                     " numbers, too few for ", size, " from ", first, " on");
     const auto from = rows_of<const T>(x);
     const int64_t* slot = read<int64_t>(slots);
@@ -366,10 +366,12 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
       return &partials[(begins[row] + head * splits_of(length[row]) + number) * group * partial];
     };
     const int64_t each = 2 * width * keys / number_of_splits;
+    const bool by_pairs =
+        std::is_same_v<T, bf16> && LFM2_HAS_AVX512BF16 && width % kBf16Vector == 0;
     parallel_for(0, number_of_splits, grain(each), [&](int64_t first, int64_t last) {
-      std::vector<float> scratch(op.scratch(most));
+      std::vector<float> scratch(by_pairs ? 0 : op.scratch(most));
       std::vector<T> padding(op.padding());
-      std::vector<const T*> queries(most * group);
+      std::vector<const T*> queries(by_pairs ? most * group : 0);
       std::vector<float*> into(most * group);
       for (int64_t i = first; i < last; ++i) {
         const Split& split = splits[i];
@@ -379,7 +381,8 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
           for (int64_t g = 0; g < group; ++g) into[n * group + g] = own + g * partial;
         }
         if constexpr (std::is_same_v<T, bf16>) {
-          if (LFM2_HAS_AVX512BF16 && width % kBf16Vector == 0) {
+          // The first is checked again, so that nothing refers to it if it was not compiled.
+          if (LFM2_HAS_AVX512BF16 && by_pairs) {
             flash_decode_avx512bf16(op, split, queries.data(), into.data());
             continue;
           }

@@ -8,9 +8,6 @@
 // flash_decode_floats.h, or by flash_decode_avx512bf16.cpp where the processor has its instructions.
 #pragma once
 
-#include <algorithm>
-#include <limits>
-
 #include "dtypes.h"
 #include "pages.h"
 #include "simd.h"
@@ -20,6 +17,8 @@ namespace lfm2 {
 constexpr int64_t kSplit = 512;
 constexpr int64_t kBlock = 64;  // keys whose scores are kept at once
 constexpr int64_t kMostHeads = 4;  // query heads that read keys together
+
+LFM2_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t splits_of(int64_t length) { return (length + kSplit - 1) / kSplit; }
 
@@ -34,7 +33,7 @@ struct FlashDecode {
   int64_t group;  // query heads per KV head
 
   // Rows are computed as whole vectors, with floats in their order. Rows of other sizes are padded.
-  int64_t padded() const { return (k.head_dim + kPair - 1) / kPair * kPair; }
+  LFM2_INLINE int64_t padded() const { return (k.head_dim + kPair - 1) / kPair * kPair; }
   int64_t scratch(int64_t rows) const { return rows * group * padded(); }
   int64_t padding() const { return k.head_dim == padded() ? 0 : 2 * kBlock * padded(); }
 };
@@ -88,23 +87,23 @@ LFM2_INLINE void flash_decode_by(Sums& sums, const FlashDecode<T>& op, const Spl
     if (split.length + row <= split.first) continue;
     sums.take(n, op.q[split.row + row] + (split.kv_head * op.group + n % op.group) * width);
     for (int64_t i = 0; i <= padded; ++i) partials[n][i] = 0.0f;
-    partials[n][padded + 1] = -std::numeric_limits<float>::infinity();
+    partials[n][padded + 1] = -__builtin_inff();
   }
   for (int64_t position = split.first; position < split.last;) {
     const int64_t rest = op.k.page_size - position % op.k.page_size;
-    const int64_t count = std::min({kBlock, rest, split.last - position});
+    const int64_t count = smaller(smaller(kBlock, rest), split.last - position);
     const Rows<const T> keys = sums.whole(keys_from(position), count, 0);
     const Rows<const T> values = sums.whole(values_from(position), count, 1);
     const int64_t next = position + count;
-    const int64_t left = std::clamp<int64_t>(split.last - next, 0, kBlock);
+    const int64_t left = next < split.last ? smaller(split.last - next, kBlock) : 0;
     const Rows<const T> next_keys = left > 0 ? keys_from(next) : keys;
     const Rows<const T> next_values = left > 0 ? values_from(next) : values;
     for (int64_t n = 0, together; n < heads; n += together) {
-      const int64_t seen = std::min(count, split.length + n / op.group - position);
+      const int64_t seen = smaller(count, split.length + n / op.group - position);
       // The last of some heads sees the most.
       const auto all_see = [&](int64_t some) LFM2_FLAT {
         const int64_t last = n + some - 1;
-        return last < heads && std::min(count, split.length + last / op.group - position) == seen;
+        return last < heads && smaller(count, split.length + last / op.group - position) == seen;
       };
       together = all_see(4) ? 4 : all_see(2) ? 2 : 1;
       if (seen <= 0) continue;

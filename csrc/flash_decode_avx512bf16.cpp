@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kWide = 16;  // floats of a vector
 
-// The lanes of a and b, each half of it summed with the other: those of a, then those of b.
+// The halves of a, added, and then those of b.
 LFM2_INLINE __m512 halves(__m512 a, __m512 b) {
   return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xEE);
 }
@@ -43,7 +43,7 @@ LFM2_INLINE __m512 sum_each(const __m512 (&x)[16]) {
   return _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
 }
 
-// Which of 64 numbers of two rows are the pairs of a vector: sums lie as `place` says.
+// Places of a vector's pairs among 64 numbers of two rows. Sums lie as `place` says.
 struct alignas(64) Pairs {
   uint16_t words[32];
 

@@ -1,11 +1,11 @@
 """Numbers of an int8 weight, for products of a few tokens: integers become floats two at a time.
 
 A word has four numbers. The first and the third go into the two halves of a register, and the
-second and the fourth into those of another. So a pair of the tensor core's operand are two columns
-apart, and tokens have the same order (gemv.py). Bits become numbers without a conversion. In
-bfloat16 the lower seven bits are the last ones of 128, from which 128 is subtracted, or 256 if the
-number is negative. In float16 the number plus 128 is the end of 1024. Every step is exact. This
-takes 7 instructions for a word. With conversions it takes 8, and those are slower.
+second and the fourth into those of another. So the two numbers of a pair of the tensor core's
+operand are two columns apart, and tokens have the same order (gemv.py). Bits become numbers without
+a conversion. In bfloat16 the lower seven bits become the last bits of 128. Then 128 is subtracted,
+or 256 from a negative number. In float16 the number plus 128 is the end of 1024. Every step is
+exact. This takes 7 instructions for a word. With conversions it takes 8, and those are slower.
 """
 
 import triton

@@ -79,7 +79,8 @@ def registers(bits: int, parts: int, tiling: Tiling, *, normed: bool, changed: b
     extra = {16: 8 * (normed and tiling.warps == 8), 8: 16, 4: 48 if tiling.warps == 8 else 40}
     conv = (32 if bits < 16 else 8) * (parts == 3)
     # What an adapter adds is held beside the tile that loads meanwhile.
-    return REGISTERS + extra.get(bits, 0) + conv + (32 + conv) * (depth - 1) + 56 * changed
+    wanted = REGISTERS + extra.get(bits, 0) + conv + (32 + conv) * (depth - 1) + 56 * changed
+    return min(wanted, 255)  # no GPU has more
 
 
 def choose_tiling(operation: str, weight: torch.Tensor, *, parts: int = 1) -> Tiling:

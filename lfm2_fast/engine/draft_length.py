@@ -16,12 +16,13 @@ LEAST_GAIN = 1.05
 TOKEN_COST = 0.1
 # A step that takes more than this many times its usual time was delayed by something else.
 MOST_DELAY = 2.0
-# The latest times of a size, of which all must be there before their median is believed: one slow
-# step must not end all drafts. More would notice too late that the processor's speed has changed.
+# Latest times of a size whose median counts. The median of fewer counts only if other sizes let
+# expect no less: one slow step must not end all drafts. With more, a change of the processor's
+# speed would be noticed too late.
 TIMES = 3
 # Most steps without a draft before a kind of draft is tried again.
 LONGEST_REST = 512
-# Chance below which another model's drafts are worth nothing at any cost.
+# Chance below which another model's drafts hardly ever pay, so that their length is not computed.
 HOPELESS = 0.15
 # Plain steps that refused drafts may lose: at first, for each step, and at once after long gains.
 FIRST_LOSS, LOSS_A_STEP, MOST_LOSS = 2.0, 0.01, 4.0
@@ -54,6 +55,7 @@ class Budget:
     Each step allows for a little more loss. A verified step uses up what it took beyond the plain
     steps that its tokens would have taken, and gives back what it saved. So in N steps drafts lose
     ``FIRST_LOSS + N * LOSS_A_STEP`` at most, if none is launched that may lose more than is left.
+    What a step takes is measured, so the loss is larger while a size's time is only estimated.
     """
 
     def __init__(self) -> None:
@@ -167,8 +169,12 @@ class Acceptance:
 
     def _rate(self, kind: Hashable) -> _Rate:
         if kind not in self._rates:
-            known = 0.5 if self.of_all is None else self.of_all.measured(kind)
-            self._rates[kind] = _Rate(accepted=known)
+            if self.of_all is None:
+                self._rates[kind] = _Rate()
+            else:
+                of_all = self.of_all._rate(kind)
+                share = of_all.accepted / of_all.tried
+                self._rates[kind] = _Rate(share, skipped=of_all.skipped, longer=of_all.longer)
         return self._rates[kind]
 
     def measured(self, kind: Hashable) -> float:
@@ -187,9 +193,11 @@ class Acceptance:
         rate = self._rate(kind)
         return rate.accepted < HOPELESS * rate.tried and rate.skipped < rate.rest(source)
 
-    def skip(self, kind: Hashable) -> None:
-        """Note that a draft was there and was not tried."""
-        self._rate(kind).skipped += 1
+    def skip(self, kind: Hashable, steps: int = 1) -> None:
+        """Note that a draft was there and was not tried, for a number of steps."""
+        self._rate(kind).skipped += steps
+        if self.of_all is not None:
+            self.of_all.skip(kind, steps)
 
     def note(self, kind: Hashable, accepted: int, refused: int, source: Source = LOOKUP) -> None:
         """Note how many tokens of a draft were accepted, and whether one was refused."""

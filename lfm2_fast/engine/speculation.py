@@ -146,7 +146,7 @@ class Speculation:
             counts = [0] * len(found)
         for each, count in zip(found, counts, strict=True):
             if not count:
-                each.drafting.acceptance.skip(each.kind)
+                self._skip(each.drafting, each.kind)
         if not any(counts):
             return None
         took = at_all + drafting * max(counts)
@@ -204,6 +204,10 @@ class Speculation:
         tokens = launch.run(self._cache, self._size)
         return launch, self.costs.add(tokens, time.perf_counter() - begin)
 
+    def _skip(self, drafting: _Drafting, kind: int) -> None:
+        """Note that a draft was not tried, for all steps until the next look."""
+        drafting.acceptance.skip(kind, LOOK if self._ahead and drafting.idle >= IDLE else 1)
+
     def _find(self, number: int, going: tuple[Row, int]) -> _Found | None:
         """Return the draft that a row could have, if it asks for drafts and there is one."""
         row, _ = going
@@ -229,8 +233,8 @@ class Speculation:
         if self._assistant is None or not request.assisted:
             return None
         if drafting.acceptance.rests(ASSISTED, ANOTHER_MODEL):
-            # Most steps of a useless model come here, so nothing more is computed for them.
-            drafting.acceptance.skip(ASSISTED)
+            # Most steps of a useless model come here, so no length is computed for them.
+            self._skip(drafting, ASSISTED)
             return None
         most = min(most, self._assistant.max_length - row.length)
         return _Found(number, drafting, None, ASSISTED, most) if most > 0 else None

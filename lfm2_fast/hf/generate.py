@@ -95,7 +95,7 @@ def generate(
     cache then holds the tokens that have run.
     """
     with ExitStack() as ending:
-        # Of a web framework's threads, the next call may have another one.
+        # A web framework may run the next call in another of its threads.
         ending.callback(release_other_threads)
         if streamer is not None:
             # After any failure, also before the first step: a thread may wait for the text.

@@ -26,7 +26,7 @@ from lfm2_fast.hf.generation_names import (
 )
 from lfm2_fast.ops.sampling import SamplingParams
 
-# As many tokens as no vocabulary has; a larger number would not fit into a tensor.
+# More tokens than any vocabulary has. A number of more than 64 bits would not fit into a tensor.
 MOST_TOP_K = 2**31
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from lfm2_fast.hf.causal_lm import Lfm2ForCausalLM, Lfm2Model
 from lfm2_fast.hf.transformers_weights import fused_weights
+from lfm2_fast.ops.cpu_threads import release_threads
 from lfm2_fast.weights.fusion import HEAD
 
 
@@ -34,7 +35,7 @@ def from_transformers(
     ours, weights = fused_weights(model, quantization, backend, max_length)
     kind = Lfm2ForCausalLM if HEAD in model.state_dict() else Lfm2Model
     settings = getattr(model, "generation_config", None)
-    return kind(
+    made = kind(
         ours,
         weights,
         backend=backend,
@@ -42,6 +43,8 @@ def from_transformers(
         generation_config=None if settings is None else settings.to_dict(),
         name_or_path=getattr(model, "name_or_path", ""),
     )
+    release_threads()  # as after ``load``
+    return made
 
 
 def register() -> None:

@@ -13,10 +13,10 @@ _SOFT = 1
 def release_threads() -> None:
     """End the OpenMP threads that work for the calling thread. They start again when it needs them.
 
-    OpenMP keeps threads for every Python thread that has run parallel work. If there are more than
-    processors, GNU's OpenMP lets them sleep as soon as an operation ends. The next operation waits
-    until they are awake: steps of 8.7 ms took 11.5. So a thread whose work goes on in another one
-    calls this.
+    OpenMP keeps threads for every Python thread that has run parallel work. If all threads together
+    are more than the processors, GNU's OpenMP lets them sleep as soon as an operation ends. The
+    next operation waits until they are awake: a server's step took 11.5 ms, and takes 9.1 without.
+    So a thread whose work goes on in another one calls this.
     """
     if sys.platform != "linux":  # elsewhere torch has another OpenMP
         return
@@ -27,6 +27,9 @@ def release_threads() -> None:
 
 
 def release_other_threads() -> None:
-    """``release_threads`` in every thread but the main one, where work mostly comes again."""
+    """Release the threads of the calling thread, unless it is the main one.
+
+    Work mostly comes again there.
+    """
     if threading.current_thread() is not threading.main_thread():
         release_threads()

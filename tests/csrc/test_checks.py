@@ -190,6 +190,12 @@ def test_places_that_are_not_there_are_refused(name: str, changed: dict, message
             body(**given)
 
 
+@pytest.mark.parametrize("first", [9, -1, 2**63 - 1])
+def test_streams_beyond_the_ring_are_refused(first: int) -> None:
+    with pytest.raises(RuntimeError, match="too few for 8"):
+        BODIES.keep_stream_native(**{**arguments()["keep_stream"], "first": first})
+
+
 def test_pages_of_no_tokens_are_refused() -> None:
     for name in ("qk_norm_rope", "flash_decode"):
         given = arguments()[name]

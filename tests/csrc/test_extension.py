@@ -228,7 +228,7 @@ def test_code_that_is_not_compiled_is_not_referred_to(tmp_path: Path) -> None:
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     places = (f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include")
     options = ("-std=c++20", "-O0", "-DLFM2_NO_CLONES", "-fPIC", target, *places)
-    for name in ("flash_prefill.cpp", "linear.cpp"):
+    for name in ("cpu.cpp", "flash_prefill.cpp", "linear.cpp"):
         done = run(*COMPILER, *options, "-c", CSRC / name, "-o", tmp_path / "a.o", cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert "avx512" not in run("nm", "-C", tmp_path / "a.o", cwd=ROOT).stdout

@@ -210,6 +210,20 @@ def test_hopeless_drafts_rest_and_come_back() -> None:
     assert rested == 64 and acceptance.chance(0, ANOTHER_MODEL) == ANOTHER_MODEL.hope
 
 
+def test_short_texts_try_again_what_an_earlier_one_refused() -> None:
+    """The rest goes on from text to text: most answers are shorter than it."""
+    of_all, tried = Acceptance(), []
+    for step in range(200):
+        if step % 25 == 0:
+            own = Acceptance(of_all)
+        if own.chance(0, ANOTHER_MODEL) >= 0.5:
+            own.note(0, 0, 1, ANOTHER_MODEL)
+            tried.append(step)
+        else:
+            own.skip(0)
+    assert tried == [0, 65, 194]
+
+
 def test_refusals_in_a_row_change_little_what_is_known_of_another_model() -> None:
     def measured(source: Source) -> float:
         acceptance = Acceptance()

@@ -14,8 +14,9 @@ import torch
 import lfm2_fast
 from bench.cpu.adapters import write_adapter
 from lfm2_fast.cache.page_pool import CacheError
+from lfm2_fast.engine import speculation
 from lfm2_fast.engine.assistant import Assistant
-from lfm2_fast.engine.draft_length import Acceptance, StepCosts
+from lfm2_fast.engine.draft_length import Acceptance, StepCosts, draft_lengths
 from lfm2_fast.engine.engine import Engine
 from lfm2_fast.engine.model_runner import new_cache
 from lfm2_fast.engine.prompt_lookup import PromptLookup
@@ -230,6 +231,29 @@ def test_an_assistant_changes_no_text(native, tiny, known) -> None:
     assert texts(events_by_request(engine, given)) == wanted
     # The same model agrees where no penalty, constraint or hook has a say, drawn tokens too.
     assert engine.statistics.accepted > 0.6 * engine.statistics.drafted > 100
+
+
+def test_a_useless_assistant_is_not_planned_and_tried_again(native, random_checkpoint, monkeypatch):
+    """Until its rest ends, no length is computed for its drafts."""
+    planned: list[int] = []
+
+    def lengths(*arguments: Any, **named: Any) -> list[int]:
+        planned.append(len(planned))
+        return draft_lengths(*arguments, **named)
+
+    monkeypatch.setattr(speculation, "draft_lengths", lengths)
+    monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0)
+    other = lfm2_fast.load(random_checkpoint(vocab_size=native.config.vocab_size), device="cpu")
+    engine = Engine(native, max_rows=1, assistant=other.network)
+    engine.add(Request(LOOP, max_tokens=230, assisted=True))
+    seen = [(0, 0)]
+    while engine.busy:
+        engine.step()
+        seen.append((engine.statistics.drafted, len(planned)))
+    assert not engine.statistics.accepted
+    tried = [i for i in range(1, len(seen)) if seen[i][0] > seen[i - 1][0]]
+    before, last = tried[-2:]
+    assert last - before > 100 and seen[last][1] - seen[before][1] == 1
 
 
 def test_an_assistant_without_memory_is_given_up(native, known, monkeypatch) -> None:
