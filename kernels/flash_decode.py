@@ -95,19 +95,13 @@ def _flash_decode_kernel(
     k_pages_ptr += kv_head.to(tl.int64) * stride_pages_h
     v_pages_ptr += kv_head.to(tl.int64) * stride_pages_h
 
-    qkv_ptr += sequence * stride_qkv_t
-    angles = sequence * (HEAD_DIM // 2) + offs_d % (HEAD_DIM // 2)
-    cos = tl.load(cos_ptr + angles)
-    sin = tl.where(offs_d < HEAD_DIM // 2, -1, 1) * tl.load(sin_ptr + angles)
-    q_head = kv_head * GROUP + offs_m
-    q = _norm_and_turn(qkv_ptr, q_head, mask_m, q_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
     # Programs run in any order, so none may read data of another one. So no program reads the
     # token's own k and v from the pages. The first split takes them from qkv and writes them.
     first_split = tl.program_id(2) == 0
-    k_head = HEADS + kv_head + tl.arange(0, 1)
-    k = _norm_and_turn(qkv_ptr, k_head, first_split, k_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
-    v_ptrs = qkv_ptr + (k_head + KV_HEADS)[:, None] * HEAD_DIM + offs_d[None, :]
-    v = tl.load(v_ptrs, mask=mask_d & first_split, other=0)
+    q, k, v = _own_heads(
+        qkv_ptr + sequence * stride_qkv_t, cos_ptr, sin_ptr, sequence, kv_head, q_norm, k_norm, eps,
+        first_split, HEADS, KV_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     page = tl.load(table_ptr + past // page_size).to(tl.int64)
     at = page * stride_pages_p + past % page_size * stride_pages_r + offs_d[None, :]
     if KEYS_ALONE or not VERIFIED:
@@ -150,6 +144,38 @@ def _flash_decode_kernel(
                 partials_ptr, logsums_ptr, out_ptr, splits,
                 GROUP, HEAD_DIM, BLOCK_S, BLOCK_G, BLOCK_D,
             )  # fmt: skip
+
+
+@triton.jit
+def _own_heads(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    sequence,
+    kv_head,
+    q_norm,
+    k_norm,
+    eps,
+    first_split,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return the token's q ``[BLOCK_M, D]`` and, in the first split, its k and v ``[1, D]``."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    angles = sequence * (HEAD_DIM // 2) + offs_d % (HEAD_DIM // 2)
+    cos = tl.load(cos_ptr + angles)
+    sin = tl.where(offs_d < HEAD_DIM // 2, -1, 1) * tl.load(sin_ptr + angles)
+    q_head, mask_m = kv_head * GROUP + offs_m, (offs_m < GROUP)[:, None]
+    q = _norm_and_turn(qkv_ptr, q_head, mask_m, q_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
+    k_head = HEADS + kv_head + tl.arange(0, 1)
+    k = _norm_and_turn(qkv_ptr, k_head, first_split, k_norm, eps, cos, sin, HEAD_DIM, BLOCK_D)
+    v_ptrs = qkv_ptr + (k_head + KV_HEADS)[:, None] * HEAD_DIM + offs_d[None, :]
+    v = tl.load(v_ptrs, mask=(offs_d < HEAD_DIM)[None, :] & first_split, other=0)
+    return q, k, v
 
 
 @triton.jit
