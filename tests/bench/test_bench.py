@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -208,13 +209,25 @@ def test_plot_draws(tiny: Path, tmp_path: Path) -> None:
 def test_figures_are_shown_where_the_plot_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib.figure")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr("lfm2_fast.cli.benchmark.load_and_measure", lambda *_, **__: figures())
+    monkeypatch.setattr(matplotlib.Figure, "savefig", full)
     with pytest.raises(SystemExit) as ended:
-        __main__.main(["bench", "x", "--plot", str(tmp_path)])
+        __main__.main(["bench", "x", "--plot", str(tmp_path / "a.svg")])
     out, err = capsys.readouterr()
-    assert ended.value.code == 2 and "Is a directory" in err
+    assert ended.value.code == 2 and "No space left" in err
     assert "12345.7" in out
+
+
+def test_a_plot_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder is refused before anything is loaded."""
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["bench", "nowhere/at-all", "--plot", str(tmp_path)])
+    assert ended.value.code == 2 and f"{tmp_path} is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", SIZES)

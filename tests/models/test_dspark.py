@@ -154,6 +154,7 @@ def test_drafts_change_no_text(
     """Rows share pages, and some are preempted. Random drafts are made in every step."""
     monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
     monkeypatch.setattr(Acceptance, "chance", lambda *_: 0.9)
+    monkeypatch.setattr(Acceptance, "rests", lambda *_: False)
     monkeypatch.setattr(Budget, "note", lambda *_, **__: None)
     model = lfm2_fast.load(
         tiny, device="cpu", dtype=dtype, backend=backend, quantization=quantization
@@ -304,6 +305,7 @@ def test_a_context_is_complete_where_later_texts_find_it(
     if drafts:
         monkeypatch.setattr(StepCosts, "of", lambda self, tokens: 1.0 + 0.01 * tokens)
         monkeypatch.setattr(Acceptance, "chance", lambda *_: 0.9)
+        monkeypatch.setattr(Acceptance, "rests", lambda *_: False)
         monkeypatch.setattr(Budget, "note", lambda *_, **__: None)
     prompt = text(40, 3)
     if callers:

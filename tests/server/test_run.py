@@ -39,12 +39,14 @@ def test_a_signal_lets_running_requests_end(serving, tiny: Path, sign: int, code
         client = Client.__new__(Client)
         client.host = ready[1].removeprefix("http://")
         fields = {"prompt": "To create", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        fields["stream_options"] = {"include_usage": True}
         response = client.send("/v1/completions", fields)
         assert response.readline().startswith(b"data: ")
         process.send_signal(sign)
         rest = response.read().decode()
         out, err = process.communicate(timeout=60)
-    assert rest.endswith("data: [DONE]\n\n") and rest.count("data: {") > 100
+    # Of a busy machine an event may have several tokens.
+    assert rest.endswith("data: [DONE]\n\n") and '"completion_tokens":300' in rest
     assert process.returncode == code and out == "" and "Traceback" not in err
     assert re.search(r'127\.0\.0\.1 "POST /v1/completions" 200 req-\w+ [\d.]+s', err), err
 
