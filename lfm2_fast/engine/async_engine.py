@@ -36,6 +36,7 @@ class Stream:
     ) -> None:
         self.ids = tuple(ids)
         self._engine, self._left, self._events = engine, left, events
+        self._failure: BaseException | None = None
 
     @property
     def ended(self) -> bool:
@@ -49,10 +50,17 @@ class Stream:
         """
         if self.ended:
             return []
+        if self._failure is not None:
+            self._left = 0
+            raise self._failure
         found: list[Event] = []
         event = await self._events.get()
         while True:
             if isinstance(event, BaseException):
+                if found:
+                    # What came before the failure is read first.
+                    self._failure = event
+                    return found
                 self._left = 0
                 raise event
             if event is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lfm2_fast.engine.async_engine import AsyncEngine, EngineStopped
+from lfm2_fast.engine.async_engine import AsyncEngine, EngineStopped, Stream
 from lfm2_fast.engine.engine import Engine, QueueFull
 from lfm2_fast.engine.request import Event, Request
 from lfm2_fast.models.lfm2 import Lfm2
@@ -47,6 +47,25 @@ def test_many_at_once_get_what_each_gets_alone(native) -> None:
             return await asyncio.gather(*(tokens_of(engine, request) for request in requests))
 
     assert run(work()) == [alone(native, request) for request in requests]
+
+
+def test_events_before_a_failure_are_not_lost(native) -> None:
+    """A slow loop finds tokens and the failure together."""
+
+    async def work() -> list[Any]:
+        async with AsyncEngine(Engine(native)) as engine:
+            events: asyncio.Queue[Any] = asyncio.Queue()
+            stream = Stream(engine, [0], 1, events)
+            tokens = [Event(0, 0, token) for token in (5, 6)]
+            for each in (*tokens, MemoryError("gone")):
+                events.put_nowait(each)
+            assert await stream.next() == tokens and not stream.ended
+            with pytest.raises(MemoryError, match="gone"):
+                await stream.next()
+            assert stream.ended
+            return tokens
+
+    run(work())
 
 
 def test_all_continuations_of_a_request_come(native) -> None:

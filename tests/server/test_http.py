@@ -178,6 +178,7 @@ def test_a_late_answer_is_an_error_that_is_not_tried_again(serving, model) -> No
 
 def test_an_error_after_the_first_byte_is_an_event(client, monkeypatch) -> None:
     engine: Engine = client.service.engine.engine
+    wait_for(lambda: not rows(client))  # those of earlier tests, whose clients have left
     step, count = engine.step, 0
 
     def broken() -> list[Event]:
