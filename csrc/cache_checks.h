@@ -12,6 +12,10 @@
 
 namespace lfm2 {
 
+inline void expect_slot(int64_t slot, int64_t count) {
+  STD_TORCH_CHECK(0 <= slot && slot < count, "slot ", slot, " must be from 0 to ", count - 1);
+}
+
 // Tokens of each sequence in this step; the cache has `cache_slots` slots.
 inline std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, const Tensor& slots,
                                           const Tensor& lengths, int64_t tokens,
@@ -30,8 +34,7 @@ inline std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, const Tensor
   for (int64_t i = 0; i < count; ++i) {
     const int64_t number = bounds[i + 1] - bounds[i];
     STD_TORCH_CHECK(number >= 0, "cu_seqlens must not fall");
-    STD_TORCH_CHECK(0 <= slot[i] && slot[i] < cache_slots, "slot ", slot[i], " must be from 0 to ",
-                    cache_slots - 1);
+    expect_slot(slot[i], cache_slots);
     STD_TORCH_CHECK(length[i] >= number, "a context of ", length[i], " cannot end in ", number,
                     " tokens");
     sequences.push_back({slot[i], length[i] - number, bounds[i], number});

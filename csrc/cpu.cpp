@@ -187,8 +187,7 @@ void gated_conv_step_native(const Tensor& bcx, const Tensor& weight,
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = read<int64_t>(slots)[i];
       const int64_t position = read<int64_t>(positions)[i];
-      STD_TORCH_CHECK(0 <= slot && slot < window.size(0), "slot ", slot, " must be from 0 to ",
-                      window.size(0) - 1);
+      expect_slot(slot, window.size(0));
       STD_TORCH_CHECK(position >= 0, "position ", position, " is negative");
       // Adjacent tokens of one slot are a run of it, summed as single steps are.
       if (!sequences.empty() && sequences.back().slot == slot &&
@@ -303,8 +302,7 @@ void keep_stream_native(const Tensor& x, const Tensor& slots, const Tensor& posi
     const int64_t* slot = read<int64_t>(slots);
     const int64_t* position = read<int64_t>(positions);
     for (int64_t i = 0; i < tokens; ++i) {
-      STD_TORCH_CHECK(0 <= slot[i] && slot[i] < ring.size(0), "slot ", slot[i],
-                      " must be from 0 to ", ring.size(0) - 1);
+      expect_slot(slot[i], ring.size(0));
       STD_TORCH_CHECK(position[i] >= 0 && length > 0, "position ", position[i],
                       " is not in a ring of ", length);
       T* to = write<T>(ring) + (slot[i] * length + position[i] % length) * width + first;
@@ -335,8 +333,7 @@ void flash_decode_native(const Tensor& q, const Tensor& k_pages, const Tensor& v
     // Where the partials of a row begin, by splits; those of a head lie together.
     std::vector<int64_t> begins(count + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(0 <= slot[i] && slot[i] < table.size(0), "slot ", slot[i],
-                      " must be from 0 to ", table.size(0) - 1);
+      expect_slot(slot[i], table.size(0));
       STD_TORCH_CHECK(length[i] > 0, "a sequence of ", length[i], " tokens has nothing to attend to");
       expect_pages(op.k, k_pages.size(0), table.size(1), slot[i], 0, length[i]);
       keys += length[i] * kv_heads;

@@ -56,7 +56,7 @@ struct alignas(64) Pairs {
 };
 constexpr Pairs kPairs;
 
-// One block of keys and values for `Heads` query heads, whose numbers follow each other in `q`.
+// One block of keys and values for `Heads` query heads.
 template <int Heads>
 struct BlockOf {
   int64_t width;
@@ -109,7 +109,7 @@ struct BlockOf {
       __m512 best = _mm512_set1_ps(partial[width + 1]);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kBlock; j += kWide) {
-        const __mmask16 there = count > j ? lanes_before(count - j) : 0;
+        const __mmask16 there = lanes_before(count - j);
         own[j / kWide] = _mm512_mask_loadu_ps(least, there, scores + g * kBlock + j);
         best = _mm512_max_ps(own[j / kWide], best);
       }

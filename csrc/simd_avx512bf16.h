@@ -34,7 +34,7 @@ LFM2_INLINE __m512 power_of_two(__m512 x) {
 }
 
 LFM2_INLINE __mmask16 lanes_before(int64_t count) {
-  return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
+  return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
 }  // namespace

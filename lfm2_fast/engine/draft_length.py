@@ -173,7 +173,7 @@ class Acceptance:
                 self._rates[kind] = _Rate()
             else:
                 of_all = self.of_all._rate(kind)
-                share = of_all.accepted / of_all.tried
+                share = self.of_all.measured(kind)
                 self._rates[kind] = _Rate(share, skipped=of_all.skipped, longer=of_all.longer)
         return self._rates[kind]
 

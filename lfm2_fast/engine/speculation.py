@@ -193,7 +193,7 @@ class Speculation:
         for (own, _), draft in zip(assisted, drafts, strict=True):
             own.draft = draft
             if not draft:
-                self._rows[own.row].acceptance.skip(ASSISTED)
+                self._skip(self._rows[own.row], ASSISTED)
         return self._assistant.catching_up
 
     def _run(self, drafted: list[Drafted]) -> tuple[VerifiedLaunch, float]:
